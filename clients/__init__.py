@@ -1,0 +1,1 @@
+"""Flower ClientApp side of FlexLoRA: installed as ``flexlora.clients``."""

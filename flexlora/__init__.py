@@ -1,0 +1,43 @@
+"""FlexLoRA: one language model tuned over many machines, each training LoRA at its own rank.
+
+Names are resolved on first use, so that ``import flexlora`` loads neither torch nor Flower.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Adapter": "flexlora.adapters",
+    "GlobalChange": "flexlora.aggregation.state",
+    "LoRAFactors": "flexlora.adapters",
+    "RankClass": "flexlora.ranks",
+    "UpdateRefused": "flexlora.errors",
+    "UserError": "flexlora.errors",
+    "aggregate": "flexlora.aggregation",
+    "load_adapter": "flexlora.peft_folder",
+    "save_adapter": "flexlora.peft_folder",
+}
+
+__all__ = [*sorted(_HOME), "__version__"]
+
+if TYPE_CHECKING:
+    from flexlora.adapters import Adapter, LoRAFactors
+    from flexlora.aggregation import aggregate
+    from flexlora.aggregation.state import GlobalChange
+    from flexlora.errors import UpdateRefused, UserError
+    from flexlora.peft_folder import load_adapter, save_adapter
+    from flexlora.ranks import RankClass
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'flexlora' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

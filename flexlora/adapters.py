@@ -1,0 +1,134 @@
+"""LoRA factors of one module, and adapters: all modules of a model by name.
+
+The weight change of a module is ``scaling * lora_B @ lora_A`` (LoRA, arXiv 2106.09685, eq. 3), with
+``scaling = alpha / rank``, or ``alpha / sqrt(rank)`` for rsLoRA (arXiv 2312.03732). Ranks and alphas
+may differ from module to module and from client to client, so the factors carry both: whoever
+multiplies or adds two of them cannot forget the scaling.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from flexlora.errors import nearest
+
+__all__ = ["Adapter", "LoRAFactors"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LoRAFactors:
+    """``lora_A [rank, in_features]`` and ``lora_B [out_features, rank]`` of one module.
+
+    Raises:
+        ValueError: shapes that do not share a rank, a rank of 0, an alpha that is not positive.
+    """
+
+    lora_A: Tensor
+    lora_B: Tensor
+    alpha: float
+    rslora: bool = False
+
+    def __post_init__(self) -> None:
+        shape_A, shape_B = tuple(self.lora_A.shape), tuple(self.lora_B.shape)
+        if len(shape_A) != 2 or len(shape_B) != 2 or shape_A[0] != shape_B[1]:
+            raise ValueError(
+                f"lora_A has shape {shape_A} and lora_B {shape_B}, expected [rank, in_features] and "
+                "[out_features, rank] with one rank. Were the two factors exchanged?"
+            )
+        if shape_A[0] == 0:
+            raise ValueError("the rank is 0, expected at least 1.")
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise ValueError(f"alpha is {self.alpha}, expected a positive number.")
+
+    @property
+    def rank(self) -> int:
+        return self.lora_A.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.lora_A.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.lora_B.shape[0]
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def delta_weight(self) -> Tensor:
+        """``scaling * lora_B @ lora_A``, ``[out_features, in_features]``, in the factors' dtype."""
+        return self.scaling * (self.lora_B @ self.lora_A)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> LoRAFactors:
+        """The same factors with ``function`` applied to both tensors."""
+        return replace(self, lora_A=function(self.lora_A), lora_B=function(self.lora_B))
+
+
+class Adapter(Mapping[str, LoRAFactors]):
+    """All modules' factors by module name, in sorted order of the names.
+
+    Raises:
+        ValueError: no modules at all, or a value that is not ``LoRAFactors``.
+    """
+
+    def __init__(self, modules: Mapping[str, LoRAFactors]) -> None:
+        if not modules:
+            raise ValueError("an adapter needs at least one module, got none.")
+        for name, factors in modules.items():
+            if not isinstance(factors, LoRAFactors):
+                kind = type(factors).__name__
+                raise ValueError(f"module '{name}' is a {kind}, expected LoRAFactors.")
+        self._modules = {name: modules[name] for name in sorted(modules)}
+
+    def __getitem__(self, name: str) -> LoRAFactors:
+        if name not in self._modules:
+            raise KeyError(f"no module '{name}'.{nearest(name, self._modules)}")
+        return self._modules[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._modules
+
+    def __repr__(self) -> str:
+        ranks = sorted({factors.rank for factors in self.values()})
+        return f"Adapter({len(self)} modules, ranks {ranks})"
+
+    def delta_weight(self, name: str) -> Tensor:
+        """The dense weight change of one module, ``[out_features, in_features]``."""
+        return self[name].delta_weight()
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Adapter:
+        """The adapter with ``function`` applied to every tensor."""
+        return Adapter({name: factors.map(function) for name, factors in self.items()})
+
+    def to(self, *args: object, **kwargs: object) -> Adapter:
+        """``Tensor.to`` on every tensor."""
+        return self.map(lambda tensor: tensor.to(*args, **kwargs))
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors as they are held."""
+        return sum(f.lora_A.nbytes + f.lora_B.nbytes for f in self.values())
+
+    def digest(self) -> str:
+        """SHA-256 over names, alphas, dtypes, shapes and bytes: equal only for the same adapter."""
+        sha = hashlib.sha256()
+        for name, factors in self.items():
+            sha.update(f"{name}|{factors.alpha!r}|{factors.rslora}".encode())
+            for tensor in (factors.lora_A, factors.lora_B):
+                sha.update(f"|{tensor.dtype}|{tuple(tensor.shape)}".encode())
+                data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+                sha.update(data.numpy())
+        return sha.hexdigest()

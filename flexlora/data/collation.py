@@ -1,0 +1,274 @@
+"""Rows as tokens, and K slots of tokens as one batch.
+
+    input_ids = [bos] + ids(prompt) + ids(answer) + [eos]      bos, eos where the tokenizer has them
+
+Prompt and answer are tokenised apart and joined: generation starts from exactly the prompt ids
+that training saw, whatever merges the tokenizer would make across the seam. The loss is on the
+answer and its eos alone.
+
+A prompt too long for ``max_length`` loses the end of its input text, token by token of that text,
+and is rendered anew, so that the layout around it stays whole. At least one token of the input
+stays; the instruction, a conversation's turns and the answer are never cut. A row that does not
+fit even so is dropped and counted.
+
+A slot is one client in a cohort. K slots with unequal numbers of rows make one slot-major batch
+``[K * b, T]`` with ``b`` the most rows of any slot; the others are filled with dummy rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from flexlora.data.rows import Row
+from flexlora.data.templates import render, resolve_template
+from flexlora.errors import UserError
+from flexlora.seeds import numpy_generator
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = [
+    "IGNORE_INDEX",
+    "Batch",
+    "Example",
+    "batch_plan",
+    "collate",
+    "collate_prompts",
+    "encode_row",
+    "encode_rows",
+    "padding_id",
+]
+
+IGNORE_INDEX = -100  # the label that torch's cross entropy and transformers leave out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One encoded row: prompt ids ``input_ids[:prompt_length]``, then answer and eos."""
+
+    input_ids: tuple[int, ...]
+    prompt_length: int
+    prompt: str
+    answer: str
+    task: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """K slots of b rows each, slot-major: slot k holds rows ``k * b`` to ``k * b + b - 1``.
+
+    The first ``rows_per_slot[k]`` of them are real. ``lengths_per_slot[k]`` is the length T_k of
+    slot k's longest row (0 without rows), the width it would have in a batch of its own.
+    """
+
+    input_ids: Tensor  # [K * b, T] int64
+    attention_mask: Tensor  # [K * b, T] int64
+    labels: Tensor  # [K * b, T] int64, IGNORE_INDEX outside answers
+    rows_per_slot: tuple[int, ...]
+    lengths_per_slot: tuple[int, ...]
+
+
+def encode_row(
+    row: Row, *, tokenizer: PreTrainedTokenizerBase, template: str, max_length: int
+) -> Example | None:
+    """The row in at most ``max_length`` tokens, or None when it cannot fit (see the module)."""
+    return _encode([row], tokenizer, template, max_length)[0]
+
+
+def encode_rows(
+    rows: Sequence[Row], *, tokenizer: PreTrainedTokenizerBase, template: str, max_length: int
+) -> tuple[list[Example], int]:
+    """The rows that fit, in order, and the number of those that were dropped.
+
+    Equals ``encode_row`` on each, several times faster, because it tokenises in batches.
+
+    Raises:
+        UserError: as ``templates.render``, or a ``max_length`` below 1.
+    """
+    examples = [e for e in _encode(rows, tokenizer, template, max_length) if e is not None]
+    return examples, len(rows) - len(examples)
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id to pad with; 0 for a tokenizer without one, since masks and labels hide padding."""
+    return 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def batch_plan(
+    num_examples: int, *, batch_size: int, steps: int, seed_parts: Sequence[str | int]
+) -> list[list[int]]:
+    """Indices of ``steps`` batches: epochs of shuffled indices, each cut into ``batch_size``.
+
+    The partial last batch of an epoch is kept, so an epoch is ``ceil(num_examples / batch_size)``
+    steps and meets every example once. ``seed_parts`` is the seed and then the names of the
+    purpose, as ``seeds.numpy_generator`` takes them; a longer plan begins with the shorter one.
+    """
+    if num_examples < 1 or batch_size < 1 or steps < 0:
+        raise ValueError(
+            f"batch_plan got num_examples={num_examples}, batch_size={batch_size}, steps={steps}; "
+            "expected at least 1, 1 and 0. Skip clients without rows before planning."
+        )
+    seed, *purpose = seed_parts
+    plan: list[list[int]] = []
+    epoch = 0
+    while len(plan) < steps:
+        order = numpy_generator(seed, *purpose, epoch).permutation(num_examples).tolist()
+        plan += [order[at : at + batch_size] for at in range(0, num_examples, batch_size)]
+        epoch += 1
+    return plan[:steps]
+
+
+def collate(slots: Sequence[Sequence[Example]], *, pad_token_id: int) -> Batch:
+    """The slots as one right-padded batch for training.
+
+    A dummy row attends to its first token alone, so that no softmax runs over nothing, and has no
+    label. Rows ``k * b`` onwards, cut to T_k columns, are the batch that slot k makes by itself.
+    """
+    rows = [[(e.input_ids, _labels(e)) for e in slot] for slot in slots]
+    return _stack(rows, pad_token_id, left=False)
+
+
+def collate_prompts(slots: Sequence[Sequence[Example]], *, pad_token_id: int) -> Batch:
+    """The prompts alone, left-padded for generation, in the layout of ``collate``; no labels.
+
+    A dummy row attends to its last token alone, the place generation goes on from.
+    """
+    prompts = [[e.input_ids[: e.prompt_length] for e in slot] for slot in slots]
+    rows = [[(ids, (IGNORE_INDEX,) * len(ids)) for ids in slot] for slot in prompts]
+    return _stack(rows, pad_token_id, left=True)
+
+
+def _labels(example: Example) -> tuple[int, ...]:
+    hidden = (IGNORE_INDEX,) * example.prompt_length
+    return hidden + example.input_ids[example.prompt_length :]
+
+
+def _stack(slots: list[list[tuple]], pad_token_id: int, *, left: bool) -> Batch:
+    """``(ids, labels)`` pairs to ``[K * b, T]``, padded on the left or on the right."""
+    lengths = tuple(max((len(ids) for ids, _ in slot), default=0) for slot in slots)
+    rows_per_slot = tuple(len(slot) for slot in slots)
+    if not any(rows_per_slot):
+        raise ValueError(
+            f"cannot collate {len(slots)} slots without any example; leave out the step."
+        )
+    per_slot, width = max(rows_per_slot), max(lengths)
+    shape = (len(slots) * per_slot, width)
+    input_ids = torch.full(shape, pad_token_id, dtype=torch.int64)
+    attention_mask = torch.zeros(shape, dtype=torch.int64)
+    labels = torch.full(shape, IGNORE_INDEX, dtype=torch.int64)
+    for k, slot in enumerate(slots):
+        for i in range(per_slot):
+            row = k * per_slot + i
+            if i >= len(slot):
+                attention_mask[row, -1 if left else 0] = 1
+                continue
+            ids, row_labels = slot[i]
+            span = slice(width - len(ids), width) if left else slice(0, len(ids))
+            input_ids[row, span] = torch.tensor(ids)
+            attention_mask[row, span] = 1
+            labels[row, span] = torch.tensor(row_labels)
+    return Batch(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        labels=labels,
+        rows_per_slot=rows_per_slot,
+        lengths_per_slot=lengths,
+    )
+
+
+def _encode(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, template: str, max_length: int
+) -> list[Example | None]:
+    if max_length < 1:
+        raise UserError(f"train.max-length is {max_length}, expected at least 1; raise it.")
+    template = resolve_template(template, tokenizer)
+    texts = [render(row, template=template, tokenizer=tokenizer) for row in rows]
+    prompts = [prompt for prompt, _ in texts]
+    prompt_ids = _prompt_ids(prompts, tokenizer)
+    answer_ids = _answer_ids([answer for _, answer in texts], tokenizer)
+    budgets = [max_length - len(ids) for ids in answer_ids]
+    too_long = [
+        i for i, row in enumerate(rows) if len(prompt_ids[i]) > budgets[i] > 0 and row.input
+    ]
+    _cut_inputs(too_long, rows, prompts, prompt_ids, budgets, tokenizer, template)
+    return [
+        Example(
+            input_ids=(*prompt_ids[i], *answer_ids[i]),
+            prompt_length=len(prompt_ids[i]),
+            prompt=prompts[i],
+            answer=row.output,
+            task=row.task,
+        )
+        # An answer that the tokenizer has no ids for leaves nothing to learn.
+        if answer_ids[i] and len(prompt_ids[i]) <= budgets[i]
+        else None
+        for i, row in enumerate(rows)
+    ]
+
+
+def _cut_inputs(
+    indices: list[int],
+    rows: Sequence[Row],
+    prompts: list[str],
+    prompt_ids: list[list[int]],
+    budgets: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+) -> None:
+    """Replace the prompts at ``indices`` by ones whose input is cut to fit, where that can be.
+
+    An input loses as many of its tokens as its prompt has too many and the new prompts are
+    tokenised together, until each fits or has one token of input left. A round or two is the
+    rule: cutting inside a word, or in a character of several tokens, moves the count a little.
+    """
+    ends = dict(zip(indices, _token_ends([rows[i].input for i in indices], tokenizer), strict=True))
+    kept = {i: len(ends[i]) for i in indices}
+    while indices := [i for i in indices if len(prompt_ids[i]) > budgets[i] and kept[i] > 1]:
+        for i in indices:
+            kept[i] = max(1, kept[i] - (len(prompt_ids[i]) - budgets[i]))
+            row = replace(rows[i], input=rows[i].input[: ends[i][kept[i] - 1]])
+            prompts[i], _ = render(row, template=template, tokenizer=tokenizer)
+        new_ids = _prompt_ids([prompts[i] for i in indices], tokenizer)
+        for i, ids in zip(indices, new_ids, strict=True):
+            prompt_ids[i] = ids
+
+
+def _token_ends(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Where each token of a text ends in it; each character where the tokenizer cannot say."""
+    if not tokenizer.is_fast or not texts:
+        return [list(range(1, len(text) + 1)) for text in texts]
+    offsets = _tokenize(texts, tokenizer, return_offsets_mapping=True)["offset_mapping"]
+    return [[end for _, end in spans] for spans in offsets]
+
+
+def _prompt_ids(prompts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The ids of each prompt, with one bos in front where the tokenizer has one."""
+    bos = tokenizer.bos_token_id
+    ids = _tokenize(prompts, tokenizer)["input_ids"]
+    # A chat template may have written bos into its text already.
+    return [row if bos is None or row[:1] == [bos] else [bos, *row] for row in ids]
+
+
+def _answer_ids(answers: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The ids of each answer, then eos where the tokenizer has one; none for an answer of none."""
+    eos = tokenizer.eos_token_id
+    ids = _tokenize(answers, tokenizer)["input_ids"]
+    return [[*row, eos] if row and eos is not None else row for row in ids]
+
+
+def _tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase, **options: bool) -> dict:
+    """Token ids as the text stands: what special tokens there are, we add ourselves."""
+    if not texts:
+        return {"input_ids": []}
+    return tokenizer(
+        texts,
+        add_special_tokens=False,
+        return_attention_mask=False,
+        verbose=False,  # "longer than the maximum": max_length is checked here
+        **options,
+    )

@@ -1,0 +1,25 @@
+"""The two errors that have a reader: a person who mistyped, and a server that met a bad update."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = ["UpdateRefused", "UserError", "nearest"]
+
+
+class UserError(ValueError):
+    """A person's mistake, told in one sentence: what arrived, what was expected, what to do.
+
+    The command line prints the sentence and exits with status 2, without a traceback.
+    """
+
+
+class UpdateRefused(ValueError):
+    """A client's update that must not reach the sum; the message is the cause in ``clients.csv``."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`` Did you mean 'x'?`` for the known name closest to ``name``, or the empty string."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" Did you mean '{matches[0]}'?" if matches else ""

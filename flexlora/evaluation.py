@@ -1,0 +1,178 @@
+"""Held-out loss, and answers that the model really generates.
+
+Several adapters are evaluated on the same rows in one pass, one slot each. Exact match and ROUGE-L
+compare a greedy generation that starts from the prompt alone with the reference: never the
+teacher-forced argmax, which sees the reference while it answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+
+import torch
+
+from flexlora.adapters import Adapter
+from flexlora.data.collation import Example, collate, collate_prompts
+from flexlora.jobs import EvalJob, EvalResult, Score
+from flexlora.models import BaseModel
+from flexlora.slots import SlotModel
+from flexlora.training import answer_losses
+
+__all__ = ["BASE", "answer_loss_sums", "evaluate", "exact_match", "generate_answers", "rouge_l"]
+
+BASE = "base"  # the name under which the bare base is scored
+
+
+def exact_match(generated: str, reference: str) -> float:
+    """1.0 where the two are the same text up to surrounding and repeated white space."""
+    return float(generated.split() == reference.split())
+
+
+def rouge_l(generated: str, reference: str) -> float:
+    """ROUGE-L F1 (Lin, 2004) as the ``rouge-score`` package computes it, without stemming."""
+    return _scorer().score(reference, generated)["rougeL"].fmeasure
+
+
+@lru_cache(maxsize=1)
+def _scorer() -> object:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeL"], use_stemmer=False)
+
+
+def _by_length(examples: Sequence[Example], size: int) -> Iterable[list[int]]:
+    """Indices in chunks of alike length, so that little is padded."""
+    order = sorted(range(len(examples)), key=lambda i: (len(examples[i].input_ids), i))
+    for at in range(0, len(order), size):
+        yield order[at : at + size]
+
+
+@torch.no_grad()
+def answer_loss_sums(
+    slots: SlotModel, examples: Sequence[Example], *, batch_size: int, pad_token_id: int
+) -> list[list[float]]:
+    """Summed answer loss of every row under every loaded slot: ``[K][rows]`` (K = 1 for the base)."""
+    count = max(slots.num_slots, 1)
+    sums = [[0.0] * len(examples) for _ in range(count)]
+    for indices in _by_length(examples, max(1, batch_size // count)):
+        rows = [examples[i] for i in indices]
+        parts = answer_losses(slots, collate([rows] * count, pad_token_id=pad_token_id))
+        lengths = [len(row.input_ids) - row.prompt_length for row in rows]
+        for k, part in enumerate(parts):
+            for i, losses in zip(indices, part.split(lengths), strict=True):
+                sums[k][i] = float(losses.double().sum())
+    return sums
+
+
+@torch.no_grad()
+def generate_answers(
+    slots: SlotModel,
+    examples: Sequence[Example],
+    *,
+    tokenizer: object,
+    max_new_tokens: int,
+    batch_size: int,
+    pad_token_id: int,
+) -> list[list[str]]:
+    """Greedy answers of every loaded slot to every prompt, ``[K][rows]``, special tokens removed."""
+    from transformers import GenerationConfig
+
+    count = max(slots.num_slots, 1)
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    answers = [[""] * len(examples) for _ in range(count)]
+    for indices in _by_length(examples, max(1, batch_size // count)):
+        rows = [examples[i] for i in indices]
+        batch = collate_prompts([rows] * count, pad_token_id=pad_token_id)
+        width = batch.input_ids.shape[1]
+        output = slots.model.generate(
+            input_ids=batch.input_ids.to(slots.device),
+            attention_mask=batch.attention_mask.to(slots.device),
+            generation_config=config,
+        )
+        texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+        for position, text in enumerate(texts):
+            answers[position // len(rows)][indices[position % len(rows)]] = text.strip()
+    return answers
+
+
+def evaluate(
+    slots: SlotModel,
+    base: BaseModel,
+    jobs: Sequence[EvalJob],
+    examples: Sequence[Sequence[Example]],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+) -> list[EvalResult]:
+    """Scores of every job's adapters on its own rows; jobs that share adapters share passes."""
+    scores: list[dict[str, Score]] = [{} for _ in jobs]
+    for members, job in _groups(jobs):
+        rows = [row for k in members for row in examples[k]]
+        owners = [k for k in members for _ in examples[k]]
+        if not rows:
+            continue
+        adapters = list(job.adapters.values())
+        per_slot = _score(slots, base, adapters, rows, job.generate, batch_size, max_new_tokens)
+        for name, row_scores in zip(job.adapters or [BASE], per_slot, strict=True):
+            for k, score in zip(owners, row_scores, strict=True):
+                scores[k][name] = scores[k].get(name, Score()) + score
+    slots.clear()
+    return [
+        EvalResult(client_id=job.client_id, scores=score)
+        for job, score in zip(jobs, scores, strict=True)
+    ]
+
+
+def _groups(jobs: Sequence[EvalJob]) -> Iterable[tuple[list[int], EvalJob]]:
+    """Jobs with the same adapters and the same questions, by their first member."""
+    groups: dict[tuple, list[int]] = {}
+    for k, job in enumerate(jobs):
+        digests = tuple((name, adapter.digest()) for name, adapter in job.adapters.items())
+        groups.setdefault((job.generate, digests), []).append(k)
+    for members in groups.values():
+        yield members, jobs[members[0]]
+
+
+def _score(
+    slots: SlotModel,
+    base: BaseModel,
+    adapters: Sequence[Adapter],
+    rows: Sequence[Example],
+    generate: bool,
+    batch_size: int,
+    max_new_tokens: int,
+) -> list[list[Score]]:
+    """``[slots][rows]`` scores under each adapter, or under the bare base where there is none."""
+    slots.load(adapters) if adapters else slots.clear()
+    losses = answer_loss_sums(slots, rows, batch_size=batch_size, pad_token_id=base.pad_token_id)
+    texts: list[list[str]] | None = None
+    if generate:
+        texts = generate_answers(
+            slots,
+            rows,
+            tokenizer=base.tokenizer,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            pad_token_id=base.pad_token_id,
+        )
+    return [
+        [
+            Score(
+                loss=losses[k][i],
+                tokens=len(row.input_ids) - row.prompt_length,
+                rows=1,
+                exact_match=exact_match(texts[k][i], row.answer) if texts else 0.0,
+                rouge_l=rouge_l(texts[k][i], row.answer) if texts else 0.0,
+                generated=1 if texts else 0,
+            )
+            for i, row in enumerate(rows)
+        ]
+        for k in range(len(losses))
+    ]

@@ -1,0 +1,109 @@
+"""What is asked of a client and what it answers, free of any transport.
+
+One boundary serves simulation, deployment and notebooks: ``decode(Message) -> TrainJob``,
+``train(jobs) -> results``, ``encode(result) -> Message``; only the number of jobs differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from flexlora.adapters import Adapter
+from flexlora.aggregation.base import Start
+
+__all__ = ["Capability", "EvalJob", "EvalResult", "Score", "TrainJob", "TrainResult"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capability:
+    """What a client says of itself before round 1."""
+
+    client_id: str
+    num_examples: int
+    num_dropped: int
+    version: str
+    fingerprint: str
+    quantization: str
+    device: str
+    modules: tuple[str, ...]
+    out_features: tuple[int, ...]
+    in_features: tuple[int, ...]
+    cause: str = ""
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """``(out_features, in_features)`` of every target module."""
+        sizes = zip(self.out_features, self.in_features, strict=True)
+        return dict(zip(self.modules, sizes, strict=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainJob:
+    """Train from ``start`` in round ``server_round`` of ``num_server_rounds``."""
+
+    client_id: str
+    server_round: int
+    num_server_rounds: int
+    start: Start
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """Trained factors and what it took; ``cause`` says why there are none.
+
+    ``loss_before`` and ``loss_after`` are over the rows of the first step, before any step and
+    after the last; ``train_loss`` is the mean over the steps.
+    """
+
+    client_id: str
+    rank_class: str
+    base_round: int
+    digest: str
+    num_examples: int = 0
+    adapter: Adapter | None = None
+    steps: int = 0
+    tokens: int = 0
+    train_loss: float = float("nan")
+    loss_before: float = float("nan")
+    loss_after: float = float("nan")
+    train_seconds: float = 0.0
+    cause: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalJob:
+    """Evaluate every adapter (by rank class; none at all: the bare base) on the client's rows."""
+
+    client_id: str
+    server_round: int
+    adapters: Mapping[str, Adapter]
+    generate: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """Sums over rows, so that scores of clients add up: divide at the end.
+
+    ``loss`` is summed over answer ``tokens``; exact match and ROUGE-L over ``generated`` rows.
+    """
+
+    loss: float = 0.0
+    tokens: int = 0
+    rows: int = 0
+    exact_match: float = 0.0
+    rouge_l: float = 0.0
+    generated: int = 0
+
+    def __add__(self, other: Score) -> Score:
+        names = self.__dataclass_fields__
+        return Score(**{name: getattr(self, name) + getattr(other, name) for name in names})
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalResult:
+    """Scores by rank class; ``cause`` says why there are none."""
+
+    client_id: str
+    scores: Mapping[str, Score] = field(default_factory=dict)
+    cause: str = ""

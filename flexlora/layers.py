@@ -1,0 +1,106 @@
+"""One LoRA layer with K slots over one frozen linear: K = 1 on a device, K = a cohort in simulation.
+
+Rows of a batch are slot-major: ``[K * b, T, in]``, b rows of each slot. With slots of unequal rank
+the factors are zero-padded to the largest, ``A [K, R, in]`` and ``B [K, out, R]``:
+
+    y_k = x_k W^T + s_k (drop(x_k) A_k^T) B_k^T  [+ c_k (x_k P_k^T) Q_k^T, the carried factors]
+
+A padded row of A meets a padded column of B, both zero, so both gradients are zero and stay so. The
+frozen linear is any module that maps ``[..., in]`` to ``[..., out]``: ``nn.Linear``, GPT-2's
+``Conv1D``, bitsandbytes' ``Linear4bit``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from flexlora.adapters import LoRAFactors
+from flexlora.seeds import derive_seed
+
+__all__ = ["DropoutStream", "LoRALinear", "SlotFactors"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DropoutStream:
+    """Where a slot's dropout masks come from in this pass: a seed and the slot's unpadded shape.
+
+    The mask of a module is a function of (seed, module) and drawn for ``[rows, length, in]``, so a
+    slot has the same mask alone, in a cohort, and when checkpointing computes it again.
+    """
+
+    seed: int
+    rows: int
+    length: int
+
+
+@dataclass(kw_only=True, eq=False)
+class SlotFactors:
+    """``A [K, R, in]``, ``B [K, out, R]``, ``scaling [K, 1, 1]``; K = 1 serves all rows alike."""
+
+    A: Tensor
+    B: Tensor
+    scaling: Tensor
+
+    def apply(self, x: Tensor, num_slots: int) -> Tensor:
+        """``s_k (x_k A_k^T) B_k^T`` of rows ``x [K' * b, T, in]`` of the first K' slots."""
+        rows, length, in_features = x.shape
+        by_slot = x.reshape(num_slots, rows // num_slots * length, in_features)
+        A, B, scaling = self.A[:num_slots], self.B[:num_slots], self.scaling[:num_slots]
+        hidden = torch.matmul(by_slot, A.transpose(1, 2))
+        return torch.matmul(hidden * scaling, B.transpose(1, 2)).reshape(rows, length, -1)
+
+    @staticmethod
+    def stack(slots: Sequence[LoRAFactors], like: Tensor) -> SlotFactors:
+        """Frozen factors of K slots, zero-padded to their largest rank, on ``like``'s device."""
+        R = max(f.rank for f in slots)
+        A = like.new_zeros(len(slots), R, slots[0].in_features)
+        B = like.new_zeros(len(slots), slots[0].out_features, R)
+        for k, factors in enumerate(slots):
+            A[k, : factors.rank] = factors.lora_A.to(A)
+            B[k, :, : factors.rank] = factors.lora_B.to(B)
+        scaling = A.new_tensor([f.scaling for f in slots])[:, None, None]
+        return SlotFactors(A=A, B=B, scaling=scaling)
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear and the factors of K slots beside it. Without slots it is the linear alone."""
+
+    def __init__(self, base: nn.Module, *, name: str, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.base = base
+        self.name, self.in_features, self.out_features = name, in_features, out_features
+        self.num_slots = 0
+        self.trained: SlotFactors | None = None
+        self.carried: SlotFactors | None = None
+        self.dropout = 0.0
+        self.streams: tuple[DropoutStream | None, ...] = ()
+
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        out = self.base(x, *args, **kwargs)
+        if self.num_slots == 0:
+            return out
+        for factors, dropped in ((self.trained, True), (self.carried, False)):
+            if factors is not None:
+                inputs = x.to(factors.A.dtype)
+                if dropped and self.dropout > 0 and self.streams:
+                    inputs = inputs * self._mask(inputs)
+                out = out + factors.apply(inputs, self.num_slots).to(out.dtype)
+        return out
+
+    def _mask(self, x: Tensor) -> Tensor:
+        """Inverted dropout ``[K * b, T, in]``: 0 or 1/(1-p); padding keeps 0, it feeds no loss."""
+        mask = torch.zeros_like(x)
+        rows_per_slot = x.shape[0] // self.num_slots
+        for k, stream in enumerate(self.streams[: self.num_slots]):
+            if stream is None:
+                continue
+            generator = torch.Generator(x.device).manual_seed(derive_seed(stream.seed, self.name))
+            shape = (stream.rows, stream.length, self.in_features)
+            keep = torch.rand(shape, generator=generator, device=x.device) >= self.dropout
+            first = k * rows_per_slot
+            mask[first : first + stream.rows, : stream.length] = keep.to(x.dtype)
+        return mask / (1.0 - self.dropout)

@@ -1,0 +1,144 @@
+"""The frozen base model, loaded once per process, and its tokenizer.
+
+``embedded`` is the tiny base that ships with the package. Everything else is a local folder or a
+hub name, read as safetensors only: a pickle is never opened. Weights are read in
+bfloat16, float32 or float64, or as NF4 with double quantization (QLoRA, arXiv 2305.14314).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from flexlora.errors import UserError
+
+__all__ = ["EMBEDDED", "BaseModel", "load_base", "pick_device", "resolve_name"]
+
+EMBEDDED = Path(__file__).parent / "assets" / "base"
+_loaded: dict[tuple[str, ...], BaseModel] = {}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BaseModel:
+    """A frozen causal language model in evaluation mode, its tokenizer, and who it is."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    fingerprint: str
+    device: torch.device
+
+    @property
+    def pad_token_id(self) -> int:
+        """The tokenizer's padding id, or 0 where it has none (masked out either way)."""
+        return self.tokenizer.pad_token_id or 0
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest sequence the model was built for, where its config says so."""
+        return getattr(self.model.config, "max_position_embeddings", None)
+
+
+def resolve_name(name: str) -> str:
+    """The folder or hub name behind ``model.name``.
+
+    Raises:
+        UserError: a path that does not exist, or a folder without a ``config.json``.
+    """
+    if name == "embedded":
+        return str(EMBEDDED)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"model folder '{name}' has no config.json; is it a model folder?")
+        return str(path.resolve())
+    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") != 1 or path.exists()
+    if looks_like_path:
+        raise UserError(
+            f"model.name is '{name}', which is not a folder; "
+            "expected 'embedded', a model folder or a hub name like 'owner/model'."
+        )
+    return name
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` is CUDA where there is one.
+
+    Raises:
+        UserError: ``cuda`` where there is none.
+    """
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise UserError("engine.device is 'cuda' but torch sees no CUDA device; use 'cpu'.")
+    return torch.device("cuda" if available and name != "cpu" else "cpu")
+
+
+def load_base(
+    name: str, *, dtype: str = "float32", quantization: str = "none", device: str = "auto"
+) -> BaseModel:
+    """The base model of that name, frozen; the same arguments give the same object.
+
+    Raises:
+        UserError: a model that is not there or cannot be read.
+    """
+    key = (resolve_name(name), dtype, quantization, str(pick_device(device)))
+    if key not in _loaded:
+        _loaded[key] = _load(key[0], name, dtype, quantization, pick_device(device))
+    return _loaded[key]
+
+
+def _load(source: str, name: str, dtype: str, quantization: str, device: torch.device) -> BaseModel:
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    transformers.utils.logging.disable_progress_bar()
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "use_safetensors": True}
+    if quantization == "nf4":
+        options["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=getattr(torch, dtype),
+        )
+        options["device_map"] = {"": device}
+    local = Path(source).is_dir()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
+        model = AutoModelForCausalLM.from_pretrained(source, local_files_only=local, **options)
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise UserError(f"model '{name}' cannot be loaded: {reason}") from error
+    if quantization == "none":
+        model.to(device)
+    model.requires_grad_(False).eval()
+    return BaseModel(
+        name=name,
+        model=model,
+        tokenizer=tokenizer,
+        fingerprint=_fingerprint(model, quantization),
+        device=device,
+    )
+
+
+def _fingerprint(model: nn.Module, quantization: str) -> str:
+    """SHA-256 over names, shapes, dtypes and a strided sample of every weight.
+
+    Two nodes that hold another base, or the same one quantized otherwise, differ in it. At most 4096
+    numbers of a tensor are read, so that it costs milliseconds for billions of weights.
+    """
+    sha = hashlib.sha256(quantization.encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        flat = tensor.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 4096)].cpu().contiguous()
+        sha.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        sha.update(sample.view(torch.uint8).numpy())
+    return sha.hexdigest()
+
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -1,0 +1,65 @@
+"""AdamW and SGD over the slots' one flat buffer, each row a client of its own.
+
+Rows do not feel each other: own step count, own learning rate, own gradient norm, and a row that
+has ended does not move. On one row this is ``torch.optim.AdamW`` (Loshchilov and Hutter,
+arXiv 1711.05101) and ``clip_grad_norm_``, which are the oracles in the tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["SlotOptimizer", "clip_rows"]
+
+
+def clip_rows(gradients: Tensor, max_norm: float) -> Tensor:
+    """Scale each row of ``[K, P]`` in place to a norm of at most ``max_norm``; norms ``[K]``."""
+    norms = torch.linalg.vector_norm(gradients, dim=1)
+    if max_norm > 0:
+        gradients.mul_((max_norm / (norms + 1e-6)).clamp(max=1.0)[:, None])
+    return norms
+
+
+class SlotOptimizer:
+    """One optimizer for K rows of ``parameters [K, P]``, updated in place.
+
+    Moments begin at zero in every round: the server's SVD rotates the factors, and moments kept
+    across it would belong to other directions.
+    """
+
+    betas, eps = (0.9, 0.999), 1e-8
+
+    def __init__(self, parameters: Tensor, *, optim: str, weight_decay: float = 0.0) -> None:
+        if optim not in ("adamw_torch", "sgd"):
+            raise ValueError(f"optim is '{optim}', expected adamw_torch or sgd.")
+        self.parameters, self.optim, self.weight_decay = parameters, optim, weight_decay
+        self.steps = 0
+        if optim == "adamw_torch":
+            self.first = torch.zeros_like(parameters)
+            self.second = torch.zeros_like(parameters)
+
+    @torch.no_grad()
+    def step(self, gradients: Tensor, learning_rates: Sequence[float]) -> None:
+        """One step of the first ``len(learning_rates)`` rows; the others have ended and stay.
+
+        Rows end from the last to the first, so the rows that still train share a step count.
+        """
+        rows = len(learning_rates)
+        self.steps += 1
+        parameters, gradients = self.parameters[:rows], gradients[:rows]
+        rates = parameters.new_tensor(learning_rates)[:, None]
+        if self.optim == "sgd":
+            decayed = gradients + self.weight_decay * parameters if self.weight_decay else gradients
+            parameters.sub_(rates * decayed)
+            return
+        beta1, beta2 = self.betas
+        first, second = self.first[:rows], self.second[:rows]
+        if self.weight_decay:
+            parameters.mul_(1.0 - rates * self.weight_decay)
+        first.lerp_(gradients, 1.0 - beta1)
+        second.mul_(beta2).addcmul_(gradients, gradients, value=1.0 - beta2)
+        denominator = (second.sqrt() / (1.0 - beta2**self.steps) ** 0.5).add_(self.eps)
+        parameters.sub_(rates / (1.0 - beta1**self.steps) * first / denominator)

@@ -1,0 +1,148 @@
+"""Rank classes, and the policies that give each client one.
+
+A rank class is a name, a trained rank per module and, where they differ, a carried rank
+(DESIGN.md, "Two ranks"). All clients of a class are sent the same bytes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from flexlora.errors import UserError, nearest
+from flexlora.seeds import numpy_generator
+
+__all__ = ["RankClass", "assign_ranks", "parse_shares", "parse_tiers", "quotas"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankClass:
+    """A trained rank, with exceptions for modules whose name matches a regular expression.
+
+    ``carried_rank`` is the rank of the frozen global change that the client holds beside what it
+    trains; 0 where the method sends none.
+    """
+
+    name: str
+    rank: int
+    pattern: tuple[tuple[str, int], ...] = ()
+    carried_rank: int = 0
+
+    def __post_init__(self) -> None:
+        for rank in (self.rank, *(rank for _, rank in self.pattern)):
+            if rank < 1:
+                raise UserError(
+                    f"rank class '{self.name}' has rank {rank}, expected at least 1; "
+                    "leave a client out instead of giving it rank 0."
+                )
+
+    def rank_of(self, module: str, out_features: int, in_features: int) -> int:
+        """The trained rank of one module, capped at ``min(out_features, in_features)``."""
+        wanted = next((r for regex, r in self.pattern if re.search(regex, module)), self.rank)
+        return min(wanted, out_features, in_features)
+
+    def ranks(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, int]:
+        """The capped rank of every module of ``shapes`` (name to ``(out, in)``)."""
+        return {name: self.rank_of(name, *shape) for name, shape in shapes.items()}
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values for a checkpoint; ``from_dict`` is the inverse."""
+        return {
+            "name": self.name,
+            "rank": self.rank,
+            "pattern": [list(item) for item in self.pattern],
+            "carried_rank": self.carried_rank,
+        }
+
+    @staticmethod
+    def from_dict(values: Mapping[str, object]) -> RankClass:
+        pattern = tuple((str(regex), int(rank)) for regex, rank in values["pattern"])
+        return RankClass(**{**values, "pattern": pattern})
+
+
+def parse_tiers(text: str) -> tuple[int, ...]:
+    """``"4,8,16"`` as ascending ranks.
+
+    Raises:
+        UserError: not whole numbers, a rank below 1, or a rank named twice.
+    """
+    try:
+        tiers = tuple(int(item) for item in text.split(","))
+    except ValueError:
+        raise UserError(
+            f"ranks.tiers is '{text}', expected whole numbers separated by commas such as '4,8,16'."
+        ) from None
+    for rank in tiers:
+        if rank < 1:
+            raise UserError(f"ranks.tiers has rank {rank}, expected ranks of at least 1.")
+    if len(set(tiers)) != len(tiers):
+        raise UserError(f"ranks.tiers is '{text}' and names a rank twice, expected distinct ranks.")
+    return tuple(sorted(tiers))
+
+
+def parse_shares(text: str, num_tiers: int) -> tuple[float, ...]:
+    """``"0.5,0.25,0.25"`` as shares that add up to 1, or ``"equal"``.
+
+    Raises:
+        UserError: another count than ``num_tiers``, a negative share, a sum other than 1.
+    """
+    if text.strip() == "equal":
+        return (1.0 / num_tiers,) * num_tiers
+    try:
+        shares = tuple(float(item) for item in text.split(","))
+    except ValueError:
+        raise UserError(f"ranks.shares is '{text}', expected numbers or 'equal'.") from None
+    if len(shares) != num_tiers:
+        raise UserError(
+            f"ranks.shares has {len(shares)} shares for {num_tiers} tiers; "
+            "give one share per tier or ranks.shares=equal."
+        )
+    if min(shares) < 0 or abs(sum(shares) - 1.0) > 1e-6:
+        raise UserError(
+            f"ranks.shares is '{text}' and adds up to {sum(shares):g}, "
+            "expected shares of at least 0 that add up to 1."
+        )
+    return shares
+
+
+def quotas(shares: Sequence[float], count: int) -> list[int]:
+    """Whole numbers that add up to ``count``, by largest remainder (Hamilton's method)."""
+    exact = [share * count for share in shares]
+    whole = [int(value + 1e-9) for value in exact]
+    order = sorted(range(len(shares)), key=lambda i: (whole[i] - exact[i], i))
+    for i in order[: count - sum(whole)]:
+        whole[i] += 1
+    return whole
+
+
+def assign_ranks(
+    client_ids: Sequence[str], *, policy: str, fixed: int, tiers: str, shares: str, seed: int
+) -> dict[str, RankClass]:
+    """A rank class for every client, a function of the set of ids and the seed only.
+
+    ``fixed`` gives all clients one rank. ``tiers`` deals the ids, shuffled by the seed, to the tiers
+    in ascending order with exact quotas.
+
+    Raises:
+        UserError: an unknown policy, or tiers, shares or ranks that make no sense.
+    """
+    ordered = sorted(client_ids)
+    if policy == "fixed":
+        if fixed < 1:
+            raise UserError(f"ranks.fixed is {fixed}, expected a rank of at least 1.")
+        return dict.fromkeys(ordered, RankClass(name=f"rank_{fixed}", rank=fixed))
+    if policy != "tiers":
+        known = ("fixed", "tiers")
+        raise UserError(
+            f"ranks.policy is '{policy}', expected fixed or tiers.{nearest(policy, known)}"
+        )
+    ranks = parse_tiers(tiers)
+    counts = quotas(parse_shares(shares, len(ranks)), len(ordered))
+    shuffled = numpy_generator(seed, "ranks").permutation(len(ordered))
+    dealt = [rank for rank, count in zip(ranks, counts, strict=True) for _ in range(count)]
+    table = {ordered[i]: rank for i, rank in zip(shuffled, dealt, strict=True)}
+    return {
+        client_id: RankClass(name=f"rank_{table[client_id]}", rank=table[client_id])
+        for client_id in ordered
+    }

@@ -1,0 +1,242 @@
+"""A base model with a LoRA layer in the place of each target, and K slots to load, train and read.
+
+``SlotModel`` is what training and evaluation work on. The trained factors of all slots lie in one
+buffer ``parameters [K, P]``, of which the layers hold views, and gradients arrive as one
+``gradients [K, P]``. So a step of the optimizer, a slot's gradient norm and its learning rate are a
+few operations on a matrix, whatever the number of modules.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from flexlora.adapters import Adapter, LoRAFactors
+from flexlora.errors import UserError, nearest
+from flexlora.layers import DropoutStream, LoRALinear, SlotFactors
+
+__all__ = ["SlotModel", "find_targets", "slot_model"]
+
+_LINEAR_CLASSES = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """``(out_features, in_features)`` of a linear of any supported kind, None for other modules."""
+    if type(module).__name__ not in _LINEAR_CLASSES:
+        return None
+    if type(module).__name__ == "Conv1D":
+        in_features, out_features = module.weight.shape
+        return out_features, in_features
+    return module.out_features, module.in_features
+
+
+def find_targets(model: nn.Module, target_modules: str) -> dict[str, tuple[int, int]]:
+    """The linears that get LoRA, ``{name: (out_features, in_features)}``, as PEFT would pick them.
+
+    ``all-linear`` is every linear but the output layer; names separated by commas match a whole
+    name or its end after a dot; anything else is a regular expression that matches a whole name.
+
+    Raises:
+        UserError: nothing matches, or the expression cannot be read.
+    """
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    linears = {
+        name: shape
+        for name, module in model.named_modules()
+        if (shape := linear_shape(module)) is not None and module is not head
+    }
+    found = {name: linears[name] for name in linears if _matches(name, target_modules)}
+    if not found:
+        leaves = sorted({name.rpartition(".")[2] for name in linears})
+        hint = nearest(target_modules.rpartition(".")[2], leaves)
+        raise UserError(
+            f"lora.target-modules is '{target_modules}', which matches no linear module of the "
+            f"model, expected 'all-linear' or some of {', '.join(leaves) or 'none'}.{hint}"
+        )
+    return found
+
+
+def _matches(name: str, target_modules: str) -> bool:
+    if target_modules == "all-linear":
+        return True
+    names = [item.strip() for item in target_modules.split(",")]
+    if any(name == item or name.endswith(f".{item}") for item in names):
+        return True
+    try:
+        return re.fullmatch(target_modules, name) is not None
+    except re.error as error:
+        raise UserError(
+            f"lora.target-modules is '{target_modules}', which is neither a list of names nor a "
+            f"regular expression: {error}."
+        ) from None
+
+
+class SlotModel:
+    """A frozen ``model`` with LoRA layers injected; ``shapes`` names the targets in model order."""
+
+    def __init__(self, model: nn.Module, target_modules: str = "all-linear") -> None:
+        self.model, self.target_modules = model, target_modules
+        self.shapes = find_targets(model, target_modules)
+        self.layers: dict[str, LoRALinear] = {}
+        self.num_slots = 0
+        self.parameters = self.gradients = torch.empty(0, 0)
+        self._leaves: list[Tensor] = []
+        self._templates: list[Adapter] = []
+        for name, (out_features, in_features) in self.shapes.items():
+            base = model.get_submodule(name)
+            layer = LoRALinear(base, name=name, in_features=in_features, out_features=out_features)
+            _replace(model, name, layer)
+            self.layers[name] = layer
+
+    def remove(self) -> None:
+        """Put the plain linears back."""
+        for name, layer in self.layers.items():
+            _replace(self.model, name, layer.base)
+        self.layers = {}
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def load(
+        self,
+        adapters: Sequence[Adapter],
+        *,
+        carried: Sequence[Adapter | None] | None = None,
+        trainable: Sequence[str] = (),
+    ) -> None:
+        """One adapter per slot; factors named in ``trainable`` get gradients, the rest is frozen.
+
+        Raises:
+            ValueError: an adapter whose modules or shapes are not the model's.
+        """
+        for adapter in adapters:
+            self._check(adapter)
+        self.clear()
+        self.num_slots, self._templates = len(adapters), list(adapters)
+        views = self._allocate(trainable)
+        for name, layer in self.layers.items():
+            layer.num_slots = self.num_slots
+            frozen = [a[name] if a is not None else None for a in carried or ()]
+            if any(factors is not None for factors in frozen):
+                layer.carried = self._stack(name, [f or self._zero(name) for f in frozen])
+            stacked = self._stack(name, [adapter[name] for adapter in adapters])
+            for label in trainable:
+                view = views[name, label].copy_(getattr(stacked, label[-1]))
+                setattr(stacked, label[-1], view.requires_grad_())
+            layer.trained = stacked
+
+    def accumulate_gradients(self, loss: Tensor) -> None:
+        """Add ``d loss / d parameters`` to ``gradients [K, P]``; padding gets exact zeros."""
+        parts = torch.autograd.grad(loss, self._leaves)
+        self.gradients += torch.cat([part.flatten(1) for part in parts], dim=1)
+
+    def _allocate(self, trainable: Sequence[str]) -> dict[tuple[str, str], Tensor]:
+        """The flat buffers, and views of them by module and factor: ``[K, R, in]``, ``[K, out, R]``."""
+        K = self.num_slots
+        widths = []
+        for name, (out_features, in_features) in self.shapes.items():
+            R = max(adapter[name].rank for adapter in self._templates)
+            shapes = {"lora_A": (R, in_features), "lora_B": (out_features, R)}
+            widths += [(name, label, shapes[label]) for label in trainable]
+        dtype = next(iter(self._templates[0].values())).lora_A.dtype if K else torch.float32
+        total = sum(a * b for _, _, (a, b) in widths)
+        self.parameters = torch.zeros(K, total, dtype=dtype, device=self.device)
+        self.gradients = torch.zeros_like(self.parameters)
+        offset, views = 0, {}
+        for name, label, (a, b) in widths:
+            span = slice(offset, offset + a * b)
+            offset += a * b
+            self._leaves.append(self.parameters[:, span].view(K, a, b))
+            views[name, label] = self._leaves[-1]
+        return views
+
+    def _stack(self, name: str, slots: Sequence[LoRAFactors]) -> SlotFactors:
+        like = torch.empty(0, dtype=slots[0].lora_A.dtype, device=self.device)
+        return SlotFactors.stack(slots, like)
+
+    def _zero(self, name: str) -> LoRAFactors:
+        out_features, in_features = self.shapes[name]
+        dtype = self._templates[0][name].lora_A.dtype
+        return LoRAFactors(
+            lora_A=torch.zeros(1, in_features, dtype=dtype),
+            lora_B=torch.zeros(out_features, 1, dtype=dtype),
+            alpha=1.0,
+        )
+
+    def _check(self, adapter: Adapter) -> None:
+        if set(adapter) != set(self.shapes):
+            name = sorted(set(adapter) ^ set(self.shapes))[0]
+            raise ValueError(
+                f"module '{name}' is in the {'adapter' if name in adapter else 'model'} only; "
+                f"was the adapter made for lora.target-modules '{self.target_modules}'?"
+            )
+        for name, factors in adapter.items():
+            shape = (factors.out_features, factors.in_features)
+            if shape != self.shapes[name]:
+                raise ValueError(
+                    f"module '{name}': the adapter is {shape}, the model {self.shapes[name]} "
+                    "= (out_features, in_features). Was it made for another base?"
+                )
+
+    def extract(self, slot: int) -> Adapter:
+        """The factors of one slot as they are now, copied to the CPU, at the slot's own ranks."""
+        modules = {}
+        for name, layer in self.layers.items():
+            template = self._templates[slot][name]
+            A = layer.trained.A[slot, : template.rank].detach().cpu().clone()
+            B = layer.trained.B[slot, :, : template.rank].detach().cpu().clone()
+            modules[name] = LoRAFactors(
+                lora_A=A, lora_B=B, alpha=template.alpha, rslora=template.rslora
+            )
+        return Adapter(modules)
+
+    def clear(self) -> None:
+        """No slots: the model is the frozen base."""
+        self.num_slots, self._templates, self._leaves = 0, [], []
+        self.parameters = self.gradients = torch.empty(0, 0)
+        for layer in self.layers.values():
+            layer.trained = layer.carried = None
+            layer.num_slots, layer.dropout, layer.streams = 0, 0.0, ()
+
+    def set_dropout(self, dropout: float, streams: Sequence[DropoutStream | None]) -> None:
+        """Masks of the coming pass, one stream per slot; no streams is no dropout."""
+        for layer in self.layers.values():
+            layer.dropout, layer.streams = dropout, tuple(streams)
+
+    @contextmanager
+    def first_slots(self, count: int) -> Iterator[None]:
+        """Rows of the first ``count`` slots only: a slot that has ended costs nothing."""
+        whole = self.num_slots
+        try:
+            self._show(count)
+            yield
+        finally:
+            self._show(whole)
+
+    def _show(self, count: int) -> None:
+        for layer in self.layers.values():
+            layer.num_slots = count
+
+
+_attached: dict[int, SlotModel] = {}
+
+
+def slot_model(model: nn.Module, target_modules: str) -> SlotModel:
+    """The slots of ``model``: the same object while the targets are the same, else injected anew."""
+    current = _attached.get(id(model))
+    if current is not None and current.model is model:
+        if current.target_modules == target_modules:
+            return current
+        current.remove()
+    _attached[id(model)] = SlotModel(model, target_modules)
+    return _attached[id(model)]
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)

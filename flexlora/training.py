@@ -1,0 +1,280 @@
+"""Local training of K slots at once: the same code for a device (K = 1) and for a cohort.
+
+Every slot minimises its own mean loss over its own answer tokens. The passes are shared, nothing
+else is: losses are summed over slots and never averaged over the batch, gradients are clipped per
+slot, each slot has its own batches, learning rate, dropout masks and number of steps. So K slots
+give what K separate runs give, up to the rounding of wider matrix products.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flexlora.data.collation import Batch, Example, batch_plan, collate
+from flexlora.jobs import TrainJob, TrainResult
+from flexlora.layers import DropoutStream
+from flexlora.optim import SlotOptimizer, clip_rows
+from flexlora.seeds import derive_seed
+from flexlora.slots import SlotModel
+
+__all__ = ["TrainSettings", "answer_losses", "learning_rate_at", "num_steps", "train"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """Hugging Face's words for local training; ``max_steps`` 0 means ``num_train_epochs``."""
+
+    learning_rate: float = 2e-3
+    per_device_train_batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    max_steps: int = 10
+    num_train_epochs: int = 1
+    optim: str = "adamw_torch"
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    lr_scheduler_type: str = "linear"
+    gradient_checkpointing: bool = False
+    lora_dropout: float = 0.0
+    seed: int = 0
+
+    @property
+    def examples_per_step(self) -> int:
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+
+def num_steps(num_examples: int, settings: TrainSettings) -> int:
+    """Optimizer steps of one round for a client with that many examples."""
+    if settings.max_steps > 0:
+        return settings.max_steps
+    return settings.num_train_epochs * math.ceil(num_examples / settings.examples_per_step)
+
+
+def learning_rate_at(settings: TrainSettings, job: TrainJob, step: int, steps: int) -> float:
+    """The rate of one step; the schedule runs once across all rounds, not anew in each."""
+    progress = (job.server_round - 1 + step / steps) / job.num_server_rounds
+    factors = {
+        "constant": 1.0,
+        "linear": 1.0 - progress,
+        "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
+    }
+    return settings.learning_rate * factors[settings.lr_scheduler_type]
+
+
+def train(
+    slots: SlotModel,
+    jobs: Sequence[TrainJob],
+    examples: Sequence[Sequence[Example]],
+    settings: TrainSettings,
+    *,
+    pad_token_id: int = 0,
+) -> list[TrainResult]:
+    """Train ``jobs[k]`` on ``examples[k]``, all in the same passes; results in the order of jobs.
+
+    Raises:
+        ValueError: no jobs, a job without examples, or jobs that train different factors.
+    """
+    if not jobs or not all(examples):
+        raise ValueError("every job needs at least one example; skip clients without rows.")
+    if len({job.start.trainable for job in jobs}) > 1:
+        raise ValueError("jobs of one cohort must train the same factors; plan them apart.")
+    started = time.perf_counter()
+    steps = [num_steps(len(rows), settings) for rows in examples]
+    # Slots end from the last to the first, so that those still training are always a prefix.
+    order = sorted(range(len(jobs)), key=lambda k: (-steps[k], jobs[k].client_id))
+    cohort = _Cohort(
+        slots=slots,
+        jobs=[jobs[k] for k in order],
+        examples=[examples[k] for k in order],
+        steps=[steps[k] for k in order],
+        settings=settings,
+        pad_token_id=pad_token_id,
+    )
+    try:
+        by_slot = cohort.run()
+    finally:
+        slots.clear()
+    seconds = (time.perf_counter() - started) / len(jobs)
+    results: list[TrainResult | None] = [None] * len(jobs)
+    for slot, k in enumerate(order):
+        results[k] = TrainResult(**by_slot[slot], train_seconds=seconds)
+    return results
+
+
+@dataclass(kw_only=True)
+class _Cohort:
+    slots: SlotModel
+    jobs: list[TrainJob]
+    examples: list[Sequence[Example]]
+    steps: list[int]
+    settings: TrainSettings
+    pad_token_id: int
+
+    def run(self) -> list[dict]:
+        starts = [job.start for job in self.jobs]
+        self.slots.load(
+            [start.trained for start in starts],
+            carried=[start.carried for start in starts],
+            trainable=starts[0].trainable,
+        )
+        optimizer = SlotOptimizer(
+            self.slots.parameters,
+            optim=self.settings.optim,
+            weight_decay=self.settings.weight_decay,
+        )
+        plans = [self._plan(k) for k in range(len(self.jobs))]
+        first_rows = [plan[0][: self.settings.per_device_train_batch_size] for plan in plans]
+        before = self._probe(first_rows)
+        losses = [0.0] * len(self.jobs)
+        tokens = [0] * len(self.jobs)
+        with checkpointing(self.slots.model, self.settings.gradient_checkpointing):
+            for step in range(self.steps[0]):
+                active = sum(count > step for count in self.steps)
+                with self.slots.first_slots(active):
+                    step_losses, step_tokens = self._accumulate(step, plans[:active])
+                clip_rows(self.slots.gradients[:active], self.settings.max_grad_norm)
+                optimizer.step(self.slots.gradients, self._rates(step, active))
+                for k in range(active):
+                    losses[k] += step_losses[k] / self.steps[k]
+                    tokens[k] += step_tokens[k]
+        after = self._probe(first_rows)
+        return [
+            self._result(k, losses[k], tokens[k], before[k], after[k]) for k in range(len(after))
+        ]
+
+    def _result(self, k: int, loss: float, tokens: int, before: float, after: float) -> dict:
+        job, finite = self.jobs[k], math.isfinite(loss) and math.isfinite(after)
+        return {
+            "client_id": job.client_id,
+            "rank_class": job.start.rank_class.name,
+            "base_round": job.start.base_round,
+            "digest": job.start.digest,
+            "num_examples": len(self.examples[k]),
+            "adapter": self.slots.extract(k) if finite else None,
+            "steps": self.steps[k],
+            "tokens": tokens,
+            "train_loss": loss,
+            "loss_before": before,
+            "loss_after": after,
+            "cause": "" if finite else "the training loss is not finite; lower the learning rate",
+        }
+
+    def _plan(self, k: int) -> list[list[int]]:
+        job, seed = self.jobs[k], self.settings.seed
+        return batch_plan(
+            len(self.examples[k]),
+            batch_size=self.settings.examples_per_step,
+            steps=self.steps[k],
+            seed_parts=(seed, "batches", job.server_round, job.client_id),
+        )
+
+    def _rates(self, step: int, active: int) -> list[float]:
+        return [
+            learning_rate_at(self.settings, self.jobs[k], step, self.steps[k])
+            for k in range(active)
+        ]
+
+    def _accumulate(self, step: int, plans: list[list[list[int]]]) -> tuple[list, list]:
+        """Gradients of one step into the flat buffer; mean losses and answer tokens per slot."""
+        size = self.settings.per_device_train_batch_size
+        rows = [plan[step] for plan in plans]
+        answers = [self._answer_tokens(k, indices) for k, indices in enumerate(rows)]
+        self.slots.gradients.zero_()
+        losses = [0.0] * len(plans)
+        for micro in range(math.ceil(max(len(indices) for indices in rows) / size)):
+            span = slice(micro * size, (micro + 1) * size)
+            batch = self._collate([indices[span] for indices in rows])
+            self.slots.set_dropout(self.settings.lora_dropout, self._streams(batch, step, micro))
+            per_slot = [part.sum() for part in answer_losses(self.slots, batch)]
+            means = torch.stack(
+                [loss / max(count, 1) for loss, count in zip(per_slot, answers, strict=True)]
+            )
+            self.slots.accumulate_gradients(means.sum())
+            losses = [a + b for a, b in zip(losses, means.tolist(), strict=True)]
+        self.slots.set_dropout(0.0, ())
+        return losses, answers
+
+    def _answer_tokens(self, k: int, indices: Sequence[int]) -> int:
+        chosen = [self.examples[k][i] for i in indices]
+        return sum(len(example.input_ids) - example.prompt_length for example in chosen)
+
+    def _streams(self, batch: Batch, step: int, micro: int) -> list[DropoutStream | None]:
+        if self.settings.lora_dropout == 0.0:
+            return []
+        streams: list[DropoutStream | None] = []
+        for job, rows, length in zip(
+            self.jobs, batch.rows_per_slot, batch.lengths_per_slot, strict=False
+        ):
+            purpose = ("dropout", job.server_round, job.client_id, step, micro)
+            seed = derive_seed(self.settings.seed, *purpose)
+            streams.append(DropoutStream(seed=seed, rows=rows, length=length) if rows else None)
+        return streams
+
+    def _collate(self, indices: Sequence[Sequence[int]]) -> Batch:
+        chosen = [[self.examples[k][i] for i in rows] for k, rows in enumerate(indices)]
+        return collate(chosen, pad_token_id=self.pad_token_id)
+
+    @torch.no_grad()
+    def _probe(self, indices: Sequence[Sequence[int]]) -> list[float]:
+        """Mean loss of each slot on the given rows, without dropout."""
+        parts = answer_losses(self.slots, self._collate(indices))
+        return [float(part.mean()) for part in parts]
+
+
+def answer_losses(slots: SlotModel, batch: Batch) -> list[Tensor]:
+    """Cross entropy of every answer token, slot by slot: K tensors ``[answer tokens]``.
+
+    Only answer positions go through the output layer, where the model can be told so. The losses
+    are float32 at least.
+    """
+    device = slots.device
+    labels = batch.labels.to(device)[:, 1:]
+    wanted = labels != -100
+    keep = F.pad(wanted, (0, 1))
+    logits = slots.model(
+        input_ids=batch.input_ids.to(device),
+        attention_mask=batch.attention_mask.to(device),
+        use_cache=False,
+        logits_to_keep=keep,
+    ).logits
+    if logits.dim() == 3:
+        logits = logits[keep]
+    losses = F.cross_entropy(
+        logits.float() if logits.dtype != torch.float64 else logits,
+        labels[wanted],
+        reduction="none",
+    )
+    counts = wanted.view(len(batch.rows_per_slot), -1).sum(dim=1).tolist()
+    return list(losses.split(counts))
+
+
+class checkpointing:  # noqa: N801  (reads as a word at the place of use)
+    """Recompute activations inside the block, without waking the base's own dropout.
+
+    transformers recomputes a layer only where that layer's ``training`` is set; its children stay in
+    evaluation mode.
+    """
+
+    def __init__(self, model: torch.nn.Module, enabled: bool) -> None:
+        self.model, self.enabled = model, enabled
+
+    def __enter__(self) -> None:
+        if self.enabled:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self._mark(True)
+
+    def __exit__(self, *_: object) -> None:
+        if self.enabled:
+            self._mark(False)
+            self.model.gradient_checkpointing_disable()
+
+    def _mark(self, training: bool) -> None:
+        for module in self.model.modules():
+            if hasattr(module, "gradient_checkpointing"):
+                module.training = training

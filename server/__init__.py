@@ -1,0 +1,1 @@
+"""Flower ServerApp side of FlexLoRA: installed as ``flexlora.server``."""

@@ -1,0 +1,1 @@
+"""Populations on one machine: installed as ``flexlora.simulations``."""
