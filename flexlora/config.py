@@ -138,7 +138,10 @@ def _options() -> tuple[Option, ...]:
         option("engine.threads", 0, "CPU threads (0: all; fixed when the run starts)", minimum=0),
         option("engine.device", "auto", "where to train", ("auto", "cpu", "cuda")),
         option(
-            "wire.dtype", "float32", "factors between server and client", ("float32", "bfloat16")
+            "wire.dtype",
+            "float32",
+            "factors between server and client",
+            ("float32", "bfloat16", "float64"),
         ),
         option("server.min-nodes", 1, "nodes to wait for before round 1", minimum=1),
         option("server.wait-seconds", 300.0, "how long to wait for them", minimum=0.0),

@@ -20,15 +20,16 @@ class Capability:
     """What a client says of itself before round 1."""
 
     client_id: str
-    num_examples: int
-    num_dropped: int
-    version: str
-    fingerprint: str
-    quantization: str
-    device: str
-    modules: tuple[str, ...]
-    out_features: tuple[int, ...]
-    in_features: tuple[int, ...]
+    num_examples: int = 0
+    num_dropped: int = 0
+    version: str = ""
+    fingerprint: str = ""
+    quantization: str = ""
+    device: str = ""
+    modules: tuple[str, ...] = ()
+    out_features: tuple[int, ...] = ()
+    in_features: tuple[int, ...] = ()
+    fan_in_fan_out: bool = False
     cause: str = ""
 
     @property
@@ -36,6 +37,11 @@ class Capability:
         """``(out_features, in_features)`` of every target module."""
         sizes = zip(self.out_features, self.in_features, strict=True)
         return dict(zip(self.modules, sizes, strict=True))
+
+    @staticmethod
+    def failed(client_id: str, cause: str) -> Capability:
+        """A node that cannot say what it is, and why."""
+        return Capability(client_id=client_id, cause=cause)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +75,11 @@ class TrainResult:
     loss_after: float = float("nan")
     train_seconds: float = 0.0
     cause: str = ""
+
+    @staticmethod
+    def failed(client_id: str, cause: str) -> TrainResult:
+        """A node that could not even read what it was sent."""
+        return TrainResult(client_id=client_id, rank_class="", base_round=0, digest="", cause=cause)
 
 
 @dataclass(frozen=True, kw_only=True)

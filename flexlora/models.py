@@ -121,24 +121,33 @@ def _load(source: str, name: str, dtype: str, quantization: str, device: torch.d
         name=name,
         model=model,
         tokenizer=tokenizer,
-        fingerprint=_fingerprint(model, quantization),
+        fingerprint=_fingerprint(model),
         device=device,
     )
 
 
-def _fingerprint(model: nn.Module, quantization: str) -> str:
-    """SHA-256 over names, shapes, dtypes and a strided sample of every weight.
+def _fingerprint(model: nn.Module) -> str:
+    """SHA-256 over the shapes of the model and its unquantized weights as bfloat16 samples.
 
-    Two nodes that hold another base, or the same one quantized otherwise, differ in it. At most 4096
-    numbers of a tensor are read, so that it costs milliseconds for billions of weights.
+    Two nodes that hold another base differ in it; the same base as float32, bfloat16 or NF4 does
+    not, since quantization leaves embeddings and norms alone. At most 4096 numbers of a tensor are
+    read, so that it costs milliseconds for billions of weights.
     """
-    sha = hashlib.sha256(quantization.encode())
-    for name, tensor in sorted(model.state_dict().items()):
+    sha = hashlib.sha256(f"{model.config.model_type}|{model.config.vocab_size}".encode())
+    for name, tensor in sorted(model.named_parameters()):
+        if not name.endswith("weight") or linear_like(model, name):
+            continue
         flat = tensor.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 4096)].cpu().contiguous()
-        sha.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        sample = flat[:: max(1, flat.numel() // 4096)].to("cpu", torch.bfloat16).contiguous()
+        sha.update(f"{name}|{tuple(tensor.shape)}|".encode())
         sha.update(sample.view(torch.uint8).numpy())
-    return sha.hexdigest()
+    return sha.hexdigest()[:32]
+
+
+def linear_like(model: nn.Module, parameter: str) -> bool:
+    """Whether a parameter belongs to a linear, the kind that quantization replaces."""
+    owner = model.get_submodule(parameter.rpartition(".")[0])
+    return type(owner).__name__.startswith(("Linear", "Conv1D"))
 
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

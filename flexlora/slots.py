@@ -102,6 +102,11 @@ class SlotModel:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """Whether the targets hold their weights as ``[in, out]`` (GPT-2's ``Conv1D``)."""
+        return all(type(layer.base).__name__ == "Conv1D" for layer in self.layers.values())
+
     def load(
         self,
         adapters: Sequence[Adapter],

@@ -230,8 +230,9 @@ class _Cohort:
 def answer_losses(slots: SlotModel, batch: Batch) -> list[Tensor]:
     """Cross entropy of every answer token, slot by slot: K tensors ``[answer tokens]``.
 
-    Only answer positions go through the output layer, where the model can be told so. The losses
-    are float32 at least.
+    Only answer positions go through the output layer, where the model can be told so. Padding is on
+    the right, where a causal model's real tokens never look, so no attention mask is given and the
+    fast causal kernels run. The losses are float32 at least.
     """
     device = slots.device
     labels = batch.labels.to(device)[:, 1:]
@@ -239,7 +240,6 @@ def answer_losses(slots: SlotModel, batch: Batch) -> list[Tensor]:
     keep = F.pad(wanted, (0, 1))
     logits = slots.model(
         input_ids=batch.input_ids.to(device),
-        attention_mask=batch.attention_mask.to(device),
         use_cache=False,
         logits_to_keep=keep,
     ).logits

@@ -21,12 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from flexlora.simulations.make_base_corpus import documents
+from flexlora.simulations.make_base_tokenizer import train_tokenizer
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from flexlora.seeds import derive_seed
-from flexlora.simulations.make_base_corpus import documents
-from flexlora.simulations.make_base_tokenizer import train_tokenizer
 
 __all__ = ["PretrainingPlan", "pretrain", "token_batches"]
 
@@ -211,6 +211,7 @@ def main() -> None:
     model.generation_config.do_sample = False
     model.save_pretrained(arguments.out)
     tokenizer.save_pretrained(arguments.out)
+    (arguments.out / "model.safetensors").chmod(0o644)  # save_pretrained keeps it from others
     (arguments.out / "README.md").write_text(provenance(arguments.out, plan, model, seconds))
     print(f"{model.num_parameters():,} parameters in {arguments.out}")
 

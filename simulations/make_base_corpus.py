@@ -11,10 +11,11 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
-from flexlora.data.tasks.family import split_of
-from flexlora.data.tasks.known import KNOWN
 from flexlora.simulations.make_base_sentences import sentence
 from flexlora.simulations.make_base_skills import SKILLS
+
+from flexlora.data.tasks.family import split_of
+from flexlora.data.tasks.known import KNOWN
 
 __all__ = ["documents", "plain_prompt"]
 

@@ -12,10 +12,9 @@ import itertools
 import re
 from collections import Counter
 
+from flexlora.simulations.make_base_corpus import documents
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
-
-from flexlora.simulations.make_base_corpus import documents
 
 __all__ = ["SPECIAL_TOKENS", "VOCABULARY_SIZE", "train_tokenizer"]
 

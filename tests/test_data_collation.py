@@ -128,6 +128,9 @@ CONVERSATION = parse_row(
 )
 
 
+DIALOGUE = Row(output="No.", messages=CONVERSATION.messages[1:])
+
+
 @pytest.mark.parametrize(
     ("row", "template", "prompt"),
     [
@@ -136,6 +139,7 @@ CONVERSATION = parse_row(
         (Row(instruction="Say red.", output="red"), "plain", "Say red.\nAnswer: "),
         (Row(output="red"), "plain", "Answer: "),
         (CONVERSATION, "plain", "Be brief.\nUser: Red?\nAssistant: Yes.\nUser: Blue?\nAnswer: "),
+        (DIALOGUE, "chat", "[user] Red?\n[assistant] Yes.\n[user] Blue?\n[assistant] "),
         (FULL, "chat", "[user] Say which colour.\nIt is red.\n[assistant] "),
         (Row(instruction="Say {red}.", output="red"), "auto", "[user] Say {red}.\n[assistant] "),
     ],

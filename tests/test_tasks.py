@@ -10,13 +10,13 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
+from flexlora.simulations.make_base_corpus import documents, plain_prompt
 
 from flexlora.data.tasks import FAMILIES, embedded_rows, generate_rows, split_of
 from flexlora.data.tasks.held_out import HELD_OUT, RIVER_CODE, past_of
 from flexlora.data.tasks.known import KNOWN, plural_of
 from flexlora.data.templates import render
 from flexlora.errors import UserError
-from flexlora.simulations.make_base_corpus import documents, plain_prompt
 
 BASE = Path(__file__).resolve().parent.parent / "flexlora" / "assets" / "base"
 SPLITS = ("train", "validation", "test")

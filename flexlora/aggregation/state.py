@@ -116,6 +116,11 @@ class GlobalChange(Mapping[str, FactoredSVD]):
             }
         )
 
+    def full_rank_adapter(self, alpha: float, *, rslora: bool = False) -> Adapter:
+        """``G`` whole, every module at its own number of directions (1 where there is none)."""
+        ranks = {name: max(1, svd.rank) for name, svd in self.items()}
+        return self.adapter(ranks, alpha, rslora=rslora)
+
 
 def _factors(
     svd: FactoredSVD,

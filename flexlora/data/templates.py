@@ -51,9 +51,8 @@ def render(row: Row, *, template: str, tokenizer: PreTrainedTokenizerBase) -> tu
     if name == "alpaca":
         layout = _ALPACA_WITH_INPUT if row.input else _ALPACA
         return layout.format(instruction=instruction, input=row.input), row.output
-    return "".join(
-        f"{line}\n" for line in (instruction, row.input) if line
-    ) + "Answer: ", row.output
+    lines = [f"{text}\n" for text in (instruction, row.input) if text]
+    return "".join(lines) + "Answer: ", row.output
 
 
 def resolve_template(template: str, tokenizer: PreTrainedTokenizerBase) -> str:

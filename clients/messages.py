@@ -1,0 +1,103 @@
+"""Flower messages in and out on the client's side: no training here, only names and bytes.
+
+``decode_train(Message) -> TrainJob`` and ``encode_train(result, reply_to) -> Message``; the same pair
+for evaluation and for the capability query. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, MutableMapping
+from dataclasses import asdict
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+
+from flexlora.adapters import Adapter
+from flexlora.aggregation.base import Start
+from flexlora.jobs import Capability, EvalJob, EvalResult, TrainJob, TrainResult
+from flexlora.ranks import RankClass
+from flexlora.wire import decode_adapter, encode_adapter
+
+__all__ = [
+    "decode_evaluate",
+    "decode_train",
+    "encode_capability",
+    "encode_evaluate",
+    "encode_train",
+]
+
+Memo = MutableMapping[int, Adapter]
+
+
+def decode_train(message: Message, client_id: str, memo: Memo | None = None) -> TrainJob:
+    """The job in a train message. ``memo`` keeps what one payload, shared by a class, decodes to.
+
+    Raises:
+        UpdateRefused: arrays that are not what their names say.
+    """
+    job = message.content["job"]
+    start = Start(
+        rank_class=RankClass.from_dict(json.loads(job["rank-class"])),
+        base_round=job["base-round"],
+        trained=_adapter(message.content, "trained", memo),
+        carried=_adapter(message.content, "carried", memo)
+        if "carried" in message.content
+        else None,
+        trainable=tuple(job["trainable"]),
+    )
+    return TrainJob(
+        client_id=client_id,
+        server_round=job["server-round"],
+        num_server_rounds=job["num-server-rounds"],
+        start=start.sealed(),
+    )
+
+
+def encode_train(result: TrainResult, *, dtype: str, reply_to: Message) -> Message:
+    """The reply to a train message: the trained factors and a report, or the cause of neither."""
+    report = {k.replace("_", "-"): v for k, v in vars(result).items() if k != "adapter"}
+    content: dict = {"report": ConfigRecord(report)}
+    if result.adapter is not None:
+        arrays, values = encode_adapter(result.adapter, dtype)
+        content["update"] = ArrayRecord({k: Array(**vars(array)) for k, array in arrays.items()})
+        content["update.values"] = ConfigRecord(values)
+    return Message(RecordDict(content), reply_to=reply_to)
+
+
+def decode_evaluate(message: Message, client_id: str, memo: Memo | None = None) -> EvalJob:
+    """The job in an evaluate message: one adapter per rank class, or none for the bare base."""
+    job = message.content["job"]
+    return EvalJob(
+        client_id=client_id,
+        server_round=job["server-round"],
+        adapters={
+            name: _adapter(message.content, f"adapter/{name}", memo) for name in job["rank-classes"]
+        },
+        generate=job["generate"],
+    )
+
+
+def encode_evaluate(result: EvalResult, *, reply_to: Message) -> Message:
+    """The reply to an evaluate message: one record of sums per rank class."""
+    content = {"report": ConfigRecord({"client-id": result.client_id, "cause": result.cause})}
+    for name, score in result.scores.items():
+        content[f"score/{name}"] = ConfigRecord(asdict(score))
+    return Message(RecordDict(content), reply_to=reply_to)
+
+
+def encode_capability(capability: Capability, *, reply_to: Message) -> Message:
+    """The reply to a query: what this client is and what it holds."""
+    values = {
+        key.replace("_", "-"): list(value) if isinstance(value, tuple) else value
+        for key, value in vars(capability).items()
+    }
+    return Message(RecordDict({"capability": ConfigRecord(values)}), reply_to=reply_to)
+
+
+def _adapter(content: Mapping, name: str, memo: Memo | None) -> Adapter:
+    record = content[name]
+    if memo is None:
+        return decode_adapter(record, content[f"{name}.values"])
+    if id(record) not in memo:
+        memo[id(record)] = decode_adapter(record, content[f"{name}.values"])
+    return memo[id(record)]

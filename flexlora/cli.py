@@ -1,0 +1,173 @@
+"""The commands. A person's mistake is one sentence on standard error and exit status 2."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from flexlora.config import OPTIONS, Config
+from flexlora.errors import UserError, nearest
+
+__all__ = ["main"]
+
+INTERRUPTED = 130
+
+# Flower and Ray report home unless told not to; nothing here asked for that.
+QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status is 0, 2 for a person's mistake, 130 after Ctrl-C."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.run is None:
+        parser.print_help()
+        return 2
+    try:
+        return options.run(options)
+    except UserError as error:
+        print(f"flexlora: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("flexlora: interrupted.", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader has closed (`| head`); what is left to write has nobody to read it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """Argument errors in the house's words: one sentence, and the nearest known name."""
+
+    def error(self, message: str) -> None:
+        known = [name for action in self._actions for name in action.option_strings]
+        for action in self._actions:
+            known += list(action.choices or ()) if isinstance(action.choices, dict) else []
+        hint = next(
+            (h for word in message.replace("'", " ").split() if (h := nearest(word, known))), ""
+        )
+        raise UserError(f"{message}.{hint} `{self.prog} --help` shows what there is.")
+
+    def parse_args(self, arguments=None, namespace=None):
+        try:
+            return super().parse_args(arguments, namespace)
+        except UserError as error:
+            print(f"flexlora: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="flexlora", description="Federated LoRA at every client's own rank.")
+    parser.set_defaults(run=None)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+
+    simulate = commands.add_parser("simulate", help="run a federation of many clients here")
+    _configuration(simulate)
+    simulate.add_argument("--out", metavar="DIR", help="run folder (default: runs/DATE-TIME)")
+    simulate.add_argument("--resume", metavar="DIR", help="go on with the run in DIR")
+    simulate.add_argument("--overwrite", action="store_true", help="replace a run in --out")
+    simulate.add_argument("--help-config", action="store_true", help="list all keys and defaults")
+    simulate.set_defaults(run=_simulate)
+
+    evaluate = commands.add_parser("eval", help="evaluate an adapter or a run on held-out rows")
+    evaluate.add_argument("target", metavar="ADAPTER_OR_RUN", help="a PEFT folder or a run folder")
+    evaluate.add_argument("--data", metavar="DIR", help="data folder (default: the run's)")
+    _configuration(evaluate)
+    evaluate.set_defaults(run=_evaluate)
+
+    export = commands.add_parser("export", help="write a run's adapter at any rank, or merged")
+    export.add_argument("target", metavar="RUN", help="a run folder")
+    export.add_argument("--rank", type=int, required=True, help="rank of the adapter")
+    export.add_argument("--format", default="peft", help="peft or merged (default: peft)")
+    export.add_argument("--out", metavar="DIR", required=True, help="folder to write")
+    export.set_defaults(run=_export)
+    return parser
+
+
+def _configuration(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="FILE", help="TOML file of configuration keys")
+    parser.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[], help="set one key (repeatable)"
+    )
+
+
+def _simulate(options: argparse.Namespace) -> int:
+    if options.help_config:
+        _print_keys()
+        return 0
+    if options.resume and (options.config or options.set or options.out or options.overwrite):
+        raise UserError(
+            "--resume goes on with the run's own configuration; "
+            "it takes no --config, --set, --out or --overwrite."
+        )
+    config = Config.resolve(file=options.config, sets=tuple(options.set))
+    out = Path(
+        options.resume or options.out or config["out"] or time.strftime("runs/%Y%m%d-%H%M%S")
+    )
+    from flexlora.display import TerminalObserver, make_console
+    from flexlora.runs import RunFolder
+
+    if not options.resume:
+        RunFolder.check_free(out, overwrite=options.overwrite)  # before anything heavy is loaded
+
+    from flexlora.simulations.simulate import resume, simulate
+
+    console = make_console()
+    try:
+        with TerminalObserver(console) as observer:
+            if options.resume:
+                resume(out, observer=observer)
+            else:
+                simulate(config, out, observer=observer, overwrite=options.overwrite)
+    except KeyboardInterrupt:
+        done = [row["round"] for row in RunFolder(out).metrics()]
+        if not done:
+            raise
+        print(
+            f"\nflexlora: interrupted after round {done[-1]}; the adapters of that round are in "
+            f"{out}/adapters, and `flexlora simulate --resume {out}` goes on.",
+            file=sys.stderr,
+        )
+        return INTERRUPTED
+    observer.summary(RunFolder(out).metrics())
+    console.print(f"\nRun folder: {out} (adapters/CLASS load in PEFT; metrics.jsonl, clients.csv)")
+    return 0
+
+
+def _print_keys() -> None:
+    width = max(len(key) for key in OPTIONS)
+    for key, option in OPTIONS.items():
+        choices = f" [{', '.join(option.choices)}]" if option.choices else ""
+        default = str(option.default).lower() if option.default in (True, False) else option.default
+        print(f"{key:<{width}}  {default!s:<18}  {option.help}{choices}")
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from flexlora.simulations.inspection import evaluate_target
+
+    return evaluate_target(
+        options.target, data=options.data, file=options.config, sets=tuple(options.set)
+    )
+
+
+def _export(options: argparse.Namespace) -> int:
+    from flexlora.simulations.inspection import export_run
+
+    export_run(options.target, rank=options.rank, kind=options.format, out=options.out)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,91 @@
+"""The clients of a configuration: which rows each holds, and those rows as tokens.
+
+Rows are encoded when a client is first asked for them and kept, so that a node that serves one client
+never tokenises the others'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from flexlora.data.collation import Example, encode_rows
+from flexlora.data.partitions import partition
+from flexlora.data.rows import Row
+from flexlora.data.sources import load_embedded, load_folder, load_hub
+from flexlora.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["ClientData", "client_rows"]
+
+EMBEDDED_CLIENTS = 24
+
+
+def client_rows(
+    *, path: str, name: str, kind: str, num_clients: int, dirichlet_alpha: float, seed: int
+) -> dict[str, dict[str, list[Row]]]:
+    """``{client_id: {split: rows}}`` from a folder, a hub data set, or the built-in tasks.
+
+    Raises:
+        UserError: both a folder and a name, data that cannot be read or dealt, no clients at all.
+    """
+    if path and name:
+        raise UserError(f"data.path is '{path}' and data.name '{name}', expected one of the two.")
+    if path:
+        rows = load_folder(path)
+    elif name:
+        rows = load_hub(name)
+    else:
+        rows = load_embedded(num_clients or EMBEDDED_CLIENTS, seed)
+    clients = partition(
+        rows, kind=kind, num_clients=num_clients, dirichlet_alpha=dirichlet_alpha, seed=seed
+    )
+    if not clients:
+        raise UserError("the data holds no client, expected at least one with train rows.")
+    return clients
+
+
+class ClientData:
+    """Encoded rows by client and split."""
+
+    def __init__(
+        self,
+        rows: Mapping[str, Mapping[str, list[Row]]],
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str,
+        max_length: int,
+    ) -> None:
+        self._rows, self._tokenizer = rows, tokenizer
+        self._template, self._max_length = template, max_length
+        self._encoded: dict[tuple[str, str], tuple[list[Example], int]] = {}
+
+    @property
+    def client_ids(self) -> list[str]:
+        return list(self._rows)
+
+    def rename(self, client_id: str) -> None:
+        """Give the one client of a node that owns its whole data folder its name."""
+        (only,) = self._rows.values()
+        self._rows = {client_id: only}
+
+    def examples(self, client_id: str, split: str) -> list[Example]:
+        """The rows of one split that fit, in their order."""
+        return self._encode(client_id, split)[0]
+
+    def num_dropped(self, client_id: str, split: str) -> int:
+        """How many rows of one split cannot fit with their answer."""
+        return self._encode(client_id, split)[1]
+
+    def _encode(self, client_id: str, split: str) -> tuple[list[Example], int]:
+        key = (client_id, split)
+        if key not in self._encoded:
+            self._encoded[key] = encode_rows(
+                self._rows[client_id].get(split, []),
+                tokenizer=self._tokenizer,
+                template=self._template,
+                max_length=self._max_length,
+            )
+        return self._encoded[key]

@@ -1,0 +1,170 @@
+"""What a person sees while a run goes: a rank table, a progress bar, a row per round.
+
+Quiet where the output is not a terminal: no bar, and the tables as plain text.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from flexlora.server.roster import Roster
+
+__all__ = ["TerminalObserver", "human_bytes", "make_console"]
+
+
+def make_console() -> Console:
+    """Standard output; 100 columns where it is not a terminal, so that tables are not cut at 80."""
+    console = Console(highlight=False, soft_wrap=False)
+    return console if console.is_terminal else Console(highlight=False, width=100)
+
+
+def human_bytes(count: float) -> str:
+    """``1234567`` as ``1.2 MB`` (powers of 1000)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+class TerminalObserver:
+    """Implements ``flexlora.server.observer.Observer`` on a terminal or a pipe."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.classes: list[str] = []
+        self._causes: list[str] = []
+        self._header_done = False
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            TextColumn("{task.completed:.0f}/{task.total:.0f} clients"),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = None
+
+    def __enter__(self) -> TerminalObserver:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def met(self, roster: Roster) -> None:
+        """The rank table: what each class trains, module by module where a cap or pattern bites."""
+        self.classes = list(roster.rank_classes)
+        table = Table(title="Rank classes", title_justify="left", box=None, pad_edge=False)
+        for column in ("class", "clients", "rows", "trained ranks (modules)"):
+            table.add_column(column, justify="right" if column in ("clients", "rows") else "left")
+        for name, rank_class in roster.rank_classes.items():
+            members = [m for m in roster.members.values() if m.rank_class.name == name]
+            ranks = Counter(rank_class.ranks(roster.shapes).values())
+            spelled = ", ".join(f"{rank} ({count})" for rank, count in sorted(ranks.items()))
+            rows = sum(m.capability.num_examples for m in members)
+            table.add_row(name, str(len(members)), str(rows), spelled)
+        self.console.print(table)
+        dropped = sum(m.capability.num_dropped for m in roster.members.values())
+        if dropped:
+            self.console.print(f"{dropped} train rows are too long for train.max-length: left out.")
+        if roster.left_out:
+            causes = Counter(cause.split(":")[0] for cause in roster.left_out.values())
+            spelled = ", ".join(f"{count} with {cause}" for cause, count in causes.items())
+            names = ", ".join(sorted(roster.left_out)[:3])
+            more = ", ..." if len(roster.left_out) > 3 else ""
+            self.console.print(
+                f"{len(roster.left_out)} clients left out: {spelled} ({names}{more})."
+            )
+        self.console.print()
+
+    def round_started(self, server_round: int, num_rounds: int, num_clients: int) -> None:
+        self._causes = []
+        if self._task is not None:
+            self.progress.remove_task(self._task)
+        what = f"round {server_round}/{num_rounds}" if server_round else "evaluating the base"
+        self._task = self.progress.add_task(what, total=num_clients)
+
+    def replied(self, client_id: str, cause: str) -> None:
+        if self._task is not None:
+            self.progress.advance(self._task)
+        if cause:
+            self._causes.append(f"  {client_id}: {cause}")
+
+    def round_finished(self, metrics: Mapping[str, object]) -> None:
+        """One line per round under a header that names the rank classes once."""
+        columns = [
+            ("round", 5),
+            ("clients", 9),
+            ("train loss", 10),
+            ("eval loss", 9),
+            *((name, max(8, len(name))) for name in self.classes),
+            ("down", 9),
+            ("up", 9),
+            ("seconds", 8),
+        ]
+        if not self._header_done:
+            self.console.print("Held-out loss per rank class by round", style="italic")
+            header = "  ".join(f"{name:>{width}}" for name, width in columns)
+            self.console.print(header, style="bold", soft_wrap=True)
+            self._header_done = True
+        ok, failed = metrics.get("clients_ok"), metrics.get("clients_failed")
+        clients = "" if ok is None else f"{ok}" + (f"+{failed}!" if failed else "")
+        cells = [
+            str(metrics["round"]),
+            clients,
+            _number(metrics.get("train_loss")),
+            _number(metrics.get("eval_loss")),
+            *(_number(metrics.get(f"eval_loss/{name}")) for name in self.classes),
+            _bytes(metrics.get("bytes_down")),
+            _bytes(metrics.get("bytes_up")),
+            f"{metrics['seconds']:.1f}",
+        ]
+        line = "  ".join(f"{c:>{w}}" for c, (_, w) in zip(cells, columns, strict=True))
+        self.console.print(line, soft_wrap=True)
+        for cause in self._causes:
+            self.console.print(cause, style="yellow", soft_wrap=True, markup=False)
+
+    def summary(self, rows: list[dict]) -> None:
+        """Base against the last round, per rank class."""
+        evaluated = [row for row in rows if row.get("eval_loss") is not None]
+        if not evaluated or not self.classes:
+            return
+        first, last = evaluated[0], evaluated[-1]
+        scores = [("eval_loss", "loss"), ("eval_exact_match", "exact match")]
+        scores = [(k, n) for k, n in scores if first.get(k) is not None and last.get(k) is not None]
+        table = Table(
+            title=f"Held-out rows: base, and after round {last['round']}",
+            title_justify="left",
+            box=None,
+            pad_edge=False,
+        )
+        table.add_column("class")
+        for _, name in scores:
+            table.add_column(f"{name}: base", justify="right")
+            table.add_column(f"after {last['round']}", justify="right")
+        table.add_column("energy kept", justify="right")
+        for name in self.classes:
+            cells = []
+            for key, _ in scores:
+                cells += [_number(row.get(f"{key}/{name}")) for row in (first, last)]
+            kept = last.get(f"energy_kept/{name}")
+            table.add_row(name, *cells, "" if kept is None else f"{100 * kept:.1f} %")
+        self.console.print()
+        self.console.print(table)
+
+
+def _number(value: object) -> str:
+    return f"{value:.3f}" if isinstance(value, float) and value == value else ""
+
+
+def _bytes(value: object) -> str:
+    return human_bytes(value) if isinstance(value, int | float) else ""

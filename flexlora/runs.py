@@ -1,0 +1,226 @@
+"""The run folder (DESIGN.md, section 4): what a run leaves, and what it goes on from.
+
+config.toml  metrics.jsonl  clients.csv  evaluation.csv  environment.json  adapters/  checkpoint/
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+
+import tomli_w
+
+from flexlora.checkpoints import load_checkpoint, save_checkpoint, write_atomically
+from flexlora.config import Config
+from flexlora.errors import UserError
+
+__all__ = ["CLIENT_COLUMNS", "RunFolder"]
+
+CLIENT_COLUMNS = (
+    "round",
+    "client_id",
+    "rank_class",
+    "rank",
+    "quantization",
+    "device",
+    "num_examples",
+    "loss_before",
+    "loss_after",
+    "bytes_down",
+    "bytes_up",
+    "seconds",
+    "status",
+    "cause",
+)
+EVALUATION_COLUMNS = (
+    "round",
+    "client_id",
+    "rank_class",
+    "eval_loss",
+    "eval_exact_match",
+    "eval_rouge_l",
+    "rows",
+)
+_OURS = ("config.toml", "metrics.jsonl", "clients.csv", "checkpoint", "adapters")
+
+
+class RunFolder:
+    """One run on disk. Every round is appended when it is done and before its checkpoint."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @classmethod
+    def create(cls, path: str | Path, config: Config, *, overwrite: bool = False) -> RunFolder:
+        """A fresh folder with ``config.toml`` and ``environment.json``; see ``check_free``."""
+        run = cls(path)
+        cls.check_free(run.path, overwrite=overwrite)
+        for name in (*_OURS, "evaluation.csv", "environment.json", "report.html"):
+            _remove(run.path / name)
+        try:
+            run.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"output folder '{path}' cannot be made: {error.strerror}.") from None
+        nested = {k: v for k, v in config.nested().items() if k != "out"}
+        write_atomically(run.path / "config.toml", tomli_w.dumps(nested).encode())
+        environment = json.dumps(_environment(config), indent=1, sort_keys=True) + "\n"
+        write_atomically(run.path / "environment.json", environment.encode())
+        return run
+
+    @staticmethod
+    def check_free(path: Path, *, overwrite: bool) -> None:
+        """Whether a run may be written to ``path``.
+
+        Raises:
+            UserError: the folder is in use and ``overwrite`` is off, or it holds something that is
+                not a run, which is never removed.
+        """
+        if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+            return
+        is_run = path.is_dir() and (path / "config.toml").is_file()
+        if overwrite and is_run:
+            return
+        kind, advice = "something that is not a run", "give another --out"
+        if is_run:
+            kind, advice = "a run", f"{advice}, --resume {path}, or --overwrite"
+        raise UserError(f"output folder '{path}' already holds {kind}; {advice}.")
+
+    @classmethod
+    def open(cls, path: str | Path) -> tuple[RunFolder, Config]:
+        """An existing run and its configuration.
+
+        Raises:
+            UserError: it is not a run folder.
+        """
+        run = cls(path)
+        if not (run.path / "config.toml").is_file():
+            raise UserError(f"'{path}' is not a run folder: it has no config.toml.")
+        return run, Config.resolve(file=run.path / "config.toml")
+
+    def append_round(
+        self,
+        metrics: Mapping[str, object],
+        clients: Sequence[Mapping[str, object]],
+        evaluations: Sequence[Mapping[str, object]],
+    ) -> None:
+        """One line of ``metrics.jsonl`` and the rows of the two tables."""
+        self._append_csv("clients.csv", CLIENT_COLUMNS, clients)
+        self._append_csv("evaluation.csv", EVALUATION_COLUMNS, evaluations)
+        line = json.dumps({k: _json_number(v) for k, v in metrics.items()})
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def metrics(self) -> list[dict]:
+        """The rounds so far; a last line that a crash cut short is left out."""
+        file = self.path / "metrics.jsonl"
+        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+        rows = []
+        for line in lines:
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return rows
+
+    def rewind(self, last_round: int) -> None:
+        """Forget rows after ``last_round``: a crash between a round's rows and its checkpoint."""
+        kept = [row for row in self.metrics() if row["round"] <= last_round]
+        text = "".join(json.dumps(row) + "\n" for row in kept)
+        write_atomically(self.path / "metrics.jsonl", text.encode())
+        for name, columns in (
+            ("clients.csv", CLIENT_COLUMNS),
+            ("evaluation.csv", EVALUATION_COLUMNS),
+        ):
+            file = self.path / name
+            if not file.is_file():
+                continue
+            with file.open(encoding="utf-8", newline="") as handle:
+                rows = [r for r in csv.DictReader(handle) if (r["round"] or "x").isdigit()]
+            kept = [r for r in rows if int(r["round"]) <= last_round and None not in r.values()]
+            write_atomically(file, _csv_text(columns, kept, header=True).encode())
+
+    save_checkpoint = staticmethod(save_checkpoint)
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.path / "checkpoint"
+
+    def load_checkpoint(self) -> tuple:
+        """The last whole state and the rank classes (see ``checkpoints``)."""
+        return load_checkpoint(self.checkpoint)
+
+    def _append_csv(
+        self, name: str, columns: Sequence[str], rows: Sequence[Mapping[str, object]]
+    ) -> None:
+        file = self.path / name
+        if not rows and file.exists():
+            return
+        with file.open("a", encoding="utf-8", newline="") as handle:
+            handle.write(_csv_text(columns, rows, header=handle.tell() == 0))
+
+
+def _csv_text(columns: Sequence[str], rows: Sequence[Mapping[str, object]], *, header: bool) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    if header:
+        writer.writeheader()
+    writer.writerows({c: _cell(row.get(c, "")) for c in columns} for row in rows)
+    return text.getvalue()
+
+
+def _cell(value: object) -> object:
+    if isinstance(value, float):
+        return "" if math.isnan(value) else f"{value:.6g}"
+    return value
+
+
+def _json_number(value: object) -> object:
+    """JSON has no NaN or infinity: a number that is not there is null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    elif path.exists():
+        path.unlink()
+
+
+def _environment(config: Config) -> dict[str, object]:
+    """Versions, seed, commit and machine: what else a run depends on."""
+    versions = {}
+    for package in ("flexlora", "flwr", "torch", "transformers", "bitsandbytes", "numpy"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "versions": versions,
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "threads": config["engine.threads"],
+        "seed": config["seed"],
+        "commit": _commit(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the source tree that runs, None outside a checkout."""
+    here = Path(__file__).resolve().parent
+    git = shutil.which("git")
+    if git is None or not (here.parent / ".git").exists():
+        return None
+    command = [git, "-C", str(here), "rev-parse", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
+    return done.stdout.strip() or None

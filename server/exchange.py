@@ -1,0 +1,45 @@
+"""Messages out, replies in one at a time, until all have come or the time is up.
+
+Replies are pulled one by one and dropped once read, so that the memory of a round is that of one
+reply, not of all (FIELD.md: 675 MB instead of 1,763 MB for 40 replies of 32 MB).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+__all__ = ["exchange"]
+
+
+def exchange(
+    grid: Grid, messages: Iterable[Message], *, timeout: float, poll_seconds: float = 0.1
+) -> Iterator[tuple[int, Message | None]]:
+    """``(node_id, reply)`` as replies come; ``None`` for a node that did not answer in time."""
+    messages = list(messages)
+    ids = list(grid.push_messages(messages))
+    waiting = {
+        message_id: message.metadata.dst_node_id
+        for message_id, message in zip(ids, messages, strict=True)
+        if message_id
+    }
+    for message_id, message in zip(ids, messages, strict=True):
+        if not message_id:  # Flower gives no id to a message for a node that is gone
+            yield message.metadata.dst_node_id, None
+    del messages
+    deadline = time.monotonic() + timeout
+    while waiting:
+        arrived = False
+        for message_id in list(waiting):
+            for reply in grid.pull_messages([message_id]):
+                arrived = True
+                yield waiting.pop(message_id), reply
+        if waiting and not arrived:
+            if time.monotonic() > deadline:
+                break
+            time.sleep(poll_seconds)
+    for node_id in waiting.values():
+        yield node_id, None

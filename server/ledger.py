@@ -1,0 +1,138 @@
+"""What a round has to say for itself: the sums behind ``metrics.jsonl`` and the two tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from flexlora.server.roster import Member, Roster
+
+from flexlora.aggregation.base import State
+from flexlora.jobs import EvalResult, Score, TrainResult
+from flexlora.ranks import RankClass
+
+__all__ = ["RoundLedger", "class_metrics", "eval_metrics", "evaluation_rows", "left_out_rows"]
+
+
+@dataclass(kw_only=True)
+class RoundLedger:
+    """The clients of one round: a row each, and what their replies add up to."""
+
+    server_round: int
+    rows: list[dict[str, object]] = field(default_factory=list)
+    bytes_down: int = 0
+    bytes_up: int = 0
+
+    def record(
+        self,
+        member: Member,
+        *,
+        bytes_down: int,
+        bytes_up: int,
+        result: TrainResult | None,
+        status: str,
+        cause: str = "",
+    ) -> None:
+        """One client's row of ``clients.csv``; a refused or failed one says why."""
+        self.bytes_up += bytes_up
+        row: dict[str, object] = {
+            "round": self.server_round,
+            "client_id": member.capability.client_id,
+            "rank_class": member.rank_class.name,
+            "rank": member.rank_class.rank,
+            "quantization": member.capability.quantization,
+            "device": member.capability.device,
+            "num_examples": member.capability.num_examples,
+            "bytes_down": bytes_down,
+            "bytes_up": bytes_up,
+            "status": status,
+            "cause": cause,
+        }
+        if result is not None:
+            row |= {
+                "loss_before": result.loss_before,
+                "loss_after": result.loss_after,
+                "train_loss": result.train_loss,
+                "seconds": result.train_seconds,
+            }
+        self.rows.append(row)
+
+    def metrics(self) -> dict[str, object]:
+        """Counts, bytes, and the mean training loss weighted by examples, over those that count."""
+        counted = [row for row in self.rows if row["status"] == "ok"]
+        examples = sum(int(row["num_examples"]) for row in counted)
+        loss = sum(float(row["train_loss"]) * int(row["num_examples"]) for row in counted)
+        return {
+            "train_loss": loss / examples if examples else math.nan,
+            "clients_ok": len(counted),
+            "clients_failed": len(self.rows) - len(counted),
+            "bytes_down": self.bytes_down,
+            "bytes_up": self.bytes_up,
+        }
+
+
+def left_out_rows(roster: Roster) -> list[dict[str, object]]:
+    """The clients that take no part at all, as rows of round 0."""
+    return [
+        {"round": 0, "client_id": client_id, "status": "left out", "cause": cause}
+        for client_id, cause in sorted(roster.left_out.items())
+    ]
+
+
+def class_metrics(state: State, classes: Mapping[str, RankClass]) -> dict[str, float]:
+    """What truncation keeps of ``G`` for every rank class, and how many directions ``G`` uses."""
+    shapes = state.change.shapes
+    kept = {
+        f"energy_kept/{name}": state.change.total_energy_kept(rank_class.ranks(shapes))
+        for name, rank_class in classes.items()
+    }
+    return {
+        "effective_rank": state.change.effective_rank(),
+        "dropped_energy": state.dropped_energy,
+        **kept,
+    }
+
+
+def eval_metrics(results: Sequence[EvalResult], roster: Roster, *, base: str) -> dict[str, float]:
+    """Loss, exact match and ROUGE-L per rank class over all rows, and over clients at their own.
+
+    ``eval_loss`` is what the clients see: each one's rows under its own class's adapter.
+    ``eval_loss/CLASS`` is that class's adapter on the rows of all evaluating clients.
+    """
+    per_class = dict.fromkeys(roster.rank_classes, Score())
+    own = Score()
+    for result in results:
+        if result.client_id not in roster.members or not result.scores:
+            continue
+        everywhere = result.scores.get(base)
+        for name in per_class:
+            per_class[name] += everywhere or result.scores.get(name, Score())
+        own_class = roster.members[result.client_id].rank_class.name
+        own += everywhere or result.scores.get(own_class, Score())
+    metrics = dict(_means("", own))
+    for name, score in per_class.items():
+        metrics |= dict(_means(f"/{name}", score))
+    return metrics
+
+
+def _means(suffix: str, score: Score) -> list[tuple[str, float]]:
+    if not score.tokens:
+        return []
+    means = [(f"eval_loss{suffix}", score.loss / score.tokens)]
+    if score.generated:
+        means += [
+            (f"eval_exact_match{suffix}", score.exact_match / score.generated),
+            (f"eval_rouge_l{suffix}", score.rouge_l / score.generated),
+        ]
+    return means
+
+
+def evaluation_rows(server_round: int, results: Sequence[EvalResult]) -> list[dict[str, object]]:
+    """One row per client and rank class for ``evaluation.csv``."""
+    rows = []
+    for result in sorted(results, key=lambda r: r.client_id):
+        for name, score in result.scores.items():
+            row = {"round": server_round, "client_id": result.client_id, "rank_class": name}
+            rows.append(row | dict(_means("", score)) | {"rows": score.rows})
+    return rows

@@ -1,0 +1,146 @@
+"""Flower messages in and out on the server's side, the mirror of ``clients/messages.py``.
+
+Payloads are built once per rank class and shared by all messages of the class: Flower stores records
+by content, so they travel once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+
+from flexlora.adapters import Adapter
+from flexlora.aggregation.base import Start
+from flexlora.errors import UpdateRefused
+from flexlora.jobs import Capability, EvalResult, Score, TrainResult
+from flexlora.wire import decode_adapter, encode_adapter
+
+__all__ = [
+    "Payload",
+    "content_bytes",
+    "decode_capability",
+    "decode_evaluate",
+    "decode_train",
+    "eval_content",
+    "pack",
+    "train_content",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Payload:
+    """One adapter as records that messages share."""
+
+    arrays: ArrayRecord
+    values: ConfigRecord
+
+
+def pack(adapter: Adapter, dtype: str) -> Payload:
+    """The adapter as Flower records, raw bytes in the wire's dtype."""
+    arrays, values = encode_adapter(adapter, dtype)
+    return Payload(
+        arrays=ArrayRecord({key: Array(**vars(array)) for key, array in arrays.items()}),
+        values=ConfigRecord(values),
+    )
+
+
+def train_content(
+    start: Start, payloads: Mapping[str, Payload], *, server_round: int, num_server_rounds: int
+) -> RecordDict:
+    """What a client of one rank class is sent; ``payloads`` holds ``trained`` and maybe ``carried``."""
+    job = ConfigRecord(
+        {
+            "server-round": server_round,
+            "num-server-rounds": num_server_rounds,
+            "base-round": start.base_round,
+            "rank-class": json.dumps(start.rank_class.to_dict()),
+            "trainable": list(start.trainable),
+        }
+    )
+    return RecordDict({"job": job, **_records(payloads)})
+
+
+def eval_content(
+    payloads: Mapping[str, Payload], *, server_round: int, generate: bool
+) -> RecordDict:
+    """What an evaluating client is sent: one adapter per rank class, none for the bare base."""
+    job = ConfigRecord(
+        {"server-round": server_round, "generate": generate, "rank-classes": list(payloads)}
+    )
+    named = {f"adapter/{name}": payload for name, payload in payloads.items()}
+    return RecordDict({"job": job, **_records(named)})
+
+
+def _records(payloads: Mapping[str, Payload]) -> dict[str, ArrayRecord | ConfigRecord]:
+    records: dict[str, ArrayRecord | ConfigRecord] = {}
+    for name, payload in payloads.items():
+        records[name], records[f"{name}.values"] = payload.arrays, payload.values
+    return records
+
+
+def content_bytes(content: RecordDict) -> int:
+    """Bytes of all arrays in a message, as they travel."""
+    return sum(
+        len(array.data) for record in content.array_records.values() for array in record.values()
+    )
+
+
+def decode_capability(reply: Message) -> Capability:
+    """What a node answered to the query; an error or nonsense becomes a capability with a cause."""
+    if reply.has_error():
+        return Capability.failed(f"node_{reply.metadata.src_node_id}", _error(reply))
+    try:
+        return Capability(**_fields(Capability, reply.content["capability"]))
+    except (KeyError, TypeError) as error:
+        cause = f"unreadable capability report: {error}"
+        return Capability.failed(f"node_{reply.metadata.src_node_id}", cause)
+
+
+def decode_train(reply: Message) -> TrainResult:
+    """What a client answered to a train message.
+
+    Raises:
+        UpdateRefused: a reply that cannot be read, with its cause.
+    """
+    if reply.has_error():
+        raise UpdateRefused(_error(reply))
+    try:
+        values = _fields(TrainResult, reply.content["report"])
+        adapter = None
+        if "update" in reply.content:
+            adapter = decode_adapter(reply.content["update"], reply.content["update.values"])
+        return TrainResult(**values, adapter=adapter)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UpdateRefused(f"unreadable reply: {error}") from None
+
+
+def decode_evaluate(reply: Message) -> EvalResult:
+    """What a client answered to an evaluate message; an error becomes a result with a cause."""
+    if reply.has_error():
+        return EvalResult(client_id=f"node_{reply.metadata.src_node_id}", cause=_error(reply))
+    try:
+        report = reply.content["report"]
+        scores = {
+            name.removeprefix("score/"): Score(**_fields(Score, record))
+            for name, record in reply.content.config_records.items()
+            if name.startswith("score/")
+        }
+        return EvalResult(client_id=report["client-id"], scores=scores, cause=report["cause"])
+    except (KeyError, TypeError) as error:
+        cause = f"unreadable scores: {error}"
+        return EvalResult(client_id=f"node_{reply.metadata.src_node_id}", cause=cause)
+
+
+def _error(reply: Message) -> str:
+    return f"Flower error {reply.error.code}: {reply.error.reason or 'no reason given'}"
+
+
+def _fields(kind: type, record: Mapping) -> dict:
+    """The record's values under the dataclass's names; lists become tuples."""
+    names = {field.name for field in fields(kind)}
+    spelled = {key.replace("-", "_"): value for key, value in record.items()}
+    chosen = {name: value for name, value in spelled.items() if name in names}
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in chosen.items()}

@@ -1,0 +1,53 @@
+"""What a run tells while it goes: to a terminal (``flexlora.display``), to Flower's log, to nobody."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Protocol
+
+from flexlora.server.roster import Roster
+
+__all__ = ["LogObserver", "Observer"]
+
+
+class Observer(Protocol):
+    """Called by the strategy; every call returns quickly and changes nothing."""
+
+    def met(self, roster: Roster) -> None:
+        """Who takes part, at which rank, and who was left out."""
+
+    def round_started(self, server_round: int, num_rounds: int, num_clients: int) -> None:
+        """A round goes out to ``num_clients`` clients; round 0 is the base, before any training."""
+
+    def replied(self, client_id: str, cause: str) -> None:
+        """A client's reply was counted (no cause) or not (why)."""
+
+    def round_finished(self, metrics: Mapping[str, object]) -> None:
+        """The row of ``metrics.jsonl``."""
+
+
+class LogObserver:
+    """One line per event in the log, for ``flwr run``."""
+
+    def __init__(self, logger: logging.Logger) -> None:
+        self.logger = logger
+
+    def met(self, roster: Roster) -> None:
+        for name in roster.rank_classes:
+            members = [m for m in roster.members.values() if m.rank_class.name == name]
+            self.logger.info("rank class %s: %d clients", name, len(members))
+        for client_id, cause in sorted(roster.left_out.items()):
+            self.logger.warning("client %s left out: %s", client_id, cause)
+
+    def round_started(self, server_round: int, num_rounds: int, num_clients: int) -> None:
+        self.logger.info("round %d/%d: %d clients", server_round, num_rounds, num_clients)
+
+    def replied(self, client_id: str, cause: str) -> None:
+        if cause:
+            self.logger.warning("client %s: %s", client_id, cause)
+
+    def round_finished(self, metrics: Mapping[str, object]) -> None:
+        shown = {k: v for k, v in metrics.items() if isinstance(v, int | float) and v == v}
+        text = ", ".join(f"{k} {v:.4g}" for k, v in shown.items() if "/" not in k)
+        self.logger.info("%s", text)

@@ -1,0 +1,131 @@
+"""Who takes part: the nodes that answered, what they can train, and the rank class of each.
+
+Clients are known by their own id. Flower's node ids are drawn anew in every run and serve only as
+addresses.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import flexlora
+from flexlora.errors import UserError
+from flexlora.jobs import Capability
+from flexlora.ranks import RankClass, assign_ranks
+from flexlora.seeds import numpy_generator
+
+__all__ = ["Member", "RankPolicy", "Roster", "sample"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankPolicy:
+    """The ``ranks.*`` keys as plain values."""
+
+    policy: str
+    fixed: int
+    tiers: str
+    shares: str
+    seed: int
+
+    def assign(self, client_ids: Iterable[str]) -> dict[str, RankClass]:
+        return assign_ranks(
+            list(client_ids),
+            policy=self.policy,
+            fixed=self.fixed,
+            tiers=self.tiers,
+            shares=self.shares,
+            seed=self.seed,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """A client that can train: where it is reached, what it said, its rank class."""
+
+    node_id: int
+    capability: Capability
+    rank_class: RankClass
+
+
+@dataclass(kw_only=True)
+class Roster:
+    """Members by client id, and the clients left out with the cause of each."""
+
+    members: dict[str, Member] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    fan_in_fan_out: bool = False
+
+    @property
+    def rank_classes(self) -> dict[str, RankClass]:
+        """The classes in use by name, in ascending order of rank."""
+        classes = {m.rank_class.name: m.rank_class for m in self.members.values()}
+        return dict(sorted(classes.items(), key=lambda item: (item[1].rank, item[0])))
+
+    @classmethod
+    def meet(
+        cls,
+        reports: Mapping[int, Capability],
+        policy: RankPolicy,
+        known: Mapping[str, RankClass] | None = None,
+    ) -> Roster:
+        """Members from the reports by node id; ``known`` classes (of a resumed run) are kept.
+
+        A node is left out, with its cause, when it cannot train, has another FlexLoRA version,
+        holds another base than most, or names a client that another node already is.
+
+        Raises:
+            UserError: nobody can train.
+        """
+        roster = cls()
+        fit: dict[str, tuple[int, Capability]] = {}
+        base = _most_common_base(reports.values())
+        for node_id, report in sorted(
+            reports.items(), key=lambda item: (item[1].client_id, item[0])
+        ):
+            cause = _unfit(report, base) or (
+                f"node {fit[report.client_id][0]} is this client already"
+                if report.client_id in fit
+                else ""
+            )
+            if cause:
+                roster.left_out.setdefault(report.client_id, cause)
+            else:
+                fit[report.client_id] = node_id, report
+        if not fit:
+            causes = "; ".join(f"{k}: {v}" for k, v in sorted(roster.left_out.items())[:3])
+            raise UserError(f"no client can train, expected at least one ({causes or 'no nodes'}).")
+        table = {**policy.assign(fit), **(known or {})}
+        first = next(iter(fit.values()))[1]
+        roster.shapes, roster.fan_in_fan_out = first.shapes, first.fan_in_fan_out
+        roster.members = {
+            client_id: Member(node_id=node_id, capability=report, rank_class=table[client_id])
+            for client_id, (node_id, report) in fit.items()
+        }
+        return roster
+
+
+def _most_common_base(reports: Iterable[Capability]) -> tuple:
+    """The base that most of the able nodes hold (ties: the first by fingerprint)."""
+    votes = Counter((r.fingerprint, r.modules) for r in reports if not r.cause)
+    return min(votes, key=lambda key: (-votes[key], key)) if votes else ("", ())
+
+
+def _unfit(report: Capability, base: tuple) -> str:
+    if report.cause:
+        return report.cause
+    if report.version != flexlora.__version__:
+        return f"FlexLoRA {report.version}, the server has {flexlora.__version__}"
+    if (report.fingerprint, report.modules) != base:
+        return f"another base model or other targets (fingerprint {report.fingerprint[:12]})"
+    return ""
+
+
+def sample(client_ids: Iterable[str], count: int, *, seed: int, purpose: tuple) -> list[str]:
+    """``count`` of the clients, sorted: a function of the ids and the seed, never of node ids."""
+    ordered = sorted(client_ids)
+    generator = numpy_generator(seed, *purpose)
+    chosen = generator.choice(len(ordered), size=min(count, len(ordered)), replace=False)
+    return sorted(ordered[i] for i in chosen)

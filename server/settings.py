@@ -1,0 +1,88 @@
+"""The server's side of a configuration as plain values: read once, at the entry point."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flexlora.server.roster import RankPolicy
+
+from flexlora.aggregation import check_method
+from flexlora.aggregation.base import Factoring
+from flexlora.config import Config
+from flexlora.ranks import RankClass, parse_shares, parse_tiers
+
+__all__ = ["ServerSettings"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    """What ``FlexLoRAStrategy`` needs to know; the defaults live in ``flexlora.config``."""
+
+    method: str
+    server_learning_rate: float
+    server_max_rank: int
+    max_update_norm: float
+    factoring: Factoring
+    rank_policy: RankPolicy
+    num_server_rounds: int
+    fraction_train: float
+    min_train_clients: int
+    eval_every: int
+    eval_fraction: float
+    eval_generate: str
+    wire_dtype: str
+    min_nodes: int
+    wait_seconds: float
+    round_timeout_seconds: float
+    seed: int
+
+    @classmethod
+    def from_config(cls, config: Config) -> ServerSettings:
+        """Raises ``UserError`` for a method, a rank or shares that cannot be."""
+        check_method(config["method.name"])
+        policy = RankPolicy(
+            policy=config["ranks.policy"],
+            fixed=config["ranks.fixed"],
+            tiers=config["ranks.tiers"],
+            shares=config["ranks.shares"],
+            seed=config["seed"],
+        )
+        if policy.policy == "fixed":
+            RankClass(name="ranks.fixed", rank=policy.fixed)
+        else:
+            parse_shares(policy.shares, len(parse_tiers(policy.tiers)))
+        return cls(
+            method=config["method.name"],
+            server_learning_rate=config["method.server-learning-rate"],
+            server_max_rank=config["method.server-max-rank"],
+            max_update_norm=config["method.max-update-norm"],
+            factoring=Factoring(
+                alpha=config["lora.alpha"],
+                rslora=config["lora.rslora"],
+                singular_values=config["method.singular-values"],
+                seed=config["seed"],
+            ),
+            rank_policy=policy,
+            num_server_rounds=config["num-server-rounds"],
+            fraction_train=config["fraction-train"],
+            min_train_clients=config["min-train-clients"],
+            eval_every=config["eval.every"],
+            eval_fraction=config["eval.fraction"],
+            eval_generate=config["eval.generate"],
+            wire_dtype=config["wire.dtype"],
+            min_nodes=config["server.min-nodes"],
+            wait_seconds=config["server.wait-seconds"],
+            round_timeout_seconds=config["server.round-timeout-seconds"],
+            seed=config["seed"],
+        )
+
+    def evaluates(self, server_round: int, num_rounds: int) -> bool:
+        """Round 0 and the last always; between them every ``eval_every``-th."""
+        if server_round in (0, num_rounds):
+            return True
+        return self.eval_every > 0 and server_round % self.eval_every == 0
+
+    def generates(self, server_round: int, num_rounds: int) -> bool:
+        """Whether an evaluated round generates answers too."""
+        ends = server_round in (0, num_rounds)
+        return self.eval_generate == "every" or (self.eval_generate == "ends" and ends)

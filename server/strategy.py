@@ -1,0 +1,359 @@
+"""FlexLoRA as a Flower strategy: the steps of a round, top to bottom.
+
+    meet the nodes     what can each train; a rank class for each client; a table
+    configure_train    T_r(G) per rank class, one payload each; sampled by client id
+    aggregate_train    replies are read as they come, checked, folded in; a bad one never reaches the sum
+    configure_evaluate every class's adapter to the clients that evaluate
+    aggregate_evaluate loss, exact match, ROUGE-L per class; then rows on disk, then the checkpoint
+
+Never Flower's own averaging: it adds factors of unequal rank by broadcasting, without an error.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+
+from flexlora.server.exchange import exchange
+from flexlora.server.ledger import (
+    RoundLedger,
+    class_metrics,
+    eval_metrics,
+    evaluation_rows,
+    left_out_rows,
+)
+from flexlora.server.messages import (
+    Payload,
+    content_bytes,
+    decode_capability,
+    decode_evaluate,
+    decode_train,
+    eval_content,
+    pack,
+    train_content,
+)
+from flexlora.server.observer import Observer
+from flexlora.server.roster import Member, Roster, sample
+from flexlora.server.settings import ServerSettings
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+
+from flexlora.aggregation import make_method
+from flexlora.aggregation.base import Start, State, Update, check_update
+from flexlora.aggregation.state import GlobalChange
+from flexlora.errors import UpdateRefused, UserError
+from flexlora.evaluation import BASE
+from flexlora.jobs import EvalResult, TrainResult
+from flexlora.ranks import RankClass
+from flexlora.runs import RunFolder
+from flexlora.wire import DTYPES, over_the_wire
+
+__all__ = ["FlexLoRAStrategy"]
+
+
+class FlexLoRAStrategy(Strategy):
+    """Heterogeneous-rank LoRA with exact aggregation, streamed replies and resume.
+
+    Args:
+        settings: everything the server must know; ``ServerSettings.from_config(Config(...))``.
+        run: where rows, checkpoints and adapters go; None keeps nothing.
+        observer: told of every step; None tells nobody.
+        state: the state to go on from, with the rank class of each client, after a resume.
+    """
+
+    def __init__(
+        self,
+        settings: ServerSettings,
+        *,
+        run: RunFolder | None = None,
+        observer: Observer | None = None,
+        state: State | None = None,
+        rank_classes: dict[str, RankClass] | None = None,
+    ) -> None:
+        self.settings, self.run, self.observer = settings, run, observer
+        self.method = make_method(
+            settings.method,
+            server_learning_rate=settings.server_learning_rate,
+            max_rank=settings.server_max_rank,
+        )
+        self.state, self.known_classes = state, rank_classes or {}
+        self.roster = Roster()
+        self._sent: dict[str, Start] = {}
+        self._class_bytes: dict[str, int] = {}
+        self._ledger = RoundLedger(server_round=0)
+        self._eval_results: list[EvalResult] = []
+
+    def summary(self) -> None:
+        """Nothing beyond what the observer is told."""
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord | None = None,
+        num_rounds: int | None = None,
+        timeout: float | None = None,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> Result:
+        """Run rounds ``state.round + 1`` to ``num_rounds`` (default: the settings').
+
+        ``initial_arrays`` and the two configs are not used: round 0 is the base itself, and clients
+        read their settings from the run's configuration. ``evaluate_fn`` gets the global adapter.
+
+        Raises:
+            UserError: too few nodes in time, or no client that can train.
+        """
+        rounds = num_rounds or self.settings.num_server_rounds
+        limit = timeout or self.settings.round_timeout_seconds
+        config, result = ConfigRecord(), Result()
+        self.meet(grid, limit)
+        first = self.state is None
+        if self.state is None:
+            dtype = DTYPES["float64" if self.settings.wire_dtype == "float64" else "float32"]
+            self.state = State(round=0, change=GlobalChange.zero(self.roster.shapes, dtype))
+        for server_round in range(0 if first else self.state.round + 1, rounds + 1):
+            began = time.perf_counter()
+            self._ledger = RoundLedger(server_round=server_round)
+            metrics: dict[str, object] = {"round": server_round}
+            if server_round > 0:
+                messages = self.configure_train(server_round, ArrayRecord(), config, grid)
+                self._tell("round_started", server_round, rounds, len(messages))
+                replies = self._replies(grid, messages, limit)
+                _, trained = self.aggregate_train(server_round, replies)
+                metrics |= trained or {}
+                result.train_metrics_clientapp[server_round] = trained or MetricRecord()
+            if self.settings.evaluates(server_round, rounds):
+                messages = self.configure_evaluate(server_round, ArrayRecord(), config, grid)
+                metrics["eval_bytes_down"] = sum(content_bytes(m.content) for m in messages)
+                if server_round == 0:
+                    self._tell("round_started", server_round, rounds, len(messages))
+                scores = self.aggregate_evaluate(
+                    server_round, (r for _, r in exchange(grid, messages, timeout=limit) if r)
+                )
+                metrics |= scores or {}
+                result.evaluate_metrics_clientapp[server_round] = scores or MetricRecord()
+            if evaluate_fn is not None:
+                extra = evaluate_fn(server_round, self.global_arrays())
+                result.evaluate_metrics_serverapp[server_round] = extra or MetricRecord()
+            metrics["seconds"] = time.perf_counter() - began
+            self._close_round(metrics)
+        result.arrays = self.global_arrays()
+        return result
+
+    def meet(self, grid: Grid, timeout: float) -> None:
+        """Wait for nodes, ask what each can train, and give every client its rank class."""
+        nodes = self._wait_for_nodes(grid)
+        queries = [
+            Message(RecordDict(), dst_node_id=node, message_type=MessageType.QUERY)
+            for node in nodes
+        ]
+        reports = {
+            node: decode_capability(reply)
+            for node, reply in exchange(grid, queries, timeout=timeout)
+            if reply is not None
+        }
+        self.roster = Roster.meet(reports, self.settings.rank_policy, self.known_classes)
+        self._tell("met", self.roster)
+
+    def _wait_for_nodes(self, grid: Grid) -> list[int]:
+        deadline = time.monotonic() + self.settings.wait_seconds
+        while len(nodes := list(grid.get_node_ids())) < self.settings.min_nodes:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"{len(nodes)} nodes are connected after {self.settings.wait_seconds:g} s, "
+                    f"expected {self.settings.min_nodes}; start more or lower server.min-nodes."
+                )
+            time.sleep(0.2)
+        return sorted(nodes)
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        """One message per sampled client; clients of a class share one payload."""
+        settings, state = self.settings, self.state
+        count = max(
+            settings.min_train_clients, round(settings.fraction_train * len(self.roster.members))
+        )
+        chosen = sample(
+            self.roster.members, count, seed=settings.seed, purpose=("sample", server_round)
+        )
+        members = [self.roster.members[client_id] for client_id in chosen]
+        classes = {m.rank_class.name: m.rank_class for m in members}
+        starts = {
+            name: self.method.start(state, rank_class, settings.factoring)
+            for name, rank_class in sorted(classes.items())
+        }
+        contents = {
+            name: train_content(
+                start,
+                self._payloads(start),
+                server_round=server_round,
+                num_server_rounds=settings.num_server_rounds,
+            )
+            for name, start in starts.items()
+        }
+        self._sent = {name: self._as_received(start) for name, start in starts.items()}
+        self._class_bytes = {name: content_bytes(content) for name, content in contents.items()}
+        self._ledger.bytes_down = sum(self._class_bytes[m.rank_class.name] for m in members)
+        return [
+            Message(
+                contents[member.rank_class.name],
+                dst_node_id=member.node_id,
+                message_type=MessageType.TRAIN,
+                group_id=str(server_round),
+            )
+            for member in members
+        ]
+
+    def _payloads(self, start: Start) -> dict[str, Payload]:
+        named = {"trained": start.trained, "carried": start.carried}
+        dtype = self.settings.wire_dtype
+        return {k: pack(adapter, dtype) for k, adapter in named.items() if adapter is not None}
+
+    def _as_received(self, start: Start) -> Start:
+        """The start as the client decodes it: what a residual form must subtract."""
+        dtype = self.settings.wire_dtype
+        carried = over_the_wire(start.carried, dtype) if start.carried is not None else None
+        trained = over_the_wire(start.trained, dtype)
+        return Start(**{**vars(start), "trained": trained, "carried": carried}).sealed()
+
+    def _replies(self, grid: Grid, messages: list[Message], timeout: float) -> Iterable[Message]:
+        """Replies as they come; a client that sends none gets its row here."""
+        silent = {m.metadata.dst_node_id for m in messages}
+        for node, reply in exchange(grid, messages, timeout=timeout):
+            if reply is not None:
+                silent.discard(node)
+                yield reply
+        for member in self.roster.members.values():
+            if member.node_id in silent:
+                self._failed(member, f"no reply within {timeout:g} s")
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Fold in the replies one by one and close the round's sum; ``state`` is the next one."""
+        by_node = {member.node_id: member for member in self.roster.members.values()}
+        self.method.begin(self.state, self._sent)
+        for reply in replies:
+            member = by_node[reply.metadata.src_node_id]
+            try:
+                result = decode_train(reply)
+            except UpdateRefused as error:
+                self._failed(member, str(error))
+                continue
+            self._fold_in(member, result, content_bytes(reply.content))
+        began = time.perf_counter()
+        self.state = self.method.finish()
+        metrics = self._ledger.metrics() | class_metrics(self.state, self.roster.rank_classes)
+        metrics["server_seconds"] = time.perf_counter() - began
+        return None, MetricRecord(metrics)
+
+    def _fold_in(self, member: Member, result: TrainResult, bytes_up: int) -> None:
+        """Check one result and add it; the row of ``clients.csv`` says what became of it."""
+        client_id, start = member.capability.client_id, self._sent[member.rank_class.name]
+        status, cause = "ok", result.cause
+        if result.adapter is None or cause:
+            status, cause = "failed", cause or "the reply holds no factors"
+        else:
+            update = Update(
+                client_id=client_id,
+                adapter=result.adapter,
+                num_examples=result.num_examples,
+                rank_class=result.rank_class,
+                base_round=result.base_round,
+                digest=result.digest,
+            )
+            try:
+                if result.client_id != client_id:
+                    raise UpdateRefused(f"client {client_id}: replied as '{result.client_id}'.")
+                check_update(
+                    update,
+                    start.trained,
+                    digest=start.digest,
+                    max_norm=self.settings.max_update_norm,
+                )
+                self.method.add(update)
+            except UpdateRefused as error:
+                status, cause = "refused", str(error)
+        self._record(member, bytes_up, result, status, cause)
+
+    def _failed(self, member: Member, cause: str) -> None:
+        self._record(member, 0, None, "failed", cause)
+
+    def _record(
+        self, member: Member, bytes_up: int, result: TrainResult | None, status: str, cause: str
+    ) -> None:
+        self._ledger.record(
+            member,
+            bytes_down=self._class_bytes[member.rank_class.name],
+            bytes_up=bytes_up,
+            result=result,
+            status=status,
+            cause=cause,
+        )
+        self._tell("replied", member.capability.client_id, cause)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        """The same clients every time, each with every class's adapter (round 0: none)."""
+        settings, shapes = self.settings, self.state.change.shapes
+        count = max(1, round(settings.eval_fraction * len(self.roster.members)))
+        chosen = sample(self.roster.members, count, seed=settings.seed, purpose=("evaluate",))
+        factoring = vars(settings.factoring)
+        payloads = {
+            name: pack(
+                self.state.change.adapter(rank_class.ranks(shapes), **factoring),
+                settings.wire_dtype,
+            )
+            for name, rank_class in self.roster.rank_classes.items()
+            if server_round > 0
+        }
+        content = eval_content(
+            payloads,
+            server_round=server_round,
+            generate=settings.generates(server_round, settings.num_server_rounds),
+        )
+        return [
+            Message(
+                content,
+                dst_node_id=self.roster.members[client_id].node_id,
+                message_type=MessageType.EVALUATE,
+                group_id=str(server_round),
+            )
+            for client_id in chosen
+        ]
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Sums over clients, then means: per rank class, and each client at its own class."""
+        self._eval_results = [decode_evaluate(reply) for reply in replies]
+        for result in self._eval_results:
+            if result.cause:
+                self._tell("replied", result.client_id, f"evaluation: {result.cause}")
+        return MetricRecord(eval_metrics(self._eval_results, self.roster, base=BASE))
+
+    def _close_round(self, metrics: dict[str, object]) -> None:
+        """Rows first, then the checkpoint: what a crash between them leaves is rewound."""
+        server_round = self._ledger.server_round
+        if self.run is not None:
+            rows = left_out_rows(self.roster) if server_round == 0 else self._ledger.rows
+            rows = sorted(rows, key=lambda row: str(row["client_id"]))
+            evaluations = evaluation_rows(server_round, self._eval_results)
+            self.run.append_round(metrics, rows, evaluations)
+            classes = {k: member.rank_class for k, member in self.roster.members.items()}
+            self.run.save_checkpoint(self.run.checkpoint, self.state, classes)
+        self._eval_results = []
+        self._tell("round_finished", metrics)
+
+    def global_arrays(self) -> ArrayRecord:
+        """The global adapter at the server's full rank as Flower arrays."""
+        adapter = self.state.change.full_rank_adapter(self.settings.factoring.alpha)
+        return pack(adapter, "float32").arrays
+
+    def _tell(self, event: str, *args: object) -> None:
+        if self.observer is not None:
+            getattr(self.observer, event)(*args)

@@ -1,0 +1,169 @@
+"""``flexlora eval`` and ``flexlora export``: what an adapter or a run is worth, and taking it away."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from flexlora.clients.worker import Worker, worker_for
+from flexlora.simulations.simulate import resolved
+from rich.table import Table
+
+from flexlora.adapters import Adapter
+from flexlora.config import Config
+from flexlora.display import make_console
+from flexlora.errors import UserError, nearest
+from flexlora.evaluation import BASE
+from flexlora.jobs import EvalJob, Score
+from flexlora.models import load_base, resolve_name
+from flexlora.peft_folder import load_adapter, save_adapter
+from flexlora.runs import RunFolder
+from flexlora.slots import slot_model
+
+__all__ = ["evaluate_target", "export_run", "score_adapters"]
+
+
+def evaluate_target(
+    target: str, *, data: str | None = None, file: str | None = None, sets: tuple[str, ...] = ()
+) -> int:
+    """Print loss, exact match and ROUGE-L of a run's rank classes, or of one PEFT folder.
+
+    Beside the base, on all rows of the ``test`` split (``--set eval.split=validation`` for the
+    other) of all clients.
+
+    Raises:
+        UserError: neither a run nor a PEFT folder, or data and model that do not fit it.
+    """
+    adapters, values = _adapters_of(Path(target))
+    values |= {"eval.split": "test", "eval.max-examples": 0}
+    if data is not None:
+        values |= {"data.path": data, "data.name": ""}
+    changed = Config.resolve(file=file, sets=sets)
+    defaults = Config()
+    values |= {key: value for key, value in changed.items() if value != defaults[key]}
+    worker = worker_for(resolved(Config(values)))
+    scores = score_adapters(worker, adapters)
+    table = Table(box=None, pad_edge=False)
+    for column in ("adapter", "loss", "exact match", "ROUGE-L", "rows"):
+        table.add_column(column, justify="left" if column == "adapter" else "right")
+    for name, score in scores.items():
+        if not score.rows:
+            split = worker.config["eval.split"]
+            raise UserError(f"the data has no {split} rows that fit; try another eval.split.")
+        table.add_row(
+            name,
+            f"{score.loss / score.tokens:.4f}",
+            f"{score.exact_match / score.generated:.3f}",
+            f"{score.rouge_l / score.generated:.3f}",
+            str(score.rows),
+        )
+    make_console().print(table)
+    return 0
+
+
+def _adapters_of(path: Path) -> tuple[dict[str, Adapter], dict[str, object]]:
+    """Adapters by name, and the configuration that they were made under."""
+    if (path / "config.toml").is_file():
+        run, config = RunFolder.open(path)
+        state, classes = run.load_checkpoint()
+        used = {rank_class.name: rank_class for rank_class in classes.values()}
+        named = {
+            name: state.change.adapter(
+                rank_class.ranks(state.change.shapes),
+                config["lora.alpha"],
+                rslora=config["lora.rslora"],
+                singular_values=config["method.singular-values"],
+                seed=config["seed"],
+            )
+            for name, rank_class in sorted(used.items(), key=lambda item: item[1].rank)
+        }
+        return named, dict(config)
+    if not path.is_dir():
+        raise UserError(f"'{path}' does not exist, expected a run folder or a PEFT folder.")
+    adapter = load_adapter(path)
+    config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+    base = config.get("base_model_name_or_path") or "embedded"
+    return {path.name: adapter}, {"model.name": base, "lora.target-modules": _targets(adapter)}
+
+
+def _targets(adapter: Adapter) -> str:
+    """The adapter's modules as a target list that matches them and no others."""
+    return ",".join(adapter)
+
+
+def score_adapters(worker: Worker, adapters: Mapping[str, Adapter]) -> dict[str, Score]:
+    """Scores of the base and of each adapter over the held-out rows of all clients."""
+    totals = dict.fromkeys((BASE, *adapters), Score())
+    for group in ({}, adapters):
+        jobs = [
+            EvalJob(client_id=client_id, server_round=0, adapters=group, generate=True)
+            for client_id in worker.client_ids
+        ]
+        try:
+            results = worker.evaluate(jobs)
+        except ValueError as error:
+            raise UserError(f"the adapter does not fit the base: {error}") from None
+        for result in results:
+            for name, score in result.scores.items():
+                totals[name] += score
+    return totals
+
+
+def export_run(target: str, *, rank: int, kind: str, out: str) -> None:
+    """Write ``T_rank(G)`` of a run as a PEFT folder, or the base with it merged in.
+
+    Raises:
+        UserError: an unknown format, a rank below 1, a folder in use, or a merge into another base
+            than the adapter was trained on.
+    """
+    formats = ("peft", "merged")
+    if kind not in formats:
+        raise UserError(f"--format is '{kind}', expected peft or merged.{nearest(kind, formats)}")
+    if rank < 1:
+        raise UserError(f"--rank is {rank}, expected a rank of at least 1.")
+    folder = Path(out)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"'{out}' already exists and is not empty; give another --out.")
+    run, config = RunFolder.open(target)
+    state, _ = run.load_checkpoint()
+    change, console = state.change, make_console()
+    if kind == "merged" and config["model.quantization"] != "none":
+        raise UserError(
+            f"the adapter was trained on a {config['model.quantization']} base; merged into the "
+            "full-precision one it is another model. Use --format peft beside the same base."
+        )
+    base = resolve_name(config["model.name"])
+    if kind == "peft":
+        adapter = change.adapter(
+            rank, config["lora.alpha"], rslora=config["lora.rslora"], seed=config["seed"]
+        )
+        save_adapter(adapter, folder, base=base)
+    else:
+        _save_merged(
+            config, {n: svd.truncate(rank).to_dense() for n, svd in change.items()}, folder
+        )
+    kept = change.total_energy_kept(dict.fromkeys(change, rank))
+    console.print(
+        f"{folder}: rank {rank} of round {state.round}, {100 * kept:.2f} % of the energy."
+    )
+
+
+@torch.no_grad()
+def _save_merged(config: Config, deltas: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """``W + T_rank(G)`` in every target, written by transformers as safetensors."""
+    base = load_base(config["model.name"], dtype=config["model.dtype"], device="cpu")
+    slots = slot_model(base.model, config["lora.target-modules"])
+    linears = {name: layer.base for name, layer in slots.layers.items()}
+    slots.remove()
+    for name, delta in deltas.items():
+        weight = linears[name].weight
+        turned = delta.T if type(linears[name]).__name__ == "Conv1D" else delta
+        weight.add_(turned.to(weight.dtype))
+    base.model.save_pretrained(folder)
+    base.tokenizer.save_pretrained(folder)
+    # The weights in memory are no longer the base's: nothing else may be run on them.
+    for name, delta in deltas.items():
+        turned = delta.T if type(linears[name]).__name__ == "Conv1D" else delta
+        linears[name].weight.sub_(turned.to(linears[name].weight.dtype))

@@ -1,0 +1,56 @@
+"""``flexlora simulate``: a federation of many clients in this process."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from flexlora.clients.worker import worker_for
+from flexlora.server.app import federate
+from flexlora.server.observer import Observer
+from flexlora.server.settings import ServerSettings
+from flexlora.server.strategy import FlexLoRAStrategy
+from flexlora.simulations.engine import InProcessGrid
+
+from flexlora.config import Config
+from flexlora.runs import RunFolder
+
+__all__ = ["resolved", "resume", "simulate"]
+
+
+def resolved(config: Config) -> Config:
+    """The configuration with what the machine decides written down: the number of threads."""
+    threads = config["engine.threads"] or len(os.sched_getaffinity(0))
+    return config.replace(engine__threads=threads)
+
+
+def simulate(
+    config: Config, out: str | Path, *, observer: Observer | None = None, overwrite: bool = False
+) -> FlexLoRAStrategy:
+    """Run ``config`` into the folder ``out``; model, data and settings are checked before it is made.
+
+    Raises:
+        UserError: any mistake in the configuration, or a folder in use.
+    """
+    config = resolved(config)
+    grid = _grid(config)
+    run = RunFolder.create(out, config, overwrite=overwrite)
+    return federate(grid, config, run, observer)
+
+
+def resume(out: str | Path, *, observer: Observer | None = None) -> FlexLoRAStrategy:
+    """Go on with the run in ``out`` after its last whole round, with its own configuration."""
+    run, config = RunFolder.open(out)
+    run.load_checkpoint()
+    return federate(_grid(config), config, run, observer, resume=True)
+
+
+def _grid(config: Config) -> InProcessGrid:
+    ServerSettings.from_config(config)
+    torch.set_num_threads(config["engine.threads"])
+    return InProcessGrid(
+        worker_for(config),
+        cohort_size=config["engine.cohort-size"],
+        wire_dtype=config["wire.dtype"],
+    )

@@ -1,0 +1,148 @@
+"""The slow, obvious version of everything that is fast in the product: dense, float64, one client.
+
+Nothing here imports the product's arithmetic. A matrix is formed whole, a truncation is numpy's
+dense SVD, and local training is torch's own AdamW on explicit factors merged into the weights.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from flexlora.adapters import Adapter, LoRAFactors
+
+
+def scaling(factors):
+    """alpha / rank (LoRA) or alpha / sqrt(rank) (rsLoRA), from the shapes alone."""
+    rank = factors.lora_A.shape[0]
+    return factors.alpha / (math.sqrt(rank) if factors.rslora else rank)
+
+
+def delta_weight(factors):
+    """``scaling * B @ A`` in float64, ``[out, in]``."""
+    return scaling(factors) * (factors.lora_B.double() @ factors.lora_A.double())
+
+
+def flexlora_average(clients, module):
+    """Equation 2 of arXiv 2402.11505: ``sum_k n_k / n * s_k B_k A_k``, one dense matrix a client."""
+    total = sum(num_examples for _, num_examples in clients)
+    shape = delta_weight(clients[0][0][module]).shape
+    result = torch.zeros(shape, dtype=torch.float64)
+    for adapter, num_examples in clients:
+        result += num_examples / total * delta_weight(adapter[module])
+    return result
+
+
+def residual_form(G, clients, starts, module, server_learning_rate=1.0):
+    """``G + eta * sum_k p_k (s_k B_k A_k - start_k)`` with the start of every client by itself."""
+    total = sum(num_examples for _, num_examples in clients)
+    result = G.double().clone()
+    for (adapter, num_examples), start in zip(clients, starts, strict=True):
+        change = delta_weight(adapter[module]) - delta_weight(start[module])
+        result += server_learning_rate * num_examples / total * change
+    return result
+
+
+def truncate(matrix, rank):
+    """The best approximation of that rank, by LAPACK's dense SVD."""
+    U, S, Vh = np.linalg.svd(matrix.double().numpy(), full_matrices=False)
+    return torch.from_numpy((U[:, :rank] * S[:rank]) @ Vh[:rank])
+
+
+def relative_error(got, expected):
+    """``|got - expected|_F / |expected|_F`` in float64 (absolute where the expected one is zero)."""
+    error = float((got.double() - expected.double()).norm())
+    size = float(expected.double().norm())
+    return error / size if size > 0 else error
+
+
+def adapter_distance(got, expected):
+    """The largest relative error of any module's delta_weight."""
+    assert set(got) == set(expected)
+    return max(
+        relative_error(delta_weight(got[name]), delta_weight(expected[name])) for name in expected
+    )
+
+
+# --- one client's training, with torch's own parts -------------------------------------------
+
+
+def factors_product(factors):
+    """``scaling * B @ A`` in the factors' own dtype, so that gradients reach them."""
+    return scaling(factors) * (factors.lora_B @ factors.lora_A)
+
+
+def merged_weights(model, adapters):
+    """``{parameter name: W + sum of s B A}`` of the plain ``model``; gradients flow to factors.
+
+    Square Conv1D weights are told apart by the module's class, not by their shape.
+    """
+    merged = {}
+    for name in adapters[0]:
+        module = model.get_submodule(name)
+        weight = module.weight.detach()
+        for adapter in adapters:
+            delta = factors_product(adapter[name])
+            transposed = type(module).__name__ == "Conv1D"
+            weight = weight + (delta.T if transposed else delta).to(weight.dtype)
+        merged[f"{name}.weight"] = weight
+    return merged
+
+
+def logits_of(model, adapters, input_ids):
+    """Logits ``[T, vocab]`` of one unpadded row under the merged weights."""
+    row = torch.tensor([list(input_ids)])
+    merged = merged_weights(model, adapters) if adapters else {}
+    return torch.func.functional_call(model, merged, (row,), {"use_cache": False}).logits[0]
+
+
+def answer_loss(logits, example):
+    """Summed cross entropy of the answer tokens of one row, each predicted from those before it."""
+    ids = torch.tensor(example.input_ids)
+    positions = torch.arange(example.prompt_length, len(ids))
+    return F.cross_entropy(logits[positions - 1], ids[positions], reduction="sum")
+
+
+@dataclass
+class Recipe:
+    """What a local round is told."""
+
+    learning_rates: list  # one per optimizer step
+    batches: list  # indices of the examples of each step
+    max_grad_norm: float = 1.0
+    weight_decay: float = 0.0
+    optim: str = "adamw_torch"
+
+
+def train_one_client(model, start, examples, recipe, carried=None, trainable=("lora_A", "lora_B")):
+    """A plain loop: every row by itself, unpadded; torch.optim; the mean over answer tokens."""
+    leaves, modules = [], {}
+    for name, factors in start.items():
+        tensors = {}
+        for label in ("lora_A", "lora_B"):
+            tensor = getattr(factors, label).detach().clone()
+            if label in trainable:
+                tensor.requires_grad_()
+                leaves.append(tensor)
+            tensors[label] = tensor
+        modules[name] = LoRAFactors(**tensors, alpha=factors.alpha, rslora=factors.rslora)
+    adapter = Adapter(modules)
+    adapters = [adapter] + ([carried] if carried is not None else [])
+    kind = {"adamw_torch": torch.optim.AdamW, "sgd": torch.optim.SGD}[recipe.optim]
+    optimizer = kind(leaves, lr=1.0, weight_decay=recipe.weight_decay)
+    for learning_rate, indices in zip(recipe.learning_rates, recipe.batches, strict=True):
+        rows = [examples[i] for i in indices]
+        tokens = sum(len(row.input_ids) - row.prompt_length for row in rows)
+        loss = sum(answer_loss(logits_of(model, adapters, row.input_ids), row) for row in rows)
+        optimizer.zero_grad()
+        (loss / tokens).backward()
+        if recipe.max_grad_norm > 0:
+            torch.nn.utils.clip_grad_norm_(leaves, recipe.max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        optimizer.step()
+    return adapter.map(lambda tensor: tensor.detach())
