@@ -1,6 +1,6 @@
 """The Flower ClientApp: decodes a message, lets the worker answer, encodes the reply.
 
-``flwr run .`` starts it on every node. A failure becomes a reply that says why, never a lost message.
+``flwr run .`` starts it on every node. A failure becomes a reply that says why.
 """
 
 from __future__ import annotations

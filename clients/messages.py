@@ -1,7 +1,7 @@
 """Flower messages in and out on the client's side: no training here, only names and bytes.
 
-``decode_train(Message) -> TrainJob`` and ``encode_train(result, reply_to) -> Message``; the same pair
-for evaluation and for the capability query. Nothing is pickled.
+``decode_train(Message) -> TrainJob`` and ``encode_train(result, reply_to) -> Message``; the same
+pair for evaluation and for the capability query. Nothing is pickled.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Who does the work behind a ClientApp: holds the base and the data, answers jobs.
 
-One worker per process and configuration. Where it trains (in a ClientApp's process, in a simulation's
-cohort) it is the same ``train(jobs) -> results``; only the number of jobs differs.
+One worker per process and configuration. In a ClientApp's process and in a simulation's cohort
+it is the same ``train(jobs) -> results``; only the number of jobs differs.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Worker:
             max_length=min(config["train.max-length"], longest or config["train.max-length"]),
         )
         self.settings = train_settings(config)
-        self.slots  # a target pattern that matches nothing is told before any work
+        self.shapes = self.slots.shapes  # targets that match nothing are told before any work
 
     @property
     def slots(self) -> SlotModel:
@@ -153,7 +153,7 @@ class Worker:
                 self.settings,
                 pad_token_id=self.base.pad_token_id,
             )
-        except (RuntimeError, ValueError, MemoryError) as error:
+        except Exception as error:
             if len(jobs) == 1:
                 cause = f"{type(error).__name__}: {str(error).splitlines()[0]}"
                 return [failed_training(jobs[0], cause)]

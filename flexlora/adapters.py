@@ -1,9 +1,9 @@
 """LoRA factors of one module, and adapters: all modules of a model by name.
 
 The weight change of a module is ``scaling * lora_B @ lora_A`` (LoRA, arXiv 2106.09685, eq. 3), with
-``scaling = alpha / rank``, or ``alpha / sqrt(rank)`` for rsLoRA (arXiv 2312.03732). Ranks and alphas
-may differ from module to module and from client to client, so the factors carry both: whoever
-multiplies or adds two of them cannot forget the scaling.
+``scaling = alpha / rank``, or ``alpha / sqrt(rank)`` for rsLoRA (arXiv 2312.03732). Ranks and
+alphas may differ from module to module and from client to client, so the factors carry both:
+whoever multiplies or adds two of them cannot forget the scaling.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,8 +39,8 @@ class LoRAFactors:
         shape_A, shape_B = tuple(self.lora_A.shape), tuple(self.lora_B.shape)
         if len(shape_A) != 2 or len(shape_B) != 2 or shape_A[0] != shape_B[1]:
             raise ValueError(
-                f"lora_A has shape {shape_A} and lora_B {shape_B}, expected [rank, in_features] and "
-                "[out_features, rank] with one rank. Were the two factors exchanged?"
+                f"lora_A has shape {shape_A} and lora_B {shape_B}, expected [rank, in_features] "
+                "and [out_features, rank] with one rank. Were the two factors exchanged?"
             )
         if shape_A[0] == 0:
             raise ValueError("the rank is 0, expected at least 1.")
@@ -113,7 +114,7 @@ class Adapter(Mapping[str, LoRAFactors]):
         """The adapter with ``function`` applied to every tensor."""
         return Adapter({name: factors.map(function) for name, factors in self.items()})
 
-    def to(self, *args: object, **kwargs: object) -> Adapter:
+    def to(self, *args: Any, **kwargs: Any) -> Adapter:
         """``Tensor.to`` on every tensor."""
         return self.map(lambda tensor: tensor.to(*args, **kwargs))
 
@@ -130,5 +131,5 @@ class Adapter(Mapping[str, LoRAFactors]):
             for tensor in (factors.lora_A, factors.lora_B):
                 sha.update(f"|{tensor.dtype}|{tuple(tensor.shape)}".encode())
                 data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-                sha.update(data.numpy())
+                sha.update(data.numpy().data)
         return sha.hexdigest()

@@ -1,7 +1,7 @@
 """The server's whole state on disk, written so that a crash at any byte leaves a good one.
 
-Each round is one new file pair, complete and synced before ``current.json`` is replaced by an atomic
-rename. ``current.json`` names the round and the digests; older pairs are removed afterwards.
+Each round is one new file, complete and synced before ``current.json`` is replaced by an atomic
+rename. ``current.json`` names the round and the digests; older files are removed afterwards.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["load_checkpoint", "save_checkpoint", "write_atomically"]
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write and sync a neighbour, then rename it over ``path``: the old bytes or the new, never half."""
+    """Write and sync a neighbour, then rename it over ``path``: old bytes or new, never half."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as file:
@@ -36,7 +36,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def save_checkpoint(folder: Path, state: State, rank_classes: Mapping[str, RankClass]) -> None:
-    """Write ``state`` and each client's rank class; the previous checkpoint stays until it is done."""
+    """Write ``state`` and the rank classes; the previous checkpoint stays until it is done."""
     tensors = {f"extra/{key}": tensor.contiguous() for key, tensor in state.extra.items()}
     for name, svd in state.change.items():
         for label in ("U", "S", "Vh"):
@@ -68,11 +68,17 @@ def load_checkpoint(folder: Path) -> tuple[State, dict[str, RankClass]]:
     index_file = folder / "current.json"
     if not index_file.is_file():
         raise UserError(f"'{folder}' holds no checkpoint; no round of this run was finished.")
-    index = json.loads(index_file.read_text(encoding="utf-8"))
-    path = folder / index["file"]
-    data = path.read_bytes() if path.is_file() else b""
-    if hashlib.sha256(data).hexdigest() != index["sha256"]:
-        raise UserError(f"checkpoint '{path}' is damaged: its digest is not the one written.")
+    try:
+        index = json.loads(index_file.read_text(encoding="utf-8"))
+        path = folder / index["file"]
+        data = path.read_bytes() if path.is_file() else b""
+        intact = hashlib.sha256(data).hexdigest() == index["sha256"]
+    except (ValueError, KeyError, TypeError):
+        intact = False
+    if not intact:
+        raise UserError(
+            f"the checkpoint in '{folder}' is damaged: its bytes are not those written."
+        )
     tensors = load(data)
     modules = {
         name: FactoredSVD(

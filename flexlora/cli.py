@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from flexlora.config import OPTIONS, Config
 from flexlora.errors import UserError, nearest
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 class _Parser(argparse.ArgumentParser):
     """Argument errors in the house's words: one sentence, and the nearest known name."""
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         known = [name for action in self._actions for name in action.option_strings]
         for action in self._actions:
             known += list(action.choices or ()) if isinstance(action.choices, dict) else []

@@ -11,6 +11,7 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from flexlora.errors import UserError, nearest
 
@@ -50,7 +51,7 @@ class Option:
             raise UserError(f"{self.key} is '{text}', expected {self.type_name}.") from None
         return self.check(text)
 
-    def check(self, value: object) -> Scalar:
+    def check(self, value: Any) -> Any:
         """``value`` in this option's type and range, or a ``UserError``."""
         if isinstance(self.default, float) and type(value) is int:
             value = float(value)
@@ -60,9 +61,9 @@ class Option:
             known = ", ".join(self.choices)
             hint = nearest(str(value), self.choices)
             raise UserError(f"{self.key} is '{value}', expected one of {known}.{hint}")
-        if self.minimum is not None and not value >= self.minimum:
+        if self.minimum is not None and not float(value) >= self.minimum:
             raise UserError(f"{self.key} is {value}, expected at least {self.minimum:g}.")
-        if self.maximum is not None and not value <= self.maximum:
+        if self.maximum is not None and not float(value) <= self.maximum:
             raise UserError(f"{self.key} is {value}, expected at most {self.maximum:g}.")
         return value
 
@@ -160,7 +161,7 @@ def _known(key: str) -> Option:
     return OPTIONS[key]
 
 
-class Config(Mapping[str, Scalar]):
+class Config(Mapping[str, Any]):
     """All options resolved to values: immutable, complete, in the order of ``OPTIONS``."""
 
     def __init__(self, values: Mapping[str, object] | None = None) -> None:
@@ -190,15 +191,15 @@ class Config(Mapping[str, Scalar]):
         spelled = {key.replace("__", ".").replace("_", "-"): v for key, v in values.items()}
         return Config({**self._values, **spelled})
 
-    def nested(self) -> dict[str, object]:
+    def nested(self) -> dict[str, Any]:
         """The values as nested tables, ready for TOML."""
-        tree: dict[str, object] = {}
+        tree: dict[str, Any] = {}
         for key, value in self._values.items():
             table, _, leaf = key.rpartition(".")
             (tree.setdefault(table, {}) if table else tree)[leaf] = value
         return tree
 
-    def __getitem__(self, key: str) -> Scalar:
+    def __getitem__(self, key: str) -> Any:
         return self._values[key]
 
     def __iter__(self) -> Iterator[str]:

@@ -16,7 +16,7 @@ class UserError(ValueError):
 
 
 class UpdateRefused(ValueError):
-    """A client's update that must not reach the sum; the message is the cause in ``clients.csv``."""
+    """An update that must not reach the sum; the message is the cause in ``clients.csv``."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -7,8 +7,10 @@ teacher-forced argmax, which sees the reference while it answers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -35,7 +37,7 @@ def rouge_l(generated: str, reference: str) -> float:
 
 
 @lru_cache(maxsize=1)
-def _scorer() -> object:
+def _scorer() -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
     return RougeScorer(["rougeL"], use_stemmer=False)
@@ -52,7 +54,7 @@ def _by_length(examples: Sequence[Example], size: int) -> Iterable[list[int]]:
 def answer_loss_sums(
     slots: SlotModel, examples: Sequence[Example], *, batch_size: int, pad_token_id: int
 ) -> list[list[float]]:
-    """Summed answer loss of every row under every loaded slot: ``[K][rows]`` (K = 1 for the base)."""
+    """Summed answer loss of each row under each loaded slot: ``[K][rows]``; K = 1 for the base."""
     count = max(slots.num_slots, 1)
     sums = [[0.0] * len(examples) for _ in range(count)]
     for indices in _by_length(examples, max(1, batch_size // count)):
@@ -70,36 +72,55 @@ def generate_answers(
     slots: SlotModel,
     examples: Sequence[Example],
     *,
-    tokenizer: object,
+    tokenizer: Any,
     max_new_tokens: int,
     batch_size: int,
     pad_token_id: int,
 ) -> list[list[str]]:
-    """Greedy answers of every loaded slot to every prompt, ``[K][rows]``, special tokens removed."""
-    from transformers import GenerationConfig
-
+    """Greedy answers of each loaded slot to each prompt, ``[K][rows]``, without special tokens."""
+    config = _greedy(slots.model, tokenizer, max_new_tokens, pad_token_id)
     count = max(slots.num_slots, 1)
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        pad_token_id=pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
     answers = [[""] * len(examples) for _ in range(count)]
     for indices in _by_length(examples, max(1, batch_size // count)):
         rows = [examples[i] for i in indices]
         batch = collate_prompts([rows] * count, pad_token_id=pad_token_id)
         width = batch.input_ids.shape[1]
-        output = slots.model.generate(
-            input_ids=batch.input_ids.to(slots.device),
-            attention_mask=batch.attention_mask.to(slots.device),
-            generation_config=config,
-        )
+        with _own_preferences_aside(slots.model, config):
+            output = slots.model.generate(
+                input_ids=batch.input_ids.to(slots.device),
+                attention_mask=batch.attention_mask.to(slots.device),
+            )
         texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
         for position, text in enumerate(texts):
             answers[position // len(rows)][indices[position % len(rows)]] = text.strip()
     return answers
+
+
+def _greedy(model: Any, tokenizer: Any, max_new_tokens: int, pad_token_id: int) -> Any:
+    """Plain greedy decoding that stops at the tokenizer's eos or at any the model itself names."""
+    from transformers import GenerationConfig
+
+    named = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=sorted(ends) or None,
+    )
+
+
+@contextmanager
+def _own_preferences_aside(model: Any, config: Any) -> Iterator[None]:
+    """Put ``config`` in the place of the model's: a config passed to ``generate`` is filled up with
+    the model's own sampling, penalties and beams, and two models could no longer be compared."""
+    own = model.generation_config
+    model.generation_config = config
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def evaluate(

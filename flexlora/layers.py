@@ -1,4 +1,4 @@
-"""One LoRA layer with K slots over one frozen linear: K = 1 on a device, K = a cohort in simulation.
+"""One LoRA layer with K slots over one frozen linear: 1 on a device, a cohort in simulation.
 
 Rows of a batch are slot-major: ``[K * b, T, in]``, b rows of each slot. With slots of unequal rank
 the factors are zero-padded to the largest, ``A [K, R, in]`` and ``B [K, out, R]``:
@@ -26,7 +26,7 @@ __all__ = ["DropoutStream", "LoRALinear", "SlotFactors"]
 
 @dataclass(frozen=True, kw_only=True)
 class DropoutStream:
-    """Where a slot's dropout masks come from in this pass: a seed and the slot's unpadded shape.
+    """Where a slot's dropout masks come from in this pass: a seed, the slot's shape, the batch's.
 
     The mask of a module is a function of (seed, module) and drawn for ``[rows, length, in]``, so a
     slot has the same mask alone, in a cohort, and when checkpointing computes it again.
@@ -35,6 +35,7 @@ class DropoutStream:
     seed: int
     rows: int
     length: int
+    padded_length: int
 
 
 @dataclass(kw_only=True, eq=False)
@@ -46,12 +47,11 @@ class SlotFactors:
     scaling: Tensor
 
     def apply(self, x: Tensor, num_slots: int) -> Tensor:
-        """``s_k (x_k A_k^T) B_k^T`` of rows ``x [K' * b, T, in]`` of the first K' slots."""
-        rows, length, in_features = x.shape
-        by_slot = x.reshape(num_slots, rows // num_slots * length, in_features)
+        """``s_k (x_k A_k^T) B_k^T`` of ``x [K' * b, T, in]`` or ``[K' * b * T, in]``, K' <= K."""
+        by_slot = x.reshape(num_slots, -1, x.shape[-1])
         A, B, scaling = self.A[:num_slots], self.B[:num_slots], self.scaling[:num_slots]
         hidden = torch.matmul(by_slot, A.transpose(1, 2))
-        return torch.matmul(hidden * scaling, B.transpose(1, 2)).reshape(rows, length, -1)
+        return torch.matmul(hidden * scaling, B.transpose(1, 2)).reshape(*x.shape[:-1], -1)
 
     @staticmethod
     def stack(slots: Sequence[LoRAFactors], like: Tensor) -> SlotFactors:
@@ -67,7 +67,7 @@ class SlotFactors:
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear and the factors of K slots beside it. Without slots it is the linear alone."""
+    """A frozen linear with the factors of K slots beside it; without slots the linear alone."""
 
     def __init__(self, base: nn.Module, *, name: str, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -78,6 +78,16 @@ class LoRALinear(nn.Module):
         self.carried: SlotFactors | None = None
         self.dropout = 0.0
         self.streams: tuple[DropoutStream | None, ...] = ()
+        self.train(base.training)
+
+    def train(self, mode: bool = True) -> LoRALinear:
+        """As ``nn.Module``, but a 4-bit base stays in training mode, which it uses for this alone:
+        in evaluation bitsandbytes repacks its weights for the CPU in place, and gradients through
+        the packed weights are those of another matrix."""
+        super().train(mode)
+        if type(self.base).__name__ == "Linear4bit":
+            self.base.training = True
+        return self
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         out = self.base(x, *args, **kwargs)
@@ -92,15 +102,16 @@ class LoRALinear(nn.Module):
         return out
 
     def _mask(self, x: Tensor) -> Tensor:
-        """Inverted dropout ``[K * b, T, in]``: 0 or 1/(1-p); padding keeps 0, it feeds no loss."""
-        mask = torch.zeros_like(x)
-        rows_per_slot = x.shape[0] // self.num_slots
-        for k, stream in enumerate(self.streams[: self.num_slots]):
+        """Inverted dropout in the shape of ``x``, 0 or 1/(1-p); padding gets 0."""
+        streams = self.streams[: self.num_slots]
+        padded_length = next(stream.padded_length for stream in streams if stream is not None)
+        mask = x.new_zeros(self.num_slots, x.numel() // (self.num_slots * self.in_features), 1)
+        mask = mask.reshape(self.num_slots, -1, padded_length, 1).repeat(1, 1, 1, self.in_features)
+        for k, stream in enumerate(streams):
             if stream is None:
                 continue
             generator = torch.Generator(x.device).manual_seed(derive_seed(stream.seed, self.name))
             shape = (stream.rows, stream.length, self.in_features)
             keep = torch.rand(shape, generator=generator, device=x.device) >= self.dropout
-            first = k * rows_per_slot
-            mask[first : first + stream.rows, : stream.length] = keep.to(x.dtype)
-        return mask / (1.0 - self.dropout)
+            mask[k, : stream.rows, : stream.length] = keep.to(x.dtype)
+        return mask.reshape(x.shape) / (1.0 - self.dropout)

@@ -29,7 +29,7 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FactoredSVD:
-    """``U [m, g]``, ``S [g]`` nonincreasing, ``Vh [g, n]``; g may be 0, which is the zero matrix."""
+    """``U [m, g]``, ``S [g]`` nonincreasing, ``Vh [g, n]``; g = 0 is the zero matrix."""
 
     U: Tensor
     S: Tensor
@@ -77,7 +77,8 @@ def svd_of_product(left: Tensor, right: Tensor) -> FactoredSVD:
     """
     if left.shape[1] != right.shape[0]:
         raise ValueError(
-            f"left is {tuple(left.shape)} and right {tuple(right.shape)}, expected [m, k] and [k, n]."
+            f"left is {tuple(left.shape)} and right {tuple(right.shape)}, "
+            "expected [m, k] and [k, n]."
         )
     dtype = left.dtype
     if left.shape[1] == 0:

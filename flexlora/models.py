@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from flexlora.errors import UserError
 
@@ -110,9 +109,9 @@ def _load(source: str, name: str, dtype: str, quantization: str, device: torch.d
     local = Path(source).is_dir()
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
-        model = AutoModelForCausalLM.from_pretrained(source, local_files_only=local, **options)
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
+        model: Any = AutoModelForCausalLM.from_pretrained(source, local_files_only=local, **options)
+    except Exception as error:  # whatever a damaged file makes the loaders raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UserError(f"model '{name}' cannot be loaded: {reason}") from error
     if quantization == "none":
         model.to(device)
@@ -126,7 +125,7 @@ def _load(source: str, name: str, dtype: str, quantization: str, device: torch.d
     )
 
 
-def _fingerprint(model: nn.Module) -> str:
+def _fingerprint(model: Any) -> str:
     """SHA-256 over the shapes of the model and its unquantized weights as bfloat16 samples.
 
     Two nodes that hold another base differ in it; the same base as float32, bfloat16 or NF4 does
@@ -140,11 +139,11 @@ def _fingerprint(model: nn.Module) -> str:
         flat = tensor.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // 4096)].to("cpu", torch.bfloat16).contiguous()
         sha.update(f"{name}|{tuple(tensor.shape)}|".encode())
-        sha.update(sample.view(torch.uint8).numpy())
+        sha.update(sample.view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()[:32]
 
 
-def linear_like(model: nn.Module, parameter: str) -> bool:
+def linear_like(model: Any, parameter: str) -> bool:
     """Whether a parameter belongs to a linear, the kind that quantization replaces."""
     owner = model.get_submodule(parameter.rpartition(".")[0])
     return type(owner).__name__.startswith(("Linear", "Conv1D"))

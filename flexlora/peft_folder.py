@@ -1,7 +1,7 @@
 """Adapters as PEFT folders, in and out: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-What is written loads with ``PeftModel.from_pretrained`` without surgery, at the true rank, alpha and
-scaling of every module; what PEFT wrote loads here. Pickled weights are never opened.
+What is written loads with ``PeftModel.from_pretrained`` without surgery, at the true rank, alpha
+and scaling of every module; what PEFT wrote loads here. Pickled weights are never opened.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -24,7 +25,7 @@ __all__ = ["load_adapter", "save_adapter"]
 
 _PREFIX = "base_model.model."
 _KEY = re.compile(r"(?P<name>.+)\.(?P<label>lora_[AB])(?:\.[^.]+)?\.weight")
-_UNSUPPORTED = {
+_UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "use_dora": (False, None),
     "bias": ("none", None),
     "modules_to_save": (None, []),
@@ -62,8 +63,14 @@ def save_adapter(
         "init_lora_weights": True,
         "modules_to_save": None,
         "target_modules": list(adapter),
-        "rank_pattern": {n: f.rank for n, f in adapter.items() if f.rank != rank},
-        "alpha_pattern": {n: _whole(f.alpha) for n, f in adapter.items() if f.alpha != alpha},
+        "rank_pattern": {
+            _pattern_key(n, adapter): f.rank for n, f in adapter.items() if f.rank != rank
+        },
+        "alpha_pattern": {
+            _pattern_key(n, adapter): _whole(f.alpha)
+            for n, f in adapter.items()
+            if f.alpha != alpha
+        },
     }
     tensors = {}
     for name, factors in adapter.items():
@@ -74,6 +81,19 @@ def save_adapter(
     save_file(tensors, target / "adapter_model.safetensors", metadata={"format": "pt"})
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     (target / "adapter_config.json").write_text(text, encoding="utf-8")
+
+
+def _pattern_key(name: str, modules: Iterable[str]) -> str:
+    """The name itself, anchored where PEFT would let another module's name match it too."""
+    others = (other for other in modules if other != name)
+    if any(re.match(_matching(name), other) for other in others):
+        return f"^{re.escape(name)}"
+    return name
+
+
+def _matching(pattern: str) -> str:
+    """PEFT's rule: a key matches the whole name, or its end after a dot."""
+    return rf"(.*\.)?({pattern})$"
 
 
 def _whole(alpha: float) -> int | float:
@@ -105,9 +125,13 @@ def load_adapter(folder: str | Path) -> Adapter:
     return _from_tensors(tensors, config, folder)
 
 
-def _check_config(config: Mapping[str, object], folder: str | Path) -> None:
-    if config.get("peft_type") != "LORA":
-        raise UserError(f"'{folder}' holds {config.get('peft_type')}, expected a LORA adapter.")
+def _check_config(config: Mapping[str, Any], folder: str | Path) -> None:
+    kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+    if kind != "LORA":
+        raise UserError(f"'{folder}' holds {kind}, expected a LORA adapter.")
+    missing = {"r", "lora_alpha"} - set(config)
+    if missing:
+        raise UserError(f"'{folder}': adapter_config.json lacks '{sorted(missing)[0]}'.")
     for key, allowed in _UNSUPPORTED.items():
         if key in config and config[key] not in allowed:
             raise UserError(
@@ -117,7 +141,7 @@ def _check_config(config: Mapping[str, object], folder: str | Path) -> None:
 
 
 def _from_tensors(
-    tensors: Mapping[str, Tensor], config: Mapping[str, object], folder: str | Path
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any], folder: str | Path
 ) -> Adapter:
     pairs: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
@@ -149,9 +173,9 @@ def _from_tensors(
     return Adapter(modules)
 
 
-def _pattern(config: Mapping[str, object], key: str, name: str, default: object) -> object:
-    """PEFT's rule: the first key that matches the whole name, or its end after a dot."""
+def _pattern(config: Mapping[str, Any], key: str, name: str, default: Any) -> Any:
+    """The value of the first pattern that matches, the default where none does."""
     for pattern, value in (config.get(key) or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
+        if re.match(_matching(pattern), name):
             return value
     return default

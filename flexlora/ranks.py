@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from flexlora.errors import UserError, nearest
 from flexlora.seeds import numpy_generator
@@ -56,7 +57,7 @@ class RankClass:
         }
 
     @staticmethod
-    def from_dict(values: Mapping[str, object]) -> RankClass:
+    def from_dict(values: Mapping[str, Any]) -> RankClass:
         pattern = tuple((str(regex), int(rank)) for regex, rank in values["pattern"])
         return RankClass(**{**values, "pattern": pattern})
 
@@ -98,7 +99,7 @@ def parse_shares(text: str, num_tiers: int) -> tuple[float, ...]:
             f"ranks.shares has {len(shares)} shares for {num_tiers} tiers; "
             "give one share per tier or ranks.shares=equal."
         )
-    if min(shares) < 0 or abs(sum(shares) - 1.0) > 1e-6:
+    if not (min(shares) >= 0 and abs(sum(shares) - 1.0) <= 1e-6):
         raise UserError(
             f"ranks.shares is '{text}' and adds up to {sum(shares):g}, "
             "expected shares of at least 0 that add up to 1."
@@ -121,8 +122,8 @@ def assign_ranks(
 ) -> dict[str, RankClass]:
     """A rank class for every client, a function of the set of ids and the seed only.
 
-    ``fixed`` gives all clients one rank. ``tiers`` deals the ids, shuffled by the seed, to the tiers
-    in ascending order with exact quotas.
+    ``fixed`` gives all clients one rank. ``tiers`` deals the ids, shuffled by the seed, to the
+    tiers in ascending order with exact quotas.
 
     Raises:
         UserError: an unknown policy, or tiers, shares or ranks that make no sense.

@@ -87,7 +87,7 @@ class RunFolder:
         """
         if not path.exists() or (path.is_dir() and not any(path.iterdir())):
             return
-        is_run = path.is_dir() and (path / "config.toml").is_file()
+        is_run = all((path / name).is_file() for name in ("config.toml", "environment.json"))
         if overwrite and is_run:
             return
         kind, advice = "something that is not a run", "give another --out"
@@ -198,7 +198,7 @@ def _remove(path: Path) -> None:
 
 def _environment(config: Config) -> dict[str, object]:
     """Versions, seed, commit and machine: what else a run depends on."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in ("flexlora", "flwr", "torch", "transformers", "bitsandbytes", "numpy"):
         try:
             versions[package] = metadata.version(package)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,17 +22,15 @@ from flexlora.layers import DropoutStream, LoRALinear, SlotFactors
 
 __all__ = ["SlotModel", "find_targets", "slot_model"]
 
-_LINEAR_CLASSES = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")
 
-
-def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+def linear_shape(module: Any) -> tuple[int, int] | None:
     """``(out_features, in_features)`` of a linear of any supported kind, None for other modules."""
-    if type(module).__name__ not in _LINEAR_CLASSES:
-        return None
+    if isinstance(module, nn.Linear):  # bitsandbytes' quantized linears among them
+        return module.out_features, module.in_features
     if type(module).__name__ == "Conv1D":
         in_features, out_features = module.weight.shape
         return out_features, in_features
-    return module.out_features, module.in_features
+    return None
 
 
 def find_targets(model: nn.Module, target_modules: str) -> dict[str, tuple[int, int]]:
@@ -49,28 +48,33 @@ def find_targets(model: nn.Module, target_modules: str) -> dict[str, tuple[int, 
         for name, module in model.named_modules()
         if (shape := linear_shape(module)) is not None and module is not head
     }
-    found = {name: linears[name] for name in linears if _matches(name, target_modules)}
+    if target_modules == "all-linear" and linears:
+        return linears
+    items = [item.strip() for item in target_modules.split(",")]
+    by_item = {item: [n for n in linears if n == item or n.endswith(f".{item}")] for item in items}
+    unmatched = [item for item in items if not by_item[item]]
+    if not unmatched:
+        return {n: linears[n] for n in linears if any(n in names for names in by_item.values())}
+    found = _by_expression(linears, target_modules) if len(unmatched) == len(items) else {}
     if not found:
         leaves = sorted({name.rpartition(".")[2] for name in linears})
-        hint = nearest(target_modules.rpartition(".")[2], leaves)
+        odd = target_modules if len(unmatched) == len(items) else unmatched[0]
         raise UserError(
-            f"lora.target-modules is '{target_modules}', which matches no linear module of the "
-            f"model, expected 'all-linear' or some of {', '.join(leaves) or 'none'}.{hint}"
+            f"lora.target-modules is '{odd}', which matches no linear module of the model, "
+            f"expected 'all-linear' or some of {', '.join(leaves) or 'none'}."
+            f"{nearest(odd.rpartition('.')[2], leaves)}"
         )
     return found
 
 
-def _matches(name: str, target_modules: str) -> bool:
-    if target_modules == "all-linear":
-        return True
-    names = [item.strip() for item in target_modules.split(",")]
-    if any(name == item or name.endswith(f".{item}") for item in names):
-        return True
+def _by_expression(
+    linears: dict[str, tuple[int, int]], expression: str
+) -> dict[str, tuple[int, int]]:
     try:
-        return re.fullmatch(target_modules, name) is not None
+        return {n: shape for n, shape in linears.items() if re.fullmatch(expression, n)}
     except re.error as error:
         raise UserError(
-            f"lora.target-modules is '{target_modules}', which is neither a list of names nor a "
+            f"lora.target-modules is '{expression}', which is neither a list of names nor a "
             f"regular expression: {error}."
         ) from None
 
@@ -78,7 +82,7 @@ def _matches(name: str, target_modules: str) -> bool:
 class SlotModel:
     """A frozen ``model`` with LoRA layers injected; ``shapes`` names the targets in model order."""
 
-    def __init__(self, model: nn.Module, target_modules: str = "all-linear") -> None:
+    def __init__(self, model: Any, target_modules: str = "all-linear") -> None:
         self.model, self.target_modules = model, target_modules
         self.shapes = find_targets(model, target_modules)
         self.layers: dict[str, LoRALinear] = {}
@@ -97,6 +101,8 @@ class SlotModel:
         for name, layer in self.layers.items():
             _replace(self.model, name, layer.base)
         self.layers = {}
+        if _attached.get(id(self.model)) is self:
+            del _attached[id(self.model)]
 
     @property
     def device(self) -> torch.device:
@@ -141,7 +147,7 @@ class SlotModel:
         self.gradients += torch.cat([part.flatten(1) for part in parts], dim=1)
 
     def _allocate(self, trainable: Sequence[str]) -> dict[tuple[str, str], Tensor]:
-        """The flat buffers, and views of them by module and factor: ``[K, R, in]``, ``[K, out, R]``."""
+        """The flat buffers, and views by module and factor: ``[K, R, in]``, ``[K, out, R]``."""
         K = self.num_slots
         widths = []
         for name, (out_features, in_features) in self.shapes.items():
@@ -193,6 +199,7 @@ class SlotModel:
         modules = {}
         for name, layer in self.layers.items():
             template = self._templates[slot][name]
+            assert layer.trained is not None
             A = layer.trained.A[slot, : template.rank].detach().cpu().clone()
             B = layer.trained.B[slot, :, : template.rank].detach().cpu().clone()
             modules[name] = LoRAFactors(
@@ -231,8 +238,8 @@ class SlotModel:
 _attached: dict[int, SlotModel] = {}
 
 
-def slot_model(model: nn.Module, target_modules: str) -> SlotModel:
-    """The slots of ``model``: the same object while the targets are the same, else injected anew."""
+def slot_model(model: Any, target_modules: str) -> SlotModel:
+    """The slots of ``model``: one object while the targets are the same, else injected anew."""
     current = _attached.get(id(model))
     if current is not None and current.model is model:
         if current.target_modules == target_modules:

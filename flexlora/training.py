@@ -12,10 +12,12 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from flexlora.data.collation import Batch, Example, batch_plan, collate
 from flexlora.jobs import TrainJob, TrainResult
@@ -101,10 +103,10 @@ def train(
     finally:
         slots.clear()
     seconds = (time.perf_counter() - started) / len(jobs)
-    results: list[TrainResult | None] = [None] * len(jobs)
-    for slot, k in enumerate(order):
-        results[k] = TrainResult(**by_slot[slot], train_seconds=seconds)
-    return results
+    results = {
+        k: TrainResult(**by_slot[slot], train_seconds=seconds) for slot, k in enumerate(order)
+    }
+    return [results[k] for k in range(len(jobs))]
 
 
 @dataclass(kw_only=True)
@@ -213,7 +215,10 @@ class _Cohort:
         ):
             purpose = ("dropout", job.server_round, job.client_id, step, micro)
             seed = derive_seed(self.settings.seed, *purpose)
-            streams.append(DropoutStream(seed=seed, rows=rows, length=length) if rows else None)
+            stream = DropoutStream(
+                seed=seed, rows=rows, length=length, padded_length=batch.input_ids.shape[1]
+            )
+            streams.append(stream if rows else None)
         return streams
 
     def _collate(self, indices: Sequence[Sequence[int]]) -> Batch:
@@ -237,7 +242,7 @@ def answer_losses(slots: SlotModel, batch: Batch) -> list[Tensor]:
     device = slots.device
     labels = batch.labels.to(device)[:, 1:]
     wanted = labels != -100
-    keep = F.pad(wanted, (0, 1))
+    keep = nn.functional.pad(wanted, (0, 1))
     logits = slots.model(
         input_ids=batch.input_ids.to(device),
         use_cache=False,
@@ -245,7 +250,7 @@ def answer_losses(slots: SlotModel, batch: Batch) -> list[Tensor]:
     ).logits
     if logits.dim() == 3:
         logits = logits[keep]
-    losses = F.cross_entropy(
+    losses = nn.functional.cross_entropy(
         logits.float() if logits.dtype != torch.float64 else logits,
         labels[wanted],
         reduction="none",
@@ -255,26 +260,23 @@ def answer_losses(slots: SlotModel, batch: Batch) -> list[Tensor]:
 
 
 class checkpointing:  # noqa: N801  (reads as a word at the place of use)
-    """Recompute activations inside the block, without waking the base's own dropout.
+    """Recompute the activations of each decoder layer in the backward pass, inside the block.
 
-    transformers recomputes a layer only where that layer's ``training`` is set; its children stay in
-    evaluation mode.
+    transformers does so only for layers in training mode, which would wake the base's own dropout;
+    so the layers' ``forward`` is wrapped here, and they stay in evaluation mode.
     """
 
-    def __init__(self, model: torch.nn.Module, enabled: bool) -> None:
+    def __init__(self, model: Any, enabled: bool) -> None:
         self.model, self.enabled = model, enabled
 
     def __enter__(self) -> None:
-        if self.enabled:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
-            self._mark(True)
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        modules = self.model.modules() if self.enabled else ()
+        self.layers = [m for m in modules if isinstance(m, GradientCheckpointingLayer)]
+        for layer in self.layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
     def __exit__(self, *_: object) -> None:
-        if self.enabled:
-            self._mark(False)
-            self.model.gradient_checkpointing_disable()
-
-    def _mark(self, training: bool) -> None:
-        for module in self.model.modules():
-            if hasattr(module, "gradient_checkpointing"):
-                module.training = training
+        for layer in self.layers:
+            del layer.forward  # the class's own shows again

@@ -1,8 +1,8 @@
 """Adapters as raw little-endian bytes and plain values: what travels, whatever the transport.
 
-Nothing is pickled. An array is a dtype name, a shape and bytes; Flower's ``Array`` has the same three
-fields, so the transport wraps and unwraps it without looking inside. ``bfloat16`` on the wire halves
-the bytes; the receiver continues in float32 from the rounded numbers.
+Nothing is pickled. An array is a dtype name, a shape and bytes; Flower's ``Array`` has the same
+fields, so the transport wraps and unwraps it without looking inside. ``bfloat16`` halves the bytes;
+the receiver continues in float32 from the rounded numbers.
 """
 
 from __future__ import annotations
@@ -26,10 +26,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 class ArrayLike(Protocol):
     """What ``decode_adapter`` reads of an array; Flower's ``Array`` is one."""
 
-    dtype: str
-    shape: tuple[int, ...]
-    stype: str
-    data: bytes
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def stype(self) -> str: ...
+    @property
+    def data(self) -> bytes: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +69,12 @@ def decode_adapter(arrays: Mapping[str, ArrayLike], values: Mapping[str, list]) 
         UpdateRefused: arrays and names that do not match, an unknown dtype, bytes that are not the
             shape's, factors that do not pair up.
     """
-    names, alphas, rslora = values["modules"], values["alphas"], values["rslora"]
+    try:
+        names, alphas, rslora = values["modules"], values["alphas"], values["rslora"]
+    except KeyError as error:
+        raise UpdateRefused(f"the list of {error} is missing beside the arrays.") from None
+    if not names:
+        raise UpdateRefused("there are no modules, expected at least one.")
     wanted = {f"{name}.{label}" for name in names for label in ("lora_A", "lora_B")}
     if set(arrays) != wanted or not len(names) == len(alphas) == len(rslora):
         odd = sorted(set(arrays) ^ wanted)
@@ -84,9 +93,12 @@ def _tensor(key: str, arrays: Mapping[str, ArrayLike]) -> torch.Tensor:
     array = arrays[key]
     if array.stype != RAW or array.dtype not in DTYPES:
         raise UpdateRefused(
-            f"array '{key}' is {array.stype}/{array.dtype}, expected {RAW} with {', '.join(DTYPES)}."
+            f"array '{key}' is {array.stype}/{array.dtype}, "
+            f"expected {RAW} with {', '.join(DTYPES)}."
         )
     dtype = DTYPES[array.dtype]
+    if min(array.shape, default=0) < 0:
+        raise UpdateRefused(f"array '{key}' has shape {tuple(array.shape)}, expected no negatives.")
     if len(array.data) != prod(array.shape) * dtype.itemsize:
         raise UpdateRefused(
             f"array '{key}' has {len(array.data)} bytes for shape {tuple(array.shape)} in "
@@ -98,5 +110,5 @@ def _tensor(key: str, arrays: Mapping[str, ArrayLike]) -> torch.Tensor:
 
 
 def over_the_wire(adapter: Adapter, dtype: str) -> Adapter:
-    """The adapter as the other side decodes it: the server keeps this, not what it meant to send."""
+    """The adapter as the other side decodes it: what a client really starts from."""
     return decode_adapter(*encode_adapter(adapter, dtype))

@@ -37,7 +37,7 @@ def main(grid: Grid, context: Context) -> None:
 def federate(
     grid: Grid, config: Config, run: RunFolder, observer: Observer | None, *, resume: bool = False
 ) -> FlexLoRAStrategy:
-    """Rounds over ``grid`` into ``run``; whatever ends them, the adapters of the last good round stay.
+    """Rounds over ``grid`` into ``run``; whatever ends them, the last good round's adapters stay.
 
     Raises:
         UserError: a setting that cannot be, too few nodes, no client that can train, nothing to

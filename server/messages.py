@@ -1,7 +1,7 @@
 """Flower messages in and out on the server's side, the mirror of ``clients/messages.py``.
 
-Payloads are built once per rank class and shared by all messages of the class: Flower stores records
-by content, so they travel once.
+Payloads are built once per rank class and shared by all messages of the class: Flower stores
+records by content, so they travel once.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def pack(adapter: Adapter, dtype: str) -> Payload:
 def train_content(
     start: Start, payloads: Mapping[str, Payload], *, server_round: int, num_server_rounds: int
 ) -> RecordDict:
-    """What a client of one rank class is sent; ``payloads`` holds ``trained`` and maybe ``carried``."""
+    """What a client of a rank class is sent; ``payloads`` has ``trained`` and maybe ``carried``."""
     job = ConfigRecord(
         {
             "server-round": server_round,

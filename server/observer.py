@@ -1,4 +1,4 @@
-"""What a run tells while it goes: to a terminal (``flexlora.display``), to Flower's log, to nobody."""
+"""What a run tells while it goes: to a terminal (``flexlora.display``) or to Flower's log."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
     meet the nodes     what can each train; a rank class for each client; a table
     configure_train    T_r(G) per rank class, one payload each; sampled by client id
-    aggregate_train    replies are read as they come, checked, folded in; a bad one never reaches the sum
+    aggregate_train    replies are read as they come, checked, folded in; a bad one is left out
     configure_evaluate every class's adapter to the clients that evaluate
     aggregate_evaluate loss, exact match, ROUGE-L per class; then rows on disk, then the checkpoint
 

@@ -1,4 +1,4 @@
-"""``flexlora eval`` and ``flexlora export``: what an adapter or a run is worth, and taking it away."""
+"""``flexlora eval`` and ``flexlora export``: what a run is worth, and taking it along."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def resolved(config: Config) -> Config:
 def simulate(
     config: Config, out: str | Path, *, observer: Observer | None = None, overwrite: bool = False
 ) -> FlexLoRAStrategy:
-    """Run ``config`` into the folder ``out``; model, data and settings are checked before it is made.
+    """Run ``config`` into the folder ``out``; model, data and settings are checked first.
 
     Raises:
         UserError: any mistake in the configuration, or a folder in use.

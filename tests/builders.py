@@ -1,6 +1,6 @@
 """Tiny models of the four architectures, adapters of unequal ranks and alphas, and rows of tokens.
 
-Everything is built in code from a seed; nothing is downloaded and no global generator is left moved.
+Everything is built in code from a seed; nothing is downloaded, no global generator is moved.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def tiny_config(kind, hidden=32):
     common = {"vocab_size": VOCAB, "max_position_embeddings": 64, "pad_token_id": 0}
     llama_like = {
         "hidden_size": hidden,
-        "intermediate_size": hidden * 3 // 2,
+        "intermediate_size": hidden * 3 // 2 if hidden % 64 else hidden * 2,  # NF4: blocks of 64
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,

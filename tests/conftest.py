@@ -2,15 +2,13 @@
 
 import os
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
+import builders
 import pytest
 import torch
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 torch.set_num_threads(1)  # the matrices are tiny, and two busy cores make threads wait
-
-import builders
 
 
 @pytest.fixture(params=builders.ARCHITECTURES)

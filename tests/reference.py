@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from torch.nn.functional import cross_entropy
 
 from flexlora.adapters import Adapter, LoRAFactors
 
@@ -28,7 +28,7 @@ def delta_weight(factors):
 
 
 def flexlora_average(clients, module):
-    """Equation 2 of arXiv 2402.11505: ``sum_k n_k / n * s_k B_k A_k``, one dense matrix a client."""
+    """Equation 2 of arXiv 2402.11505: ``sum_k n_k / n * s_k B_k A_k``, dense."""
     total = sum(num_examples for _, num_examples in clients)
     shape = delta_weight(clients[0][0][module]).shape
     result = torch.zeros(shape, dtype=torch.float64)
@@ -54,7 +54,7 @@ def truncate(matrix, rank):
 
 
 def relative_error(got, expected):
-    """``|got - expected|_F / |expected|_F`` in float64 (absolute where the expected one is zero)."""
+    """``|got - expected|_F / |expected|_F`` in float64; absolute where zero is expected."""
     error = float((got.double() - expected.double()).norm())
     size = float(expected.double().norm())
     return error / size if size > 0 else error
@@ -104,7 +104,7 @@ def answer_loss(logits, example):
     """Summed cross entropy of the answer tokens of one row, each predicted from those before it."""
     ids = torch.tensor(example.input_ids)
     positions = torch.arange(example.prompt_length, len(ids))
-    return F.cross_entropy(logits[positions - 1], ids[positions], reduction="sum")
+    return cross_entropy(logits[positions - 1], ids[positions], reduction="sum")
 
 
 @dataclass

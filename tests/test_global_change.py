@@ -1,4 +1,4 @@
-"""What a client is sent: ``T_r(G)`` as factors, live where ``G`` has nothing, with true energies."""
+"""What a client is sent: ``T_r(G)`` as factors, live where ``G`` is empty, energies."""
 
 import pytest
 import reference

@@ -326,7 +326,9 @@ def test_residual_refuses_a_start_that_it_cannot_subtract():
     for bad in (replace(other, digest="0" * 64), replace(other, rank_class="rank_99")):
         round_.method.begin(round_.state, round_.starts)
         round_.method.add(good)
-        with pytest.raises(UpdateRefused, match="client client_1: .*which this round did not send"):
+        with pytest.raises(
+            UpdateRefused, match=r"client client_1: .*which this round did not send"
+        ):
             round_.method.add(bad)
         assert same_bits(round_.method.finish().change, expected)
 

@@ -100,7 +100,7 @@ def test_missing_and_unknown_arrays_are_refused(adapter):
 )
 def test_alphas_that_are_missing_or_make_no_sense_are_refused(adapter, values):
     arrays, good = encode_adapter(adapter, "float32")
-    with pytest.raises(UpdateRefused, match="alpha is|length"):
+    with pytest.raises(UpdateRefused, match=r"alpha is|length"):
         decode_adapter(arrays, {**good, **values})
 
 

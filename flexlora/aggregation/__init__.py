@@ -79,7 +79,7 @@ def _like(adapter: Adapter, first: Adapter, client_id: str) -> Adapter:
     """What ``check_update`` may hold this adapter to: its own ranks, the first one's in and out."""
     expected = {}
     for name, factors in first.items():
-        own = adapter[name] if name in adapter else factors
+        own = adapter.get(name, factors)
         shapes = (factors.out_features, factors.in_features), (own.out_features, own.in_features)
         if shapes[0] != shapes[1]:
             raise UpdateRefused(

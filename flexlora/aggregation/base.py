@@ -1,8 +1,8 @@
 """The interface every aggregation method keeps, and what goes in and comes out of it.
 
 A method is stateful for one round: ``begin(state, sent)``, ``add(update)`` for each reply in any
-order, ``finish() -> state``. Before the round ``start(...)`` says what a rank class is sent: factors
-to train, factors to carry frozen beside them, and which of the trained ones get gradients.
+order, ``finish() -> state``. Before the round ``start(...)`` says what a rank class is sent:
+factors to train, factors to carry frozen beside them, and which of the trained ones get gradients.
 """
 
 from __future__ import annotations
@@ -154,9 +154,10 @@ def check_update(
                 f"{who}, module '{name}': alpha {factors.alpha} (rslora={factors.rslora}), "
                 f"expected {want.alpha} (rslora={want.rslora})."
             )
-        if max_norm > 0:
-            energy += (factors.scaling * product_norm(factors.lora_B, factors.lora_A)) ** 2
-    if max_norm > 0 and math.sqrt(energy) > max_norm:
+        energy += (factors.scaling * product_norm(factors.lora_B, factors.lora_A)) ** 2
+    # Finite factors can have a product that float32 cannot hold.
+    bound = max_norm or torch.finfo(torch.float32).max
+    if not math.sqrt(energy) <= bound:
         raise UpdateRefused(
-            f"{who}: the update's norm is {math.sqrt(energy):.3g}, the bound is {max_norm:.3g}."
+            f"{who}: the update's norm is {math.sqrt(energy):.3g}, the bound is {bound:.3g}."
         )

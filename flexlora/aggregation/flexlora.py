@@ -3,8 +3,8 @@
     G <- sum_k p_k s_k B_k A_k
 
 A client of rank r starts from ``T_r(G)`` and sends its factors back whole. The known defect (rank
-collapse, arXiv 2602.13486): a direction j that only clients of rank >= j hold keeps only their share
-of the weight each round, even when nobody trains.
+collapse, arXiv 2602.13486): a direction j that only clients of rank >= j hold keeps only their
+share of the weight each round, even when nobody trains.
 """
 
 from __future__ import annotations

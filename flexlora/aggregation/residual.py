@@ -62,7 +62,7 @@ class Residual:
         return next_state(self._state, terms, max_rank=self.max_rank)
 
     def _started(self, class_shares: Mapping[str, float], module: str, weight: float) -> list:
-        """``weight * sum over classes of p_class * start_class``: one term per class, not client."""
+        """``weight * sum_class p_class start_class``: one term per class, not per client."""
         terms = []
         for rank_class in sorted(class_shares):
             if rank_class in self._sent:

@@ -71,7 +71,7 @@ class GlobalChange(Mapping[str, FactoredSVD]):
         return sum(kept[name] * energy for name, energy in energies.items()) / total
 
     def effective_rank(self) -> float:
-        """Mean over modules of ``exp(H(sigma / sum sigma))`` (Roy and Vetterli, 2007); 0 for none."""
+        """Mean over modules of ``exp(H(S / sum S))`` (Roy and Vetterli, 2007); 0 for none."""
         values = []
         for svd in self.values():
             S = svd.S.double()

@@ -1,7 +1,7 @@
 """The clients of a configuration: which rows each holds, and those rows as tokens.
 
-Rows are encoded when a client is first asked for them and kept, so that a node that serves one client
-never tokenises the others'.
+Rows are encoded when a client is first asked for them and kept, so that a node that serves one
+client never tokenises the others'.
 """
 
 from __future__ import annotations

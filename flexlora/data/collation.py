@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -100,7 +100,7 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def batch_plan(
-    num_examples: int, *, batch_size: int, steps: int, seed_parts: Sequence[str | int]
+    num_examples: int, *, batch_size: int, steps: int, seed_parts: Sequence[Any]
 ) -> list[list[int]]:
     """Indices of ``steps`` batches: epochs of shuffled indices, each cut into ``batch_size``.
 

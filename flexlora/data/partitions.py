@@ -144,7 +144,9 @@ def _dirichlet_owners(
 
 def _gather(rows: Splits, owners: Mapping[str, Sequence[str]], ids: Sequence[str]) -> dict:
     """The rows of each client, every client with every split, without owners outside ``ids``."""
-    clients = {client_id: {split: [] for split in rows} for client_id in ids}
+    clients: dict[str, dict[str, list[Row]]] = {
+        client_id: {split: [] for split in rows} for client_id in ids
+    }
     for split, names in owners.items():
         for row, name in zip(rows[split], names, strict=True):
             if name in clients:

@@ -12,6 +12,7 @@ question when that is all there is, and labelled turns when it is a longer conve
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from flexlora.data.rows import Row
@@ -83,12 +84,14 @@ def _chat_prompt(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
 
     if row.messages is None:
         content = "\n".join(text for text in (row.instruction, row.input) if text)
-        turns = [("user", content)]
+        turns: Sequence[tuple[str, str]] = [("user", content)]
     else:
         turns = row.messages[:-1]
     messages = [{"role": role, "content": content} for role, content in turns]
     try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return str(
+            tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        )
     except TemplateError as error:
         roles = ", ".join(role for role, _ in turns)
         raise UserError(
