@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -53,13 +54,21 @@ class _Parser(argparse.ArgumentParser):
     """Argument errors in the house's words: one sentence, and the nearest known name."""
 
     def error(self, message: str) -> NoReturn:
-        known = [name for action in self._actions for name in action.option_strings]
-        for action in self._actions:
-            known += list(action.choices or ()) if isinstance(action.choices, dict) else []
-        hint = next(
-            (h for word in message.replace("'", " ").split() if (h := nearest(word, known))), ""
-        )
+        wrong = re.search(r"invalid choice: '([^']*)'|unrecognized arguments: (\S*)", message)
+        word = (wrong[1] or wrong[2] or "") if wrong else ""
+        message = message.split(" (choose from")[0]
+        hint = nearest(word, self._known()) if word else ""
         raise UserError(f"{message}.{hint} `{self.prog} --help` shows what there is.")
+
+    def _known(self) -> list[str]:
+        """Commands and flags, those of the commands too."""
+        known: list[str] = []
+        for action in self._actions:
+            known += action.option_strings
+            if isinstance(action.choices, dict):
+                known += [*action.choices]
+                known += [flag for parser in action.choices.values() for flag in parser._known()]
+        return known
 
     def parse_args(self, arguments=None, namespace=None):
         try:

@@ -178,13 +178,19 @@ class Config(Mapping[str, Any]):
             UserError: an unknown key (with the nearest known one), a value of the wrong type or
                 out of range, a missing or malformed file, a ``--set`` without ``=``.
         """
-        values: dict[str, object] = dict(read_toml(file)) if file else {}
+        return cls(cls.given(file=file, sets=sets))
+
+    @staticmethod
+    def given(*, file: str | Path | None = None, sets: tuple[str, ...] = ()) -> dict[str, Any]:
+        """What ``file`` and ``sets`` say and nothing else; see ``resolve``."""
+        read = read_toml(file) if file else {}
+        values = {key: _known(key).check(value) for key, value in read.items()}
         for item in sets:
             key, equals, text = item.partition("=")
             if not equals:
                 raise UserError(f"--set got '{item}', expected key=value.")
             values[key.strip()] = _known(key.strip()).parse(text)
-        return cls(values)
+        return values
 
     def replace(self, **values: Scalar) -> Config:
         """A copy with other values; keyword names spell ``.`` as ``__`` and ``-`` as ``_``."""

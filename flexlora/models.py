@@ -17,7 +17,7 @@ import torch
 
 from flexlora.errors import UserError
 
-__all__ = ["EMBEDDED", "BaseModel", "load_base", "pick_device", "resolve_name"]
+__all__ = ["EMBEDDED", "BaseModel", "forget", "load_base", "pick_device", "resolve_name"]
 
 EMBEDDED = Path(__file__).parent / "assets" / "base"
 _loaded: dict[tuple[str, ...], BaseModel] = {}
@@ -90,6 +90,12 @@ def load_base(
     if key not in _loaded:
         _loaded[key] = _load(key[0], name, dtype, quantization, pick_device(device))
     return _loaded[key]
+
+
+def forget(base: BaseModel) -> None:
+    """Drop a base whose weights are no longer its own (merged), so that it is loaded anew."""
+    for key in [key for key, loaded in _loaded.items() if loaded is base]:
+        del _loaded[key]
 
 
 def _load(source: str, name: str, dtype: str, quantization: str, device: torch.device) -> BaseModel:

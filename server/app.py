@@ -29,38 +29,48 @@ def main(grid: Grid, context: Context) -> None:
     """Run the federation of the run's configuration and leave a run folder."""
     config = Config(context.run_config)
     logger = logging.getLogger("flwr")
-    run = RunFolder.create(Path(config["out"] or f"runs/{context.run_id}"), config)
-    logger.info("run folder: %s", run.path.resolve())
-    federate(grid, config, run, LogObserver(logger))
+    out = Path(config["out"] or f"runs/{context.run_id}")
+    logger.info("run folder: %s", out.resolve())
+    federate(grid, config, out, observer=LogObserver(logger))
 
 
 def federate(
-    grid: Grid, config: Config, run: RunFolder, observer: Observer | None, *, resume: bool = False
+    grid: Grid,
+    config: Config,
+    out: Path,
+    *,
+    observer: Observer | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
 ) -> FlexLoRAStrategy:
-    """Rounds over ``grid`` into ``run``; whatever ends them, the last good round's adapters stay.
+    """Rounds over ``grid`` into the folder ``out``, which is made once there is somebody to train.
+
+    Whatever ends the rounds, the adapters of the last one that was written down whole are left.
 
     Raises:
-        UserError: a setting that cannot be, too few nodes, no client that can train, nothing to
-            resume.
+        UserError: a setting that cannot be, too few nodes, no client that can train, a folder in
+            use, nothing to resume.
     """
     settings = ServerSettings.from_config(config)
-    state, classes = run.load_checkpoint() if resume else (None, None)
-    if state is not None:
-        run.rewind(state.round)
-    strategy = FlexLoRAStrategy(
-        settings, run=run, observer=observer, state=state, rank_classes=classes
-    )
+    state, classes = RunFolder(out).load_checkpoint() if resume else (None, None)
+    strategy = FlexLoRAStrategy(settings, observer=observer, state=state, rank_classes=classes)
+    strategy.meet(grid)
+    if state is None:
+        strategy.run = RunFolder.create(out, config, overwrite=overwrite)
+    else:
+        strategy.run = RunFolder(out)
+        strategy.run.rewind(state.round)
     try:
         strategy.start(grid)
     finally:
-        if strategy.state is not None and strategy.roster.members:
-            write_adapters(strategy, config, run)
+        if strategy.closed is not None:
+            write_adapters(strategy, config, strategy.run)
     return strategy
 
 
 def write_adapters(strategy: FlexLoRAStrategy, config: Config, run: RunFolder) -> None:
     """``adapters/CLASS`` for every rank class and ``adapters/global`` at the server's full rank."""
-    change, factoring = strategy.state.change, strategy.settings.factoring
+    change, factoring = strategy.closed.change, strategy.settings.factoring
     base = resolve_name(config["model.name"])
     for name, rank_class in strategy.roster.rank_classes.items():
         adapter = change.adapter(rank_class.ranks(change.shapes), **vars(factoring))

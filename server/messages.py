@@ -7,6 +7,7 @@ records by content, so they travel once.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
@@ -93,8 +94,11 @@ def decode_capability(reply: Message) -> Capability:
     if reply.has_error():
         return Capability.failed(f"node_{reply.metadata.src_node_id}", _error(reply))
     try:
-        return Capability(**_fields(Capability, reply.content["capability"]))
-    except (KeyError, TypeError) as error:
+        capability = Capability(**_fields(Capability, reply.content["capability"]))
+        if not capability.cause and (not capability.shapes or capability.num_examples < 1):
+            raise ValueError("no modules or no examples, and no cause")
+        return capability
+    except (KeyError, TypeError, ValueError) as error:
         cause = f"unreadable capability report: {error}"
         return Capability.failed(f"node_{reply.metadata.src_node_id}", cause)
 
@@ -112,7 +116,10 @@ def decode_train(reply: Message) -> TrainResult:
         adapter = None
         if "update" in reply.content:
             adapter = decode_adapter(reply.content["update"], reply.content["update.values"])
-        return TrainResult(**values, adapter=adapter)
+        result = TrainResult(**values, adapter=adapter)
+        if adapter is not None and not math.isfinite(result.train_loss):
+            raise ValueError(f"train-loss is {result.train_loss}")
+        return result
     except (KeyError, TypeError, ValueError) as error:
         raise UpdateRefused(f"unreadable reply: {error}") from None
 
@@ -128,8 +135,12 @@ def decode_evaluate(reply: Message) -> EvalResult:
             for name, record in reply.content.config_records.items()
             if name.startswith("score/")
         }
-        return EvalResult(client_id=report["client-id"], scores=scores, cause=report["cause"])
-    except (KeyError, TypeError) as error:
+        odd = [n for s in scores.values() for n, v in vars(s).items() if not 0 <= v < math.inf]
+        if odd:
+            raise ValueError(f"'{odd[0]}' is negative or not finite")
+        values = _fields(EvalResult, {k: report[k] for k in ("client-id", "cause")})
+        return EvalResult(**values, scores=scores)
+    except (KeyError, TypeError, ValueError) as error:
         cause = f"unreadable scores: {error}"
         return EvalResult(client_id=f"node_{reply.metadata.src_node_id}", cause=cause)
 
@@ -139,8 +150,30 @@ def _error(reply: Message) -> str:
 
 
 def _fields(kind: type, record: Mapping) -> dict:
-    """The record's values under the dataclass's names; lists become tuples."""
-    names = {field.name for field in fields(kind)}
-    spelled = {key.replace("-", "_"): value for key, value in record.items()}
-    chosen = {name: value for name, value in spelled.items() if name in names}
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in chosen.items()}
+    """The record's values under the dataclass's names and types; lists become tuples.
+
+    Raises:
+        TypeError: a value of another type than the field.
+            where it counts something.
+    """
+    types = {field.name: str(field.type) for field in fields(kind)}
+    values = {}
+    for key, value in record.items():
+        name = key.replace("-", "_")
+        if name not in types:
+            continue
+        if isinstance(value, list):
+            value = tuple(value)
+        if not _is(types[name], value):
+            raise TypeError(f"'{key}' is {value!r}, expected {types[name]}")
+        values[name] = value
+    return values
+
+
+def _is(annotation: str, value: object) -> bool:
+    if annotation.startswith("tuple["):
+        inner = annotation.removeprefix("tuple[").split(",")[0]
+        return isinstance(value, tuple) and all(_is(inner, item) for item in value)
+    if annotation == "float":
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value).__name__ == annotation

@@ -44,7 +44,7 @@ from flexlora.aggregation.base import Start, State, Update, check_update
 from flexlora.aggregation.state import GlobalChange
 from flexlora.errors import UpdateRefused, UserError
 from flexlora.evaluation import BASE
-from flexlora.jobs import EvalResult, TrainResult
+from flexlora.jobs import Capability, EvalResult, TrainResult
 from flexlora.ranks import RankClass
 from flexlora.runs import RunFolder
 from flexlora.wire import DTYPES, over_the_wire
@@ -78,6 +78,7 @@ class FlexLoRAStrategy(Strategy):
             max_rank=settings.server_max_rank,
         )
         self.state, self.known_classes = state, rank_classes or {}
+        self.closed = state  # the state of the last round that was written down whole
         self.roster = Roster()
         self._sent: dict[str, Start] = {}
         self._class_bytes: dict[str, int] = {}
@@ -108,7 +109,8 @@ class FlexLoRAStrategy(Strategy):
         rounds = num_rounds or self.settings.num_server_rounds
         limit = timeout or self.settings.round_timeout_seconds
         config, result = ConfigRecord(), Result()
-        self.meet(grid, limit)
+        if not self.roster.members:
+            self.meet(grid, limit)
         first = self.state is None
         if self.state is None:
             dtype = DTYPES["float64" if self.settings.wire_dtype == "float64" else "float32"]
@@ -142,8 +144,9 @@ class FlexLoRAStrategy(Strategy):
         result.arrays = self.global_arrays()
         return result
 
-    def meet(self, grid: Grid, timeout: float) -> None:
+    def meet(self, grid: Grid, timeout: float | None = None) -> None:
         """Wait for nodes, ask what each can train, and give every client its rank class."""
+        timeout = timeout or self.settings.round_timeout_seconds
         nodes = self._wait_for_nodes(grid)
         queries = [
             Message(RecordDict(), dst_node_id=node, message_type=MessageType.QUERY)
@@ -151,8 +154,9 @@ class FlexLoRAStrategy(Strategy):
         ]
         reports = {
             node: decode_capability(reply)
-            for node, reply in exchange(grid, queries, timeout=timeout)
             if reply is not None
+            else Capability.failed(f"node_{node}", "no answer to the query")
+            for node, reply in exchange(grid, queries, timeout=timeout)
         }
         self.roster = Roster.meet(reports, self.settings.rank_policy, self.known_classes)
         self._tell("met", self.roster)
@@ -346,7 +350,7 @@ class FlexLoRAStrategy(Strategy):
             self.run.append_round(metrics, rows, evaluations)
             classes = {k: member.rank_class for k, member in self.roster.members.items()}
             self.run.save_checkpoint(self.run.checkpoint, self.state, classes)
-        self._eval_results = []
+        self._eval_results, self.closed = [], self.state
         self._tell("round_finished", metrics)
 
     def global_arrays(self) -> ArrayRecord:

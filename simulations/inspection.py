@@ -17,7 +17,7 @@ from flexlora.display import make_console
 from flexlora.errors import UserError, nearest
 from flexlora.evaluation import BASE
 from flexlora.jobs import EvalJob, Score
-from flexlora.models import load_base, resolve_name
+from flexlora.models import forget, load_base, resolve_name
 from flexlora.peft_folder import load_adapter, save_adapter
 from flexlora.runs import RunFolder
 from flexlora.slots import slot_model
@@ -40,9 +40,7 @@ def evaluate_target(
     values |= {"eval.split": "test", "eval.max-examples": 0}
     if data is not None:
         values |= {"data.path": data, "data.name": ""}
-    changed = Config.resolve(file=file, sets=sets)
-    defaults = Config()
-    values |= {key: value for key, value in changed.items() if value != defaults[key]}
+    values |= Config.given(file=file, sets=sets)
     worker = worker_for(resolved(Config(values)))
     scores = score_adapters(worker, adapters)
     table = Table(box=None, pad_edge=False)
@@ -83,14 +81,12 @@ def _adapters_of(path: Path) -> tuple[dict[str, Adapter], dict[str, object]]:
     if not path.is_dir():
         raise UserError(f"'{path}' does not exist, expected a run folder or a PEFT folder.")
     adapter = load_adapter(path)
+    home = path.resolve().parent.parent
+    if (home / "config.toml").is_file():  # RUN/adapters/CLASS: on the run's base and data
+        return {path.name: adapter}, dict(RunFolder.open(home)[1])
     config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
     base = config.get("base_model_name_or_path") or "embedded"
-    return {path.name: adapter}, {"model.name": base, "lora.target-modules": _targets(adapter)}
-
-
-def _targets(adapter: Adapter) -> str:
-    """The adapter's modules as a target list that matches them and no others."""
-    return ",".join(adapter)
+    return {path.name: adapter}, {"model.name": base, "lora.target-modules": ",".join(adapter)}
 
 
 def score_adapters(worker: Worker, adapters: Mapping[str, Adapter]) -> dict[str, Score]:
@@ -163,7 +159,4 @@ def _save_merged(config: Config, deltas: Mapping[str, torch.Tensor], folder: Pat
         weight.add_(turned.to(weight.dtype))
     base.model.save_pretrained(folder)
     base.tokenizer.save_pretrained(folder)
-    # The weights in memory are no longer the base's: nothing else may be run on them.
-    for name, delta in deltas.items():
-        turned = delta.T if type(linears[name]).__name__ == "Conv1D" else delta
-        linears[name].weight.sub_(turned.to(linears[name].weight.dtype))
+    forget(base)

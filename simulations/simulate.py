@@ -33,17 +33,16 @@ def simulate(
     Raises:
         UserError: any mistake in the configuration, or a folder in use.
     """
-    config = resolved(config)
-    grid = _grid(config)
-    run = RunFolder.create(out, config, overwrite=overwrite)
-    return federate(grid, config, run, observer)
+    config, out = resolved(config), Path(out)
+    RunFolder.check_free(out, overwrite=overwrite)
+    return federate(_grid(config), config, out, observer=observer, overwrite=overwrite)
 
 
 def resume(out: str | Path, *, observer: Observer | None = None) -> FlexLoRAStrategy:
     """Go on with the run in ``out`` after its last whole round, with its own configuration."""
     run, config = RunFolder.open(out)
-    run.load_checkpoint()
-    return federate(_grid(config), config, run, observer, resume=True)
+    run.load_checkpoint()  # refused before the base is loaded
+    return federate(_grid(config), config, run.path, observer=observer, resume=True)
 
 
 def _grid(config: Config) -> InProcessGrid:

@@ -53,9 +53,7 @@ def as_sets(config):
     """The values of ``config`` that are not defaults, as arguments of the command."""
     defaults = Config()
     changed = {key: value for key, value in config.items() if value != defaults[key]}
-    spelled = (
-        f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in changed.items()
-    )
+    spelled = (f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in changed.items())
     return [word for item in spelled for word in ("--set", item)]
 
 
@@ -83,9 +81,8 @@ def finished(process, timeout=120):
 
 
 def federation(grid, config, folder, **options):
-    """One run over ``grid``: its strategy, and its run folder under ``folder``."""
-    run = RunFolder.create(folder, config)
-    return federate(grid, config, run, None, **options), run
+    """One run over ``grid``: its strategy, and its run folder ``folder``."""
+    return federate(grid, config, Path(folder), **options), RunFolder(folder)
 
 
 def rounds(folder):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
+from builders import random_adapter
 from federation import (
     TamperingGrid,
     client_rows,
@@ -19,7 +22,7 @@ from flexlora.server.settings import ServerSettings
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg
 
-from flexlora.aggregation import State, Update, make_method
+from flexlora.aggregation import State, Update, aggregate, check_update, make_method
 from flexlora.aggregation.state import GlobalChange
 from flexlora.errors import UpdateRefused
 
@@ -59,9 +62,7 @@ def replace_array(reply, change, label="lora_A"):
     old = record[key]
     values = change(np.frombuffer(old.data, dtype=np.float32).reshape(old.shape).copy())
     values = np.ascontiguousarray(values, dtype=np.float32)
-    record[key] = Array(
-        dtype=old.dtype, shape=values.shape, stype=old.stype, data=values.tobytes()
-    )
+    record[key] = Array(dtype=old.dtype, shape=values.shape, stype=old.stype, data=values.tobytes())
     return [reply]
 
 
@@ -187,7 +188,7 @@ def test_a_bad_reply_is_told_and_the_round_is_the_round_without_it(misdeed, work
     strategy, run = federation(grid, config, tmp_path / "run")
     rows = {row["client_id"]: row for row in client_rows(run.path, 1)}
     assert rows[VICTIM]["status"] in ((status,) if status else ("failed", "refused"))
-    assert __import__("re").search(cause, rows[VICTIM]["cause"]), rows[VICTIM]["cause"]
+    assert re.search(cause, rows[VICTIM]["cause"]), rows[VICTIM]["cause"]
     assert [row["status"] for name, row in rows.items() if name != VICTIM] == ["ok"] * 3
     assert same_bytes(strategy.state, expected_state(grid, config))
     counts = rounds(run.path)[1]
@@ -316,9 +317,7 @@ def test_zero_training_leaves_the_residual_form_unchanged_over_any_wire(
     grid = TamperingGrid(lazy, wire_dtype=wire_dtype)
     _, run = federation(grid, small(num_server_rounds=1), tmp_path / "made")
     run.save_checkpoint(run.checkpoint, learned.state, {})
-    from flexlora.server.app import federate
-
-    strategy = federate(grid, idle, run, None, resume=True)
+    strategy, _ = federation(grid, idle, run.path, resume=True)
     before, after = state_delta(learned.state), state_delta(strategy.state)
     size = sum(float(delta.square().sum()) for delta in before.values()) ** 0.5
     gap = sum(float((after[n] - before[n]).square().sum()) for n in before) ** 0.5 / size
@@ -342,11 +341,6 @@ def test_stock_federated_averaging_adds_unequal_ranks_and_ours_refuses(tmp_path)
         replies.append(Message(RecordDict(content), reply_to=sent))
     stock, _ = FedAvg(weighted_by_key="num-examples").aggregate_train(1, replies)
     assert stock["q.lora_A"].numpy().shape == (4, 8)  # rank 1 counted four times over
-    from builders import random_adapter
-
-    from flexlora import aggregate
-    from flexlora.aggregation import check_update
-
     wide, narrow = (random_adapter({"q": (6, 8)}, rank, seed=rank) for rank in (4, 1))
     with pytest.raises(UpdateRefused, match="another rank this round"):
         check_update(Update(client_id="c", adapter=narrow, num_examples=1), wide)
