@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load, save
@@ -72,14 +73,18 @@ def load_checkpoint(folder: Path) -> tuple[State, dict[str, RankClass]]:
         index = json.loads(index_file.read_text(encoding="utf-8"))
         path = folder / index["file"]
         data = path.read_bytes() if path.is_file() else b""
-        intact = hashlib.sha256(data).hexdigest() == index["sha256"]
-    except (ValueError, KeyError, TypeError):
-        intact = False
-    if not intact:
+        if hashlib.sha256(data).hexdigest() != index["sha256"]:
+            raise ValueError(path)
+        return _decode(index, load(data))
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(
-            f"the checkpoint in '{folder}' is damaged: its bytes are not those written."
-        )
-    tensors = load(data)
+            f"the checkpoint in '{folder}' is damaged: it does not hold the bytes once written."
+        ) from None
+
+
+def _decode(
+    index: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
+) -> tuple[State, dict[str, RankClass]]:
     modules = {
         name: FactoredSVD(
             **{label: _owned(tensors[f"change/{name}/{label}"]) for label in ("U", "S", "Vh")}

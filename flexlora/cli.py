@@ -57,7 +57,8 @@ class _Parser(argparse.ArgumentParser):
         wrong = re.search(r"invalid choice: '([^']*)'|unrecognized arguments: (\S*)", message)
         word = (wrong[1] or wrong[2] or "") if wrong else ""
         message = message.split(" (choose from")[0]
-        hint = nearest(word, self._known()) if word else ""
+        known = self._known()
+        hint = nearest(word, known) if word and word not in known else ""
         raise UserError(f"{message}.{hint} `{self.prog} --help` shows what there is.")
 
     def _known(self) -> list[str]:
@@ -126,13 +127,13 @@ def _simulate(options: argparse.Namespace) -> int:
     out = Path(
         options.resume or options.out or config["out"] or time.strftime("runs/%Y%m%d-%H%M%S")
     )
-    from flexlora.display import TerminalObserver, make_console
     from flexlora.runs import RunFolder
 
     if not options.resume:
         RunFolder.check_free(out, overwrite=options.overwrite)  # before anything heavy is loaded
 
     from flexlora.simulations.simulate import resume, simulate
+    from flexlora.simulations.terminal import TerminalObserver, make_console
 
     console = make_console()
     try:
@@ -152,7 +153,8 @@ def _simulate(options: argparse.Namespace) -> int:
         )
         return INTERRUPTED
     observer.summary(RunFolder(out).metrics())
-    console.print(f"\nRun folder: {out} (adapters/CLASS load in PEFT; metrics.jsonl, clients.csv)")
+    text = f"\nRun folder: {out} (adapters/CLASS load in PEFT; metrics.jsonl, clients.csv)"
+    console.print(text, soft_wrap=True)
     return 0
 
 

@@ -7,6 +7,7 @@ the entry points take plain values.
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -65,6 +66,8 @@ class Option:
             raise UserError(f"{self.key} is {value}, expected at least {self.minimum:g}.")
         if self.maximum is not None and not float(value) <= self.maximum:
             raise UserError(f"{self.key} is {value}, expected at most {self.maximum:g}.")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{self.key} is {value}, expected a finite number.")
         return value
 
 
@@ -119,7 +122,7 @@ def _options() -> tuple[Option, ...]:
         option("train.num-train-epochs", 1, "epochs a round where max-steps is 0", minimum=1),
         option("train.max-length", 256, "tokens of prompt and answer together", minimum=8),
         option("train.optim", "adamw_torch", "local optimizer", ("adamw_torch", "sgd")),
-        option("train.weight-decay", 0.0, "decoupled weight decay", minimum=0.0),
+        option("train.weight-decay", 0.0, "weight decay (decoupled in AdamW)", minimum=0.0),
         option("train.max-grad-norm", 1.0, "gradient norm bound per client (0: none)", minimum=0.0),
         option(
             "train.lr-scheduler-type",

@@ -78,16 +78,7 @@ class LoRALinear(nn.Module):
         self.carried: SlotFactors | None = None
         self.dropout = 0.0
         self.streams: tuple[DropoutStream | None, ...] = ()
-        self.train(base.training)
-
-    def train(self, mode: bool = True) -> LoRALinear:
-        """As ``nn.Module``, but a 4-bit base stays in training mode, which it uses for this alone:
-        in evaluation bitsandbytes repacks its weights for the CPU in place, and gradients through
-        the packed weights are those of another matrix."""
-        super().train(mode)
-        if type(self.base).__name__ == "Linear4bit":
-            self.base.training = True
-        return self
+        self.training = base.training
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         out = self.base(x, *args, **kwargs)

@@ -17,7 +17,7 @@ import torch
 
 from flexlora.errors import UserError
 
-__all__ = ["EMBEDDED", "BaseModel", "forget", "load_base", "pick_device", "resolve_name"]
+__all__ = ["EMBEDDED", "BaseModel", "load_base", "pick_device", "resolve_name"]
 
 EMBEDDED = Path(__file__).parent / "assets" / "base"
 _loaded: dict[tuple[str, ...], BaseModel] = {}
@@ -79,30 +79,36 @@ def pick_device(name: str) -> torch.device:
 
 
 def load_base(
-    name: str, *, dtype: str = "float32", quantization: str = "none", device: str = "auto"
+    name: str,
+    *,
+    dtype: str = "float32",
+    quantization: str = "none",
+    device: str = "auto",
+    fresh: bool = False,
 ) -> BaseModel:
     """The base model of that name, frozen; the same arguments give the same object.
+
+    ``fresh`` loads a copy of its own, for a caller that changes the weights.
 
     Raises:
         UserError: a model that is not there or cannot be read.
     """
     key = (resolve_name(name), dtype, quantization, str(pick_device(device)))
+    if fresh:
+        return _load(key[0], name, dtype, quantization, pick_device(device))
     if key not in _loaded:
         _loaded[key] = _load(key[0], name, dtype, quantization, pick_device(device))
     return _loaded[key]
-
-
-def forget(base: BaseModel) -> None:
-    """Drop a base whose weights are no longer its own (merged), so that it is loaded anew."""
-    for key in [key for key, loaded in _loaded.items() if loaded is base]:
-        del _loaded[key]
 
 
 def _load(source: str, name: str, dtype: str, quantization: str, device: torch.device) -> BaseModel:
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    transformers.utils.logging.disable_progress_bar()
+    logging = transformers.utils.logging
+    logging.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what goes wrong is told in one sentence below
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "use_safetensors": True}
     if quantization == "nf4":
         options["quantization_config"] = transformers.BitsAndBytesConfig(
@@ -117,8 +123,10 @@ def _load(source: str, name: str, dtype: str, quantization: str, device: torch.d
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
         model: Any = AutoModelForCausalLM.from_pretrained(source, local_files_only=local, **options)
     except Exception as error:  # whatever a damaged file makes the loaders raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"model '{name}' cannot be loaded: {reason}") from error
+    finally:
+        logging.set_verbosity(verbosity)
     if quantization == "none":
         model.to(device)
     model.requires_grad_(False).eval()

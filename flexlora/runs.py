@@ -78,6 +78,11 @@ class RunFolder:
         return run
 
     @staticmethod
+    def is_run(path: Path) -> bool:
+        """Whether ``path`` is a run folder of ours, not just any folder with a config.toml."""
+        return all((path / name).is_file() for name in ("config.toml", "environment.json"))
+
+    @staticmethod
     def check_free(path: Path, *, overwrite: bool) -> None:
         """Whether a run may be written to ``path``.
 
@@ -87,7 +92,7 @@ class RunFolder:
         """
         if not path.exists() or (path.is_dir() and not any(path.iterdir())):
             return
-        is_run = all((path / name).is_file() for name in ("config.toml", "environment.json"))
+        is_run = RunFolder.is_run(path)
         if overwrite and is_run:
             return
         kind, advice = "something that is not a run", "give another --out"
@@ -103,8 +108,8 @@ class RunFolder:
             UserError: it is not a run folder.
         """
         run = cls(path)
-        if not (run.path / "config.toml").is_file():
-            raise UserError(f"'{path}' is not a run folder: it has no config.toml.")
+        if not cls.is_run(run.path):
+            raise UserError(f"'{path}' is not a run folder: no config.toml and environment.json.")
         return run, Config.resolve(file=run.path / "config.toml")
 
     def append_round(

@@ -22,6 +22,8 @@ from flexlora.layers import DropoutStream, LoRALinear, SlotFactors
 
 __all__ = ["SlotModel", "find_targets", "slot_model"]
 
+_SLOTS = "_flexlora_slots"  # where a model remembers its SlotModel
+
 
 def linear_shape(module: Any) -> tuple[int, int] | None:
     """``(out_features, in_features)`` of a linear of any supported kind, None for other modules."""
@@ -36,8 +38,9 @@ def linear_shape(module: Any) -> tuple[int, int] | None:
 def find_targets(model: nn.Module, target_modules: str) -> dict[str, tuple[int, int]]:
     """The linears that get LoRA, ``{name: (out_features, in_features)}``, as PEFT would pick them.
 
-    ``all-linear`` is every linear but the output layer; names separated by commas match a whole
-    name or its end after a dot; anything else is a regular expression that matches a whole name.
+    ``all-linear`` is every linear but the output layer, which is never a target; names separated by
+    commas match a whole name or its end after a dot; anything else is a regular expression that
+    matches a whole name.
 
     Raises:
         UserError: nothing matches, or the expression cannot be read.
@@ -84,6 +87,7 @@ class SlotModel:
 
     def __init__(self, model: Any, target_modules: str = "all-linear") -> None:
         self.model, self.target_modules = model, target_modules
+        _keep_unpacked(model)
         self.shapes = find_targets(model, target_modules)
         self.layers: dict[str, LoRALinear] = {}
         self.num_slots = 0
@@ -101,8 +105,8 @@ class SlotModel:
         for name, layer in self.layers.items():
             _replace(self.model, name, layer.base)
         self.layers = {}
-        if _attached.get(id(self.model)) is self:
-            del _attached[id(self.model)]
+        if getattr(self.model, _SLOTS, None) is self:
+            delattr(self.model, _SLOTS)
 
     @property
     def device(self) -> torch.device:
@@ -235,18 +239,27 @@ class SlotModel:
             layer.num_slots = count
 
 
-_attached: dict[int, SlotModel] = {}
+def _keep_unpacked(model: Any) -> None:
+    """Tell 4-bit linears, targets or not, to leave their weights as they are on the CPU.
+
+    bitsandbytes repacks them in place for an inference kernel that has no gradient: what lies below
+    such a linear would train on another matrix's gradient, or on none.
+    """
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.support_avx512bf16_for_cpu = False
 
 
 def slot_model(model: Any, target_modules: str) -> SlotModel:
     """The slots of ``model``: one object while the targets are the same, else injected anew."""
-    current = _attached.get(id(model))
-    if current is not None and current.model is model:
+    current = getattr(model, _SLOTS, None)
+    if current is not None:
         if current.target_modules == target_modules:
             return current
         current.remove()
-    _attached[id(model)] = SlotModel(model, target_modules)
-    return _attached[id(model)]
+    slots = SlotModel(model, target_modules)
+    setattr(model, _SLOTS, slots)
+    return slots
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

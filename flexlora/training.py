@@ -273,10 +273,15 @@ class checkpointing:  # noqa: N801  (reads as a word at the place of use)
         from transformers.modeling_layers import GradientCheckpointingLayer
 
         modules = self.model.modules() if self.enabled else ()
-        self.layers = [m for m in modules if isinstance(m, GradientCheckpointingLayer)]
-        for layer in self.layers:
+        layers = [m for m in modules if isinstance(m, GradientCheckpointingLayer)]
+        if self.enabled and not layers:
+            raise ValueError("this model has no decoder layers that can be checkpointed.")
+        self.plain = [(layer, vars(layer).get("forward")) for layer in layers]
+        for layer in layers:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
     def __exit__(self, *_: object) -> None:
-        for layer in self.layers:
+        for layer, forward in self.plain:
             del layer.forward  # the class's own shows again
+            if forward is not None:
+                layer.forward = forward

@@ -1,4 +1,4 @@
-"""What a run tells while it goes: to a terminal (``flexlora.display``) or to Flower's log."""
+"""What a run tells while it goes: to a terminal (``simulations/terminal.py``) or to a log."""
 
 from __future__ import annotations
 

@@ -91,7 +91,9 @@ class Roster:
                 else ""
             )
             if cause:
-                roster.left_out.setdefault(report.client_id, cause)
+                taken = report.client_id in roster.left_out or report.client_id in fit
+                name = f"{report.client_id} (node {node_id})" if taken else report.client_id
+                roster.left_out[name] = cause
             else:
                 fit[report.client_id] = node_id, report
         if not fit:

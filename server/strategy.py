@@ -79,6 +79,7 @@ class FlexLoRAStrategy(Strategy):
         )
         self.state, self.known_classes = state, rank_classes or {}
         self.closed = state  # the state of the last round that was written down whole
+        self.num_rounds = settings.num_server_rounds
         self.roster = Roster()
         self._sent: dict[str, Start] = {}
         self._class_bytes: dict[str, int] = {}
@@ -106,7 +107,7 @@ class FlexLoRAStrategy(Strategy):
         Raises:
             UserError: too few nodes in time, or no client that can train.
         """
-        rounds = num_rounds or self.settings.num_server_rounds
+        rounds = self.num_rounds = num_rounds or self.settings.num_server_rounds
         limit = timeout or self.settings.round_timeout_seconds
         config, result = ConfigRecord(), Result()
         if not self.roster.members:
@@ -194,7 +195,7 @@ class FlexLoRAStrategy(Strategy):
                 start,
                 self._payloads(start),
                 server_round=server_round,
-                num_server_rounds=settings.num_server_rounds,
+                num_server_rounds=self.num_rounds,
             )
             for name, start in starts.items()
         }
@@ -318,7 +319,7 @@ class FlexLoRAStrategy(Strategy):
         content = eval_content(
             payloads,
             server_round=server_round,
-            generate=settings.generates(server_round, settings.num_server_rounds),
+            generate=settings.generates(server_round, self.num_rounds),
         )
         return [
             Message(
@@ -334,10 +335,16 @@ class FlexLoRAStrategy(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """Sums over clients, then means: per rank class, and each client at its own class."""
-        self._eval_results = [decode_evaluate(reply) for reply in replies]
-        for result in self._eval_results:
+        self._eval_results = []
+        by_node = {member.node_id: member for member in self.roster.members.values()}
+        for reply in replies:
+            result = decode_evaluate(reply)
+            client_id = by_node[reply.metadata.src_node_id].capability.client_id
+            if not result.cause and result.client_id != client_id:
+                result = EvalResult(client_id=client_id, cause=f"replied as '{result.client_id}'")
             if result.cause:
-                self._tell("replied", result.client_id, f"evaluation: {result.cause}")
+                self._tell("replied", client_id, f"evaluation: {result.cause}")
+            self._eval_results.append(result)
         return MetricRecord(eval_metrics(self._eval_results, self.roster, base=BASE))
 
     def _close_round(self, metrics: dict[str, object]) -> None:

@@ -9,18 +9,17 @@ from pathlib import Path
 import torch
 from flexlora.clients.worker import Worker, worker_for
 from flexlora.simulations.simulate import resolved
+from flexlora.simulations.terminal import make_console
 from rich.table import Table
 
 from flexlora.adapters import Adapter
 from flexlora.config import Config
-from flexlora.display import make_console
 from flexlora.errors import UserError, nearest
 from flexlora.evaluation import BASE
 from flexlora.jobs import EvalJob, Score
-from flexlora.models import forget, load_base, resolve_name
+from flexlora.models import load_base, resolve_name
 from flexlora.peft_folder import load_adapter, save_adapter
 from flexlora.runs import RunFolder
-from flexlora.slots import slot_model
 
 __all__ = ["evaluate_target", "export_run", "score_adapters"]
 
@@ -39,7 +38,8 @@ def evaluate_target(
     adapters, values = _adapters_of(Path(target))
     values |= {"eval.split": "test", "eval.max-examples": 0}
     if data is not None:
-        values |= {"data.path": data, "data.name": ""}
+        # Who holds which row does not matter here: all rows of the folder, as one client's.
+        values |= {"data.path": data, "data.name": "", "data.partition": "iid", "clients.count": 1}
     values |= Config.given(file=file, sets=sets)
     worker = worker_for(resolved(Config(values)))
     scores = score_adapters(worker, adapters)
@@ -63,7 +63,7 @@ def evaluate_target(
 
 def _adapters_of(path: Path) -> tuple[dict[str, Adapter], dict[str, object]]:
     """Adapters by name, and the configuration that they were made under."""
-    if (path / "config.toml").is_file():
+    if RunFolder.is_run(path):
         run, config = RunFolder.open(path)
         state, classes = run.load_checkpoint()
         used = {rank_class.name: rank_class for rank_class in classes.values()}
@@ -82,7 +82,7 @@ def _adapters_of(path: Path) -> tuple[dict[str, Adapter], dict[str, object]]:
         raise UserError(f"'{path}' does not exist, expected a run folder or a PEFT folder.")
     adapter = load_adapter(path)
     home = path.resolve().parent.parent
-    if (home / "config.toml").is_file():  # RUN/adapters/CLASS: on the run's base and data
+    if path.resolve().parent.name == "adapters" and RunFolder.is_run(home):
         return {path.name: adapter}, dict(RunFolder.open(home)[1])
     config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
     base = config.get("base_model_name_or_path") or "embedded"
@@ -141,22 +141,17 @@ def export_run(target: str, *, rank: int, kind: str, out: str) -> None:
             config, {n: svd.truncate(rank).to_dense() for n, svd in change.items()}, folder
         )
     kept = change.total_energy_kept(dict.fromkeys(change, rank))
-    console.print(
-        f"{folder}: rank {rank} of round {state.round}, {100 * kept:.2f} % of the energy."
-    )
+    text = f"{folder}: rank {rank} of round {state.round}, {100 * kept:.2f} % of the energy."
+    console.print(text, soft_wrap=True)
 
 
 @torch.no_grad()
 def _save_merged(config: Config, deltas: Mapping[str, torch.Tensor], folder: Path) -> None:
     """``W + T_rank(G)`` in every target, written by transformers as safetensors."""
-    base = load_base(config["model.name"], dtype=config["model.dtype"], device="cpu")
-    slots = slot_model(base.model, config["lora.target-modules"])
-    linears = {name: layer.base for name, layer in slots.layers.items()}
-    slots.remove()
+    base = load_base(config["model.name"], dtype=config["model.dtype"], device="cpu", fresh=True)
     for name, delta in deltas.items():
-        weight = linears[name].weight
-        turned = delta.T if type(linears[name]).__name__ == "Conv1D" else delta
-        weight.add_(turned.to(weight.dtype))
+        linear = base.model.get_submodule(name)
+        turned = delta.T if type(linear).__name__ == "Conv1D" else delta
+        linear.weight.add_(turned.to(linear.weight.dtype))
     base.model.save_pretrained(folder)
     base.tokenizer.save_pretrained(folder)
-    forget(base)

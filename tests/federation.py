@@ -1,7 +1,7 @@
 """Small federations for the tests of the engine, the server and the commands.
 
-``small(...)`` is a configuration of a second; ``TamperingGrid`` lets one client's replies go wrong on
-their way; the rest reads run folders and starts the command as a process of its own.
+``small(...)`` is a configuration of a second; ``TamperingGrid`` lets one client's replies go wrong
+on their way; the rest reads run folders and starts the command as a process of its own.
 """
 
 from __future__ import annotations

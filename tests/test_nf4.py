@@ -74,7 +74,8 @@ def test_training_through_nf4_lowers_the_loss_and_leaves_the_base_bytes(model):
         assert torch.equal(after[name], tensor), name
 
 
-def test_gradients_through_nf4_are_those_of_the_dequantized_base(model):
+@pytest.mark.parametrize("targets", ["all-linear", "q_proj"])
+def test_gradients_through_nf4_are_those_of_the_dequantized_base(model, targets):
     """The frozen weight enters the gradient of what lies below it: it must be the same weight."""
     import bitsandbytes.functional as bnb
 
@@ -85,7 +86,7 @@ def test_gradients_through_nf4_are_those_of_the_dequantized_base(model):
     rows = [random_examples(3, seed=k) for k in range(2)]
     gradients = []
     for base in (model, dense):
-        slots = SlotModel(base)
+        slots = SlotModel(base, targets)
         adapters = [random_adapter(slots.shapes, r, seed=r, dtype=torch.float32) for r in (2, 5)]
         slots.load(adapters, trainable=("lora_A", "lora_B"))
         batch = collate(rows, pad_token_id=0)

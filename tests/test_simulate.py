@@ -33,7 +33,7 @@ from flexlora.models import EMBEDDED, load_base
 from flexlora.peft_folder import load_adapter
 from flexlora.wire import decode_adapter
 
-# DESIGN.md section 4, of the rounds that train; rouge and exact match where asked, epsilon with noise.
+# DESIGN.md section 4, of the rounds that train.
 ROUND_KEYS = {
     "round",
     "train_loss",
@@ -74,7 +74,7 @@ def smoke(tmp_path_factory):
 
 
 def test_the_run_folder_is_complete(smoke):
-    folder, strategy = smoke
+    folder, _ = smoke
     names = {"config.toml", "metrics.jsonl", "clients.csv", "environment.json", "checkpoint"}
     assert names | {"adapters"} <= {path.name for path in folder.iterdir()}
     assert sorted(path.name for path in (folder / "adapters").iterdir()) == ["global", *CLASSES]

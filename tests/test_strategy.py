@@ -332,7 +332,7 @@ def test_stock_federated_averaging_adds_unequal_ranks_and_ours_refuses(tmp_path)
     """Trap T16: Flower's own average broadcasts ranks 4 and 1 into a wrong adapter, silently."""
     adapters = {4: np.ones((4, 8), np.float32), 1: np.full((1, 8), 3, np.float32)}
     replies = []
-    for node, (rank, array) in enumerate(adapters.items(), start=1):
+    for node, array in enumerate(adapters.values(), start=1):
         content = {
             "arrays": ArrayRecord({"q.lora_A": Array(array)}),
             "metrics": MetricRecord({"num-examples": 1}),

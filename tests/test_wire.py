@@ -63,6 +63,7 @@ def changed(adapter, key="attn.q.lora_A", **fields):
     ("fields", "message"),
     [
         ({"data": b"\0" * 95}, r"'attn.q.lora_A' has 95 bytes for shape \(2, 12\).*expected 96"),
+        ({"data": b"\0" * 100}, r"'attn.q.lora_A' has 100 bytes .*expected 96"),
         ({"shape": (3, 12)}, r"has 96 bytes for shape \(3, 12\) in float32, expected 144"),
         ({"dtype": "float64"}, r"has 96 bytes for shape \(2, 12\) in float64, expected 192"),
         ({"dtype": "int32"}, "is flexlora.raw/int32, expected flexlora.raw with float32"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Protocol
 
 import torch
@@ -117,7 +118,7 @@ def check_update(
     """
     who = f"client {update.client_id}"
     n = update.num_examples
-    if type(n) is not int or n <= 0:
+    if not isinstance(n, Integral) or isinstance(n, bool) or n <= 0:
         raise UpdateRefused(f"{who}: num_examples is {n!r}, expected a positive whole number.")
     if digest is not None and update.digest != digest:
         raise UpdateRefused(
