@@ -83,7 +83,7 @@ def _options() -> tuple[Option, ...]:
         option("fraction-train", 0.34, "share of the clients that train in a round", (), 0.0, 1.0),
         option("min-train-clients", 1, "train at least this many clients a round", minimum=1),
         option("clients.count", 0, "clients to make of the data (0: as many as it names)", (), 0),
-        option("method.name", "flexlora", "aggregation method (flexlora, residual)"),
+        option("method.name", "flexlora", "aggregation method (fedit, flexlora, residual)"),
         option("method.server-learning-rate", 1.0, "step on the aggregate (residual)", minimum=0.0),
         option("method.server-max-rank", 256, "rank that the server keeps per module", minimum=1),
         option(

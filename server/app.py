@@ -72,8 +72,7 @@ def write_adapters(strategy: FlexLoRAStrategy, config: Config, run: RunFolder) -
     """``adapters/CLASS`` for every rank class and ``adapters/global`` at the server's full rank."""
     change, factoring = strategy.closed.change, strategy.settings.factoring
     base = resolve_name(config["model.name"])
-    for name, rank_class in strategy.roster.rank_classes.items():
-        adapter = change.adapter(rank_class.ranks(change.shapes), **vars(factoring))
+    for name, adapter in strategy.served(strategy.closed).items():
         save_adapter(
             adapter,
             run.path / "adapters" / name,

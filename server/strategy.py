@@ -12,7 +12,7 @@ Never Flower's own averaging: it adds factors of unequal rank by broadcasting, w
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from flexlora.server.exchange import exchange
 from flexlora.server.ledger import (
@@ -39,6 +39,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
+from flexlora.adapters import Adapter
 from flexlora.aggregation import make_method
 from flexlora.aggregation.base import Start, State, Update, check_update
 from flexlora.aggregation.state import GlobalChange
@@ -304,16 +305,12 @@ class FlexLoRAStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         """The same clients every time, each with every class's adapter (round 0: none)."""
-        settings, shapes = self.settings, self.state.change.shapes
+        settings = self.settings
         count = max(1, round(settings.eval_fraction * len(self.roster.members)))
         chosen = sample(self.roster.members, count, seed=settings.seed, purpose=("evaluate",))
-        factoring = vars(settings.factoring)
         payloads = {
-            name: pack(
-                self.state.change.adapter(rank_class.ranks(shapes), **factoring),
-                settings.wire_dtype,
-            )
-            for name, rank_class in self.roster.rank_classes.items()
+            name: pack(adapter, settings.wire_dtype)
+            for name, adapter in self.served(self.state).items()
             if server_round > 0
         }
         content = eval_content(
@@ -330,6 +327,16 @@ class FlexLoRAStrategy(Strategy):
             )
             for client_id in chosen
         ]
+
+    def served(
+        self, state: State, rank_classes: Mapping[str, RankClass] | None = None
+    ) -> dict[str, Adapter]:
+        """The adapter that each rank class (default: those met) would be given to use."""
+        classes = self.roster.rank_classes if rank_classes is None else rank_classes
+        return {
+            name: self.method.start(state, rank_class, self.settings.factoring).served()
+            for name, rank_class in classes.items()
+        }
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 from flexlora.clients.worker import Worker, worker_for
+from flexlora.server.settings import ServerSettings
+from flexlora.server.strategy import FlexLoRAStrategy
 from flexlora.simulations.simulate import resolved
 from flexlora.simulations.terminal import make_console
 from rich.table import Table
@@ -66,18 +68,9 @@ def _adapters_of(path: Path) -> tuple[dict[str, Adapter], dict[str, object]]:
     if RunFolder.is_run(path):
         run, config = RunFolder.open(path)
         state, classes = run.load_checkpoint()
-        used = {rank_class.name: rank_class for rank_class in classes.values()}
-        named = {
-            name: state.change.adapter(
-                rank_class.ranks(state.change.shapes),
-                config["lora.alpha"],
-                rslora=config["lora.rslora"],
-                singular_values=config["method.singular-values"],
-                seed=config["seed"],
-            )
-            for name, rank_class in sorted(used.items(), key=lambda item: item[1].rank)
-        }
-        return named, dict(config)
+        used = {r.name: r for r in sorted(classes.values(), key=lambda r: (r.rank, r.name))}
+        strategy = FlexLoRAStrategy(ServerSettings.from_config(config))
+        return strategy.served(state, used), dict(config)
     if not path.is_dir():
         raise UserError(f"'{path}' does not exist, expected a run folder or a PEFT folder.")
     adapter = load_adapter(path)

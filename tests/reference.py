@@ -146,3 +146,17 @@ def train_one_client(model, start, examples, recipe, carried=None, trainable=("l
             group["lr"] = learning_rate
         optimizer.step()
     return adapter.map(lambda tensor: tensor.detach())
+
+
+def zero_padded_factors(clients, module, rank):
+    """FedIT with unequal ranks: the means of the padded ``lora_A`` and of the padded ``s lora_B``."""
+    total = sum(num_examples for _, num_examples in clients)
+    mean_A, mean_B = 0.0, 0.0
+    for adapter, num_examples in clients:
+        factors = adapter[module]
+        missing = rank - factors.rank
+        share = num_examples / total
+        mean_A = mean_A + share * np.pad(factors.lora_A.double().numpy(), ((0, missing), (0, 0)))
+        scaled_B = factors.scaling * factors.lora_B.double().numpy()
+        mean_B = mean_B + share * np.pad(scaled_B, ((0, 0), (0, missing)))
+    return torch.from_numpy(mean_A), torch.from_numpy(mean_B)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -203,12 +202,22 @@ def superlink(tmp_path):
             time.sleep(0.2)
         yield process, environment
     finally:
-        if process.poll() is None:
-            children = psutil.Process(process.pid).children(recursive=True)
-            process.send_signal(signal.SIGTERM)
-            _, alive = psutil.wait_procs([psutil.Process(process.pid), *children], timeout=20)
-            for left in alive:
-                left.kill()
+        process.terminate()
+        _, alive = psutil.wait_procs(processes_of(home), timeout=20)
+        for left in alive:
+            left.kill()
+
+
+def processes_of(home):
+    """Every process, Ray's too, that was started under this FLWR_HOME."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("FLWR_HOME") == str(home):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
 
 
 def listening(pid):
@@ -241,7 +250,6 @@ def test_flwr_run_agrees_with_the_engine_and_leaves_no_process(superlink, tmp_pa
         text=True,
     )
     simulate(scenario, tmp_path / "engine")  # meanwhile
-    started = psutil.Process(process.pid).children(recursive=True)
     try:
         out, _ = running.communicate(timeout=150)
     finally:
@@ -258,8 +266,8 @@ def test_flwr_run_agrees_with_the_engine_and_leaves_no_process(superlink, tmp_pa
     names = sorted(path.name for path in (tmp_path / "flower" / "adapters").iterdir())
     assert names == ["global", "rank_2", "rank_4", "rank_8"]
 
-    family = {*started, *psutil.Process(process.pid).children(recursive=True)}
-    process.send_signal(signal.SIGTERM)
+    assert processes_of(environment["FLWR_HOME"])
+    process.terminate()
     process.wait(30)
-    _, alive = psutil.wait_procs(family, timeout=20)
+    _, alive = psutil.wait_procs(processes_of(environment["FLWR_HOME"]), timeout=20)
     assert [left.name() for left in alive] == []

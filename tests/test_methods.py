@@ -274,7 +274,7 @@ def test_averaging_factors_is_not_averaging_products():
         assert reference.relative_error(of_factors, ours.delta_weight(name)) > 0.3
 
 
-@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize("name", ["flexlora", "residual"])
 def test_the_cap_keeps_the_best_directions_and_reports_what_it_drops(name):
     """Trap T9: the energy that truncation loses is a number, not silence."""
     method = make_method(name, max_rank=4)

@@ -152,9 +152,7 @@ def test_a_client_that_two_nodes_claim_trains_once(worker, tmp_path):
     def impostor(reply, message):
         return [encode_capability(worker.capability("client_02"), reply_to=message)]
 
-    strategy, _, grid = run_with(
-        worker, tmp_path / "run", kind=MessageType.QUERY, tamper=impostor
-    )
+    strategy, _, grid = run_with(worker, tmp_path / "run", kind=MessageType.QUERY, tamper=impostor)
     assert sorted(strategy.roster.members) == ["client_00", "client_02", "client_03"]
     assert "is this client already" in strategy.roster.left_out["client_02"]
     assert [kind for kind, _ in grid.asked].count(MessageType.TRAIN) == 3

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from flexlora.adapters import Adapter
 from flexlora.aggregation.base import Law, Method, Start, State, Update, check_update
+from flexlora.aggregation.fedit import FedIT
 from flexlora.aggregation.flexlora import FlexLoRA
 from flexlora.aggregation.residual import Residual
 from flexlora.aggregation.state import GlobalChange
@@ -26,6 +27,7 @@ __all__ = [
 ]
 
 METHODS: dict[str, Callable[..., Method]] = {
+    "fedit": lambda *, server_learning_rate, max_rank: FedIT(),
     "flexlora": lambda *, server_learning_rate, max_rank: FlexLoRA(max_rank=max_rank),
     "residual": lambda *, server_learning_rate, max_rank: Residual(
         server_learning_rate=server_learning_rate, max_rank=max_rank

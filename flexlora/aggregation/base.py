@@ -15,7 +15,7 @@ from typing import Protocol
 
 import torch
 
-from flexlora.adapters import Adapter
+from flexlora.adapters import Adapter, LoRAFactors
 from flexlora.aggregation.state import GlobalChange
 from flexlora.errors import UpdateRefused, nearest
 from flexlora.linalg import product_norm
@@ -73,6 +73,23 @@ class Start:
         """The same start with the digest of what it holds."""
         parts = [self.trained.digest(), self.carried.digest() if self.carried else ""]
         return Start(**{**self.__dict__, "digest": "+".join(part[:32] for part in parts)})
+
+    def served(self) -> Adapter:
+        """What a model of this class is: trained and carried factors side by side.
+
+        ``s B A + c Q P = [s B, c Q] @ [A; P]``, with alpha chosen so that the scaling is 1.
+        """
+        if self.carried is None:
+            return self.trained
+        modules = {}
+        for name, own in self.trained.items():
+            other = self.carried[name]
+            modules[name] = LoRAFactors(
+                lora_A=torch.cat([own.lora_A, other.lora_A]),
+                lora_B=torch.cat([own.scaling * own.lora_B, other.scaling * other.lora_B], dim=1),
+                alpha=float(own.rank + other.rank),
+            )
+        return Adapter(modules)
 
 
 @dataclass(frozen=True, kw_only=True)
