@@ -149,7 +149,7 @@ def train_one_client(model, start, examples, recipe, carried=None, trainable=("l
 
 
 def zero_padded_factors(clients, module, rank):
-    """FedIT with unequal ranks: the means of the padded ``lora_A`` and of the padded ``s lora_B``."""
+    """FedIT with unequal ranks: the means of padded ``lora_A`` and of padded ``s lora_B``."""
     total = sum(num_examples for _, num_examples in clients)
     mean_A, mean_B = 0.0, 0.0
     for adapter, num_examples in clients:

@@ -104,7 +104,8 @@ def test_a_peft_folder_is_read_as_such_wherever_it_lies(run_folder, tmp_path, ca
     (tmp_path / "config.toml").write_text("[theirs]\ncolour = 'red'\n")
     folder = tmp_path / "models" / "mine"
     shutil.copytree(run_folder / "adapters" / "rank_4", folder)
-    fewer = ["--set", "clients.count=2", "--set", "eval.max-new-tokens=4"]
+    fewer = ["--set", "clients.count=2", "--set", "eval.max-examples=1"]
+    fewer += ["--set", "eval.max-new-tokens=2", "--set", "engine.threads=1"]
     assert list(table(printed(["eval", folder, *fewer], capsys))) == ["base", "mine"]
 
 
@@ -127,12 +128,12 @@ def test_an_exported_adapter_is_the_best_approximation_of_its_rank(
 
 def test_an_exported_adapter_loads_in_peft_with_our_logits(run_folder, tmp_path, capsys):
     printed(["export", run_folder, "--rank", 3, "--out", tmp_path / "a"], capsys)
-    ours = AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32)
+    ours = AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float64)
     before = logits(ours)
     for name, factors in load_adapter(tmp_path / "a").items():
-        ours.get_submodule(name).weight.data += factors.delta_weight()
-    bare = AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32)
-    peft = logits(PeftModel.from_pretrained(bare, tmp_path / "a"))
+        ours.get_submodule(name).weight.data += factors.delta_weight().double()
+    bare = AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float64)
+    peft = logits(PeftModel.from_pretrained(bare, tmp_path / "a").double())
     assert (logits(ours) - before).abs().max() > 1e-2
     assert (peft - logits(ours)).abs().max() < 1e-4
 
@@ -141,9 +142,11 @@ def test_a_merged_export_is_the_base_with_the_change_in_it(run_folder, tmp_path,
     printed(["export", run_folder, "--rank", 4, "--out", tmp_path / "a"], capsys)
     merging = ["export", run_folder, "--rank", 4, "--format", "merged", "--out", tmp_path / "m"]
     printed(merging, capsys)
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)
-    bare = AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32)
-    peft = PeftModel.from_pretrained(bare, tmp_path / "a")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float64)
+    bare = AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float64)
+    difference = logits(merged) - logits(bare)
+    peft = PeftModel.from_pretrained(bare, tmp_path / "a").double()
+    assert difference.abs().max() > 1e-2
     assert (logits(merged) - logits(peft)).abs().max() < 1e-4
     assert not list((tmp_path / "m").glob("*.bin"))
     text = "Say yes."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import time
@@ -15,12 +16,13 @@ from federation import (
     command,
     finished,
     rounds,
+    same_bytes,
     small,
     state_delta,
 )
 from flexlora.simulations.simulate import resume, simulate
 
-from flexlora.checkpoints import load_checkpoint
+from flexlora.checkpoints import load_checkpoint, save_checkpoint
 from flexlora.cli import main
 from flexlora.errors import UserError
 from flexlora.peft_folder import load_adapter
@@ -173,6 +175,49 @@ def test_a_half_written_next_checkpoint_does_not_touch_the_last_one(whole, tmp_p
         "current.json",
         "round-000004.safetensors",
     ]
+
+
+@pytest.mark.parametrize("step", range(4))
+def test_a_crash_at_any_step_of_writing_leaves_a_whole_checkpoint(
+    step, whole, tmp_path, monkeypatch
+):
+    """Power goes before one of the syncs or renames: the last checkpoint is there, or the next."""
+    folder = stopped(tmp_path / "run", "round_started", 3)
+    before, _ = load_checkpoint(folder / "checkpoint")
+    after, classes = load_checkpoint(whole / "checkpoint")
+    calls = []
+
+    def crashing(honest):
+        def call(*arguments):
+            calls.append(arguments)
+            if len(calls) > step:
+                raise Stopped
+            return honest(*arguments)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in ("fsync", "replace"):
+            patch.setattr(f"flexlora.checkpoints.os.{name}", crashing(getattr(os, name)))
+        with pytest.raises(Stopped):
+            save_checkpoint(folder / "checkpoint", after, classes)
+    assert same_bytes(load_checkpoint(folder / "checkpoint")[0], before)
+    save_checkpoint(folder / "checkpoint", after, classes)
+    assert same_bytes(load_checkpoint(folder / "checkpoint")[0], after)
+
+
+def test_a_resumed_client_keeps_the_rank_class_that_it_had(tmp_path):
+    """Classes come from the checkpoint: who joins or leaves meanwhile re-ranks nobody."""
+    folder = stopped(tmp_path / "run", "round_started", 3)
+    state, classes = load_checkpoint(folder / "checkpoint")
+    names = sorted(classes)
+    turned = {name: classes[names[-1 - at]] for at, name in enumerate(names)}
+    if turned == classes:
+        turned = {name: classes[names[at - 1]] for at, name in enumerate(names)}
+    assert turned != classes
+    save_checkpoint(folder / "checkpoint", state, turned)
+    strategy = resume(folder)
+    assert {k: member.rank_class for k, member in strategy.roster.members.items()} == turned
 
 
 @pytest.mark.parametrize("name", ["round-000004.safetensors", "current.json"])

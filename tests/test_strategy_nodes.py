@@ -30,7 +30,7 @@ class NodesGrid(TamperingGrid):
             self._clients = dict(zip(node_ids, worker.client_ids, strict=True))
         self.slowness = dict(slowness or {})  # client id: polls until its reply is there
         self.kind, self.tamper = kind, tamper
-        self.asked = []
+        self.asked, self.arrived = [], []
 
     def push_messages(self, messages):
         messages = list(messages)
@@ -40,14 +40,18 @@ class NodesGrid(TamperingGrid):
     def pull_messages(self, message_ids):
         ready = []
         for message_id in message_ids:
-            client_id = self._client(self.sent[message_id])
-            if self.slowness.get(client_id, 0) > 0:
+            message = self.sent[message_id]
+            client_id = self._client(message)
+            trains = message.metadata.message_type == MessageType.TRAIN
+            if trains and self.slowness.get(client_id, 0) > 0:
                 self.slowness[client_id] -= 1
             else:
                 ready.append(message_id)
         return super().pull_messages(ready)
 
     def _on_the_way(self, message, reply):
+        if message.metadata.message_type == MessageType.TRAIN:
+            self.arrived.append(self._client(message))
         if message.metadata.message_type == self.kind and self._client(message) == VICTIM:
             return self.tamper(reply, message)
         return super()._on_the_way(message, reply)
@@ -80,9 +84,11 @@ def test_node_ids_that_flower_draws_anew_change_nothing(worker, tmp_path):
 
 
 def test_the_order_of_arrival_changes_nothing(worker, tmp_path):
-    first, run, _ = run_with(worker, tmp_path / "a")
-    slow = {"client_00": 9, "client_02": 6, "client_01": 3}
-    second, again, _ = run_with(worker, tmp_path / "b", slowness=slow)
+    first, run, prompt = run_with(worker, tmp_path / "a")
+    slow = {"client_00": 3, "client_02": 2, "client_01": 1}
+    second, again, slower = run_with(worker, tmp_path / "b", slowness=slow)
+    assert prompt.arrived == worker.client_ids
+    assert slower.arrived == ["client_03", "client_01", "client_02", "client_00"]
     assert same_bytes(first.state, second.state)
     assert untimed(client_rows(run.path)) == untimed(client_rows(again.path))
 
@@ -154,7 +160,8 @@ def test_a_client_that_two_nodes_claim_trains_once(worker, tmp_path):
 
     strategy, _, grid = run_with(worker, tmp_path / "run", kind=MessageType.QUERY, tamper=impostor)
     assert sorted(strategy.roster.members) == ["client_00", "client_02", "client_03"]
-    assert "is this client already" in strategy.roster.left_out["client_02"]
+    (cause,) = strategy.roster.left_out.values()
+    assert "is this client already" in cause
     assert [kind for kind, _ in grid.asked].count(MessageType.TRAIN) == 3
 
 

@@ -4,7 +4,7 @@
 
 The mean of the factors is not the mean of the products: their difference is the covariance of
 ``s_k B_k`` and ``A_k`` over the clients. It is here as the baseline that everybody knows. The
-scaling is absorbed into ``lora_B`` before averaging, since clients of another rank have another one;
+scaling is absorbed into ``lora_B`` before averaging, since another rank has another one;
 a client of rank r is sent the first r rows and columns. Round one starts from a shared ``lora_A``
 that is nested across ranks.
 """
