@@ -75,6 +75,7 @@ class Worker:
             num_clients=config["clients.count"],
             dirichlet_alpha=config["data.dirichlet-alpha"],
             seed=config["seed"],
+            tasks=config["data.tasks"],
         )
         self.base: BaseModel = load_base(
             config["model.name"],

@@ -104,6 +104,15 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--format", default="peft", help="peft or merged (default: peft)")
     export.add_argument("--out", metavar="DIR", required=True, help="folder to write")
     export.set_defaults(run=_export)
+
+    reproduce = commands.add_parser("reproduce", help="run a named experiment, several seeds")
+    reproduce.add_argument("name", metavar="NAME", help="first-look")
+    reproduce.add_argument("--seeds", type=int, default=3, help="how many seeds (default: 3)")
+    reproduce.add_argument("--out", metavar="DIR", help="folder (default: runs/NAME)")
+    reproduce.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[], help="set one key (repeatable)"
+    )
+    reproduce.set_defaults(run=_reproduce)
     return parser
 
 
@@ -179,6 +188,13 @@ def _export(options: argparse.Namespace) -> int:
 
     export_run(options.target, rank=options.rank, kind=options.format, out=options.out)
     return 0
+
+
+def _reproduce(options: argparse.Namespace) -> int:
+    from flexlora.simulations.experiments import reproduce
+
+    out = Path(options.out or f"runs/{options.name}")
+    return reproduce(options.name, seeds=options.seeds, out=out, sets=options.set)
 
 
 if __name__ == "__main__":

@@ -109,6 +109,7 @@ def _options() -> tuple[Option, ...]:
         option("model.quantization", "none", "how the base is held", ("none", "nf4")),
         option("model.dtype", "float32", "dtype of the base", ("float32", "bfloat16", "float64")),
         option("data.path", "", "folder of train, validation and test .jsonl[.gz] files"),
+        option("data.tasks", "default", "built-in families: default, all, or names with commas"),
         option("data.name", "", "hub data set (needs the datasets package)"),
         option(
             "data.partition", "client", "rows to clients", ("client", "task", "iid", "dirichlet")

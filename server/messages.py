@@ -153,8 +153,7 @@ def _fields(kind: type, record: Mapping) -> dict:
     """The record's values under the dataclass's names and types; lists become tuples.
 
     Raises:
-        TypeError: a value of another type than the field.
-            where it counts something.
+        TypeError: a value of another type than the field's.
     """
     types = {field.name: str(field.type) for field in fields(kind)}
     values = {}

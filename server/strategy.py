@@ -274,6 +274,11 @@ class FlexLoRAStrategy(Strategy):
             try:
                 if result.client_id != client_id:
                     raise UpdateRefused(f"client {client_id}: replied as '{result.client_id}'.")
+                if result.num_examples > member.capability.num_examples:
+                    raise UpdateRefused(
+                        f"client {client_id}: claims {result.num_examples} examples, it reported "
+                        f"{member.capability.num_examples} when it joined."
+                    )
                 check_update(
                     update,
                     start.trained,

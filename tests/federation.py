@@ -126,6 +126,16 @@ def relative_gap(first, second):
     return (gap / size) ** 0.5
 
 
+def largest_gap(first, second):
+    """The largest entry of ``|first - second|`` over all modules: what DESIGN.md bounds in float32.
+
+    AdamW divides by the gradient's size, so an entry at rounding level moves by a whole step of
+    either sign; relative to a small change that is much, as a number it is not.
+    """
+    assert any(float(second[name].abs().max()) > 1e-3 for name in second), "nothing was learned"
+    return max(float((first[name] - second[name]).abs().max()) for name in first)
+
+
 def same_bytes(first, second):
     """Whether two server states hold the same numbers, bit for bit."""
     return first.change.keys() == second.change.keys() and all(

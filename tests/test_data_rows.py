@@ -201,9 +201,9 @@ def test_hub_failures_become_one_sentence(monkeypatch):
 
 
 def test_embedded_tasks_are_made_for_the_clients_and_seed_asked_for(monkeypatch):
-    made = SimpleNamespace(embedded_rows=lambda num_clients, seed: {"train": [num_clients, seed]})
+    made = SimpleNamespace(embedded_rows=lambda *told: {"train": list(told)})
     monkeypatch.setitem(sys.modules, "flexlora.data.tasks", made)
-    assert load_embedded(3, 7) == {"train": [3, 7]}
+    assert load_embedded(3, 7, "all") == {"train": [3, 7, "all"]}
     with pytest.raises(UserError, match=r"clients.count is 0, expected at least 1"):
         load_embedded(0, 7)
 

@@ -14,6 +14,7 @@ from federation import (
     client_rows,
     command,
     finished,
+    largest_gap,
     relative_gap,
     rounds,
     small,
@@ -118,6 +119,7 @@ def test_round_0_is_the_bare_base(smoke):
     folder, _ = smoke
     base = rounds(folder)[0]
     assert "train_loss" not in base and "clients_ok" not in base
+    assert base["eval_bytes_down"] == 0
     worker = worker_for(resolved(Config.resolve(file=SMOKE, sets=("engine.threads=1",))))
     rows = [row for name in worker.client_ids for row in worker.held_out(name)]
     model = AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32)
@@ -185,6 +187,7 @@ def test_the_same_configuration_in_two_processes_gives_identical_bytes(tmp_path)
     [
         ("adamw_torch", "float64", 1, 1e-9),
         ("adamw_torch", "float32", 1, 1e-5),
+        ("adamw_torch", "float32", 3, 1e-3),
         ("sgd", "float32", 1, 1e-5),
         ("sgd", "float32", 3, 1e-3),
     ],
@@ -206,8 +209,9 @@ def test_cohorts_of_1_2_and_4_agree(optim, dtype, num_rounds, bound, tmp_path):
         )
         state = simulate(config, tmp_path / str(size)).state
         deltas[size] = state_delta(state)
+    gap = largest_gap if (optim, dtype) == ("adamw_torch", "float32") else relative_gap
     for size in (2, 4):
-        assert relative_gap(deltas[size], deltas[1]) < bound
+        assert gap(deltas[size], deltas[1]) < bound
 
 
 def test_the_machines_threads_and_the_cohort_plan_stand_in_the_resolved_configuration(

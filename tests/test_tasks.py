@@ -12,7 +12,14 @@ from pathlib import Path
 import pytest
 from flexlora.simulations.make_base_corpus import documents, plain_prompt
 
-from flexlora.data.tasks import FAMILIES, embedded_rows, generate_rows, split_of
+from flexlora.data.tasks import (
+    DEFAULT,
+    FAMILIES,
+    choose_families,
+    embedded_rows,
+    generate_rows,
+    split_of,
+)
 from flexlora.data.tasks.held_out import HELD_OUT, RIVER_CODE, past_of
 from flexlora.data.tasks.known import KNOWN, plural_of
 from flexlora.data.templates import render
@@ -100,10 +107,11 @@ def test_unknown_family_unknown_split_and_too_many_rows_are_refused():
         embedded_rows(num_clients=0)
 
 
-def test_federation_is_unequal_mixed_and_covers_every_family():
-    rows = embedded_rows(num_clients=24, seed=0)
-    assert rows == embedded_rows(num_clients=24, seed=0)
-    assert rows != embedded_rows(num_clients=24, seed=1)
+@pytest.mark.parametrize("tasks", ["default", "all", "plural,older,date"])
+def test_federation_is_unequal_mixed_and_covers_every_family(tasks):
+    rows = embedded_rows(num_clients=24, seed=0, tasks=tasks)
+    assert rows == embedded_rows(num_clients=24, seed=0, tasks=tasks)
+    assert rows != embedded_rows(num_clients=24, seed=1, tasks=tasks)
     assert set(rows) == set(SPLITS)
     amounts = Counter(row.client for row in rows["train"])
     assert sorted(amounts) == [f"client_{index:02d}" for index in range(24)]
@@ -116,7 +124,16 @@ def test_federation_is_unequal_mixed_and_covers_every_family():
             held[row.client].add(row.task)
             assert split_of(row.task, row.input) == split
         assert {len(tasks) for tasks in held.values()} == {1, 2, 3}
-        assert set().union(*held.values()) == set(FAMILIES)
+        assert set().union(*held.values()) == {family.name for family in choose_families(tasks)}
+
+
+def test_the_default_families_are_half_known_and_half_held_out():
+    halves = [FAMILIES[name].half for name in DEFAULT]
+    assert halves.count("known") == halves.count("held-out") == 4
+    assert choose_families("default") == [FAMILIES[name] for name in DEFAULT]
+    assert choose_families("all") == list(FAMILIES.values())
+    with pytest.raises(UserError, match=r"data.tasks has 'plurl'.*Did you mean 'plural'"):
+        choose_families("date,plurl")
 
 
 def test_corpus_holds_no_wording_of_a_held_out_family(corpus):

@@ -24,7 +24,14 @@ EMBEDDED_CLIENTS = 24
 
 
 def client_rows(
-    *, path: str, name: str, kind: str, num_clients: int, dirichlet_alpha: float, seed: int
+    *,
+    path: str,
+    name: str,
+    kind: str,
+    num_clients: int,
+    dirichlet_alpha: float,
+    seed: int,
+    tasks: str = "default",
 ) -> dict[str, dict[str, list[Row]]]:
     """``{client_id: {split: rows}}`` from a folder, a hub data set, or the built-in tasks.
 
@@ -38,7 +45,9 @@ def client_rows(
     elif name:
         rows = load_hub(name)
     else:
-        rows = load_embedded(num_clients or EMBEDDED_CLIENTS, seed)
+        # Another partition deals the rows of the default clients anew.
+        made = num_clients if kind == "client" and num_clients else EMBEDDED_CLIENTS
+        rows = load_embedded(made, seed, tasks)
     clients = partition(
         rows, kind=kind, num_clients=num_clients, dirichlet_alpha=dirichlet_alpha, seed=seed
     )

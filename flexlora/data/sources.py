@@ -82,11 +82,11 @@ def load_hub(name: str) -> dict[str, list[Row]]:
     return {split: _parsed(loaded[split], f"{name} {split}") for split in SPLITS if split in loaded}
 
 
-def load_embedded(num_clients: int, seed: int) -> dict[str, list[Row]]:
+def load_embedded(num_clients: int, seed: int, tasks: str = "default") -> dict[str, list[Row]]:
     """The built-in tasks for ``num_clients`` clients; every row names its client and its task.
 
     Raises:
-        UserError: fewer than one client.
+        UserError: fewer than one client, or an unknown family among ``tasks``.
     """
     if num_clients < 1:
         raise UserError(
@@ -95,7 +95,7 @@ def load_embedded(num_clients: int, seed: int) -> dict[str, list[Row]]:
         )
     from flexlora.data.tasks import embedded_rows
 
-    return embedded_rows(num_clients, seed)
+    return embedded_rows(num_clients, seed, tasks)
 
 
 def _split_file(folder: Path, split: str) -> Path | None:

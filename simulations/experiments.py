@@ -1,0 +1,210 @@
+"""``flexlora reproduce NAME``: named experiments that print their table and keep their numbers.
+
+An experiment is a list of arms, each the default configuration with a few keys changed. The arms of a
+seed share the data, the base, the rows they are scored on and the number of local steps.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from flexlora.clients.worker import Worker, worker_for
+from flexlora.server.settings import ServerSettings
+from flexlora.server.strategy import FlexLoRAStrategy
+from flexlora.simulations.simulate import resolved, simulate
+from flexlora.simulations.terminal import make_console
+from rich.table import Table
+
+from flexlora.adapters import Adapter
+from flexlora.aggregation.base import State
+from flexlora.aggregation.state import GlobalChange
+from flexlora.checkpoints import write_atomically
+from flexlora.config import Config
+from flexlora.errors import UserError, nearest
+from flexlora.jobs import EvalJob, Score, TrainJob
+from flexlora.ranks import RankClass
+from flexlora.slots import SlotModel
+
+__all__ = ["EXPERIMENTS", "Arm", "reproduce"]
+
+MEASURED = {"eval.split": "test", "eval.max-examples": 0, "eval.every": 0, "eval.generate": "ends"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One row of the table: a title, and what differs from the default configuration."""
+
+    title: str
+    changes: Mapping[str, object] = field(default_factory=dict)
+    kind: str = "federated"
+
+
+def fixed(rank: int, **changes: object) -> dict[str, object]:
+    return {"method.name": "flexlora", "ranks.policy": "fixed", "ranks.fixed": rank, **changes}
+
+
+POOLED = {"data.partition": "iid", "clients.count": 1, "fraction-train": 1.0}
+
+EXPERIMENTS: dict[str, tuple[Arm, ...]] = {
+    "first-look": (
+        Arm(title="the base, untrained", kind="base"),
+        Arm(title="each client alone", kind="alone"),
+        Arm(title="zero-padded averaging (fedit)", changes={"method.name": "fedit"}),
+        Arm(title="FlexLoRA as published", changes={"method.name": "flexlora"}),
+        Arm(
+            title="residual form",
+            changes={"method.name": "residual", "method.server-learning-rate": 1.0},
+        ),
+        Arm(
+            title="residual form, server rate 2",
+            changes={"method.name": "residual", "method.server-learning-rate": 2.0},
+        ),
+        Arm(title="everybody at rank 2", changes=fixed(2)),
+        Arm(title="everybody at rank 16", changes=fixed(16)),
+        Arm(
+            title="pooled data, same rows",
+            changes=fixed(16, **POOLED, **{"train.per-device-train-batch-size": 64}),
+        ),
+        Arm(title="pooled data, same steps", changes=fixed(16, **POOLED)),
+    ),
+}
+
+
+def reproduce(name: str, *, seeds: int, out: Path, sets: Sequence[str] = ()) -> int:
+    """Run every arm for every seed, print mean and deviation, keep ``results.json`` in ``out``.
+
+    Arms that are already in ``results.json`` are not run again.
+
+    Raises:
+        UserError: an unknown experiment, no seeds, or ``sets`` that cannot be.
+    """
+    if name not in EXPERIMENTS:
+        known = ", ".join(EXPERIMENTS)
+        hint = nearest(name, EXPERIMENTS)
+        raise UserError(f"experiment '{name}' is unknown, expected {known}.{hint}")
+    if seeds < 1:
+        raise UserError(f"--seeds is {seeds}, expected at least 1.")
+    given, console = Config.given(sets=tuple(sets)), make_console()
+    file = out / "results.json"
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.is_file() else []
+    done = {(row["arm"], row["seed"]) for row in rows}
+    for seed in range(seeds):
+        for arm in EXPERIMENTS[name]:
+            if (arm.title, seed) in done:
+                continue
+            config = resolved(Config({**MEASURED, **given, **arm.changes, "seed": seed}))
+            scores = _RUNNERS[arm.kind](config, out / "runs" / f"{_slug(arm.title)}-{seed}")
+            rows.append({"arm": arm.title, "seed": seed, **scores})
+            text = json.dumps({"experiment": name, "rows": rows}, indent=1) + "\n"
+            write_atomically(file, text.encode())
+            spelled = ", ".join(f"{key} {value:.3f}" for key, value in scores.items())
+            console.print(f"seed {seed}, {arm.title}: {spelled}", soft_wrap=True)
+    console.print()
+    console.print(summary_table([arm.title for arm in EXPERIMENTS[name]], rows))
+    return 0
+
+
+def summary_table(titles: Sequence[str], rows: Sequence[Mapping]) -> Table:
+    """Mean and standard deviation over seeds of every score, one row per arm."""
+    keys = [key for key in _columns(rows) if key not in ("arm", "seed")]
+    table = Table(box=None, pad_edge=False, title_justify="left")
+    table.add_column("exact match on test rows")
+    for key in keys:
+        table.add_column(key, justify="right")
+    for title in titles:
+        own = [row for row in rows if row["arm"] == title]
+        table.add_row(title, *(_mean_and_deviation([r[k] for r in own if k in r]) for k in keys))
+    return table
+
+
+def _columns(rows: Sequence[Mapping]) -> list[str]:
+    columns = dict.fromkeys(key for row in rows for key in row)
+    classes = sorted((k for k in columns if k.startswith("rank_")), key=lambda k: int(k[5:]))
+    return [*classes, *(k for k in columns if not k.startswith("rank_"))]
+
+
+def _mean_and_deviation(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    deviation = f" ±{statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.3f}{deviation}"
+
+
+def _slug(title: str) -> str:
+    return "-".join("".join(c if c.isalnum() else " " for c in title.lower()).split())
+
+
+def _federated(config: Config, out: Path) -> dict[str, float]:
+    """Exact match per rank class, and the mean over clients at their own class's rank."""
+    strategy = simulate(config, out, overwrite=True)
+    last = strategy.run.metrics()[-1]
+    scores = {name: last[f"eval_exact_match/{name}"] for name in strategy.roster.rank_classes}
+    return {**scores, "all clients": last["eval_exact_match"]}
+
+
+def _base(config: Config, out: Path) -> dict[str, float]:
+    worker = worker_for(config)
+    jobs = [
+        EvalJob(client_id=client_id, server_round=0, adapters={}, generate=True)
+        for client_id in worker.client_ids
+    ]
+    total = sum((r.scores["base"] for r in worker.evaluate(jobs) if r.scores), Score())
+    return {"all clients": total.exact_match / total.generated}
+
+
+def _alone(config: Config, out: Path) -> dict[str, float]:
+    """Every client trains by itself for as many steps as all rounds together have, at its own rank.
+
+    Scored on the test rows of all clients, as the other arms are, and averaged over clients.
+    """
+    worker, settings = worker_for(config), ServerSettings.from_config(config)
+    classes = settings.rank_policy.assign(worker.client_ids)
+    trained = _train_alone(worker, settings, classes)
+    by_class: dict[str, list[float]] = {}
+    for client_id, adapter in trained.items():
+        job = {"own": adapter}
+        jobs = [
+            EvalJob(client_id=other, server_round=1, adapters=job, generate=True)
+            for other in worker.client_ids
+        ]
+        total = sum((r.scores["own"] for r in worker.evaluate(jobs) if r.scores), Score())
+        value = total.exact_match / total.generated
+        by_class.setdefault(classes[client_id].name, []).append(value)
+    scores = {name: statistics.fmean(values) for name, values in by_class.items()}
+    return {**scores, "all clients": statistics.fmean(v for vs in by_class.values() for v in vs)}
+
+
+def _train_alone(
+    worker: Worker, settings: ServerSettings, classes: Mapping[str, RankClass]
+) -> dict[str, Adapter]:
+    strategy = FlexLoRAStrategy(settings)
+    slots: SlotModel = worker.slots
+    state = State(round=0, change=GlobalChange.zero(slots.shapes))
+    steps = settings.num_server_rounds * worker.config["train.max-steps"]
+    config = Config({**worker.config, "train.max-steps": steps})
+    alone = worker_for(config)
+    jobs = [
+        TrainJob(
+            client_id=client_id,
+            server_round=1,
+            num_server_rounds=1,
+            start=strategy.method.start(state, rank_class, settings.factoring).sealed(),
+        )
+        for client_id, rank_class in sorted(
+            classes.items(), key=lambda item: (item[1].rank, item[0])
+        )
+    ]
+    size = config["engine.cohort-size"]
+    results = [r for at in range(0, len(jobs), size) for r in alone.train(jobs[at : at + size])]
+    return {r.client_id: r.adapter for r in results if r.adapter is not None}
+
+
+_RUNNERS: dict[str, Callable[[Config, Path], dict[str, float]]] = {
+    "federated": _federated,
+    "base": _base,
+    "alone": _alone,
+}
