@@ -44,6 +44,7 @@ def decode_train(message: Message, client_id: str, memo: Memo | None = None) -> 
         if "carried" in message.content
         else None,
         trainable=tuple(job["trainable"]),
+        gradient_batches=job["gradient-batches"],
     )
     return TrainJob(
         client_id=client_id,

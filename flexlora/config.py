@@ -83,8 +83,17 @@ def _options() -> tuple[Option, ...]:
         option("fraction-train", 0.34, "share of the clients that train in a round", (), 0.0, 1.0),
         option("min-train-clients", 1, "train at least this many clients a round", minimum=1),
         option("clients.count", 0, "clients to make of the data (0: as many as it names)", (), 0),
-        option("method.name", "flexlora", "aggregation method (fedit, flexlora, residual)"),
-        option("method.server-learning-rate", 1.0, "step on the aggregate (residual)", minimum=0.0),
+        option(
+            "method.name", "flexlora", "aggregation method (aligned, fedit, flexlora, residual)"
+        ),
+        option(
+            "method.server-learning-rate",
+            1.0,
+            "step on the aggregate (residual, aligned)",
+            minimum=0.0,
+        ),
+        option("method.carried-rank", 64, "rank of the frozen global change (aligned)", minimum=1),
+        option("method.gradient-batches", 1, "batches to align with; 0: random (aligned)", (), 0),
         option("method.server-max-rank", 256, "rank that the server keeps per module", minimum=1),
         option(
             "method.singular-values",

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from flexlora.adapters import LoRAFactors
 from flexlora.seeds import derive_seed
+from flexlora.sketch import GradientSketch
 
 __all__ = ["DropoutStream", "LoRALinear", "SlotFactors"]
 
@@ -78,6 +79,7 @@ class LoRALinear(nn.Module):
         self.carried: SlotFactors | None = None
         self.dropout = 0.0
         self.streams: tuple[DropoutStream | None, ...] = ()
+        self.sketch: GradientSketch | None = None
         self.training = base.training
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
@@ -90,6 +92,9 @@ class LoRALinear(nn.Module):
                 if dropped and self.dropout > 0 and self.streams:
                     inputs = inputs * self._mask(inputs)
                 out = out + factors.apply(inputs, self.num_slots).to(out.dtype)
+        if self.sketch is not None and out.requires_grad:
+            sketch, num_slots = self.sketch, self.num_slots
+            out.register_hook(lambda gradient: sketch.add(x, gradient, num_slots))
         return out
 
     def _mask(self, x: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from flexlora.adapters import Adapter, LoRAFactors
 from flexlora.errors import UserError, nearest
 from flexlora.layers import DropoutStream, LoRALinear, SlotFactors
+from flexlora.sketch import GradientSketch, top_rows
 
 __all__ = ["SlotModel", "find_targets", "slot_model"]
 
@@ -210,6 +211,37 @@ class SlotModel:
                 lora_A=A, lora_B=B, alpha=template.alpha, rslora=template.rslora
             )
         return Adapter(modules)
+
+    @contextmanager
+    def sketching(self, seed: int) -> Iterator[None]:
+        """Sketch every target's gradient in the backward passes inside; then turn ``lora_A``.
+
+        Afterwards each slot's ``lora_A`` holds the top right singular vectors of its own gradient.
+        """
+        for name, layer in self.layers.items():
+            layer.sketch = GradientSketch(
+                name=name,
+                ranks=[adapter[name].rank for adapter in self._templates],
+                out_features=layer.out_features,
+                seed=seed,
+            )
+        try:
+            yield
+            for layer in self.layers.values():
+                self._align(layer)
+        finally:
+            for layer in self.layers.values():
+                layer.sketch = None
+
+    @torch.no_grad()
+    def _align(self, layer: LoRALinear) -> None:
+        assert layer.trained is not None and layer.sketch is not None
+        if layer.sketch.total is None:
+            return
+        for slot, adapter in enumerate(self._templates):
+            rank, size = adapter[layer.name].rank, layer.sketch.sizes[slot]
+            rows = layer.trained.A[slot, :rank]
+            rows.copy_(top_rows(layer.sketch.total[slot, :size], rank, rows.cpu()))
 
     def clear(self) -> None:
         """No slots: the model is the frozen base."""

@@ -84,8 +84,8 @@ def train(
     """
     if not jobs or not all(examples):
         raise ValueError("every job needs at least one example; skip clients without rows.")
-    if len({job.start.trainable for job in jobs}) > 1:
-        raise ValueError("jobs of one cohort must train the same factors; plan them apart.")
+    if len({(job.start.trainable, job.start.gradient_batches) for job in jobs}) > 1:
+        raise ValueError("jobs of one cohort must train alike; plan them apart.")
     started = time.perf_counter()
     steps = [num_steps(len(rows), settings) for rows in examples]
     # Slots end from the last to the first, so that those still training are always a prefix.
@@ -130,12 +130,13 @@ class _Cohort:
             optim=self.settings.optim,
             weight_decay=self.settings.weight_decay,
         )
-        plans = [self._plan(k) for k in range(len(self.jobs))]
+        plans = [self._plan(k, self.steps[k]) for k in range(len(self.jobs))]
         first_rows = [plan[0][: self.settings.per_device_train_batch_size] for plan in plans]
         before = self._probe(first_rows)
         losses = [0.0] * len(self.jobs)
         tokens = [0] * len(self.jobs)
         with checkpointing(self.slots.model, self.settings.gradient_checkpointing):
+            self._align()
             for step in range(self.steps[0]):
                 active = sum(count > step for count in self.steps)
                 with self.slots.first_slots(active):
@@ -149,6 +150,17 @@ class _Cohort:
         return [
             self._result(k, losses[k], tokens[k], before[k], after[k]) for k in range(len(after))
         ]
+
+    def _align(self) -> None:
+        """Turn every ``lora_A`` towards the slot's own gradient over its first batches."""
+        batches = self.jobs[0].start.gradient_batches
+        if batches < 1:
+            return
+        plans = [self._plan(k, batches) for k in range(len(self.jobs))]
+        seed = derive_seed(self.settings.seed, "align", self.jobs[0].server_round)
+        with self.slots.sketching(seed):
+            for step in range(batches):
+                self._accumulate(step, plans, dropout=False)
 
     def _result(self, k: int, loss: float, tokens: int, before: float, after: float) -> dict:
         job, finite = self.jobs[k], math.isfinite(loss) and math.isfinite(after)
@@ -167,12 +179,12 @@ class _Cohort:
             "cause": "" if finite else "the training loss is not finite; lower the learning rate",
         }
 
-    def _plan(self, k: int) -> list[list[int]]:
+    def _plan(self, k: int, steps: int) -> list[list[int]]:
         job, seed = self.jobs[k], self.settings.seed
         return batch_plan(
             len(self.examples[k]),
             batch_size=self.settings.examples_per_step,
-            steps=self.steps[k],
+            steps=steps,
             seed_parts=(seed, "batches", job.server_round, job.client_id),
         )
 
@@ -182,7 +194,9 @@ class _Cohort:
             for k in range(active)
         ]
 
-    def _accumulate(self, step: int, plans: list[list[list[int]]]) -> tuple[list, list]:
+    def _accumulate(
+        self, step: int, plans: list[list[list[int]]], *, dropout: bool = True
+    ) -> tuple[list, list]:
         """Gradients of one step into the flat buffer; mean losses and answer tokens per slot."""
         size = self.settings.per_device_train_batch_size
         rows = [plan[step] for plan in plans]
@@ -192,7 +206,9 @@ class _Cohort:
         for micro in range(math.ceil(max(len(indices) for indices in rows) / size)):
             span = slice(micro * size, (micro + 1) * size)
             batch = self._collate([indices[span] for indices in rows])
-            self.slots.set_dropout(self.settings.lora_dropout, self._streams(batch, step, micro))
+            if dropout:
+                streams = self._streams(batch, step, micro)
+                self.slots.set_dropout(self.settings.lora_dropout, streams)
             per_slot = [part.sum() for part in answer_losses(self.slots, batch)]
             means = torch.stack(
                 [loss / max(count, 1) for loss, count in zip(per_slot, answers, strict=True)]

@@ -59,6 +59,7 @@ def train_content(
             "base-round": start.base_round,
             "rank-class": json.dumps(start.rank_class.to_dict()),
             "trainable": list(start.trainable),
+            "gradient-batches": start.gradient_batches,
         }
     )
     return RecordDict({"job": job, **_records(payloads)})

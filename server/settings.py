@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from flexlora.server.roster import RankPolicy
 
-from flexlora.aggregation import check_method
+from flexlora.aggregation import MethodOptions, check_method
 from flexlora.aggregation.base import Factoring
 from flexlora.config import Config
 from flexlora.ranks import RankClass, parse_shares, parse_tiers
@@ -19,8 +19,7 @@ class ServerSettings:
     """What ``FlexLoRAStrategy`` needs to know; the defaults live in ``flexlora.config``."""
 
     method: str
-    server_learning_rate: float
-    server_max_rank: int
+    method_options: MethodOptions
     max_update_norm: float
     factoring: Factoring
     rank_policy: RankPolicy
@@ -53,8 +52,12 @@ class ServerSettings:
             parse_shares(policy.shares, len(parse_tiers(policy.tiers)))
         return cls(
             method=config["method.name"],
-            server_learning_rate=config["method.server-learning-rate"],
-            server_max_rank=config["method.server-max-rank"],
+            method_options=MethodOptions(
+                server_learning_rate=config["method.server-learning-rate"],
+                max_rank=config["method.server-max-rank"],
+                carried_rank=config["method.carried-rank"],
+                gradient_batches=config["method.gradient-batches"],
+            ),
             max_update_norm=config["method.max-update-norm"],
             factoring=Factoring(
                 alpha=config["lora.alpha"],

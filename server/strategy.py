@@ -73,11 +73,7 @@ class FlexLoRAStrategy(Strategy):
         rank_classes: dict[str, RankClass] | None = None,
     ) -> None:
         self.settings, self.run, self.observer = settings, run, observer
-        self.method = make_method(
-            settings.method,
-            server_learning_rate=settings.server_learning_rate,
-            max_rank=settings.server_max_rank,
-        )
+        self.method = make_method(settings.method, **vars(settings.method_options))
         self.state, self.known_classes = state, rank_classes or {}
         self.closed = state  # the state of the last round that was written down whole
         self.num_rounds = settings.num_server_rounds

@@ -1,7 +1,7 @@
 """``flexlora reproduce NAME``: named experiments that print their table and keep their numbers.
 
-An experiment is a list of arms, each the default configuration with a few keys changed. The arms of a
-seed share the data, the base, the rows they are scored on and the number of local steps.
+An experiment is a list of arms, each the default configuration with a few keys changed. The arms of
+a seed share the data, the base, the rows they are scored on and the number of local steps.
 """
 
 from __future__ import annotations

@@ -363,5 +363,5 @@ def test_jobs_that_cannot_share_a_cohort_are_refused(llama):
     with pytest.raises(ValueError, match="every job needs at least one example"):
         train(slots, [], [], EPOCHS)
     other = train_job(jobs[1].start.trained, "x", trainable=("lora_B",))
-    with pytest.raises(ValueError, match="must train the same factors"):
+    with pytest.raises(ValueError, match="must train alike"):
         train(slots, [jobs[0], other], rows[:2], EPOCHS)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from flexlora.adapters import Adapter
+from flexlora.aggregation.aligned import Aligned
 from flexlora.aggregation.base import Law, Method, Start, State, Update, check_update
 from flexlora.aggregation.fedit import FedIT
 from flexlora.aggregation.flexlora import FlexLoRA
@@ -17,6 +20,7 @@ __all__ = [
     "GlobalChange",
     "Law",
     "Method",
+    "MethodOptions",
     "Start",
     "State",
     "Update",
@@ -26,11 +30,28 @@ __all__ = [
     "make_method",
 ]
 
-METHODS: dict[str, Callable[..., Method]] = {
-    "fedit": lambda *, server_learning_rate, max_rank: FedIT(),
-    "flexlora": lambda *, server_learning_rate, max_rank: FlexLoRA(max_rank=max_rank),
-    "residual": lambda *, server_learning_rate, max_rank: Residual(
-        server_learning_rate=server_learning_rate, max_rank=max_rank
+
+@dataclass(frozen=True, kw_only=True)
+class MethodOptions:
+    """The ``method.*`` keys; each method reads those that mean something to it."""
+
+    server_learning_rate: float = 1.0
+    max_rank: int = 1 << 30
+    carried_rank: int = 64
+    gradient_batches: int = 1
+
+
+METHODS: dict[str, Callable[[MethodOptions], Method]] = {
+    "aligned": lambda o: Aligned(
+        server_learning_rate=o.server_learning_rate,
+        max_rank=o.max_rank,
+        carried_rank=o.carried_rank,
+        gradient_batches=o.gradient_batches,
+    ),
+    "fedit": lambda o: FedIT(),
+    "flexlora": lambda o: FlexLoRA(max_rank=o.max_rank),
+    "residual": lambda o: Residual(
+        server_learning_rate=o.server_learning_rate, max_rank=o.max_rank
     ),
 }
 
@@ -42,14 +63,14 @@ def check_method(name: str) -> None:
         raise UserError(f"method '{name}' is unknown, expected {known}.{nearest(name, METHODS)}")
 
 
-def make_method(name: str, *, server_learning_rate: float = 1.0, max_rank: int = 1 << 30) -> Method:
-    """The method of that name, ready for its first ``begin``.
+def make_method(name: str, **options: Any) -> Method:
+    """The method of that name with ``MethodOptions``, ready for its first ``begin``.
 
     Raises:
         UserError: an unknown name; there is no default branch.
     """
     check_method(name)
-    return METHODS[name](server_learning_rate=server_learning_rate, max_rank=max_rank)
+    return METHODS[name](MethodOptions(**options))
 
 
 def aggregate(updates: Sequence[tuple[Adapter, int]], method: str = "flexlora") -> GlobalChange:

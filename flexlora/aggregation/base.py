@@ -59,7 +59,8 @@ class Start:
     """What a client of one rank class is sent, as it arrives there (after the wire).
 
     ``trained`` are the factors it starts from; ``carried`` are frozen beside them (None: nothing);
-    ``trainable`` names the factors that get gradients.
+    ``trainable`` names the factors that get gradients. With ``gradient_batches`` the client first
+    turns ``lora_A`` into the top singular space of its own gradient over that many batches.
     """
 
     rank_class: RankClass
@@ -67,6 +68,7 @@ class Start:
     trained: Adapter
     carried: Adapter | None = None
     trainable: tuple[str, ...] = ("lora_A", "lora_B")
+    gradient_batches: int = 0
     digest: str = ""
 
     def sealed(self) -> Start:
@@ -77,10 +79,13 @@ class Start:
     def served(self) -> Adapter:
         """What a model of this class is: trained and carried factors side by side.
 
-        ``s B A + c Q P = [s B, c Q] @ [A; P]``, with alpha chosen so that the scaling is 1.
+        ``s B A + c Q P = [s B, c Q] @ [A; P]``, with alpha chosen so that the scaling is 1. Fresh
+        factors, whose ``lora_B`` is zero, add nothing and are left out.
         """
         if self.carried is None:
             return self.trained
+        if not any(bool(factors.lora_B.any()) for factors in self.trained.values()):
+            return self.carried
         modules = {}
         for name, own in self.trained.items():
             other = self.carried[name]
