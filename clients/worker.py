@@ -47,6 +47,7 @@ def train_settings(config: Config) -> TrainSettings:
         "num-train-epochs",
         "optim",
         "weight-decay",
+        "adam-epsilon",
         "max-grad-norm",
         "lr-scheduler-type",
         "gradient-checkpointing",

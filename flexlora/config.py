@@ -84,15 +84,15 @@ def _options() -> tuple[Option, ...]:
         option("min-train-clients", 1, "train at least this many clients a round", minimum=1),
         option("clients.count", 0, "clients to make of the data (0: as many as it names)", (), 0),
         option(
-            "method.name", "flexlora", "aggregation method (aligned, fedit, flexlora, residual)"
+            "method.name", "residual", "aggregation method (aligned, fedit, flexlora, residual)"
         ),
         option(
             "method.server-learning-rate",
-            1.0,
+            2.0,
             "step on the aggregate (residual, aligned)",
             minimum=0.0,
         ),
-        option("method.carried-rank", 64, "rank of the frozen global change (aligned)", minimum=1),
+        option("method.carried-rank", 32, "rank of the frozen global change (aligned)", minimum=1),
         option("method.gradient-batches", 1, "batches to align with; 0: random (aligned)", (), 0),
         option("method.server-max-rank", 256, "rank that the server keeps per module", minimum=1),
         option(
@@ -125,14 +125,17 @@ def _options() -> tuple[Option, ...]:
         ),
         option("data.dirichlet-alpha", 0.5, "concentration of the Dirichlet partition", (), 1e-6),
         option("data.template", "auto", "prompt template (auto, plain, alpaca, chat)"),
-        option("train.learning-rate", 2e-3, "peak learning rate", minimum=0.0),
+        option("train.learning-rate", 5e-3, "peak learning rate", minimum=0.0),
         option("train.per-device-train-batch-size", 8, "rows of a client in one pass", minimum=1),
         option("train.gradient-accumulation-steps", 1, "passes per optimizer step", minimum=1),
-        option("train.max-steps", 10, "optimizer steps a round (0: num-train-epochs)", minimum=0),
+        option("train.max-steps", 20, "optimizer steps a round (0: num-train-epochs)", minimum=0),
         option("train.num-train-epochs", 1, "epochs a round where max-steps is 0", minimum=1),
         option("train.max-length", 256, "tokens of prompt and answer together", minimum=8),
         option("train.optim", "adamw_torch", "local optimizer", ("adamw_torch", "sgd")),
         option("train.weight-decay", 0.0, "weight decay (decoupled in AdamW)", minimum=0.0),
+        # Larger than the usual 1e-8: below it a gradient that is only float32
+        # rounding would still move its weight by a whole step, in a direction of chance.
+        option("train.adam-epsilon", 1e-6, "AdamW's epsilon", minimum=0.0),
         option("train.max-grad-norm", 1.0, "gradient norm bound per client (0: none)", minimum=0.0),
         option(
             "train.lr-scheduler-type",
@@ -144,7 +147,7 @@ def _options() -> tuple[Option, ...]:
         option("eval.every", 1, "evaluate the loss every N rounds (0: first and last)", minimum=0),
         option("eval.split", "validation", "rows to evaluate on", ("validation", "test")),
         option("eval.fraction", 1.0, "share of the clients that evaluate", (), 0.0, 1.0),
-        option("eval.max-examples", 4, "rows per client (0: all)", minimum=0),
+        option("eval.max-examples", 8, "rows per client (0: all)", minimum=0),
         option("eval.generate", "ends", "generated answers", ("never", "ends", "every")),
         option("eval.max-new-tokens", 24, "tokens generated per answer", minimum=1),
         option("eval.batch-size", 64, "rows per evaluation pass", minimum=1),

@@ -30,13 +30,20 @@ class SlotOptimizer:
     across it would belong to other directions.
     """
 
-    betas, eps = (0.9, 0.999), 1e-8
+    betas = (0.9, 0.999)
 
-    def __init__(self, parameters: Tensor, *, optim: str, weight_decay: float = 0.0) -> None:
+    def __init__(
+        self,
+        parameters: Tensor,
+        *,
+        optim: str,
+        weight_decay: float = 0.0,
+        adam_epsilon: float = 1e-6,
+    ) -> None:
         if optim not in ("adamw_torch", "sgd"):
             raise ValueError(f"optim is '{optim}', expected adamw_torch or sgd.")
         self.parameters, self.optim, self.weight_decay = parameters, optim, weight_decay
-        self.steps = 0
+        self.adam_epsilon, self.steps = adam_epsilon, 0
         if optim == "adamw_torch":
             self.first = torch.zeros_like(parameters)
             self.second = torch.zeros_like(parameters)
@@ -61,5 +68,5 @@ class SlotOptimizer:
             parameters.mul_(1.0 - rates * self.weight_decay)
         first.lerp_(gradients, 1.0 - beta1)
         second.mul_(beta2).addcmul_(gradients, gradients, value=1.0 - beta2)
-        denominator = (second.sqrt() / (1.0 - beta2**self.steps) ** 0.5).add_(self.eps)
+        denominator = (second.sqrt() / (1.0 - beta2**self.steps) ** 0.5).add_(self.adam_epsilon)
         parameters.sub_(rates / (1.0 - beta1**self.steps) * first / denominator)

@@ -40,6 +40,7 @@ class TrainSettings:
     num_train_epochs: int = 1
     optim: str = "adamw_torch"
     weight_decay: float = 0.0
+    adam_epsilon: float = 1e-6
     max_grad_norm: float = 1.0
     lr_scheduler_type: str = "linear"
     gradient_checkpointing: bool = False
@@ -129,6 +130,7 @@ class _Cohort:
             self.slots.parameters,
             optim=self.settings.optim,
             weight_decay=self.settings.weight_decay,
+            adam_epsilon=self.settings.adam_epsilon,
         )
         plans = [self._plan(k, self.steps[k]) for k in range(len(self.jobs))]
         first_rows = [plan[0][: self.settings.per_device_train_batch_size] for plan in plans]

@@ -63,6 +63,18 @@ EXPERIMENTS: dict[str, tuple[Arm, ...]] = {
             title="residual form, server rate 2",
             changes={"method.name": "residual", "method.server-learning-rate": 2.0},
         ),
+        Arm(
+            title="aligned (two ranks), server rate 2",
+            changes={"method.name": "aligned", "method.server-learning-rate": 2.0},
+        ),
+        Arm(
+            title="the same, random start (control)",
+            changes={
+                "method.name": "aligned",
+                "method.server-learning-rate": 2.0,
+                "method.gradient-batches": 0,
+            },
+        ),
         Arm(title="everybody at rank 2", changes=fixed(2)),
         Arm(title="everybody at rank 16", changes=fixed(16)),
         Arm(
@@ -130,8 +142,11 @@ def _columns(rows: Sequence[Mapping]) -> list[str]:
 def _mean_and_deviation(values: Sequence[float]) -> str:
     if not values:
         return ""
+    mean = statistics.fmean(values)
+    if mean >= 5:  # megabytes
+        return f"{mean:.1f}"
     deviation = f" ±{statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.3f}{deviation}"
+    return f"{mean:.3f}{deviation}"
 
 
 def _slug(title: str) -> str:
@@ -141,9 +156,16 @@ def _slug(title: str) -> str:
 def _federated(config: Config, out: Path) -> dict[str, float]:
     """Exact match per rank class, and the mean over clients at their own class's rank."""
     strategy = simulate(config, out, overwrite=True)
-    last = strategy.run.metrics()[-1]
+    rounds = strategy.run.metrics()
+    last = rounds[-1]
     scores = {name: last[f"eval_exact_match/{name}"] for name in strategy.roster.rank_classes}
-    return {**scores, "all clients": last["eval_exact_match"]}
+    return {
+        **scores,
+        "all clients": last["eval_exact_match"],
+        "loss": last["eval_loss"],
+        "MB down": sum(row.get("bytes_down", 0) for row in rounds) / 1e6,
+        "MB up": sum(row.get("bytes_up", 0) for row in rounds) / 1e6,
+    }
 
 
 def _base(config: Config, out: Path) -> dict[str, float]:

@@ -30,6 +30,7 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": 
 
 SMALL = {
     "clients.count": 4,
+    "method.name": "flexlora",
     "num-server-rounds": 1,
     "fraction-train": 1.0,
     "ranks.tiers": "2,4",
@@ -129,8 +130,8 @@ def relative_gap(first, second):
 def largest_gap(first, second):
     """The largest entry of ``|first - second|`` over all modules: what DESIGN.md bounds in float32.
 
-    AdamW divides by the gradient's size, so an entry at rounding level moves by a whole step of
-    either sign; relative to a small change that is much, as a number it is not.
+    AdamW divides by the gradient's size, so an entry near rounding level moves by a good part of a
+    step of either sign; relative to a small change that is much, as a number it is not.
     """
     assert any(float(second[name].abs().max()) > 1e-3 for name in second), "nothing was learned"
     return max(float((first[name] - second[name]).abs().max()) for name in first)

@@ -115,6 +115,7 @@ class Recipe:
     batches: list  # indices of the examples of each step
     max_grad_norm: float = 1.0
     weight_decay: float = 0.0
+    adam_epsilon: float = 1e-8
     optim: str = "adamw_torch"
 
 
@@ -132,8 +133,12 @@ def train_one_client(model, start, examples, recipe, carried=None, trainable=("l
         modules[name] = LoRAFactors(**tensors, alpha=factors.alpha, rslora=factors.rslora)
     adapter = Adapter(modules)
     adapters = [adapter] + ([carried] if carried is not None else [])
-    kind = {"adamw_torch": torch.optim.AdamW, "sgd": torch.optim.SGD}[recipe.optim]
-    optimizer = kind(leaves, lr=1.0, weight_decay=recipe.weight_decay)
+    if recipe.optim == "sgd":
+        optimizer = torch.optim.SGD(leaves, lr=1.0, weight_decay=recipe.weight_decay)
+    else:
+        optimizer = torch.optim.AdamW(
+            leaves, lr=1.0, eps=recipe.adam_epsilon, weight_decay=recipe.weight_decay
+        )
     for learning_rate, indices in zip(recipe.learning_rates, recipe.batches, strict=True):
         rows = [examples[i] for i in indices]
         tokens = sum(len(row.input_ids) - row.prompt_length for row in rows)

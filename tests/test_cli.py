@@ -86,7 +86,7 @@ def test_eval_obeys_settings_that_happen_to_be_the_defaults(run_folder, capsys):
     every = table(printed(["eval", run_folder], capsys))["base"][-1]
     few = ["--set", f"eval.max-examples={OPTIONS['eval.max-examples'].default}"]
     other = ["--set", f"eval.split={OPTIONS['eval.split'].default}"]
-    assert table(printed(["eval", run_folder, *few], capsys))["base"][-1] <= 16 < every
+    assert table(printed(["eval", run_folder, *few], capsys))["base"][-1] <= 32 < every
     assert table(printed(["eval", run_folder, *other], capsys))["base"][-1] != every
 
 

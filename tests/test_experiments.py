@@ -39,7 +39,8 @@ def test_every_arm_is_scored_on_the_same_rows_and_kept(small_experiment, tmp_pat
     base, alone, residual = kept["rows"]
     first = json.loads((tmp_path / "runs/residual-0/metrics.jsonl").read_text().splitlines()[0])
     assert base["all clients"] == pytest.approx(first["eval_exact_match"])
-    assert set(alone) == set(residual) == {"arm", "seed", "rank_2", "rank_4", "all clients"}
+    scores = {"arm", "seed", "rank_2", "rank_4", "all clients"}
+    assert set(alone) == scores and set(residual) == {*scores, "loss", "MB down", "MB up"}
     assert "residual" in capsys.readouterr().out.splitlines()[-1]
 
 

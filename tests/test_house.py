@@ -27,6 +27,7 @@ FLOORS = {
     "flexlora.peft_folder": 1,
     "flexlora.wire": 1,
     "flexlora.aggregation": 1,
+    "flexlora.sketch": 0,
     "flexlora.layers": 1,
     "flexlora.data": 1,
     "flexlora.optim": 1,

@@ -19,9 +19,10 @@ def test_every_row_is_torch_optim(optim, oracle, weight_decay, dtype, bound):
     """Own rates per row and step; row 2 ends after three steps and row 1 after five."""
     start, ends = numbers(3, 11, dtype=dtype), (8, 5, 3)
     rows = start.clone()
-    ours = SlotOptimizer(rows, optim=optim, weight_decay=weight_decay)
+    ours = SlotOptimizer(rows, optim=optim, weight_decay=weight_decay, adam_epsilon=1e-4)
     theirs = [row.clone().requires_grad_() for row in start]
-    optimizers = [oracle([row], lr=1.0, weight_decay=weight_decay) for row in theirs]
+    own = {"eps": 1e-4} if optim == "adamw_torch" else {}
+    optimizers = [oracle([row], lr=1.0, weight_decay=weight_decay, **own) for row in theirs]
     for step in range(8):
         gradients = numbers(3, 11, seed=step + 1, dtype=dtype)
         rates = [0.01 * (k + 1) / (step + 1) for k in range(3) if step < ends[k]]

@@ -51,6 +51,7 @@ def recipe(job, rows, chosen):
         ),
         max_grad_norm=chosen.max_grad_norm,
         weight_decay=chosen.weight_decay,
+        adam_epsilon=chosen.adam_epsilon,
         optim=chosen.optim,
     )
 
