@@ -108,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     reproduce = commands.add_parser("reproduce", help="run a named experiment, several seeds")
     reproduce.add_argument("name", metavar="NAME", help="first-look")
     reproduce.add_argument("--seeds", type=int, default=3, help="how many seeds (default: 3)")
+    reproduce.add_argument("--first-seed", type=int, default=0, help="the first (default: 0)")
     reproduce.add_argument("--out", metavar="DIR", help="folder (default: runs/NAME)")
     reproduce.add_argument(
         "--set", metavar="KEY=VALUE", action="append", default=[], help="set one key (repeatable)"
@@ -194,7 +195,13 @@ def _reproduce(options: argparse.Namespace) -> int:
     from flexlora.simulations.experiments import reproduce
 
     out = Path(options.out or f"runs/{options.name}")
-    return reproduce(options.name, seeds=options.seeds, out=out, sets=options.set)
+    return reproduce(
+        options.name,
+        seeds=options.seeds,
+        first_seed=options.first_seed,
+        out=out,
+        sets=options.set,
+    )
 
 
 if __name__ == "__main__":

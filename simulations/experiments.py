@@ -86,7 +86,9 @@ EXPERIMENTS: dict[str, tuple[Arm, ...]] = {
 }
 
 
-def reproduce(name: str, *, seeds: int, out: Path, sets: Sequence[str] = ()) -> int:
+def reproduce(
+    name: str, *, seeds: int, out: Path, sets: Sequence[str] = (), first_seed: int = 0
+) -> int:
     """Run every arm for every seed, print mean and deviation, keep ``results.json`` in ``out``.
 
     Arms that are already in ``results.json`` are not run again.
@@ -104,7 +106,7 @@ def reproduce(name: str, *, seeds: int, out: Path, sets: Sequence[str] = ()) -> 
     file = out / "results.json"
     rows = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.is_file() else []
     done = {(row["arm"], row["seed"]) for row in rows}
-    for seed in range(seeds):
+    for seed in range(first_seed, first_seed + seeds):
         for arm in EXPERIMENTS[name]:
             if (arm.title, seed) in done:
                 continue
