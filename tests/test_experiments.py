@@ -82,3 +82,18 @@ def test_unknown_experiments_and_no_seeds_are_told_in_one_sentence(capsys):
     assert "expected first-look. Did you mean 'first-look'?" in capsys.readouterr().err
     assert main(["reproduce", "first-look", "--seeds", "0"]) == 2
     assert "--seeds is 0, expected at least 1" in capsys.readouterr().err
+
+
+def test_the_rank_table_learns_a_family_at_every_rank(monkeypatch, tmp_path, capsys):
+    """A few steps at small sizes: the base's score, six ranks, the rate that validation chose."""
+    from flexlora.simulations import rank_table
+
+    monkeypatch.setattr(rank_table, "ROWS", {"train": 40, "validation": 4, "test": 6})
+    file = tmp_path / "table.json"
+    arguments = ["--tasks", "plural", "--steps", "2", "--rates", "1e-3,5e-3", "--json", str(file)]
+    rank_table.main(arguments)
+    (row,) = json.loads(file.read_text())
+    assert row["name"] == "plural" and row["half"] == "known"
+    assert set(row["rates"].values()) <= {1e-3, 5e-3}
+    assert all(0 <= row[f"rank_{rank}"] <= 1 for rank in rank_table.RANKS)
+    assert "rank_32" in capsys.readouterr().out
