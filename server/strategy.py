@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 
 from flexlora.server.exchange import exchange
 from flexlora.server.ledger import (
@@ -219,7 +220,7 @@ class FlexLoRAStrategy(Strategy):
         dtype = self.settings.wire_dtype
         carried = over_the_wire(start.carried, dtype) if start.carried is not None else None
         trained = over_the_wire(start.trained, dtype)
-        return Start(**{**vars(start), "trained": trained, "carried": carried}).sealed()
+        return replace(start, trained=trained, carried=carried).sealed()
 
     def _replies(self, grid: Grid, messages: list[Message], timeout: float) -> Iterable[Message]:
         """Replies as they come; a client that sends none gets its row here."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from flexlora.clients.worker import Worker, worker_for
 from flexlora.server.settings import ServerSettings
 from flexlora.server.strategy import FlexLoRAStrategy
+from flexlora.simulations.figures import arms_figure
 from flexlora.simulations.simulate import resolved, simulate
 from flexlora.simulations.terminal import make_console
 from rich.table import Table
@@ -117,8 +118,14 @@ def reproduce(
             write_atomically(file, text.encode())
             spelled = ", ".join(f"{key} {value:.3f}" for key, value in scores.items())
             console.print(f"seed {seed}, {arm.title}: {spelled}", soft_wrap=True)
+    titles = [arm.title for arm in EXPERIMENTS[name]]
     console.print()
-    console.print(summary_table([arm.title for arm in EXPERIMENTS[name]], rows))
+    console.print(summary_table(titles, rows))
+    figure = out / f"{name}.svg"
+    label = "exact match on test rows, each client at its own rank (dots: seeds)"
+    drawn = arms_figure(titles, rows, key="all clients", label=label, file=figure)
+    hint = f"Figure: {figure}" if drawn else "No figure: pip install 'flexlora[figures]'."
+    console.print(f"Numbers: {file}. {hint}", soft_wrap=True)
     return 0
 
 

@@ -41,7 +41,8 @@ def test_every_arm_is_scored_on_the_same_rows_and_kept(small_experiment, tmp_pat
     assert base["all clients"] == pytest.approx(first["eval_exact_match"])
     scores = {"arm", "seed", "rank_2", "rank_4", "all clients"}
     assert set(alone) == scores and set(residual) == {*scores, "loss", "MB down", "MB up"}
-    assert "residual" in capsys.readouterr().out.splitlines()[-1]
+    *_, last, said = capsys.readouterr().out.splitlines()
+    assert last.startswith("residual") and str(tmp_path / "results.json") in said
 
 
 def test_arms_that_are_done_are_not_run_again(small_experiment, tmp_path, monkeypatch):

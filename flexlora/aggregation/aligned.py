@@ -81,7 +81,7 @@ class Aligned:
 
     def finish(self) -> State:
         if not len(self._buffer):
-            return State(**{**self._state.__dict__, "round": self._state.round + 1})
+            return self._state.one_round_later()
         weighted, eta = self._buffer.weighted(), self.server_learning_rate
         terms = {
             name: [

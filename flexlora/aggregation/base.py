@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Protocol
 
@@ -53,6 +53,10 @@ class State:
     dropped_energy: float = 0.0
     extra: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
+    def one_round_later(self) -> State:
+        """The same state after a round that counted nobody."""
+        return replace(self, round=self.round + 1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
@@ -74,7 +78,7 @@ class Start:
     def sealed(self) -> Start:
         """The same start with the digest of what it holds."""
         parts = [self.trained.digest(), self.carried.digest() if self.carried else ""]
-        return Start(**{**self.__dict__, "digest": "+".join(part[:32] for part in parts)})
+        return replace(self, digest="+".join(part[:32] for part in parts))
 
     def served(self) -> Adapter:
         """What a model of this class is: trained and carried factors side by side.

@@ -64,7 +64,7 @@ class FedIT:
 
     def finish(self) -> State:
         if not len(self._buffer):
-            return State(**{**self._state.__dict__, "round": self._state.round + 1})
+            return self._state.one_round_later()
         weighted = self._buffer.weighted()
         extra: dict[str, Tensor] = {}
         modules: dict[str, FactoredSVD] = {}

@@ -40,7 +40,7 @@ class FlexLoRA:
 
     def finish(self) -> State:
         if not len(self._buffer):
-            return State(**{**self._state.__dict__, "round": self._state.round + 1})
+            return self._state.one_round_later()
         weighted = self._buffer.weighted()
         terms = {name: product_terms(weighted, name) for name in self._state.change}
         return next_state(self._state, terms, max_rank=self.max_rank)

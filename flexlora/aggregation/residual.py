@@ -49,7 +49,7 @@ class Residual:
 
     def finish(self) -> State:
         if not len(self._buffer):
-            return State(**{**self._state.__dict__, "round": self._state.round + 1})
+            return self._state.one_round_later()
         weighted = self._buffer.weighted()
         class_shares: dict[str, float] = {}
         for share, update in weighted:
