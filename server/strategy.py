@@ -351,8 +351,9 @@ class FlexLoRAStrategy(Strategy):
             client_id = by_node[reply.metadata.src_node_id].capability.client_id
             if not result.cause and result.client_id != client_id:
                 result = EvalResult(client_id=client_id, cause=f"replied as '{result.client_id}'")
-            if result.cause:
-                self._tell("replied", client_id, f"evaluation: {result.cause}")
+            if result.cause or server_round == 0:
+                cause = f"evaluation: {result.cause}" if result.cause else ""
+                self._tell("replied", client_id, cause)
             self._eval_results.append(result)
         return MetricRecord(eval_metrics(self._eval_results, self.roster, base=BASE))
 
