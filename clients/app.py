@@ -17,7 +17,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from flexlora.config import Config
-from flexlora.errors import UserError
+from flexlora.errors import UserError, told
 from flexlora.jobs import Capability, EvalResult, TrainResult
 
 __all__ = ["app"]
@@ -55,12 +55,6 @@ def _worker(context: Context) -> tuple[Worker, str]:
     return worker, client_id
 
 
-def _told(error: Exception) -> str:
-    """A cause in one line: a user's mistake as it is, anything else with its type."""
-    first = str(error).splitlines()[0] if str(error) else ""
-    return first if isinstance(error, UserError) else f"{type(error).__name__}: {first}"
-
-
 @app.query()
 def query(message: Message, context: Context) -> Message:
     """Who is this node, and what can it train?"""
@@ -68,7 +62,7 @@ def query(message: Message, context: Context) -> Message:
         worker, client_id = _worker(context)
         capability = worker.capability(client_id)
     except Exception as error:
-        capability = Capability.failed(f"node_{context.node_id}", _told(error))
+        capability = Capability.failed(f"node_{context.node_id}", told(error))
     return encode_capability(capability, reply_to=message)
 
 
@@ -80,12 +74,12 @@ def train(message: Message, context: Context) -> Message:
         worker, client_id = _worker(context)
         job = decode_train(message, client_id)
     except Exception as error:
-        result = TrainResult.failed(f"node_{context.node_id}", _told(error))
+        result = TrainResult.failed(f"node_{context.node_id}", told(error))
         return encode_train(result, dtype=dtype, reply_to=message)
     try:
         result = worker.train([job])[0]
     except Exception as error:
-        result = failed_training(job, _told(error))
+        result = failed_training(job, told(error))
     return encode_train(result, dtype=dtype, reply_to=message)
 
 
@@ -96,5 +90,5 @@ def evaluate(message: Message, context: Context) -> Message:
         worker, client_id = _worker(context)
         result = worker.evaluate([decode_evaluate(message, client_id)])[0]
     except Exception as error:
-        result = EvalResult(client_id=f"node_{context.node_id}", cause=_told(error))
+        result = EvalResult(client_id=f"node_{context.node_id}", cause=told(error))
     return encode_evaluate(result, reply_to=message)

@@ -16,7 +16,7 @@ import flexlora
 from flexlora.config import Config
 from flexlora.data.clients import ClientData, client_rows
 from flexlora.data.collation import Example
-from flexlora.errors import UserError, nearest
+from flexlora.errors import UserError, nearest, told
 from flexlora.evaluation import evaluate
 from flexlora.jobs import Capability, EvalJob, EvalResult, TrainJob, TrainResult
 from flexlora.models import BaseModel, load_base
@@ -157,21 +157,25 @@ class Worker:
             )
         except Exception as error:
             if len(jobs) == 1:
-                cause = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-                return [failed_training(jobs[0], cause)]
+                return [failed_training(jobs[0], told(error))]
             # Alone, each tells whether it was the cause; the others lose only time.
             return [self._train_together([job])[0] for job in jobs]
 
     def evaluate(self, jobs: Sequence[EvalJob]) -> list[EvalResult]:
-        """Scores of each job's adapters on its client's held-out rows."""
-        return evaluate(
-            self.slots,
-            self.base,
-            jobs,
-            [self.held_out(job.client_id) for job in jobs],
-            batch_size=self.config["eval.batch-size"],
-            max_new_tokens=self.config["eval.max-new-tokens"],
-        )
+        """Scores of each job's adapters on its client's held-out rows, or the cause of none."""
+        try:
+            return evaluate(
+                self.slots,
+                self.base,
+                jobs,
+                [self.held_out(job.client_id) for job in jobs],
+                batch_size=self.config["eval.batch-size"],
+                max_new_tokens=self.config["eval.max-new-tokens"],
+            )
+        except Exception as error:
+            if len(jobs) == 1:
+                return [EvalResult(client_id=jobs[0].client_id, cause=told(error))]
+            return [self.evaluate([job])[0] for job in jobs]
 
     def held_out(self, client_id: str) -> list[Example]:
         """The rows a client is evaluated on: the first ``eval.max-examples`` of ``eval.split``."""

@@ -8,6 +8,7 @@ the entry points take plain values.
 from __future__ import annotations
 
 import math
+import os
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any
 
 from flexlora.errors import UserError, nearest
 
-__all__ = ["OPTIONS", "Config", "Option", "Scalar", "flatten", "read_toml"]
+__all__ = ["OPTIONS", "Config", "Option", "Scalar", "flatten", "read_toml", "resolved"]
 
 Scalar = bool | int | float | str
 
@@ -94,11 +95,11 @@ def _options() -> tuple[Option, ...]:
         ),
         option("method.carried-rank", 32, "rank of the frozen global change (aligned)", minimum=1),
         option("method.gradient-batches", 1, "batches to align with; 0: random (aligned)", (), 0),
-        option("method.server-max-rank", 256, "rank that the server keeps per module", minimum=1),
+        option("method.server-max-rank", 256, "rank kept per module (all but fedit)", minimum=1),
         option(
             "method.singular-values",
             "b-heavy",
-            "which factor carries the singular values",
+            "which factor carries the singular values (flexlora, residual)",
             ("b-heavy", "balanced", "a-heavy"),
         ),
         option("method.max-update-norm", 0.0, "refuse larger updates (0: no bound)", minimum=0.0),
@@ -233,6 +234,12 @@ class Config(Mapping[str, Any]):
     def __repr__(self) -> str:
         changed = {k: v for k, v in self._values.items() if v != OPTIONS[k].default}
         return f"Config({changed})"
+
+
+def resolved(config: Config) -> Config:
+    """The configuration with what the machine decides written down: the number of threads."""
+    available = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+    return config.replace(engine__threads=config["engine.threads"] or len(available(0)))
 
 
 def flatten(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:

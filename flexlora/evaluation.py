@@ -78,13 +78,17 @@ def generate_answers(
     pad_token_id: int,
 ) -> list[list[str]]:
     """Greedy answers of each loaded slot to each prompt, ``[K][rows]``, without special tokens."""
-    config = _greedy(slots.model, tokenizer, max_new_tokens, pad_token_id)
+    longest = getattr(slots.model.config, "max_position_embeddings", None)
     count = max(slots.num_slots, 1)
     answers = [[""] * len(examples) for _ in range(count)]
     for indices in _by_length(examples, max(1, batch_size // count)):
         rows = [examples[i] for i in indices]
         batch = collate_prompts([rows] * count, pad_token_id=pad_token_id)
         width = batch.input_ids.shape[1]
+        room = max_new_tokens if longest is None else min(max_new_tokens, longest - width)
+        if room < 1:
+            continue  # the prompt fills all positions: nothing can be generated
+        config = _greedy(slots.model, tokenizer, room, pad_token_id)
         with _own_preferences_aside(slots.model, config):
             output = slots.model.generate(
                 input_ids=batch.input_ids.to(slots.device),

@@ -41,8 +41,9 @@ class GradientSketch:
         """Fold in inputs ``x [K * n, in]`` and output gradients ``[K * n, out]``, slot-major."""
         inputs = x.detach().reshape(num_slots, -1, x.shape[-1])
         outputs = gradient.detach().reshape(num_slots, -1, gradient.shape[-1])
-        Psi = self.Psi.to(outputs)
-        part = (outputs @ Psi.T).transpose(1, 2) @ inputs.to(outputs.dtype)
+        dtype = torch.promote_types(outputs.dtype, torch.float32)
+        Psi = self.Psi.to(outputs.device, dtype)
+        part = (outputs.to(dtype) @ Psi.T).transpose(1, 2) @ inputs.to(dtype)
         self.total = part if self.total is None else self.total + part
 
 

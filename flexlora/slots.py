@@ -148,7 +148,8 @@ class SlotModel:
 
     def accumulate_gradients(self, loss: Tensor) -> None:
         """Add ``d loss / d parameters`` to ``gradients [K, P]``; padding gets exact zeros."""
-        parts = torch.autograd.grad(loss, self._leaves)
+        # A target that the pass did not reach has no gradient: zeros.
+        parts = torch.autograd.grad(loss, self._leaves, materialize_grads=True)
         self.gradients += torch.cat([part.flatten(1) for part in parts], dim=1)
 
     def _allocate(self, trainable: Sequence[str]) -> dict[tuple[str, str], Tensor]:

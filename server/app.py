@@ -14,7 +14,7 @@ from flexlora.server.strategy import FlexLoRAStrategy
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from flexlora.config import Config
+from flexlora.config import Config, resolved
 from flexlora.models import resolve_name
 from flexlora.peft_folder import save_adapter
 from flexlora.runs import RunFolder
@@ -27,7 +27,7 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the federation of the run's configuration and leave a run folder."""
-    config = Config(context.run_config)
+    config = resolved(Config(context.run_config))
     logger = logging.getLogger("flwr")
     out = Path(config["out"] or f"runs/{context.run_id}")
     logger.info("run folder: %s", out.resolve())

@@ -36,7 +36,10 @@ def exchange(
         for message_id in list(waiting):
             for reply in list(grid.pull_messages([message_id]))[:1]:  # a second copy is dropped
                 arrived = True
-                yield waiting.pop(message_id), reply
+                node = waiting.pop(message_id)
+                # Flower's own error replies (node lost, message expired) name the SuperLink.
+                reply.metadata.__dict__["_src_node_id"] = node
+                yield node, reply
         if waiting and not arrived:
             if time.monotonic() > deadline:
                 break

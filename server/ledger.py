@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 from flexlora.server.roster import Member, Roster
 
+from flexlora.adapters import Adapter
 from flexlora.aggregation.base import State
 from flexlora.jobs import EvalResult, Score, TrainResult
-from flexlora.ranks import RankClass
 
 __all__ = ["RoundLedger", "class_metrics", "eval_metrics", "evaluation_rows", "left_out_rows"]
 
@@ -51,6 +51,7 @@ class RoundLedger:
         }
         if result is not None:
             row |= {
+                "num_examples": result.num_examples,
                 "loss_before": result.loss_before,
                 "loss_after": result.loss_after,
                 "train_loss": result.train_loss,
@@ -80,13 +81,9 @@ def left_out_rows(roster: Roster) -> list[dict[str, object]]:
     ]
 
 
-def class_metrics(state: State, classes: Mapping[str, RankClass]) -> dict[str, float]:
-    """What truncation keeps of ``G`` for every rank class, and how many directions ``G`` uses."""
-    shapes = state.change.shapes
-    kept = {
-        f"energy_kept/{name}": state.change.total_energy_kept(rank_class.ranks(shapes))
-        for name, rank_class in classes.items()
-    }
+def class_metrics(state: State, served: Mapping[str, Adapter]) -> dict[str, float]:
+    """What every rank class is given of ``G``, and how many directions ``G`` uses."""
+    kept = {f"energy_kept/{k}": state.change.energy_in(adapter) for k, adapter in served.items()}
     return {
         "effective_rank": state.change.effective_rank(),
         "dropped_energy": state.dropped_energy,

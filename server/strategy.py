@@ -240,7 +240,9 @@ class FlexLoRAStrategy(Strategy):
         by_node = {member.node_id: member for member in self.roster.members.values()}
         self.method.begin(self.state, self._sent)
         for reply in replies:
-            member = by_node[reply.metadata.src_node_id]
+            member = by_node.get(reply.metadata.src_node_id)
+            if member is None:
+                continue
             try:
                 result = decode_train(reply)
             except UpdateRefused as error:
@@ -249,7 +251,7 @@ class FlexLoRAStrategy(Strategy):
             self._fold_in(member, result, content_bytes(reply.content))
         began = time.perf_counter()
         self.state = self.method.finish()
-        metrics = self._ledger.metrics() | class_metrics(self.state, self.roster.rank_classes)
+        metrics = self._ledger.metrics() | class_metrics(self.state, self.served(self.state))
         metrics["server_seconds"] = time.perf_counter() - began
         return None, MetricRecord(metrics)
 
@@ -348,7 +350,10 @@ class FlexLoRAStrategy(Strategy):
         by_node = {member.node_id: member for member in self.roster.members.values()}
         for reply in replies:
             result = decode_evaluate(reply)
-            client_id = by_node[reply.metadata.src_node_id].capability.client_id
+            member = by_node.get(reply.metadata.src_node_id)
+            if member is None:
+                continue
+            client_id = member.capability.client_id
             if not result.cause and result.client_id != client_id:
                 result = EvalResult(client_id=client_id, cause=f"replied as '{result.client_id}'")
             if result.cause or server_round == 0:
@@ -372,7 +377,8 @@ class FlexLoRAStrategy(Strategy):
 
     def global_arrays(self) -> ArrayRecord:
         """The global adapter at the server's full rank as Flower arrays."""
-        adapter = self.state.change.full_rank_adapter(self.settings.factoring.alpha)
+        factoring = self.settings.factoring
+        adapter = self.state.change.full_rank_adapter(factoring.alpha, rslora=factoring.rslora)
         return pack(adapter, "float32").arrays
 
     def _tell(self, event: str, *args: object) -> None:

@@ -16,7 +16,7 @@ from flexlora.clients.worker import Worker, worker_for
 from flexlora.server.settings import ServerSettings
 from flexlora.server.strategy import FlexLoRAStrategy
 from flexlora.simulations.figures import arms_figure
-from flexlora.simulations.simulate import resolved, simulate
+from flexlora.simulations.simulate import simulate
 from flexlora.simulations.terminal import make_console
 from rich.table import Table
 
@@ -24,7 +24,7 @@ from flexlora.adapters import Adapter
 from flexlora.aggregation.base import State
 from flexlora.aggregation.state import GlobalChange
 from flexlora.checkpoints import write_atomically
-from flexlora.config import Config
+from flexlora.config import Config, resolved
 from flexlora.errors import UserError, nearest
 from flexlora.jobs import EvalJob, Score, TrainJob
 from flexlora.ranks import RankClass
@@ -104,8 +104,11 @@ def reproduce(
     if seeds < 1:
         raise UserError(f"--seeds is {seeds}, expected at least 1.")
     given, console = Config.given(sets=tuple(sets)), make_console()
+    owned = {key for arm in EXPERIMENTS[name] for key in arm.changes} | {"seed", "eval.generate"}
+    if taken := sorted(owned & set(given)):
+        raise UserError(f"{taken[0]} is set by the experiment '{name}' itself; leave it out.")
     file = out / "results.json"
-    rows = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.is_file() else []
+    rows = _kept_rows(file, name, given)
     done = {(row["arm"], row["seed"]) for row in rows}
     for seed in range(first_seed, first_seed + seeds):
         for arm in EXPERIMENTS[name]:
@@ -114,8 +117,8 @@ def reproduce(
             config = resolved(Config({**MEASURED, **given, **arm.changes, "seed": seed}))
             scores = _RUNNERS[arm.kind](config, out / "runs" / f"{_slug(arm.title)}-{seed}")
             rows.append({"arm": arm.title, "seed": seed, **scores})
-            text = json.dumps({"experiment": name, "rows": rows}, indent=1) + "\n"
-            write_atomically(file, text.encode())
+            kept = {"experiment": name, "set": given, "rows": rows}
+            write_atomically(file, (json.dumps(kept, indent=1) + "\n").encode())
             spelled = ", ".join(f"{key} {value:.3f}" for key, value in scores.items())
             console.print(f"seed {seed}, {arm.title}: {spelled}", soft_wrap=True)
     titles = [arm.title for arm in EXPERIMENTS[name]]
@@ -127,6 +130,25 @@ def reproduce(
     hint = f"Figure: {figure}" if drawn else "No figure: pip install 'flexlora[figures]'."
     console.print(f"Numbers: {file}. {hint}", soft_wrap=True)
     return 0
+
+
+def _kept_rows(file: Path, name: str, given: Mapping[str, object]) -> list[dict]:
+    """The rows of an earlier call.
+
+    Raises:
+        UserError: they are another experiment's, were made with other ``--set``, or are damaged.
+    """
+    if not file.is_file():
+        return []
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        same = (kept["experiment"], kept["set"]) == (name, dict(given))
+        rows = list(kept["rows"])
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"'{file}' is damaged; remove it or give another --out.") from None
+    if not same:
+        raise UserError(f"'{file}' holds another experiment or other --set; give another --out.")
+    return rows
 
 
 def summary_table(titles: Sequence[str], rows: Sequence[Mapping]) -> Table:
@@ -184,6 +206,8 @@ def _base(config: Config, out: Path) -> dict[str, float]:
         for client_id in worker.client_ids
     ]
     total = sum((r.scores["base"] for r in worker.evaluate(jobs) if r.scores), Score())
+    if not total.generated:
+        raise UserError("the data has no test rows to score on; give it a test split.")
     return {"all clients": total.exact_match / total.generated}
 
 
@@ -215,8 +239,9 @@ def _train_alone(
     strategy = FlexLoRAStrategy(settings)
     slots: SlotModel = worker.slots
     state = State(round=0, change=GlobalChange.zero(slots.shapes))
-    steps = settings.num_server_rounds * worker.config["train.max-steps"]
-    config = Config({**worker.config, "train.max-steps": steps})
+    key = "train.max-steps" if worker.config["train.max-steps"] else "train.num-train-epochs"
+    longer = settings.num_server_rounds * worker.config[key]
+    config = Config({**worker.config, key: longer})
     alone = worker_for(config)
     jobs = [
         TrainJob(

@@ -10,12 +10,11 @@ import torch
 from flexlora.clients.worker import Worker, worker_for
 from flexlora.server.settings import ServerSettings
 from flexlora.server.strategy import FlexLoRAStrategy
-from flexlora.simulations.simulate import resolved
 from flexlora.simulations.terminal import make_console
 from rich.table import Table
 
 from flexlora.adapters import Adapter
-from flexlora.config import Config
+from flexlora.config import Config, resolved
 from flexlora.errors import UserError, nearest
 from flexlora.evaluation import BASE
 from flexlora.jobs import EvalJob, Score
@@ -73,13 +72,14 @@ def _adapters_of(path: Path) -> tuple[dict[str, Adapter], dict[str, object]]:
         return strategy.served(state, used), dict(config)
     if not path.is_dir():
         raise UserError(f"'{path}' does not exist, expected a run folder or a PEFT folder.")
-    adapter = load_adapter(path)
+    adapter, name = load_adapter(path), path.resolve().name
+    name = f"{name} (adapter)" if name == BASE else name
     home = path.resolve().parent.parent
     if path.resolve().parent.name == "adapters" and RunFolder.is_run(home):
-        return {path.name: adapter}, dict(RunFolder.open(home)[1])
+        return {name: adapter}, dict(RunFolder.open(home)[1])
     config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
     base = config.get("base_model_name_or_path") or "embedded"
-    return {path.name: adapter}, {"model.name": base, "lora.target-modules": ",".join(adapter)}
+    return {name: adapter}, {"model.name": base, "lora.target-modules": ",".join(adapter)}
 
 
 def score_adapters(worker: Worker, adapters: Mapping[str, Adapter]) -> dict[str, Score]:
@@ -90,11 +90,10 @@ def score_adapters(worker: Worker, adapters: Mapping[str, Adapter]) -> dict[str,
             EvalJob(client_id=client_id, server_round=0, adapters=group, generate=True)
             for client_id in worker.client_ids
         ]
-        try:
-            results = worker.evaluate(jobs)
-        except ValueError as error:
-            raise UserError(f"the adapter does not fit the base: {error}") from None
-        for result in results:
+        for result in worker.evaluate(jobs):
+            if result.cause:
+                cause = result.cause.removeprefix("ValueError: ")
+                raise UserError(f"the adapter does not fit the base: {cause}")
             for name, score in result.scores.items():
                 totals[name] += score
     return totals
@@ -128,7 +127,7 @@ def export_run(target: str, *, rank: int, kind: str, out: str) -> None:
         adapter = change.adapter(
             rank, config["lora.alpha"], rslora=config["lora.rslora"], seed=config["seed"]
         )
-        save_adapter(adapter, folder, base=base)
+        save_adapter(adapter, folder, base=base, fan_in_fan_out=_fan_in_fan_out(run))
     else:
         _save_merged(
             config, {n: svd.truncate(rank).to_dense() for n, svd in change.items()}, folder
@@ -136,6 +135,12 @@ def export_run(target: str, *, rank: int, kind: str, out: str) -> None:
     kept = change.total_energy_kept(dict.fromkeys(change, rank))
     text = f"{folder}: rank {rank} of round {state.round}, {100 * kept:.2f} % of the energy."
     console.print(text, soft_wrap=True)
+
+
+def _fan_in_fan_out(run: RunFolder) -> bool:
+    """As the run's own adapters say it; they are there unless the run was killed."""
+    file = run.path / "adapters" / "global" / "adapter_config.json"
+    return file.is_file() and bool(json.loads(file.read_text(encoding="utf-8"))["fan_in_fan_out"])
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
@@ -13,16 +12,10 @@ from flexlora.server.settings import ServerSettings
 from flexlora.server.strategy import FlexLoRAStrategy
 from flexlora.simulations.engine import InProcessGrid
 
-from flexlora.config import Config
+from flexlora.config import Config, resolved
 from flexlora.runs import RunFolder
 
-__all__ = ["resolved", "resume", "simulate"]
-
-
-def resolved(config: Config) -> Config:
-    """The configuration with what the machine decides written down: the number of threads."""
-    threads = config["engine.threads"] or len(os.sched_getaffinity(0))
-    return config.replace(engine__threads=threads)
+__all__ = ["resume", "simulate"]
 
 
 def simulate(
@@ -42,6 +35,7 @@ def resume(out: str | Path, *, observer: Observer | None = None) -> FlexLoRAStra
     """Go on with the run in ``out`` after its last whole round, with its own configuration."""
     run, config = RunFolder.open(out)
     run.load_checkpoint()  # refused before the base is loaded
+    config = resolved(config)
     return federate(_grid(config), config, run.path, observer=observer, resume=True)
 
 

@@ -7,6 +7,8 @@ from flexlora.simulations import experiments
 from flexlora.simulations.experiments import EXPERIMENTS, Arm, reproduce
 
 from flexlora.cli import main
+from flexlora.config import Config, resolved
+from flexlora.errors import UserError
 
 SMALL = (
     "clients.count=4",
@@ -70,9 +72,7 @@ def test_a_client_alone_trains_on_its_own_rows_only(small_experiment, tmp_path, 
         return results
 
     monkeypatch.setattr(experiments.Worker, "train", spy)
-    config = experiments.resolved(
-        experiments.Config.resolve(sets=(*SMALL, "num-server-rounds=3", "method.name=residual"))
-    )
+    config = resolved(Config.resolve(sets=(*SMALL, "num-server-rounds=3", "method.name=residual")))
     experiments._alone(config, tmp_path)
     worker = experiments.worker_for(config)
     assert seen == {k: (6, len(worker.data.examples(k, "train"))) for k in worker.client_ids}
@@ -98,3 +98,14 @@ def test_the_rank_table_learns_a_family_at_every_rank(monkeypatch, tmp_path, cap
     assert set(row["rates"].values()) <= {1e-3, 5e-3}
     assert all(0 <= row[f"rank_{rank}"] <= 1 for rank in rank_table.RANKS)
     assert "rank_32" in capsys.readouterr().out
+
+
+def test_kept_numbers_are_never_mixed_with_others(small_experiment, tmp_path):
+    reproduce(small_experiment, seeds=1, out=tmp_path, sets=SMALL)
+    with pytest.raises(UserError, match="another experiment or other --set"):
+        reproduce(small_experiment, seeds=1, out=tmp_path, sets=(*SMALL, "lora.alpha=8"))
+    with pytest.raises(UserError, match=r"method.name is set by the experiment"):
+        reproduce(small_experiment, seeds=1, out=tmp_path, sets=("method.name=fedit",))
+    (tmp_path / "results.json").write_text("{half")
+    with pytest.raises(UserError, match="is damaged"):
+        reproduce(small_experiment, seeds=1, out=tmp_path, sets=SMALL)

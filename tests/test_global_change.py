@@ -7,7 +7,7 @@ from builders import random_adapter
 
 from flexlora import aggregate
 from flexlora.aggregation import GlobalChange
-from flexlora.linalg import FactoredSVD
+from flexlora.linalg import FactoredSVD, svd_of_product
 
 SPLITS = ("b-heavy", "balanced", "a-heavy")
 
@@ -120,3 +120,19 @@ def test_effective_rank_of_equal_singular_values_is_their_number():
 def test_an_unknown_module_names_the_nearest(change):
     with pytest.raises(KeyError, match=r"no module 'attn.p'.*Did you mean 'attn"):
         change.delta_weight("attn.p")
+
+
+def test_the_energy_in_what_is_served_is_that_of_the_truncation_and_of_anything_else():
+    """``1 - |G - M|^2 / |G|^2`` against the dense difference; ``T_r`` gives ``energy_kept``."""
+    shapes = {"a": (9, 7), "b": (6, 11)}
+    product = {n: random_adapter(shapes, 5, seed=1)[n].delta_weight() for n in shapes}
+    change = GlobalChange(
+        {n: svd_of_product(M, torch.eye(M.shape[1]).to(M)) for n, M in product.items()}
+    )
+    ranks = dict.fromkeys(shapes, 2)
+    truncated = change.adapter(2, 4.0)
+    assert change.energy_in(truncated) == pytest.approx(change.total_energy_kept(ranks), abs=1e-12)
+    other = random_adapter(shapes, 3, seed=2)
+    missing = sum(float((product[n] - other[n].delta_weight()).square().sum()) for n in shapes)
+    total = sum(float(product[n].square().sum()) for n in shapes)
+    assert change.energy_in(other) == pytest.approx(1 - missing / total, rel=1e-9)

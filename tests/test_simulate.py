@@ -23,13 +23,13 @@ from federation import (
 from flexlora.clients.worker import worker_for
 from flexlora.server.strategy import FlexLoRAStrategy
 from flexlora.simulations.engine import InProcessGrid
-from flexlora.simulations.simulate import resolved, simulate
+from flexlora.simulations.simulate import simulate
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from flexlora import models
 from flexlora.adapters import Adapter
-from flexlora.config import Config
+from flexlora.config import Config, resolved
 from flexlora.models import EMBEDDED, load_base
 from flexlora.peft_folder import load_adapter
 from flexlora.wire import decode_adapter

@@ -55,7 +55,7 @@ class State:
 
     def one_round_later(self) -> State:
         """The same state after a round that counted nobody."""
-        return replace(self, round=self.round + 1)
+        return replace(self, round=self.round + 1, dropped_energy=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flexlora.adapters import Adapter, LoRAFactors
 from flexlora.errors import nearest
-from flexlora.linalg import FactoredSVD, energy_kept, live_rows
+from flexlora.linalg import FactoredSVD, energy_kept, inner_product, live_rows
 from flexlora.seeds import generator
 
 __all__ = ["GlobalChange"]
@@ -69,6 +69,21 @@ class GlobalChange(Mapping[str, FactoredSVD]):
             return 1.0
         kept = self.energy_kept(ranks)
         return sum(kept[name] * energy for name, energy in energies.items()) / total
+
+    def energy_in(self, adapter: Adapter) -> float:
+        """``1 - |G - M|^2 / |G|^2`` over all modules, M the adapter's products; 1.0 for no change.
+
+        For ``M = T_r(G)`` this is ``total_energy_kept``. From float64 Gram matrices.
+        """
+        missing = total = 0.0
+        for name, svd in self.items():
+            factors, left = adapter[name], svd.U.double() * svd.S.double()
+            own = inner_product(left, svd.Vh, left, svd.Vh)
+            B = factors.scaling * factors.lora_B.double()
+            cross = inner_product(left, svd.Vh, B, factors.lora_A)
+            missing += own - 2.0 * cross + inner_product(B, factors.lora_A, B, factors.lora_A)
+            total += own
+        return 1.0 - max(missing, 0.0) / total if total > 0 else 1.0
 
     def effective_rank(self) -> float:
         """Mean over modules of ``exp(H(S / sum S))`` (Roy and Vetterli, 2007); 0 for none."""

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 __all__ = ["deal_families", "federate"]
 
 FEWEST_TRAIN_ROWS, MOST_TRAIN_ROWS = 100, 400
-# One, two or three families, the more the likelier. A client with a single family can learn to do it
-# whatever the instruction says; the mixture was chosen with that in mind, not by an ablation.
+# One, two or three families, the more the likelier. A client with a single family can learn to do
+# it whatever the instruction says; the mixture was chosen with that in mind, not by an ablation.
 HAND_SIZES, HAND_SHARES = (1, 2, 3), (1 / 6, 2 / 6, 3 / 6)
 # The flat Dirichlet is 1: any mixture of a client's families is equally likely. Above it, uneven
 # mixtures stay common but few families dwindle to a handful of rows.
