@@ -54,7 +54,7 @@ EXPERIMENTS: dict[str, tuple[Arm, ...]] = {
     "first-look": (
         Arm(title="the base, untrained", kind="base"),
         Arm(title="each client alone", kind="alone"),
-        Arm(title="zero-padded averaging (fedit)", changes={"method.name": "fedit"}),
+        Arm(title="zero-padded averaging", changes={"method.name": "fedit"}),
         Arm(title="FlexLoRA as published", changes={"method.name": "flexlora"}),
         Arm(
             title="residual form",
@@ -65,11 +65,11 @@ EXPERIMENTS: dict[str, tuple[Arm, ...]] = {
             changes={"method.name": "residual", "method.server-learning-rate": 2.0},
         ),
         Arm(
-            title="aligned (two ranks), server rate 2",
+            title="aligned, server rate 2",
             changes={"method.name": "aligned", "method.server-learning-rate": 2.0},
         ),
         Arm(
-            title="the same, random start (control)",
+            title="the same, random start",
             changes={
                 "method.name": "aligned",
                 "method.server-learning-rate": 2.0,
@@ -155,9 +155,9 @@ def summary_table(titles: Sequence[str], rows: Sequence[Mapping]) -> Table:
     """Mean and standard deviation over seeds of every score, one row per arm."""
     keys = [key for key in _columns(rows) if key not in ("arm", "seed")]
     table = Table(box=None, pad_edge=False, title_justify="left")
-    table.add_column("exact match on test rows")
+    table.add_column("exact match on test rows", no_wrap=True)
     for key in keys:
-        table.add_column(key, justify="right")
+        table.add_column(key, justify="right", no_wrap=True)
     for title in titles:
         own = [row for row in rows if row["arm"] == title]
         table.add_row(title, *(_mean_and_deviation([r[k] for r in own if k in r]) for k in keys))
@@ -175,9 +175,9 @@ def _mean_and_deviation(values: Sequence[float]) -> str:
         return ""
     mean = statistics.fmean(values)
     if mean >= 5:  # megabytes
-        return f"{mean:.1f}"
-    deviation = f" ±{statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{mean:.3f}{deviation}"
+        return f"{mean:.0f}"
+    deviation = f"±{statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{mean:.2f}{deviation}"
 
 
 def _slug(title: str) -> str:

@@ -20,12 +20,12 @@ __all__ = ["TerminalObserver", "human_bytes", "make_console"]
 
 
 def make_console() -> Console:
-    """Standard output; 100 columns where it is not a terminal, so that tables are not cut at 80."""
+    """Standard output; 120 columns where it is not a terminal, so that tables are not cut at 80."""
     # No markup: client ids and paths are text, whatever brackets they hold.
     console = Console(highlight=False, markup=False)
     if console.is_terminal:
         return console
-    return Console(highlight=False, markup=False, width=100)
+    return Console(highlight=False, markup=False, width=120)
 
 
 def human_bytes(count: float) -> str:

@@ -29,9 +29,9 @@ __all__ = [
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (*KNOWN, *HELD_OUT)}
 
-# Four that the base half knows and four that it has never seen, among those that a base of a
-# million parameters can learn in a minute. The others (two-digit sums, the river code, ...) take it
-# hundreds of steps each; they are in ``data.tasks=all`` and in the rank table.
+# Four that the base half knows and four that it has never seen, so that a federation of a minute
+# teaches something. The others want more steps or more rank (the rank table in simulations/README.md
+# says which); ``data.tasks=all`` deals them too.
 DEFAULT = (
     "reverse_word",
     "station_number",
