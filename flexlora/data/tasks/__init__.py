@@ -30,8 +30,8 @@ __all__ = [
 FAMILIES: dict[str, Family] = {family.name: family for family in (*KNOWN, *HELD_OUT)}
 
 # Four that the base half knows and four that it has never seen, so that a federation of a minute
-# teaches something. The others want more steps or more rank (the rank table in simulations/README.md
-# says which); ``data.tasks=all`` deals them too.
+# teaches something. The others want more steps or more rank: see the rank table in
+# simulations/README.md; ``data.tasks=all`` deals them too.
 DEFAULT = (
     "reverse_word",
     "station_number",
