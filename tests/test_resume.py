@@ -102,6 +102,18 @@ def test_a_run_that_breaks_off_anywhere_goes_on_to_the_same_bytes(
     assert_same_run(folder, whole)
 
 
+@pytest.mark.parametrize("method", ["aligned", "fedit", "flexlora"])
+def test_every_method_goes_on_to_the_same_bytes(method, tmp_path):
+    """Also those whose state is more than ``G``, or that draw anew in every round."""
+    config = STEADY.replace(method__name=method, num_server_rounds=3, train__max_steps=3)
+    simulate(config, tmp_path / "whole")
+    with pytest.raises(Stopped):
+        simulate(config, tmp_path / "run", observer=StopAt("replied", 2))
+    resume(tmp_path / "run")
+    assert adapter_bytes(tmp_path / "run") == adapter_bytes(tmp_path / "whole")
+    assert untimed(rounds(tmp_path / "run")) == untimed(rounds(tmp_path / "whole"))
+
+
 def test_resuming_a_finished_run_changes_nothing(whole, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
     resume(tmp_path / "run")
