@@ -18,12 +18,16 @@ from torch import Tensor
 
 __all__ = [
     "FactoredSVD",
+    "column_signs",
     "energy_kept",
+    "finished_svd",
     "inner_product",
+    "live_count",
     "live_rows",
     "product_norm",
     "stack_products",
     "svd_of_product",
+    "svds_of_products",
 ]
 
 
@@ -49,6 +53,10 @@ class FactoredSVD:
         Eckart-Young-Mirsky. Above the available rank it is the matrix itself.
         """
         return FactoredSVD(U=self.U[:, :rank], S=self.S[:rank], Vh=self.Vh[:rank])
+
+    def to(self, dtype: torch.dtype) -> FactoredSVD:
+        """The same in another dtype."""
+        return FactoredSVD(U=self.U.to(dtype), S=self.S.to(dtype), Vh=self.Vh.to(dtype))
 
     def to_dense(self) -> Tensor:
         """``U diag(S) Vh``, ``[m, n]``."""
@@ -80,19 +88,53 @@ def svd_of_product(left: Tensor, right: Tensor) -> FactoredSVD:
             f"left is {tuple(left.shape)} and right {tuple(right.shape)}, "
             "expected [m, k] and [k, n]."
         )
-    dtype = left.dtype
     if left.shape[1] == 0:
-        return FactoredSVD.zero(left.shape[0], right.shape[1], dtype)
-    Q_left, R_left = torch.linalg.qr(left.double())
-    Q_right, R_right = torch.linalg.qr(right.double().T)
-    U_core, S, Vh_core = torch.linalg.svd(R_left @ R_right.T, full_matrices=False)
-    live = int((max(S.shape[0], 1) * torch.finfo(S.dtype).eps * S[0] < S).sum())
-    S, U, Vh = S[:live], Q_left @ U_core[:, :live], Vh_core[:live] @ Q_right.T
-    signs = _column_signs(U)
-    return FactoredSVD(U=(U * signs).to(dtype), S=S.to(dtype), Vh=(signs[:, None] * Vh).to(dtype))
+        return FactoredSVD.zero(left.shape[0], right.shape[1], left.dtype)
+    U, S, Vh = _thin_svds(left.double(), right.double())
+    return finished_svd(U, S, Vh, dtype=torch.float64).to(left.dtype)
 
 
-def _column_signs(U: Tensor) -> Tensor:
+def svds_of_products(left: Tensor, right: Tensor) -> list[FactoredSVD]:
+    """``svd_of_product`` of ``left[i] @ right[i]``, ``[b, m, k]`` and ``[b, k, n]``, in float64."""
+    batch = zip(*_thin_svds(left.double(), right.double()), strict=True)
+    return [finished_svd(U, S, Vh, dtype=torch.float64) for U, S, Vh in batch]
+
+
+def _thin_svds(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    Q_left, R_left = torch.linalg.qr(left)
+    Q_right, R_right = torch.linalg.qr(right.mT)
+    U_core, S, Vh_core = torch.linalg.svd(R_left @ R_right.mT, full_matrices=False)
+    return Q_left @ U_core, S, Vh_core @ Q_right.mT
+
+
+def finished_svd(
+    U: Tensor, S: Tensor, Vh: Tensor, *, dtype: torch.dtype, rank: int | None = None
+) -> FactoredSVD:
+    """The live directions, at most ``rank``, with fixed signs, contiguous in ``dtype``."""
+    live = live_count(S, dtype)
+    keep = live if rank is None else min(live, rank)
+    U, S, Vh = U[:, :keep], S[:keep], Vh[:keep]
+    signs = column_signs(U)
+    return FactoredSVD(
+        U=(U * signs).to(dtype).contiguous(),
+        S=S.to(dtype).contiguous(),
+        Vh=(signs[:, None] * Vh).to(dtype).contiguous(),
+    )
+
+
+def live_count(S: Tensor, dtype: torch.dtype) -> int:
+    """How many of the nonincreasing float64 values stand above the rounding of the largest.
+
+    The rounding is that of the factorisation (float64) or of the ``dtype`` that the result is kept
+    in, whichever is coarser: below it a direction carries nothing.
+    """
+    if S.shape[0] == 0:
+        return 0
+    noise = max(S.shape[0] * torch.finfo(torch.float64).eps, torch.finfo(dtype).eps)
+    return int((noise * S[0] < S).sum())
+
+
+def column_signs(U: Tensor) -> Tensor:
     """``[g]`` of +1 or -1: the sign of the entry of largest magnitude in each column."""
     if U.shape[1] == 0:
         return U.new_ones(0)
