@@ -3,11 +3,20 @@
 For ``y = x W^T`` the gradient of a module's weight is ``dL/dW = g'^T x`` with ``x [n, in]`` its
 inputs and ``g' [n, out]`` the gradient of its outputs. A random ``Psi [k, out]`` keeps its row
 space: ``Psi dL/dW = (g' Psi^T)^T x [k, in]``, accumulated module by module in the backward pass, so
-the memory is ``k x in`` and never ``out x in`` (Halko, Martinsson and Tropp, 2011, section 4). It
-needs no gradient of ``W`` itself and so works over 4-bit weights.
+the memory is ``k x in`` and never ``out x in``. It needs no gradient of ``W`` itself and so works
+over 4-bit weights.
+
+``Psi`` is a subsampled cosine transform with random signs (Halko, Martinsson and Tropp, 2011,
+section 4.6): k rows of ``C D``, with C the orthonormal DCT-II and D a random diagonal of +-1. Its
+rows are orthonormal, so singular values are not bent by ``Psi`` itself, and k = out loses nothing;
+independent signs or normals lose energy there. It is a function of k + out numbers and is computed
+where it is used: held, it would outweigh the sketch wherever out > in.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -15,6 +24,8 @@ from torch import Tensor
 from flexlora.seeds import generator
 
 __all__ = ["GradientSketch", "sketch_size", "top_rows"]
+
+_WIDTH = 512  # columns of Psi that exist at one time
 
 
 def sketch_size(rank: int, out_features: int) -> int:
@@ -31,20 +42,42 @@ class GradientSketch:
 
     def __init__(self, *, name: str, ranks: list[int], out_features: int, seed: int) -> None:
         self.sizes = [sketch_size(rank, out_features) for rank in ranks]
-        rows = generator(seed, "sketch", name)
-        uniform = torch.rand(max(self.sizes), out_features, generator=rows, dtype=torch.float64)
-        # Signs rather than normals: torch draws normals in blocks, which are not nested.
-        self.Psi = torch.where(uniform < 0.5, -1.0, 1.0).double()
+        draw = generator(seed, "sketch", name)
+        self.frequencies = torch.randperm(out_features, generator=draw)[: max(self.sizes)]
+        uniform = torch.rand(out_features, generator=draw, dtype=torch.float64)
+        self.signs = torch.where(uniform < 0.5, -1, 1).to(torch.int8)
         self.total: Tensor | None = None
+
+    @property
+    def Psi(self) -> Tensor:  # noqa: N802  (the literature's letter, as in the formulas above)
+        """``[k, out]`` in float64, rows orthonormal: to look at; ``add`` never holds it whole."""
+        return torch.cat([block for _, block in self._blocks(self.signs.device)], dim=1)
+
+    def _blocks(self, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
+        """Columns of ``Psi``, some at a time: ``+-sqrt(2 / out) cos(pi f (2j + 1) / (2 out))``.
+
+        Frequency 0 is the constant row, shorter by ``sqrt(2)``.
+        """
+        out_features = self.signs.shape[0]
+        frequencies = self.frequencies.to(device, torch.float64)[:, None]
+        lengths = ((2.0 - (frequencies == 0).double()) / out_features).sqrt()
+        for start in range(0, out_features, _WIDTH):
+            columns = slice(start, min(start + _WIDTH, out_features))
+            places = torch.arange(columns.start, columns.stop, dtype=torch.float64, device=device)
+            angles = frequencies * ((2.0 * places + 1.0) * (math.pi / (2 * out_features)))
+            signs = self.signs[columns].to(device)
+            yield columns, angles.cos_().mul_(signs).mul_(lengths)
 
     def add(self, x: Tensor, gradient: Tensor, num_slots: int) -> None:
         """Fold in inputs ``x [K * n, in]`` and output gradients ``[K * n, out]``, slot-major."""
         inputs = x.detach().reshape(num_slots, -1, x.shape[-1])
         outputs = gradient.detach().reshape(num_slots, -1, gradient.shape[-1])
         dtype = torch.promote_types(outputs.dtype, torch.float32)
-        Psi = self.Psi.to(outputs.device, dtype)
-        part = (outputs.to(dtype) @ Psi.T).transpose(1, 2) @ inputs.to(dtype)
-        self.total = part if self.total is None else self.total + part
+        projected = outputs.new_zeros(*outputs.shape[:2], len(self.frequencies), dtype=dtype)
+        for columns, block in self._blocks(outputs.device):
+            projected += outputs[..., columns].to(dtype) @ block.to(dtype).T
+        part = projected.transpose(1, 2) @ inputs.to(dtype)
+        self.total = part if self.total is None else self.total.add_(part)
 
 
 def top_rows(sketch: Tensor, rank: int, fallback: Tensor) -> Tensor:
