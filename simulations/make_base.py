@@ -184,8 +184,8 @@ held-out families). The loss curve: `simulations/make_base_loss.csv`. The prompt
 template of `flexlora/data/templates.py`. Vocabulary: bytes and the words of running text, so that
 what a task works on is spelled letter by letter.
 
-Two runs of eight steps on one machine gave the same bytes; the whole run has been made once, and
-another machine may round differently. The shipped files' digests (sha256):
+Two whole runs on one kind of machine, hours apart, gave the same bytes (2026-11-21: 38 and 24
+minutes); another machine may round differently. The shipped files' digests (sha256):
 
 {digests}
 """
