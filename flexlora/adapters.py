@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from flexlora.errors import nearest
 
-__all__ = ["Adapter", "LoRAFactors"]
+__all__ = ["Adapter", "LoRAFactors", "zero_factors"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -70,6 +70,38 @@ class LoRAFactors:
     def map(self, function: Callable[[Tensor], Tensor]) -> LoRAFactors:
         """The same factors with ``function`` applied to both tensors."""
         return replace(self, lora_A=function(self.lora_A), lora_B=function(self.lora_B))
+
+    def terms(self, indices: Sequence[int]) -> LoRAFactors:
+        """The rank-one terms at ``indices``, each with the weight that it has here."""
+        rows = torch.as_tensor(list(indices), dtype=torch.long)
+        rank = len(rows)
+        return replace(
+            self,
+            lora_A=self.lora_A[rows].contiguous(),
+            lora_B=self.lora_B[:, rows].contiguous(),
+            alpha=self.scaling * (math.sqrt(rank) if self.rslora else rank),
+        )
+
+    @staticmethod
+    def side_by_side(parts: Sequence[LoRAFactors]) -> LoRAFactors:
+        """``sum_i s_i B_i A_i = [s_1 B_1 ...] @ [A_1; ...]``; equal scalings stay, else it is 1."""
+        lora_A = torch.cat([part.lora_A for part in parts])
+        rank, first = lora_A.shape[0], parts[0]
+        if all((p.scaling, p.rslora) == (first.scaling, first.rslora) for p in parts):
+            lora_B = torch.cat([part.lora_B for part in parts], dim=1)
+            alpha = first.scaling * (math.sqrt(rank) if first.rslora else rank)
+            return replace(first, lora_A=lora_A, lora_B=lora_B, alpha=alpha)
+        lora_B = torch.cat([part.scaling * part.lora_B for part in parts], dim=1)
+        return LoRAFactors(lora_A=lora_A, lora_B=lora_B, alpha=float(rank))
+
+
+def zero_factors(like: LoRAFactors) -> LoRAFactors:
+    """One term that adds nothing, for a module that carries none where others do."""
+    return LoRAFactors(
+        lora_A=like.lora_A.new_zeros(1, like.in_features),
+        lora_B=like.lora_B.new_zeros(like.out_features, 1),
+        alpha=1.0,
+    )
 
 
 class Adapter(Mapping[str, LoRAFactors]):

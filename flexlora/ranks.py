@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from flexlora.errors import UserError, nearest
@@ -46,6 +46,12 @@ class RankClass:
     def ranks(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, int]:
         """The capped rank of every module of ``shapes`` (name to ``(out, in)``)."""
         return {name: self.rank_of(name, *shape) for name, shape in shapes.items()}
+
+    def lowered(self, rank: int) -> RankClass:
+        """The class of those who train at ``rank`` at most from now on."""
+        pattern = tuple((regex, min(own, rank)) for regex, own in self.pattern)
+        name = f"{self.name}_to_{rank}" if pattern else f"rank_{rank}"
+        return replace(self, name=name, rank=min(self.rank, rank), pattern=pattern)
 
     def to_dict(self) -> dict[str, object]:
         """Plain values for a checkpoint; ``from_dict`` is the inverse."""

@@ -1,6 +1,7 @@
 """Aggregation methods keep exactly the laws they declare, and equal the dense reference."""
 
 import itertools
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,124 +10,93 @@ import torch
 from builders import random_adapter, random_factors
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from one_round import (
+    CLASSES,
+    SHAPES,
+    OneRound,
+    distance,
+    global_change,
+    next_state,
+    no_change,
+    same_bits,
+)
 
 from flexlora import Adapter, aggregate
-from flexlora.aggregation import METHODS, GlobalChange, Law, State, Update, make_method
-from flexlora.aggregation.base import Factoring
-from flexlora.errors import UpdateRefused, UserError
-from flexlora.linalg import FactoredSVD
+from flexlora.aggregation import METHODS, Law, State, make_method
+from flexlora.errors import UserError
 from flexlora.ranks import RankClass
-from flexlora.wire import over_the_wire
 
-SHAPES = {"attn.q": (12, 12), "attn.v": (6, 12), "mlp.up": (20, 12)}
 LAWS = [text for name, text in vars(Law).items() if name.isupper()]
-CLASSES = tuple(RankClass(name=f"rank_{rank}", rank=rank) for rank in (2, 3, 7))
+FEEDBACK = {"error_feedback": True}
+VARIANTS = {name: (name, {}) for name in sorted(METHODS)} | {
+    "aligned inherited": ("aligned", {"inherited": True, "carried_rank": 4}),
+    "aligned restarts": ("aligned", {"restarts": 1}),
+    "fed-plora few terms": ("fed-plora", {"carried_rank": 4}),
+    "flexlora feedback": ("flexlora", FEEDBACK),
+    "florist feedback": ("florist", FEEDBACK),
+    "raflora feedback": ("raflora", FEEDBACK),
+    "residual realigned": ("residual", {"realign": True}),
+    "slora without sparse rounds": ("slora", {"sparse_rounds": 0}),
+}
 
 
-def global_change(rank=5, *, seed=0, dtype=torch.float64, shapes=SHAPES):
-    """A random G whose singular values fall by a third from one to the next."""
-    modules = {}
-    for i, (name, (m, n)) in enumerate(shapes.items()):
-        generator = torch.Generator().manual_seed(seed * 100 + i)
-        U, _ = torch.linalg.qr(torch.randn(m, rank, generator=generator, dtype=torch.float64))
-        V, _ = torch.linalg.qr(torch.randn(n, rank, generator=generator, dtype=torch.float64))
-        S = 0.67 ** torch.arange(rank, dtype=torch.float64)
-        modules[name] = FactoredSVD(U=U.to(dtype), S=S.to(dtype), Vh=V.T.contiguous().to(dtype))
-    return GlobalChange(modules)
+def variant(label):
+    name, options = VARIANTS[label]
+    return make_method(name, **options)
 
 
-class Round:
-    """One round of a method from a state, with the clients' ranks dealt from ``CLASSES``."""
-
-    def __init__(self, name, change, *, wire="float64", classes=CLASSES, **factoring):
-        self.method = make_method(name) if isinstance(name, str) else name
-        self.state = State(round=3, change=change)
-        factoring = Factoring(**{"alpha": 16.0, **factoring})
-        starts = [self.method.start(self.state, c, factoring) for c in classes]
-        decoded = [replace(s, trained=over_the_wire(s.trained, wire)).sealed() for s in starts]
-        self.starts = {start.rank_class.name: start for start in decoded}
-
-    def update(self, k, num_examples, *, rank_class=None, trained=True, seed=0):
-        start = self.starts[rank_class or list(self.starts)[k % len(self.starts)]]
-        adapter = start.trained
-        if trained:
-            generator = torch.Generator().manual_seed(1000 * seed + k)
-            adapter = adapter.map(
-                lambda t: t + 0.2 * torch.randn(t.shape, generator=generator).to(t.dtype)
-            )
-        return Update(
-            client_id=f"client_{k}",
-            adapter=adapter,
-            num_examples=num_examples,
-            rank_class=start.rank_class.name,
-            base_round=3,
-            digest=start.digest,
-        )
-
-    def finish(self, updates):
-        self.method.begin(self.state, self.starts)
-        for update in updates:
-            self.method.add(update)
-        return self.method.finish()
+def from_change(change, server_round=3):
+    return State(round=server_round, change=change)
 
 
-def same_bits(first, second):
-    return all(
-        torch.equal(getattr(first[name], part), getattr(second[name], part))
-        for name in first
-        for part in ("U", "S", "Vh")
-    )
-
-
-def distance(change, dense):
-    """Largest relative error of any module against ``{module: dense matrix}``."""
-    return max(reference.relative_error(change.delta_weight(n), dense[n]) for n in change)
-
-
-def check_order(name):
-    round_ = Round(name, global_change())
+def check_order(method):
+    round_ = OneRound(method, next_state(method))
     updates = [round_.update(k, 10 + 7 * k) for k in range(4)]
-    results = [round_.finish(order).change for order in itertools.permutations(updates)]
+    results = [round_.finish(order) for order in itertools.permutations(updates)]
     assert all(same_bits(results[0], other) for other in results[1:])
 
 
-def check_scale_of_weights(name):
-    round_ = Round(name, global_change())
-    plain = round_.finish([round_.update(k, 3 + 5 * k) for k in range(4)])
-    scaled = round_.finish([round_.update(k, 1000 * (3 + 5 * k)) for k in range(4)])
-    assert same_bits(plain.change, scaled.change)
+def check_scale_of_weights(method):
+    """By a power of two not even the last bit changes; by a thousand that bit alone may."""
+    round_ = OneRound(method, next_state(method))
+    updates = [round_.update(k, 3 + 5 * k) for k in range(4)]
+    plain = round_.finish(updates).change
+    for scale, bound in ((1024, 0.0), (1000, 1e-12)):
+        scaled = [replace(update, num_examples=scale * update.num_examples) for update in updates]
+        assert distance(round_.finish(scaled).change, plain) <= bound
 
 
-def check_one_client(name):
+def check_one_client(method):
     cases = itertools.product(CLASSES, (16.0, 3.5), (False, True), ("float32", "float64"))
     for rank_class, alpha, rslora, wire in cases:
-        change = global_change(dtype=getattr(torch, wire))
-        round_ = Round(name, change, wire=wire, alpha=alpha, rslora=rslora)
+        options = {"wire": wire, "alpha": alpha, "rslora": rslora}
+        start = next_state(method, no_change(dtype=getattr(torch, wire)), **options)
+        round_ = OneRound(method, start, **options)
         update = round_.update(0, 17, rank_class=rank_class.name)
         result = round_.finish([update]).change
         own = {module: reference.delta_weight(f) for module, f in update.adapter.items()}
         assert distance(result, own) < (1e-6 if wire == "float32" else 1e-12)
 
 
-def check_zero_training(name):
-    for wire, dtype, bound in (
-        ("float64", torch.float64, 1e-12),
-        ("float32", torch.float32, 1e-6),
-        ("bfloat16", torch.float64, 1e-12),
-    ):
-        change = global_change(dtype=dtype)
-        round_ = Round(name, change, wire=wire)
-        updates = [round_.update(k, 10 + k, trained=False) for k in range(5)]
-        result = round_.finish(updates).change
-        assert distance(result, {n: change.delta_weight(n) for n in change}) < bound
+def check_zero_training(method):
+    """Two rounds of everybody and two of the weakest alone, over lossless wires."""
+    for wire, bound in (("float64", 1e-12), ("float32", 1e-6)):
+        trained = next_state(method, no_change(dtype=getattr(torch, wire)), wire=wire)
+        for clients in (range(5), (0, 3)):
+            state = trained
+            for _ in range(2):
+                round_ = OneRound(method, state, wire=wire)
+                state = round_.finish([round_.update(k, 10 + k, trained=False) for k in clients])
+            assert distance(state.change, trained.change) < bound
 
 
-def check_average_of_products(name):
-    round_ = Round(name, GlobalChange.zero(SHAPES, torch.float64), alpha=5.0)
+def check_average_of_products(method):
+    eta = method.step.learning_rate if hasattr(method, "step") else 1.0
+    round_ = OneRound(method, no_change(), alphas=[5.0, 16.0, 3.0])
     updates = [round_.update(k, 10 + 7 * k) for k in range(6)]
     result = round_.finish(updates).change
     clients = [(update.adapter, update.num_examples) for update in updates]
-    dense = {module: reference.flexlora_average(clients, module) for module in SHAPES}
+    dense = {module: eta * reference.flexlora_average(clients, module) for module in SHAPES}
     assert distance(result, dense) < 1e-12
 
 
@@ -140,14 +110,38 @@ CHECKS = {
 
 
 @pytest.mark.parametrize("law", LAWS)
-@pytest.mark.parametrize("name", sorted(METHODS))
-def test_a_method_keeps_the_laws_it_declares_and_breaks_the_others(name, law):
-    """The second half shows that every check can fail; a method that keeps a law declares it."""
-    if law in make_method(name).laws:
-        CHECKS[law](name)
+@pytest.mark.parametrize("label", VARIANTS)
+def test_a_method_keeps_the_laws_it_declares_and_breaks_the_others(label, law):
+    """The second half shows that checks can fail; a method that keeps a law declares it."""
+    method = variant(label)
+    if law in method.laws:
+        CHECKS[law](method)
     else:
         with pytest.raises(AssertionError):
-            CHECKS[law](name)
+            CHECKS[law](method)
+
+
+class Careless:
+    """FlexLoRA with the update changed on its way in: the laws that every method keeps, broken."""
+
+    def __init__(self, change):
+        self.inner, self.change = make_method("flexlora"), change
+        self.start = self.inner.start
+
+    def begin(self, state, sent, clients=None):
+        opened = self.inner.begin(state, {}, None)
+        add, count = opened.add, itertools.count()
+        opened.add = lambda update: add(self.change(update, next(count)))
+        return opened
+
+
+def test_the_checks_of_order_and_of_the_weights_can_fail():
+    by_arrival = Careless(lambda update, at: replace(update, client_id=str(at)))
+    by_root = Careless(lambda u, _: replace(u, num_examples=math.isqrt(u.num_examples)))
+    for law, careless in ((Law.ORDER, by_arrival), (Law.SCALE_OF_WEIGHTS, by_root)):
+        with pytest.raises(AssertionError):
+            CHECKS[law](careless)
+    CHECKS[Law.ORDER](by_root)
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
@@ -155,6 +149,32 @@ def test_a_method_answers_to_its_name_and_declares_known_laws(name):
     method = make_method(name)
     assert method.name == name
     assert method.laws <= set(LAWS) and method.laws
+
+
+ADDS_CHANGES = (
+    "aligned",
+    "aligned inherited",
+    "fedex-lora",
+    "ffa-lora",
+    "flexlora feedback",
+    "flora",
+    "florist",
+    "raflora feedback",
+    "residual",
+    "residual realigned",
+    "rolora",
+)
+
+
+@pytest.mark.parametrize("label", sorted({*ADDS_CHANGES, "rbla", "fed-plora"}))
+def test_over_a_16_bit_wire_only_methods_that_add_changes_keep_what_nobody_trained(label):
+    """What is subtracted is the decoded start; a mean of decoded factors takes the rounding in."""
+    method = variant(label)
+    state = next_state(method, wire="bfloat16")
+    round_ = OneRound(method, state, wire="bfloat16")
+    result = round_.finish([round_.update(k, 10 + k, trained=False) for k in range(5)])
+    moved = distance(result.change, state.change)
+    assert moved < 1e-12 if label in ADDS_CHANGES else 1e-4 < moved < 1e-2
 
 
 @given(
@@ -173,7 +193,7 @@ def test_aggregate_equals_the_dense_average_at_any_ranks_alphas_and_scalings(spe
         for k, (rank, alpha, rslora, n) in enumerate(specs)
     ]
     dense = {module: reference.flexlora_average(clients, module) for module in SHAPES}
-    for method in ("flexlora", "residual"):
+    for method in ("flexlora", "residual", "flora", "fedex-lora", "aligned"):
         assert distance(aggregate(clients, method=method), dense) < 1e-12
 
 
@@ -182,13 +202,12 @@ def test_every_client_counts():
     clients = [(random_adapter(SHAPES, 2 + k, seed=k), 10) for k in range(4)]
     whole = aggregate(clients)
     for k in range(4):
-        without = aggregate(clients[:k] + clients[k + 1 :])
-        assert distance(without, {n: whole.delta_weight(n) for n in SHAPES}) > 0.1
+        assert distance(aggregate(clients[:k] + clients[k + 1 :]), whole) > 0.1
 
 
 def test_a_client_that_failed_is_in_no_denominator():
     """Trap T6: two of three replies weigh 1/4 and 3/4, whatever the third would have had."""
-    round_ = Round("flexlora", global_change())
+    round_ = OneRound("flexlora", from_change(global_change()))
     updates = [round_.update(k, n) for k, n in enumerate((10, 30, 1000))]
     result = round_.finish(updates[:2]).change
     dense = {
@@ -204,11 +223,11 @@ def test_a_client_that_failed_is_in_no_denominator():
 def test_residual_equals_its_equation_with_the_decoded_starts(eta, wire):
     change = global_change()
     method = make_method("residual", server_learning_rate=eta)
-    round_ = Round(method, change, wire=wire, rslora=True)
+    round_ = OneRound(method, from_change(change), wire=wire, rslora=True)
     updates = [round_.update(k, 10 + 9 * k) for k in range(5)]
     result = round_.finish(updates).change
     clients = [(update.adapter, update.num_examples) for update in updates]
-    starts = [round_.starts[update.rank_class].trained for update in updates]
+    starts = [round_.sent[update.rank_class].trained for update in updates]
     dense = {
         n: reference.residual_form(change.delta_weight(n), clients, starts, n, eta) for n in SHAPES
     }
@@ -218,7 +237,7 @@ def test_residual_equals_its_equation_with_the_decoded_starts(eta, wire):
 def test_a_16_bit_start_differs_from_the_truncation_so_it_must_be_what_is_subtracted():
     """The control of the bfloat16 case above: subtracting T_r(G) itself would be far off."""
     change = global_change()
-    start = Round("residual", change, wire="bfloat16").starts["rank_3"].trained
+    start = OneRound("residual", from_change(change), wire="bfloat16").sent["rank_3"].trained
     truncated = reference.truncate(change.delta_weight("attn.q"), 3)
     error = reference.relative_error(reference.delta_weight(start["attn.q"]), truncated)
     assert 1e-4 < error < 1e-2
@@ -229,38 +248,61 @@ def test_rounds_without_training_do_not_grow_the_rank_of_the_residual(wire):
     """Rounding noise must not become directions that are stored and sent."""
     change = global_change(dtype=torch.float64 if wire == "float64" else torch.float32)
     for _ in range(3):
-        round_ = Round("residual", change, wire=wire, alpha=7.0)
+        round_ = OneRound("residual", from_change(change), wire=wire, alpha=7.0)
         updates = [round_.update(k, 10 + k, trained=False) for k in range(5)]
         change = round_.finish(updates).change
     assert {name: svd.rank for name, svd in change.items()} == dict.fromkeys(SHAPES, 5)
 
 
+def collapse(method, rounds):
+    """Singular values of G by round when 8 clients of rank 8 and 2 of rank 24 do not train."""
+    change = global_change(24, shapes={"w": (40, 30)})
+    classes = (RankClass(name="rank_8", rank=8), RankClass(name="rank_24", rank=24))
+    values = [change["w"].S.clone()]
+    for _ in range(rounds):
+        round_ = OneRound(method, from_change(change), classes=classes)
+        updates = [
+            round_.update(k, 1, rank_class="rank_8" if k < 8 else "rank_24", trained=False)
+            for k in range(10)
+        ]
+        change = round_.finish(updates).change
+        values.append(change["w"].S)
+    return values
+
+
 def test_flexlora_shrinks_each_direction_by_the_share_of_clients_that_hold_it():
     """Trap T10, rank collapse: sigma_j keeps c_j = sum of p_k over r_k >= j, every round."""
-    shapes = {"w": (40, 30)}
-    change = global_change(24, shapes=shapes)
-    classes = (RankClass(name="rank_8", rank=8), RankClass(name="rank_24", rank=24))
-    S0 = change["w"].S.clone()
+    values = collapse("flexlora", 3)
     held = torch.tensor([1.0] * 8 + [0.2] * 16, dtype=torch.float64)
     for t in (1, 2, 3):
-        round_ = Round("flexlora", change, classes=classes)
-        updates = [round_.update(k, 1, rank_class="rank_8", trained=False) for k in range(8)]
-        updates += [round_.update(k, 1, rank_class="rank_24", trained=False) for k in (8, 9)]
-        change = round_.finish(updates).change
-        torch.testing.assert_close(change["w"].S, S0 * held**t, rtol=1e-9, atol=0)
-    assert float(change["w"].S[19] / S0[19]) == pytest.approx(0.008, rel=1e-9)
+        torch.testing.assert_close(values[t], values[0] * held**t, rtol=1e-9, atol=0)
+    assert float(values[3][19] / values[0][19]) == pytest.approx(0.008, rel=1e-9)
 
 
-def test_residual_keeps_every_direction_where_flexlora_loses_it():
-    shapes = {"w": (40, 30)}
-    change = global_change(24, shapes=shapes)
-    classes = (RankClass(name="rank_8", rank=8), RankClass(name="rank_24", rank=24))
-    S0 = change["w"].S.clone()
-    for _ in range(3):
-        round_ = Round("residual", change, classes=classes)
-        updates = [round_.update(k, 1, trained=False) for k in range(10)]
-        change = round_.finish(updates).change
-    torch.testing.assert_close(change["w"].S, S0, rtol=1e-10, atol=0)
+@pytest.mark.parametrize("label", ["residual", "flexlora feedback", "raflora", "raflora feedback"])
+def test_others_keep_every_direction_where_flexlora_loses_it(label):
+    values = collapse(variant(label), 3)
+    torch.testing.assert_close(values[3], values[0], rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("name", ["residual", "flora", "flexlora", "fedex-lora", "raflora"])
+def test_under_a_cap_error_feedback_keeps_what_nobody_trained(name):
+    """What the cap dropped comes back and is dropped again; Eckart-Young keeps the top."""
+    method = make_method(name, max_rank=4, error_feedback=True)
+    trained = next_state(method)
+    assert trained.dropped_energy > 0.01
+    check_zero_training(method)
+
+
+@pytest.mark.parametrize("label", ["flexlora", "flexlora feedback", "raflora", "residual"])
+def test_what_a_weak_class_is_sent_is_the_truncation_of_what_a_strong_one_is(label):
+    method = variant(label)
+    sent = OneRound(method, next_state(method)).sent
+    for name in SHAPES:
+        strong = reference.delta_weight(sent["rank_7"].trained[name])
+        for rank in (2, 3):
+            weak = reference.delta_weight(sent[f"rank_{rank}"].trained[name])
+            assert reference.relative_error(weak, reference.truncate(strong, rank)) < 1e-10
 
 
 def test_averaging_factors_is_not_averaging_products():
@@ -274,11 +316,11 @@ def test_averaging_factors_is_not_averaging_products():
         assert reference.relative_error(of_factors, ours.delta_weight(name)) > 0.3
 
 
-@pytest.mark.parametrize("name", ["flexlora", "residual"])
+@pytest.mark.parametrize("name", ["flexlora", "residual", "flora"])
 def test_the_cap_keeps_the_best_directions_and_reports_what_it_drops(name):
     """Trap T9: the energy that truncation loses is a number, not silence."""
-    method = make_method(name, max_rank=4)
-    round_ = Round(method, GlobalChange.zero(SHAPES, torch.float64))
+    method = make_method(name, max_rank=4, server_learning_rate=1.0)
+    round_ = OneRound(method)
     updates = [round_.update(k, 10 + k) for k in range(4)]
     state = round_.finish(updates)
     clients = [(update.adapter, update.num_examples) for update in updates]
@@ -292,48 +334,33 @@ def test_the_cap_keeps_the_best_directions_and_reports_what_it_drops(name):
 
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_a_round_without_updates_is_the_same_state_one_round_later(name):
-    change = global_change()
-    state = Round(name, change).finish([])
-    assert state.round == 4 and same_bits(state.change, change)
+    state = next_state(name)
+    later = OneRound(name, state).finish([])
+    assert later.round == 2
+    if name == "slora":  # its SVD start is due with or without clients
+        assert distance(later.change, state.change) < 1e-12
+    else:
+        assert same_bits(later, state)
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
-def test_a_method_forgets_the_last_round(name):
-    round_ = Round(name, global_change())
-    first, second = [round_.update(0, 5)], [round_.update(1, 9), round_.update(2, 2)]
-    alone = round_.finish(second).change
-    round_.finish(first)
-    assert same_bits(round_.finish(second).change, alone)
+def test_two_rounds_of_one_method_do_not_feel_each_other(name):
+    method = make_method(name)
+    round_ = OneRound(method, next_state(method))
+    mine, others = [round_.update(1, 9), round_.update(2, 2)], [round_.update(0, 5)]
+    alone = round_.finish(mine)
+    first, second = round_.open(), round_.open()
+    first.add(others[0])
+    for update in mine:
+        second.add(update)
+    first.finish()
+    assert same_bits(second.finish(), alone)
 
 
-@pytest.mark.parametrize("name", sorted(METHODS))
-def test_a_second_update_of_a_client_is_refused_and_the_first_stays(name):
-    round_ = Round(name, global_change())
-    first, other = round_.update(0, 5), round_.update(1, 9)
-    expected = round_.finish([first, other]).change
-    round_.method.begin(round_.state, round_.starts)
-    round_.method.add(first)
-    with pytest.raises(UpdateRefused, match="client client_0: a second update in the same round"):
-        round_.method.add(round_.update(0, 50, seed=9))
-    round_.method.add(other)
-    assert same_bits(round_.method.finish().change, expected)
-
-
-def test_residual_refuses_a_start_that_it_cannot_subtract():
-    round_ = Round("residual", global_change())
-    good, other = round_.update(0, 5), round_.update(1, 9)
-    expected = round_.finish([good]).change
-    for bad in (replace(other, digest="0" * 64), replace(other, rank_class="rank_99")):
-        round_.method.begin(round_.state, round_.starts)
-        round_.method.add(good)
-        with pytest.raises(
-            UpdateRefused, match=r"client client_1: .*which this round did not send"
-        ):
-            round_.method.add(bad)
-        assert same_bits(round_.method.finish().change, expected)
-
-
-@pytest.mark.parametrize("call", [make_method, lambda name: aggregate([], method=name)])
+@pytest.mark.parametrize(
+    "call",
+    [make_method, lambda name: aggregate([(random_adapter(SHAPES), 1)], method=name)],
+)
 def test_an_unknown_method_is_an_error_that_names_the_nearest(call):
     """Trap T20: a misspelt method that silently runs FedAvg."""
     with pytest.raises(UserError, match=r"'flexlore' is unknown.*Did you mean 'flexlora'"):

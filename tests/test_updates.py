@@ -8,10 +8,11 @@ import reference
 import torch
 from builders import random_adapter
 
-from flexlora import Adapter, aggregate
+from flexlora import Adapter
 from flexlora.aggregation import (
     METHODS,
     GlobalChange,
+    LocalPlan,
     Start,
     State,
     Update,
@@ -144,15 +145,15 @@ def run_round(name, shapes, expected, updates):
     """The server's loop: check, add, and drop what is refused. Returns the change and refusals."""
     method = make_method(name)
     start = Start(rank_class=RANK_4, base_round=0, trained=expected, digest="d" * 64)
-    method.begin(State(round=0, change=GlobalChange.zero(shapes)), {"rank_4": start})
+    opened = method.begin(State(round=0, change=GlobalChange.zero(shapes)), {"rank_4": start})
     refused = []
     for update in updates:
         try:
             check_update(update, expected, digest="d" * 64, max_norm=1000.0)
-            method.add(update)
+            opened.add(update)
         except UpdateRefused as error:
             refused.append(str(error))
-    return method.finish().change, refused
+    return opened.finish().change, refused
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
@@ -179,18 +180,48 @@ def test_a_refused_update_leaves_the_round_as_if_it_had_not_come(
         assert torch.equal(result[module].Vh, without[module].Vh)
 
 
-def test_aggregate_refuses_what_does_not_belong_together(shapes):
-    first = random_adapter(shapes, 4)
-    other = Adapter({name: f for name, f in first.items() if name != "mlp.up"})
-    tall = random_adapter({**shapes, "attn.q": (13, 12)}, 4)
-    cases = [
-        ([], "there is no update to aggregate"),
-        ([(first, 10), (other, 10)], "lacks module 'mlp.up'"),
-        ([(other, 10), (first, 10)], "has unknown module 'mlp.up'"),
-        ([(first, 10), (tall, 10)], r"\[out, in\] is \[13, 12\], expected \[12, 12\]"),
-        ([(first, 0)], "num_examples is 0"),
-        ([(first, 10), (first.map(lambda t: t * math.nan), 5)], "holds NaN or infinity"),
-    ]
-    for updates, message in cases:
-        with pytest.raises(UpdateRefused, match=message):
-            aggregate(updates)
+RESTARTED, PRUNED = LocalPlan(restarts=2), LocalPlan(prune_factor=0.5)
+
+
+def resized(adapter, rank, *, rslora=False):
+    """Terms repeated or cut to ``rank``, each at the scaling that was sent."""
+    modules = {}
+    for name, factors in replace_rslora(adapter, rslora).items():
+        terms = [term % factors.rank for term in range(rank)]
+        modules[name] = factors.terms(terms)
+    return Adapter(modules)
+
+
+def replace_rslora(adapter, rslora):
+    return Adapter({name: replace(factors, rslora=rslora) for name, factors in adapter.items()})
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize(
+    ("local", "good", "bad"),
+    [(LocalPlan(), [4], [1, 3, 5, 8]), (RESTARTED, [12], [4, 8, 13]), (PRUNED, [1, 3, 4], [5, 8])],
+    ids=["plain", "restarts", "pruning"],
+)
+def test_the_local_plan_says_at_which_ranks_a_reply_may_come(
+    update, expected, local, good, bad, rslora
+):
+    """Times the restarts and never fewer, or fewer by pruning and never more."""
+    sent = replace_rslora(expected, rslora)
+    for rank in good:
+        reply = replace(update, adapter=resized(update.adapter, rank, rslora=rslora))
+        check_update(reply, sent, local=local)
+        for factors in reply.adapter.values():
+            assert factors.scaling == pytest.approx(16.0 / (2 if rslora else 4), rel=1e-12)
+    for rank in bad:
+        reply = replace(update, adapter=resized(update.adapter, rank, rslora=rslora))
+        with pytest.raises(UpdateRefused, match=rf"lora_A has shape \({rank}, 12\), expected"):
+            check_update(reply, sent, local=local)
+
+
+@pytest.mark.parametrize(("local", "rank"), [(RESTARTED, 12), (PRUNED, 2)])
+def test_another_number_of_terms_is_no_way_to_another_scaling(update, expected, local, rank):
+    """An alpha kept while the rank changed would count for more, or less, than was trained."""
+    terms = resized(update.adapter, rank)
+    kept = Adapter({name: replace(factors, alpha=16.0) for name, factors in terms.items()})
+    with pytest.raises(UpdateRefused, match=rf"alpha 16\.0 .*expected {4.0 * rank}"):
+        check_update(replace(update, adapter=kept), expected, local=local)

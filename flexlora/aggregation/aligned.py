@@ -13,15 +13,20 @@ LoRA-GA (arXiv 2407.05000), here per client and round, from a sketch (``flexlora
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from flexlora.adapters import Adapter
-from flexlora.aggregation.base import Factoring, Law, Start, State, Update
-from flexlora.aggregation.products import UpdateBuffer, next_state, product_terms, svd_terms
+from flexlora.aggregation.base import Factoring, Law, LocalPlan, Start, State
+from flexlora.aggregation.products import ProductSums
+from flexlora.aggregation.rounds import OpenRound
 from flexlora.aggregation.state import GlobalChange
+from flexlora.aggregation.steps import ServerStep, next_state
+from flexlora.aggregation.truncated import StartedFrom
+from flexlora.linalg import FactoredSVD
 from flexlora.ranks import RankClass
 from flexlora.seeds import derive_seed
 
-__all__ = ["Aligned"]
+__all__ = ["Aligned", "carried_directions", "fresh_factors"]
 
 
 class Aligned:
@@ -30,8 +35,13 @@ class Aligned:
     Args:
         carried_rank: c, capped at what there is; the same for all classes unless a class names its
             own.
+        carried_dtype: what the carried factors travel and lie in memory as; "" is the wire's dtype.
         gradient_batches: batches behind the gradient that ``lora_A`` is aligned with; 0 leaves the
             random rows that were sent (the control).
+        restarts: times that local training freezes what it has and aligns fresh factors; the
+            update holds all of them, ``(restarts + 1)`` times the bytes.
+        inherited: train ``T_r(G)`` itself and carry ``T_c(G) - T_r(G)``; nothing is aligned. The
+            server then adds what training changed, as the residual form does.
     """
 
     name = "aligned"
@@ -42,52 +52,86 @@ class Aligned:
     def __init__(
         self,
         *,
-        server_learning_rate: float = 1.0,
-        max_rank: int = 1 << 30,
+        step: ServerStep = ServerStep(),
         carried_rank: int = 64,
+        carried_dtype: str = "",
         gradient_batches: int = 1,
+        restarts: int = 0,
+        inherited: bool = False,
     ) -> None:
-        self.server_learning_rate, self.max_rank = server_learning_rate, max_rank
-        self.carried_rank, self.gradient_batches = carried_rank, gradient_batches
+        self.step, self.inherited = step, inherited
+        self.carried_rank, self.carried_dtype = carried_rank, carried_dtype
+        self.local = LocalPlan(
+            gradient_batches=0 if inherited else gradient_batches, restarts=restarts
+        )
 
     def start(self, state: State, rank_class: RankClass, factoring: Factoring) -> Start:
-        shapes = state.change.shapes
-        # Rows drawn anew in every round: a client that keeps its rows would train one subspace.
-        seed = derive_seed(factoring.seed, "fresh", state.round)
-        fresh = GlobalChange.zero(shapes, next(iter(state.change.values())).U.dtype).adapter(
-            rank_class.ranks(shapes), factoring.alpha, rslora=factoring.rslora, seed=seed
-        )
+        ranks = rank_class.ranks(state.change.shapes)
+        if self.inherited:
+            trained = state.change.adapter(
+                ranks, factoring.alpha, rslora=factoring.rslora, seed=factoring.seed
+            )
+            first = ranks
+        else:
+            trained, first = fresh_factors(state, rank_class, factoring), dict.fromkeys(ranks, 0)
+        last = rank_class.carried_rank or self.carried_rank
         return Start(
             rank_class=rank_class,
             base_round=state.round,
-            trained=fresh,
-            carried=self._carried(state, rank_class, factoring),
-            gradient_batches=self.gradient_batches,
+            trained=trained,
+            carried=carried_directions(state, first, last, factoring),
+            carried_dtype=self.carried_dtype,
+            local=self.local,
         )
 
-    def _carried(self, state: State, rank_class: RankClass, factoring: Factoring) -> Adapter | None:
-        """``T_c(G)``, or nothing while ``G`` is zero everywhere."""
-        wanted = rank_class.carried_rank or self.carried_rank
-        ranks = {name: max(1, min(wanted, svd.rank)) for name, svd in state.change.items()}
-        if not any(svd.rank for svd in state.change.values()):
-            return None
-        return state.change.adapter(ranks, factoring.alpha, rslora=factoring.rslora)
+    def begin(
+        self, state: State, sent: Mapping[str, Start], clients: Mapping[str, str] | None = None
+    ) -> OpenRound:
+        products, started = ProductSums(state.change.shapes), StartedFrom(sent)
 
-    def begin(self, state: State, sent: Mapping[str, Start]) -> None:
-        self._state, self._buffer = state, UpdateBuffer()
+        def close() -> State:
+            changes = {}
+            for name in state.change:
+                total = products.take(name)
+                # Fresh factors start from nothing, so there is nothing to subtract.
+                starts = started.terms(name, -1.0) if self.inherited else ()
+                changes[name] = replace(total, terms=total.terms + starts)
+            return next_state(state, changes, self.step)
 
-    def add(self, update: Update) -> None:
-        self._buffer.add(update)
+        return OpenRound(
+            state,
+            sent,
+            clients,
+            products=products,
+            fold=started.add,
+            close=close,
+            admit=started.admit if self.inherited else None,
+        )
 
-    def finish(self) -> State:
-        if not len(self._buffer):
-            return self._state.one_round_later()
-        weighted, eta = self._buffer.weighted(), self.server_learning_rate
-        terms = {
-            name: [
-                svd_terms(1.0, svd),
-                *((eta * weight, B, A) for weight, B, A in product_terms(weighted, name)),
-            ]
-            for name, svd in self._state.change.items()
-        }
-        return next_state(self._state, terms, max_rank=self.max_rank)
+
+def fresh_factors(state: State, rank_class: RankClass, factoring: Factoring) -> Adapter:
+    """Random ``lora_A``, zero ``lora_B``; drawn anew in every round.
+
+    A client that kept its rows would train in one subspace for ever.
+    """
+    shapes = state.change.shapes
+    nothing = GlobalChange.zero(shapes, next(iter(state.change.values())).U.dtype)
+    seed = derive_seed(factoring.seed, "fresh", state.round)
+    return nothing.adapter(
+        rank_class.ranks(shapes), factoring.alpha, rslora=factoring.rslora, seed=seed
+    )
+
+
+def carried_directions(
+    state: State, first: Mapping[str, int], last: int, factoring: Factoring
+) -> Adapter | None:
+    """Directions ``first`` (by module) to ``last`` of ``G`` as factors; None if there are none."""
+
+    def between(name: str, svd: FactoredSVD) -> FactoredSVD:
+        span = slice(first[name], last)
+        return FactoredSVD(U=svd.U[:, span], S=svd.S[span], Vh=svd.Vh[span])
+
+    rest = GlobalChange({name: between(name, svd) for name, svd in state.change.items()})
+    if not any(svd.rank for svd in rest.values()):
+        return None
+    return rest.full_rank_adapter(factoring.alpha, rslora=factoring.rslora)

@@ -1,8 +1,8 @@
 """The interface every aggregation method keeps, and what goes in and comes out of it.
 
-A method is stateful for one round: ``begin(state, sent)``, ``add(update)`` for each reply in any
-order, ``finish() -> state``. Before the round ``start(...)`` says what a rank class is sent:
-factors to train, factors to carry frozen beside them, and which of the trained ones get gradients.
+A method holds options only. ``start(...)`` says what a rank class is sent: factors to train,
+factors to carry frozen beside them, which of the trained ones get gradients. ``begin(...)`` opens a
+round, which takes ``add(update)`` for each reply in any order and ends in ``finish() -> state``.
 """
 
 from __future__ import annotations
@@ -16,94 +16,66 @@ from typing import Protocol
 import torch
 
 from flexlora.adapters import Adapter, LoRAFactors
+from flexlora.aggregation.starts import Factoring, LocalPlan, Start
 from flexlora.aggregation.state import GlobalChange
 from flexlora.errors import UpdateRefused, nearest
 from flexlora.linalg import product_norm
 from flexlora.ranks import RankClass
 
-__all__ = ["Factoring", "Law", "Method", "Start", "State", "Update", "check_update"]
+__all__ = [
+    "Factoring",
+    "Law",
+    "LocalPlan",
+    "Method",
+    "Round",
+    "Start",
+    "State",
+    "Update",
+    "check_update",
+]
 
 
 class Law:
-    """The laws a method may declare; ``tests/test_methods.py`` checks exactly the declared ones."""
+    """The laws a method may declare; ``tests/test_methods.py`` checks exactly the declared ones.
+
+    They are those of the method's rule: of the sgd step, without a cap on the rank of ``G``.
+    """
 
     ORDER = "the order of the clients does not matter"
     SCALE_OF_WEIGHTS = "multiplying all num_examples by a constant does not matter"
     ONE_CLIENT = "one client at any rank reproduces its own delta_weight"
     ZERO_TRAINING = "a round in which nobody trained changes nothing"
-    AVERAGE_OF_PRODUCTS = "from G = 0 the result is the weighted sum of the products"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Factoring:
-    """How ``T_r(G)`` becomes factors: alpha, plain or rsLoRA scaling, the split, the seed."""
-
-    alpha: float
-    rslora: bool = False
-    singular_values: str = "b-heavy"
-    seed: int = 0
+    AVERAGE_OF_PRODUCTS = (
+        "from G = 0 the change is the weighted sum of the products, times the server's rate"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """What the server carries from round to round. ``round`` 0 is before any training."""
+    """What the server carries from round to round. ``round`` 0 is before any training.
+
+    ``extra`` holds a method's own tensors and is part of a checkpoint. ``modules`` says how the
+    round went, module by module: the route, its seconds and error, the gap between averaging
+    factors and averaging products.
+    """
 
     round: int
     change: GlobalChange
     dropped_energy: float = 0.0
     extra: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    modules: Mapping[str, Mapping[str, float | str]] = field(default_factory=dict)
 
     def one_round_later(self) -> State:
         """The same state after a round that counted nobody."""
-        return replace(self, round=self.round + 1, dropped_energy=0.0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Start:
-    """What a client of one rank class is sent, as it arrives there (after the wire).
-
-    ``trained`` are the factors it starts from; ``carried`` are frozen beside them (None: nothing);
-    ``trainable`` names the factors that get gradients. With ``gradient_batches`` the client first
-    turns ``lora_A`` into the top singular space of its own gradient over that many batches.
-    """
-
-    rank_class: RankClass
-    base_round: int
-    trained: Adapter
-    carried: Adapter | None = None
-    trainable: tuple[str, ...] = ("lora_A", "lora_B")
-    gradient_batches: int = 0
-    digest: str = ""
-
-    def sealed(self) -> Start:
-        """The same start with the digest of what it holds."""
-        parts = [self.trained.digest(), self.carried.digest() if self.carried else ""]
-        return replace(self, digest="+".join(part[:32] for part in parts))
-
-    def served(self) -> Adapter:
-        """What a model of this class is: trained and carried factors side by side.
-
-        ``s B A + c Q P = [s B, c Q] @ [A; P]``, with alpha chosen so that the scaling is 1. Fresh
-        factors, whose ``lora_B`` is zero, add nothing and are left out.
-        """
-        if self.carried is None:
-            return self.trained
-        if not any(bool(factors.lora_B.any()) for factors in self.trained.values()):
-            return self.carried
-        modules = {}
-        for name, own in self.trained.items():
-            other = self.carried[name]
-            modules[name] = LoRAFactors(
-                lora_A=torch.cat([own.lora_A, other.lora_A]),
-                lora_B=torch.cat([own.scaling * own.lora_B, other.scaling * other.lora_B], dim=1),
-                alpha=float(own.rank + other.rank),
-            )
-        return Adapter(modules)
+        return replace(self, round=self.round + 1, dropped_energy=0.0, modules={})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """What a client sends back: trained factors, its number of examples, where it started."""
+    """What a client sends back: trained factors, its number of examples, where it started.
+
+    ``rank_class`` names the start among those of the round; ``late`` is one of an earlier round.
+    """
 
     client_id: str
     adapter: Adapter
@@ -111,10 +83,29 @@ class Update:
     rank_class: str = ""
     base_round: int = 0
     digest: str = ""
+    late: bool = False
+
+    @property
+    def key(self) -> str:
+        """What it is counted under: a client may answer this round and an earlier one."""
+        return f"{self.client_id}@{self.base_round}" if self.late else self.client_id
+
+
+class Round(Protocol):
+    """One open round of a method."""
+
+    def add(self, update: Update) -> None:
+        """Fold in one checked update; a refused one leaves the round as it was."""
+
+    def skip(self, client_id: str) -> None:
+        """This client will not be added: nobody waits for it."""
+
+    def finish(self) -> State:
+        """The next state. Without any update it is the last one, one round later."""
 
 
 class Method(Protocol):
-    """One aggregation method for one run. Its file names the paper and the equation."""
+    """One aggregation method: its options and nothing of any round. Its file names the paper."""
 
     name: str
     laws: frozenset[str]
@@ -122,20 +113,29 @@ class Method(Protocol):
     def start(self, state: State, rank_class: RankClass, factoring: Factoring) -> Start:
         """What ``rank_class`` is sent in the round after ``state``."""
 
-    def begin(self, state: State, sent: Mapping[str, Start]) -> None:
-        """Open a round: ``sent`` maps the name of a rank class to the start its clients decoded."""
+    def begin(
+        self, state: State, sent: Mapping[str, Start], clients: Mapping[str, str] | None = None
+    ) -> Round:
+        """Open a round: ``sent`` maps the name of a rank class to the start its clients decoded.
 
-    def add(self, update: Update) -> None:
-        """Fold in one checked update; a refused one leaves the round as it was."""
-
-    def finish(self) -> State:
-        """The next state. Without any update it is the last one, one round later."""
+        Starts of earlier rounds, of which updates may still come, stand there under other names.
+        ``clients`` maps those who were asked to their class. With it updates are folded in as they
+        come, in memory that does not grow with their number; without it they wait for the end.
+        """
 
 
 def check_update(
-    update: Update, expected: Adapter, *, digest: str | None = None, max_norm: float = 0.0
+    update: Update,
+    expected: Adapter,
+    *,
+    digest: str | None = None,
+    max_norm: float = 0.0,
+    local: LocalPlan = LocalPlan(),
 ) -> None:
     """Refuse an update that must not reach the sum; ``expected`` is what this client was sent.
+
+    Under ``local`` a reply may have fewer terms than sent (pruning) or several times as many
+    (restarts), at the scaling that was sent.
 
     Raises:
         UpdateRefused: a module missing or unknown, a shape, rank, alpha or dtype other than sent,
@@ -161,30 +161,36 @@ def check_update(
         )
     energy = 0.0
     for name, factors in update.adapter.items():
-        want = expected[name]
-        for label in ("lora_A", "lora_B"):
-            got, sent = getattr(factors, label), getattr(want, label)
-            if got.shape != sent.shape:
-                raise UpdateRefused(
-                    f"{who}, module '{name}': {label} has shape {tuple(got.shape)}, expected "
-                    f"{tuple(sent.shape)} for rank {want.rank}. "
-                    "Was this client assigned another rank this round?"
-                )
-            if got.dtype != sent.dtype:
-                raise UpdateRefused(
-                    f"{who}, module '{name}': {label} is {got.dtype}, expected {sent.dtype}."
-                )
-            if not bool(torch.isfinite(got).all()):
-                raise UpdateRefused(f"{who}, module '{name}': {label} holds NaN or infinity.")
-        if (factors.alpha, factors.rslora) != (want.alpha, want.rslora):
-            raise UpdateRefused(
-                f"{who}, module '{name}': alpha {factors.alpha} (rslora={factors.rslora}), "
-                f"expected {want.alpha} (rslora={want.rslora})."
-            )
+        _check_factors(f"{who}, module '{name}'", factors, expected[name], local)
         energy += (factors.scaling * product_norm(factors.lora_B, factors.lora_A)) ** 2
     # Finite factors can have a product that float32 cannot hold.
     bound = max_norm or torch.finfo(torch.float32).max
     if not math.sqrt(energy) <= bound:
         raise UpdateRefused(
             f"{who}: the update's norm is {math.sqrt(energy):.3g}, the bound is {bound:.3g}."
+        )
+
+
+def _check_factors(who: str, got: LoRAFactors, want: LoRAFactors, local: LocalPlan) -> None:
+    """Shapes, dtype, numbers and scaling of one module's factors."""
+    rank = want.rank * (1 + local.restarts)
+    if local.prune_factor and 1 <= got.rank < rank:
+        rank = got.rank
+    shapes = {"lora_A": (rank, want.in_features), "lora_B": (want.out_features, rank)}
+    for label, shape in shapes.items():
+        tensor, sent = getattr(got, label), getattr(want, label)
+        if tuple(tensor.shape) != shape:
+            raise UpdateRefused(
+                f"{who}: {label} has shape {tuple(tensor.shape)}, expected {shape} for rank "
+                f"{rank}. Was this client assigned another rank this round?"
+            )
+        if tensor.dtype != sent.dtype:
+            raise UpdateRefused(f"{who}: {label} is {tensor.dtype}, expected {sent.dtype}.")
+        if not bool(torch.isfinite(tensor).all()):
+            raise UpdateRefused(f"{who}: {label} holds NaN or infinity.")
+    alpha = want.alpha if rank == want.rank else want.scaling * got.alpha / got.scaling
+    if got.rslora != want.rslora or not math.isclose(got.alpha, alpha, rel_tol=1e-12):
+        raise UpdateRefused(
+            f"{who}: alpha {got.alpha} (rslora={got.rslora}), "
+            f"expected {alpha} (rslora={want.rslora})."
         )

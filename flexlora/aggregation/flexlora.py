@@ -5,14 +5,21 @@
 A client of rank r starts from ``T_r(G)`` and sends its factors back whole. The known defect (rank
 collapse, arXiv 2602.13486): a direction j that only clients of rank >= j hold keeps only their
 share of the weight each round, even when nobody trains.
+
+With error feedback (ECLoRA, TNNLS 2025) what truncation to its rank took from each client,
+``G - T_{r_k}(G)``, is added to its product; the rule is then that of the residual form.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
-from flexlora.aggregation.base import Factoring, Law, Start, State, Update
-from flexlora.aggregation.products import UpdateBuffer, next_state, product_terms
+from flexlora.aggregation.base import Factoring, Law, Start, State
+from flexlora.aggregation.products import ProductSums
+from flexlora.aggregation.rounds import OpenRound
+from flexlora.aggregation.steps import ServerStep, next_state
+from flexlora.aggregation.truncated import StartedFrom, remember_rows, truncated_start
 from flexlora.ranks import RankClass
 
 __all__ = ["FlexLoRA"]
@@ -26,37 +33,35 @@ class FlexLoRA:
         {Law.ORDER, Law.SCALE_OF_WEIGHTS, Law.ONE_CLIENT, Law.AVERAGE_OF_PRODUCTS},
     )
 
-    def __init__(self, *, max_rank: int = 1 << 30) -> None:
-        self.max_rank = max_rank
+    def __init__(self, *, step: ServerStep = ServerStep(), realign: bool = False) -> None:
+        self.step, self.realign = step, realign
+        if step.error_feedback:
+            self.laws = self.laws - {Law.ONE_CLIENT} | {Law.ZERO_TRAINING}
 
     def start(self, state: State, rank_class: RankClass, factoring: Factoring) -> Start:
         return truncated_start(state, rank_class, factoring)
 
-    def begin(self, state: State, sent: Mapping[str, Start]) -> None:
-        self._state, self._buffer = state, UpdateBuffer()
+    def begin(
+        self, state: State, sent: Mapping[str, Start], clients: Mapping[str, str] | None = None
+    ) -> OpenRound:
+        products, started = ProductSums(state.change.shapes), StartedFrom(sent)
 
-    def add(self, update: Update) -> None:
-        self._buffer.add(update)
+        def close() -> State:
+            sums = {name: products.take(name) for name in state.change}
+            if self.step.error_feedback:
+                sums = {
+                    name: replace(total, terms=total.terms + started.terms(name, -1.0))
+                    for name, total in sums.items()
+                }
+            last = remember_rows(state, sent) if self.realign else state
+            return next_state(last, sums, self.step, target=not self.step.error_feedback)
 
-    def finish(self) -> State:
-        if not len(self._buffer):
-            return self._state.one_round_later()
-        weighted = self._buffer.weighted()
-        terms = {name: product_terms(weighted, name) for name in self._state.change}
-        return next_state(self._state, terms, max_rank=self.max_rank)
-
-
-def truncated_start(state: State, rank_class: RankClass, factoring: Factoring) -> Start:
-    """``T_r(G)`` to train from, nothing carried: what the published method sends."""
-    ranks = rank_class.ranks(state.change.shapes)
-    return Start(
-        rank_class=rank_class,
-        base_round=state.round,
-        trained=state.change.adapter(
-            ranks,
-            factoring.alpha,
-            rslora=factoring.rslora,
-            singular_values=factoring.singular_values,
-            seed=factoring.seed,
-        ),
-    )
+        return OpenRound(
+            state,
+            sent,
+            clients,
+            products=products,
+            fold=started.add,
+            close=close,
+            admit=started.admit if self.step.error_feedback else None,
+        )

@@ -1,85 +1,84 @@
-"""The weighted sum of products that FlexLoRA and its relatives end in, exact and order-free.
+"""Weighted sums of products, ``sum_k w_k s_k B_k A_k`` per module, held as what is smaller.
 
-``sum_k w_k left_k right_k`` per module: the terms are kept until the round closes, then stacked in
-the order of their keys (never of their arrival), so the same clients give the same bits.
+Up to a certain sum of ranks the factors themselves are kept; beyond it they are multiplied into one
+dense matrix per module, so that the memory of a round does not grow with the number of its clients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
-from flexlora.aggregation.base import State, Update
-from flexlora.aggregation.state import GlobalChange
-from flexlora.errors import UpdateRefused
-from flexlora.linalg import FactoredSVD, stack_products, svd_of_product
+from flexlora.adapters import LoRAFactors
+from flexlora.decompose import MatrixSum, Term, dense_pays, fold
+from flexlora.linalg import FactoredSVD
 
-__all__ = ["Term", "UpdateBuffer", "next_state", "product_terms", "svd_terms"]
+__all__ = ["ProductSums", "factors_term", "svd_term"]
 
-Term = tuple[float, Tensor, Tensor]
-
-
-class UpdateBuffer:
-    """The updates of a round by client, given back in the order of the client ids.
-
-    Raises:
-        UpdateRefused: a second update of a client that has already been counted.
-    """
-
-    def __init__(self) -> None:
-        self._updates: dict[str, Update] = {}
-
-    def add(self, update: Update) -> None:
-        if update.client_id in self._updates:
-            raise UpdateRefused(f"client {update.client_id}: a second update in the same round.")
-        self._updates[update.client_id] = update
-
-    def __len__(self) -> int:
-        return len(self._updates)
-
-    def weighted(self) -> list[tuple[float, Update]]:
-        """``(p_k, update)`` with p_k the share of the examples among those that arrived."""
-        ordered = [self._updates[client_id] for client_id in sorted(self._updates)]
-        total = sum(update.num_examples for update in ordered)
-        return [(update.num_examples / total, update) for update in ordered]
+FOLD_RANK = 512  # ranks multiplied out together: enough for a matrix product at full rate
 
 
-def product_terms(weighted: Iterable[tuple[float, Update]], module: str) -> list[Term]:
-    """``(p_k s_k, B_k, A_k)`` of one module: the scaling goes inside the product."""
-    terms = []
-    for share, update in weighted:
-        factors = update.adapter[module]
-        terms.append((share * factors.scaling, factors.lora_B, factors.lora_A))
-    return terms
+class ProductSums:
+    """``sum_k num_examples_k * s_k B_k A_k`` for every module of ``shapes``."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, int]]) -> None:
+        self.shapes = dict(shapes)
+        self.total = 0.0
+        self._terms: dict[str, list[Term]] = {name: [] for name in shapes}
+        self._ranks = dict.fromkeys(shapes, 0)
+        self._dense: dict[str, Tensor] = {}
+
+    def add(self, factors: Mapping[str, LoRAFactors], weight: float) -> None:
+        """Add ``weight`` times the products; the same weight counts in ``total``."""
+        self.total += weight
+        self._append(factors, weight)
+
+    def subtract(self, factors: Mapping[str, LoRAFactors], weight: float) -> None:
+        """Take ``weight`` times the products away; ``total`` stays."""
+        self._append(factors, -weight)
+
+    def _append(self, factors: Mapping[str, LoRAFactors], weight: float) -> None:
+        for name, own in factors.items():
+            self._terms[name].append((weight * own.scaling, own.lora_B, own.lora_A))
+            self._ranks[name] += own.rank
+            self._fold(name)
+
+    def _fold(self, name: str) -> None:
+        waiting = sum(left.shape[1] for _, left, _ in self._terms[name])
+        dense = name in self._dense
+        if not dense and not dense_pays(self.shapes[name], self._ranks[name]):
+            return
+        if not dense or waiting >= FOLD_RANK:
+            terms, self._terms[name] = self._terms[name], []
+            self._dense[name] = fold(self._dense.get(name), terms, self.shapes[name])
+
+    def apply(self, name: str, probes: Tensor) -> Tensor:
+        """``M @ probes`` of the weighted mean ``M``, ``[in, k] -> [out, k]``, in float64."""
+        total = probes.new_zeros(self.shapes[name][0], probes.shape[1], dtype=torch.float64)
+        if name in self._dense:
+            dense = self._dense[name]
+            total += (dense @ probes.to(dense.dtype)).double()
+        for weight, left, right in self._terms[name]:
+            total += weight * (left.double() @ (right.double() @ probes))
+        return total / self.total
+
+    def take(self, name: str, weight: float = 1.0) -> MatrixSum:
+        """``weight`` times the weighted mean; it is handed over and forgotten here."""
+        share = weight / self.total if self.total else 0.0
+        terms = tuple((share * w, left, right) for w, left, right in self._terms.pop(name))
+        dense = self._dense.pop(name, None)
+        if dense is not None:
+            dense.mul_(share)
+        return MatrixSum(shape=self.shapes[name], terms=terms, dense=dense)
 
 
-def svd_terms(weight: float, svd: FactoredSVD) -> Term:
+def factors_term(weight: float, factors: LoRAFactors) -> Term:
+    """``weight * s B A`` as one term."""
+    return weight * factors.scaling, factors.lora_B, factors.lora_A
+
+
+def svd_term(weight: float, svd: FactoredSVD) -> Term:
     """``weight * U diag(S) Vh`` as one term."""
     return weight, svd.U.double() * svd.S.double(), svd.Vh
-
-
-def next_state(state: State, terms: Mapping[str, list[Term]], *, max_rank: int) -> State:
-    """The state whose change is the sum of ``terms`` per module, kept at ``max_rank`` directions.
-
-    What the cap drops is reported as a share of the energy (Eckart-Young: the smallest possible).
-    """
-    modules, kept, total = {}, 0.0, 0.0
-    for name, svd in state.change.items():
-        left, right = stack_products(terms[name])
-        exact = svd_of_product(left, right)
-        capped = exact.truncate(max_rank)
-        total += float(exact.S.square().sum())
-        kept += float(capped.S.square().sum())
-        dtype = svd.U.dtype
-        modules[name] = FactoredSVD(
-            U=capped.U.to(dtype).contiguous(),
-            S=capped.S.to(dtype).contiguous(),
-            Vh=capped.Vh.to(dtype).contiguous(),
-        )
-    return State(
-        round=state.round + 1,
-        change=GlobalChange(modules),
-        dropped_energy=1.0 - kept / total if total > 0 else 0.0,
-        extra=state.extra,
-    )

@@ -10,11 +10,13 @@ wire, its rounded neighbour over a 16-bit one. Nobody trains, nothing changes: n
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
-from flexlora.aggregation.base import Factoring, Law, Start, State, Update
-from flexlora.aggregation.flexlora import truncated_start
-from flexlora.aggregation.products import UpdateBuffer, next_state, product_terms, svd_terms
-from flexlora.errors import UpdateRefused
+from flexlora.aggregation.base import Factoring, Law, Start, State
+from flexlora.aggregation.products import ProductSums
+from flexlora.aggregation.rounds import OpenRound
+from flexlora.aggregation.steps import ServerStep, next_state
+from flexlora.aggregation.truncated import StartedFrom, remember_rows, truncated_start
 from flexlora.ranks import RankClass
 
 __all__ = ["Residual"]
@@ -28,45 +30,31 @@ class Residual:
         {Law.ORDER, Law.SCALE_OF_WEIGHTS, Law.ZERO_TRAINING, Law.AVERAGE_OF_PRODUCTS},
     )
 
-    def __init__(self, *, server_learning_rate: float = 1.0, max_rank: int = 1 << 30) -> None:
-        self.server_learning_rate, self.max_rank = server_learning_rate, max_rank
+    def __init__(self, *, step: ServerStep = ServerStep(), realign: bool = False) -> None:
+        self.step, self.realign = step, realign
 
     def start(self, state: State, rank_class: RankClass, factoring: Factoring) -> Start:
         return truncated_start(state, rank_class, factoring)
 
-    def begin(self, state: State, sent: Mapping[str, Start]) -> None:
-        self._state, self._sent, self._buffer = state, dict(sent), UpdateBuffer()
+    def begin(
+        self, state: State, sent: Mapping[str, Start], clients: Mapping[str, str] | None = None
+    ) -> OpenRound:
+        products, started = ProductSums(state.change.shapes), StartedFrom(sent)
 
-    def add(self, update: Update) -> None:
-        start = self._sent.get(update.rank_class)
-        if self._sent and (start is None or start.digest != update.digest):
-            raise UpdateRefused(
-                f"client {update.client_id}: the update names start "
-                f"'{update.rank_class}/{update.digest[:12]}', which this round did not send; "
-                "what it started from cannot be subtracted."
-            )
-        self._buffer.add(update)
+        def close() -> State:
+            changes = {}
+            for name in state.change:
+                total = products.take(name)
+                changes[name] = replace(total, terms=total.terms + started.terms(name, -1.0))
+            last = remember_rows(state, sent) if self.realign else state
+            return next_state(last, changes, self.step)
 
-    def finish(self) -> State:
-        if not len(self._buffer):
-            return self._state.one_round_later()
-        weighted = self._buffer.weighted()
-        class_shares: dict[str, float] = {}
-        for share, update in weighted:
-            class_shares[update.rank_class] = class_shares.get(update.rank_class, 0.0) + share
-        eta = self.server_learning_rate
-        terms = {}
-        for name, svd in self._state.change.items():
-            trained = [(eta * w, B, A) for w, B, A in product_terms(weighted, name)]
-            terms[name] = [svd_terms(1.0, svd), *trained, *self._started(class_shares, name, -eta)]
-        return next_state(self._state, terms, max_rank=self.max_rank)
-
-    def _started(self, class_shares: Mapping[str, float], module: str, weight: float) -> list:
-        """``weight * sum_class p_class start_class``: one term per class, not per client."""
-        terms = []
-        for rank_class in sorted(class_shares):
-            if rank_class in self._sent:
-                start = self._sent[rank_class].trained[module]
-                share = weight * class_shares[rank_class] * start.scaling
-                terms.append((share, start.lora_B, start.lora_A))
-        return terms
+        return OpenRound(
+            state,
+            sent,
+            clients,
+            products=products,
+            fold=started.add,
+            close=close,
+            admit=started.admit,
+        )

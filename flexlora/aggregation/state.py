@@ -17,7 +17,7 @@ from flexlora.errors import nearest
 from flexlora.linalg import FactoredSVD, energy_kept, inner_product, live_rows
 from flexlora.seeds import generator
 
-__all__ = ["GlobalChange"]
+__all__ = ["GlobalChange", "effective_rank"]
 
 
 class GlobalChange(Mapping[str, FactoredSVD]):
@@ -86,15 +86,8 @@ class GlobalChange(Mapping[str, FactoredSVD]):
         return 1.0 - max(missing, 0.0) / total if total > 0 else 1.0
 
     def effective_rank(self) -> float:
-        """Mean over modules of ``exp(H(S / sum S))`` (Roy and Vetterli, 2007); 0 for none."""
-        values = []
-        for svd in self.values():
-            S = svd.S.double()
-            if S.numel() == 0:
-                values.append(0.0)
-                continue
-            shares = S / S.sum()
-            values.append(float(torch.exp(torch.special.entr(shares).sum())))
+        """Mean over modules of the effective rank of ``S``; 0 for no modules."""
+        values = [effective_rank(svd.S) for svd in self.values()]
         return sum(values) / len(values) if values else 0.0
 
     def adapter(
@@ -135,6 +128,14 @@ class GlobalChange(Mapping[str, FactoredSVD]):
         """``G`` whole, every module at its own number of directions (1 where there is none)."""
         ranks = {name: max(1, svd.rank) for name, svd in self.items()}
         return self.adapter(ranks, alpha, rslora=rslora)
+
+
+def effective_rank(S: Tensor) -> float:
+    """``exp(H(S / sum S))`` (Roy and Vetterli, 2007); 0 for no directions."""
+    if S.numel() == 0:
+        return 0.0
+    shares = S.double() / S.double().sum()
+    return float(torch.exp(torch.special.entr(shares).sum()))
 
 
 def _factors(

@@ -1,0 +1,70 @@
+"""Fed-PLoRA (ICLR 2026, arXiv 2602.16936): rank-one terms, of which each client trains some.
+
+    Delta W = sum_{j < R} b_j a_j;   client k trains a random set J_k of r_k terms and folds the
+    others into its frozen weights;   a_j, b_j <- their means over the clients that trained term j
+
+All clients start from the same model, whatever their rank, at the price of receiving all R terms.
+The sets are drawn anew by (seed, round, client). A term that nobody drew stays as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from flexlora.aggregation.base import Factoring, Law, LocalPlan, Start, State, Update
+from flexlora.aggregation.factors import (
+    FactorSums,
+    factor_adapter,
+    factor_state,
+    held_factors,
+)
+from flexlora.aggregation.health import rows_of
+from flexlora.aggregation.rbla import kept_where_nobody_is
+from flexlora.aggregation.rounds import OpenRound
+from flexlora.aggregation.truncated import StartedFrom
+from flexlora.ranks import RankClass
+
+__all__ = ["FedPLoRA"]
+
+
+class FedPLoRA:
+    """``num_terms`` parallel terms of rank one, averaged over those who trained them."""
+
+    name = "fed-plora"
+    laws = frozenset({Law.ORDER, Law.SCALE_OF_WEIGHTS, Law.ZERO_TRAINING})
+
+    def __init__(self, *, num_terms: int = 32) -> None:
+        self.num_terms = num_terms
+
+    def start(self, state: State, rank_class: RankClass, factoring: Factoring) -> Start:
+        shapes = state.change.shapes
+        terms = {name: self._terms(state, name) for name in shapes}
+        ranks = {n: max(rank, terms[n]) for n, rank in rank_class.ranks(shapes).items()}
+        return Start(
+            rank_class=rank_class,
+            base_round=state.round,
+            trained=factor_adapter(state, ranks, factoring),
+            local=LocalPlan(select=True, select_seed=factoring.seed),
+        )
+
+    def _terms(self, state: State, name: str) -> int:
+        """How many there are: a class of a rank above ``num_terms`` has brought more."""
+        held = held_factors(state, name)
+        known = 0 if held is None else held[0].shape[0]
+        return max(known, min(self.num_terms, *state.change[name].shape))
+
+    def begin(
+        self, state: State, sent: Mapping[str, Start], clients: Mapping[str, str] | None = None
+    ) -> OpenRound:
+        sums = FactorSums(state.change.shapes)
+
+        def fold(update: Update) -> None:
+            sums.add(update.adapter, update.num_examples, rows_of(update, sent))
+
+        def close() -> State:
+            held = {name: kept_where_nobody_is(state, sent, name, sums) for name in state.change}
+            return factor_state(state, held)
+
+        return OpenRound(
+            state, sent, clients, fold=fold, close=close, admit=StartedFrom(sent).admit
+        )

@@ -1,0 +1,113 @@
+"""FedEx-LoRA (Singhal et al., ACL 2025, arXiv 2410.09432): mean factors and an exact residual.
+
+    A <- sum_k p_k pad(A_k),  B <- sum_k p_k pad(s_k B_k)
+    W <- W + mean(s B A) - mean(s B) mean(A)
+
+The factors are averaged as FedIT does, and what that loses is added to the frozen weights, so that
+the model after a round is the exact mean of the clients' models. Here the residual is carried as
+factors, and a client of rank r carries all that its first r rows and columns leave out; what the
+server adds is therefore the change that training made, whatever the ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
+from flexlora.adapters import Adapter, LoRAFactors
+from flexlora.aggregation.base import Factoring, Law, LocalPlan, Start, State, Update
+from flexlora.aggregation.factors import FactorSums, factor_adapter
+from flexlora.aggregation.products import ProductSums, factors_term, svd_term
+from flexlora.aggregation.rounds import OpenRound
+from flexlora.aggregation.state import GlobalChange
+from flexlora.aggregation.steps import ServerStep, next_state
+from flexlora.aggregation.truncated import StartedFrom
+from flexlora.decompose import MatrixSum, decompose
+from flexlora.linalg import FactoredSVD, product_norm
+from flexlora.ranks import RankClass
+
+__all__ = ["FedExLoRA"]
+
+
+class FedExLoRA:
+    """FedIT's factors over a base that takes up what averaging them loses."""
+
+    name = "fedex-lora"
+    laws = frozenset(
+        {Law.ORDER, Law.SCALE_OF_WEIGHTS, Law.ZERO_TRAINING, Law.AVERAGE_OF_PRODUCTS},
+    )
+
+    def __init__(self, *, step: ServerStep = ServerStep()) -> None:
+        self.step = step
+
+    def start(self, state: State, rank_class: RankClass, factoring: Factoring) -> Start:
+        trained = factor_adapter(state, rank_class.ranks(state.change.shapes), factoring)
+        return Start(
+            rank_class=rank_class,
+            base_round=state.round,
+            trained=trained,
+            carried=_left_out(state.change, trained, factoring),
+            local=LocalPlan(merge=True),
+        )
+
+    def begin(
+        self, state: State, sent: Mapping[str, Start], clients: Mapping[str, str] | None = None
+    ) -> OpenRound:
+        products, started = ProductSums(state.change.shapes), StartedFrom(sent)
+        factors = FactorSums(state.change.shapes)
+
+        def fold(update: Update) -> None:
+            started.add(update)
+            factors.add(update.adapter, update.num_examples)
+
+        def close() -> State:
+            extra, changes = dict(state.extra), {}
+            for name in state.change:
+                extra[f"lora_A/{name}"], extra[f"lora_B/{name}"] = factors.mean(name)
+                total = products.take(name)
+                changes[name] = replace(total, terms=total.terms + started.terms(name, -1.0))
+            return next_state(replace(state, extra=extra), changes, self.step)
+
+        return OpenRound(
+            state,
+            sent,
+            clients,
+            products=products,
+            fold=fold,
+            close=close,
+            admit=started.admit,
+        )
+
+
+def _left_out(change: GlobalChange, trained: Adapter, factoring: Factoring) -> Adapter | None:
+    """``G - s B A`` of every module as factors; None where nothing is left out anywhere."""
+    sums = {
+        name: MatrixSum(
+            shape=svd.shape, terms=(svd_term(1.0, svd), factors_term(-1.0, trained[name]))
+        )
+        for name, svd in change.items()
+    }
+    dtype = next(iter(change.values())).U.dtype
+    parts = decompose(sums, max_rank=1 << 30, dtype=dtype)
+    rest = GlobalChange(
+        {
+            name: part.svd.truncate(_above_rounding(part.svd, change[name], trained[name]))
+            for name, part in parts.items()
+        }
+    )
+    if not any(svd.rank for svd in rest.values()):
+        return None
+    return rest.full_rank_adapter(factoring.alpha, rslora=factoring.rslora)
+
+
+def _above_rounding(rest: FactoredSVD, whole: FactoredSVD, trained: LoRAFactors) -> int:
+    """How many directions of a difference stand above the rounding of what was subtracted.
+
+    Where two equal matrices cancel, all that is left is rounding, and it would be sent.
+    """
+    size = trained.scaling * product_norm(trained.lora_B, trained.lora_A)
+    size += float(whole.S[:1].sum())
+    noise = max(min(rest.shape) * torch.finfo(torch.float64).eps, torch.finfo(whole.S.dtype).eps)
+    return int((4.0 * noise * size < rest.S).sum())

@@ -1,0 +1,105 @@
+"""SLoRA (Babakniya et al., 2023, arXiv 2308.06522): sparse rounds, then an SVD start for LoRA.
+
+    rounds 1 to t:  W <- W + sum_k p_k Delta_k,  Delta_k nonzero in chosen columns of W only
+    then:           B, A = the SVD of the change so far, cut at the ranks; on as FedIT does
+
+The paper draws a random mask of entries. Here a mask is of whole columns of W (input features),
+drawn anew each round and nested across ranks: ``Delta = B @ A`` with one-hot rows in a frozen A, so
+that it is trained, sent and summed as what it is, r values per output. What the cut at the largest
+rank leaves out is lost, as in the paper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
+from flexlora.adapters import Adapter, LoRAFactors
+from flexlora.aggregation.aligned import carried_directions
+from flexlora.aggregation.base import Factoring, Law, LocalPlan, Start, State
+from flexlora.aggregation.factors import Pair, factor_state
+from flexlora.aggregation.fedit import FedIT
+from flexlora.aggregation.flora import FLoRA
+from flexlora.aggregation.rounds import OpenRound
+from flexlora.ranks import RankClass
+from flexlora.seeds import generator
+
+__all__ = ["SLoRA"]
+
+
+class SLoRA:
+    """``sparse_rounds`` rounds in random columns, then FedIT from the SVD of what they learned."""
+
+    name = "slora"
+    # Zero training changes nothing in the sparse rounds only.
+    laws = frozenset({Law.ORDER, Law.SCALE_OF_WEIGHTS, Law.AVERAGE_OF_PRODUCTS})
+
+    def __init__(self, *, sparse_rounds: int = 2) -> None:
+        self.sparse_rounds = sparse_rounds
+        if sparse_rounds == 0:
+            self.laws = FedIT.laws
+
+    def start(self, state: State, rank_class: RankClass, factoring: Factoring) -> Start:
+        if state.round >= self.sparse_rounds:
+            return FedIT().start(state, rank_class, factoring)
+        everything = max(svd.rank for svd in state.change.values())
+        nothing = dict.fromkeys(state.change, 0)
+        return Start(
+            rank_class=rank_class,
+            base_round=state.round,
+            trained=_chosen_columns(state, rank_class, factoring),
+            carried=carried_directions(state, nothing, everything, factoring),
+            trainable=("lora_B",),
+            local=LocalPlan(merge=True),
+        )
+
+    def begin(
+        self, state: State, sent: Mapping[str, Start], clients: Mapping[str, str] | None = None
+    ) -> OpenRound:
+        if state.round >= self.sparse_rounds:
+            return FedIT().begin(state, sent, clients)
+        opened = FLoRA().begin(state, sent, clients)
+        if state.round + 1 == self.sparse_rounds:
+            widest = {
+                name: max((start.trained[name].rank for start in sent.values()), default=1 << 30)
+                for name in state.change
+            }
+            opened.then(lambda summed: _svd_start(summed, widest))
+        return opened
+
+
+def _chosen_columns(state: State, rank_class: RankClass, factoring: Factoring) -> Adapter:
+    """One-hot rows in ``lora_A`` for the columns of this round, zeros in ``lora_B``, scaling 1."""
+    modules = {}
+    for name, rank in rank_class.ranks(state.change.shapes).items():
+        svd = state.change[name]
+        out_features, in_features = svd.shape
+        draws = generator(factoring.seed, "columns", state.round, name)
+        columns = torch.randperm(in_features, generator=draws)[:rank]
+        lora_A = svd.Vh.new_zeros(rank, in_features)
+        lora_A[torch.arange(rank), columns] = 1.0
+        modules[name] = LoRAFactors(
+            lora_A=lora_A, lora_B=svd.U.new_zeros(out_features, rank), alpha=float(rank)
+        )
+    return Adapter(modules)
+
+
+def _svd_start(state: State, ranks: Mapping[str, int]) -> State:
+    """``U S`` and ``Vh`` at the largest rank as the factors that FedIT goes on from.
+
+    The share of the energy that the cut drops is in ``dropped_energy``.
+    """
+    held: dict[str, Pair] = {}
+    for name, svd in state.change.items():
+        top = svd.truncate(ranks[name])
+        held[name] = (top.Vh.double(), top.U.double() * top.S.double())
+    if not any(A.shape[0] for A, _ in held.values()):
+        return state
+    return replace(
+        factor_state(state, held),
+        round=state.round,
+        modules=state.modules,
+        dropped_energy=1.0 - state.change.total_energy_kept(ranks),
+    )
