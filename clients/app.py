@@ -80,7 +80,8 @@ def train(message: Message, context: Context) -> Message:
         result = worker.train([job])[0]
     except Exception as error:
         result = failed_training(job, told(error))
-    return encode_train(result, dtype=dtype, reply_to=message)
+    trainable = job.start.trainable
+    return encode_train(result, dtype=dtype, reply_to=message, trainable=trainable)
 
 
 @app.evaluate()

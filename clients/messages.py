@@ -7,16 +7,16 @@ pair for evaluation and for the capability query. Nothing is pickled.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import asdict
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from flexlora.adapters import Adapter
-from flexlora.aggregation.base import Start
+from flexlora.aggregation.base import LocalPlan, Start
 from flexlora.jobs import Capability, EvalJob, EvalResult, TrainJob, TrainResult
 from flexlora.ranks import RankClass
-from flexlora.wire import decode_adapter, encode_adapter
+from flexlora.wire import FACTORS, decode_adapter, encode_adapter
 
 __all__ = [
     "decode_evaluate",
@@ -43,8 +43,9 @@ def decode_train(message: Message, client_id: str, memo: Memo | None = None) -> 
         carried=_adapter(message.content, "carried", memo)
         if "carried" in message.content
         else None,
+        carried_dtype=job["carried-dtype"],
         trainable=tuple(job["trainable"]),
-        gradient_batches=job["gradient-batches"],
+        local=LocalPlan(**json.loads(job["local"])),
     )
     return TrainJob(
         client_id=client_id,
@@ -54,12 +55,17 @@ def decode_train(message: Message, client_id: str, memo: Memo | None = None) -> 
     )
 
 
-def encode_train(result: TrainResult, *, dtype: str, reply_to: Message) -> Message:
-    """The reply to a train message: the trained factors and a report, or the cause of neither."""
+def encode_train(
+    result: TrainResult, *, dtype: str, reply_to: Message, trainable: Sequence[str] = FACTORS
+) -> Message:
+    """The reply to a train message: the trained factors and a report, or the cause of neither.
+
+    A factor that was not trained stays where it came from.
+    """
     report = {k.replace("_", "-"): v for k, v in vars(result).items() if k != "adapter"}
     content: dict = {"report": ConfigRecord(report)}
     if result.adapter is not None:
-        arrays, values = encode_adapter(result.adapter, dtype)
+        arrays, values = encode_adapter(result.adapter, dtype, trainable)
         content["update"] = ArrayRecord({k: Array(**vars(array)) for k, array in arrays.items()})
         content["update.values"] = ConfigRecord(values)
     return Message(RecordDict(content), reply_to=reply_to)

@@ -48,6 +48,7 @@ def train_settings(config: Config) -> TrainSettings:
         "optim",
         "weight-decay",
         "adam-epsilon",
+        "proximal-mu",
         "max-grad-norm",
         "lr-scheduler-type",
         "gradient-checkpointing",

@@ -85,21 +85,45 @@ def _options() -> tuple[Option, ...]:
         option("min-train-clients", 1, "train at least this many clients a round", minimum=1),
         option("clients.count", 0, "clients to make of the data (0: as many as it names)", (), 0),
         option(
-            "method.name", "residual", "aggregation method (aligned, fedit, flexlora, residual)"
+            "method.name",
+            "residual",
+            "aligned, fed-plora, fedex-lora, fedit, ffa-lora, flexlora, flora, florist, hetlora, "
+            "raflora, rbla, residual, rolora, slora",
         ),
         option(
             "method.server-learning-rate",
-            2.0,
-            "step on the aggregate (residual, aligned)",
+            0.0,
+            "step on the aggregate (0: the method's own: 2 for residual and aligned, else 1)",
             minimum=0.0,
         ),
-        option("method.carried-rank", 32, "rank of the frozen global change (aligned)", minimum=1),
+        option(
+            "method.server-optimizer",
+            "sgd",
+            "how the server steps; novograd is Adam with one second moment per module",
+            ("sgd", "momentum", "novograd"),
+        ),
+        option("method.server-momentum", 0.9, "momentum of the server's optimizer", (), 0.0, 0.999),
+        option("method.server-max-rank", 256, "rank of G that is kept per module", minimum=1),
+        option("method.error-feedback", False, "add what truncation drops to the next sum"),
+        option("method.realign", False, "turn new factors towards those last sent (Procrustes)"),
+        option("method.carried-rank", 32, "rank that is carried (aligned, fed-plora)", minimum=1),
+        option(
+            "method.carried-dtype",
+            "",
+            "dtype of what is carried (aligned; empty: wire.dtype)",
+            ("", "float32", "bfloat16"),
+        ),
         option("method.gradient-batches", 1, "batches to align with; 0: random (aligned)", (), 0),
-        option("method.server-max-rank", 256, "rank kept per module (all but fedit)", minimum=1),
+        option("method.restarts", 0, "fresh aligned factors within a round (aligned)", minimum=0),
+        option("method.inherited", False, "train T_r(G), carry the rest (aligned)"),
+        option("method.energy-threshold", 0.95, "energy that is kept (florist)", (), 1e-6, 1.0),
+        option("method.prune-factor", 0.75, "share kept by self-pruning (hetlora)", (), 0.0, 0.999),
+        option("method.prune-penalty", 1e-3, "regulariser of the tail (hetlora)", minimum=0.0),
+        option("method.sparse-rounds", 2, "rounds before the SVD start (slora)", minimum=0),
         option(
             "method.singular-values",
             "b-heavy",
-            "which factor carries the singular values (flexlora, residual)",
+            "which factor carries the singular values (flexlora, residual, raflora)",
             ("b-heavy", "balanced", "a-heavy"),
         ),
         option("method.max-update-norm", 0.0, "refuse larger updates (0: no bound)", minimum=0.0),
@@ -137,6 +161,7 @@ def _options() -> tuple[Option, ...]:
         # Larger than the usual 1e-8: below it a gradient that is only float32
         # rounding would still move its weight by a whole step, in a direction of chance.
         option("train.adam-epsilon", 1e-6, "AdamW's epsilon", minimum=0.0),
+        option("train.proximal-mu", 0.0, "FedProx: pull to where the round began", minimum=0.0),
         option("train.max-grad-norm", 1.0, "gradient norm bound per client (0: none)", minimum=0.0),
         option(
             "train.lr-scheduler-type",
@@ -164,6 +189,7 @@ def _options() -> tuple[Option, ...]:
         option("server.min-nodes", 1, "nodes to wait for before round 1", minimum=1),
         option("server.wait-seconds", 300.0, "how long to wait for them", minimum=0.0),
         option("server.round-timeout-seconds", 3600.0, "how long to wait for replies", minimum=0.1),
+        option("server.late-rounds", 1, "rounds after which a late update still counts", minimum=0),
         option("out", "", "run folder of `flwr run` (default: runs/RUN_ID where the server runs)"),
     )
 

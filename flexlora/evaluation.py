@@ -143,9 +143,14 @@ def evaluate(
         owners = [k for k in members for _ in examples[k]]
         if not rows:
             continue
-        adapters = list(job.adapters.values())
-        per_slot = _score(slots, base, adapters, rows, job.generate, batch_size, max_new_tokens)
-        for name, row_scores in zip(job.adapters or [BASE], per_slot, strict=True):
+        # Classes that are served the same adapter are scored once.
+        distinct = {adapter.digest(): adapter for adapter in job.adapters.values()}
+        per_slot = _score(
+            slots, base, list(distinct.values()), rows, job.generate, batch_size, max_new_tokens
+        )
+        by_digest = dict(zip(distinct or [BASE], per_slot, strict=True))
+        for name in job.adapters or [BASE]:
+            row_scores = by_digest[job.adapters[name].digest() if job.adapters else BASE]
             for k, score in zip(owners, row_scores, strict=True):
                 scores[k][name] = scores[k].get(name, Score()) + score
     slots.clear()

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,8 +50,12 @@ class SlotFactors:
 
     def apply(self, x: Tensor, num_slots: int) -> Tensor:
         """``s_k (x_k A_k^T) B_k^T`` of ``x [K' * b, T, in]`` or ``[K' * b * T, in]``, K' <= K."""
+        if self.A.shape[0] == 1:
+            A, B = self.A[0].to(x.dtype), self.B[0].to(x.dtype)
+            return ((x @ A.T) * self.scaling[0]) @ B.T
         by_slot = x.reshape(num_slots, -1, x.shape[-1])
-        A, B, scaling = self.A[:num_slots], self.B[:num_slots], self.scaling[:num_slots]
+        A, B = self.A[:num_slots].to(x.dtype), self.B[:num_slots].to(x.dtype)
+        scaling = self.scaling[:num_slots]
         hidden = torch.matmul(by_slot, A.transpose(1, 2))
         return torch.matmul(hidden * scaling, B.transpose(1, 2)).reshape(*x.shape[:-1], -1)
 
@@ -63,8 +68,29 @@ class SlotFactors:
         for k, factors in enumerate(slots):
             A[k, : factors.rank] = factors.lora_A.to(A)
             B[k, :, : factors.rank] = factors.lora_B.to(B)
-        scaling = A.new_tensor([f.scaling for f in slots])[:, None, None]
+        wide = torch.promote_types(A.dtype, torch.float32)
+        scaling = torch.tensor([f.scaling for f in slots], dtype=wide, device=A.device)
+        scaling = scaling[:, None, None]
         return SlotFactors(A=A, B=B, scaling=scaling)
+
+
+class _Sketched(torch.autograd.Function):
+    """``out`` itself; its gradient and ``x`` are folded into the sketch on the way back.
+
+    ``x`` is saved as autograd saves tensors, so that checkpointing can drop it and compute it
+    again; a hook's closure would keep it alive through the whole pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, x: Tensor, sketch: GradientSketch, num_slots: int) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.sketch, ctx.num_slots = sketch, num_slots
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple:
+        ctx.sketch.add(*ctx.saved_tensors, gradient, ctx.num_slots)
+        return gradient, None, None, None
 
 
 class LoRALinear(nn.Module):
@@ -77,25 +103,43 @@ class LoRALinear(nn.Module):
         self.num_slots = 0
         self.trained: SlotFactors | None = None
         self.carried: SlotFactors | None = None
+        self.frozen: list[SlotFactors] = []  # what earlier phases of this round trained
+        self.merged: Tensor | None = None  # the weight with the carried factors added in
         self.dropout = 0.0
         self.streams: tuple[DropoutStream | None, ...] = ()
         self.sketch: GradientSketch | None = None
         self.training = base.training
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        out = self.base(x, *args, **kwargs)
+        out = self.base(x, *args, **kwargs) if self.merged is None else self._merged(x)
         if self.num_slots == 0:
             return out
-        for factors, dropped in ((self.trained, True), (self.carried, False)):
+        for factors in (self.trained, self.carried, *self.frozen):
             if factors is not None:
-                inputs = x.to(factors.A.dtype)
-                if dropped and self.dropout > 0 and self.streams:
+                inputs = x.to(torch.promote_types(factors.A.dtype, torch.float32))
+                if factors is self.trained and self.dropout > 0 and self.streams:
                     inputs = inputs * self._mask(inputs)
                 out = out + factors.apply(inputs, self.num_slots).to(out.dtype)
         if self.sketch is not None and out.requires_grad:
             sketch, num_slots = self.sketch, self.num_slots
-            out.register_hook(lambda gradient: sketch.add(x, gradient, num_slots))
+            out = _Sketched.apply(out, x, sketch, num_slots)
         return out
+
+    def merge(self, factors: LoRAFactors) -> bool:
+        """Add ``factors`` into a copy of a float weight; False where the base is quantized."""
+        weight, kind = self.base.weight, type(self.base).__name__
+        if kind not in ("Linear", "Conv1D") or not isinstance(weight, Tensor):
+            return False
+        delta = factors.map(lambda t: t.to(weight.device, torch.float64)).delta_weight()
+        delta = delta.T if kind == "Conv1D" else delta
+        self.merged = (weight.detach().double() + delta).to(weight.dtype)
+        return True
+
+    def _merged(self, x: Tensor) -> Tensor:
+        base: Any = self.base
+        assert self.merged is not None
+        weight = self.merged.T if type(base).__name__ == "Conv1D" else self.merged
+        return nn.functional.linear(x, weight, base.bias)
 
     def _mask(self, x: Tensor) -> Tensor:
         """Inverted dropout in the shape of ``x``, 0 or 1/(1-p); padding gets 0."""

@@ -43,19 +43,17 @@ class SlotOptimizer:
         if optim not in ("adamw_torch", "sgd"):
             raise ValueError(f"optim is '{optim}', expected adamw_torch or sgd.")
         self.parameters, self.optim, self.weight_decay = parameters, optim, weight_decay
-        self.adam_epsilon, self.steps = adam_epsilon, 0
+        self.adam_epsilon = adam_epsilon
+        self.steps = [0] * parameters.shape[0]
         if optim == "adamw_torch":
             self.first = torch.zeros_like(parameters)
             self.second = torch.zeros_like(parameters)
 
     @torch.no_grad()
     def step(self, gradients: Tensor, learning_rates: Sequence[float]) -> None:
-        """One step of the first ``len(learning_rates)`` rows; the others have ended and stay.
-
-        Rows end from the last to the first, so the rows that still train share a step count.
-        """
+        """One step of the first ``len(learning_rates)`` rows; the others have ended and stay."""
         rows = len(learning_rates)
-        self.steps += 1
+        self.steps[:rows] = [steps + 1 for steps in self.steps[:rows]]
         parameters, gradients = self.parameters[:rows], gradients[:rows]
         rates = parameters.new_tensor(learning_rates)[:, None]
         if self.optim == "sgd":
@@ -68,5 +66,17 @@ class SlotOptimizer:
             parameters.mul_(1.0 - rates * self.weight_decay)
         first.lerp_(gradients, 1.0 - beta1)
         second.mul_(beta2).addcmul_(gradients, gradients, value=1.0 - beta2)
-        denominator = (second.sqrt() / (1.0 - beta2**self.steps) ** 0.5).add_(self.adam_epsilon)
-        parameters.sub_(rates / (1.0 - beta1**self.steps) * first / denominator)
+        bias_1 = [1.0 - beta1**steps for steps in self.steps[:rows]]
+        bias_2 = [(1.0 - beta2**steps) ** 0.5 for steps in self.steps[:rows]]
+        corrected = parameters.new_tensor(bias_2)[:, None]
+        denominator = (second.sqrt() / corrected).add_(self.adam_epsilon)
+        scaled = [rate / bias for rate, bias in zip(learning_rates, bias_1, strict=True)]
+        parameters.sub_(parameters.new_tensor(scaled)[:, None] * first / denominator)
+
+    def forget(self, rows: Sequence[int]) -> None:
+        """Begin anew in these rows: their parameters are not the ones that the moments are of."""
+        for row in rows:
+            self.steps[row] = 0
+            if self.optim == "adamw_torch":
+                self.first[row].zero_()
+                self.second[row].zero_()

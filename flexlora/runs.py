@@ -190,7 +190,9 @@ def _cell(value: object) -> object:
 
 
 def _json_number(value: object) -> object:
-    """JSON has no NaN or infinity: a number that is not there is null."""
+    """JSON has no NaN or infinity, however deep: a number that is not there is null."""
+    if isinstance(value, Mapping):
+        return {key: _json_number(own) for key, own in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

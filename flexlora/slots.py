@@ -9,19 +9,22 @@ few operations on a matrix, whatever the number of modules.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flexlora.adapters import Adapter, LoRAFactors
+from flexlora.adapters import Adapter, LoRAFactors, zero_factors
 from flexlora.errors import UserError, nearest
 from flexlora.layers import DropoutStream, LoRALinear, SlotFactors
+from flexlora.linalg import live_rows
+from flexlora.seeds import generator
 from flexlora.sketch import GradientSketch, top_rows
 
-__all__ = ["SlotModel", "find_targets", "slot_model"]
+__all__ = ["SlotModel", "find_targets", "kept_rank", "slot_model"]
 
 _SLOTS = "_flexlora_slots"  # where a model remembers its SlotModel
 
@@ -123,9 +126,14 @@ class SlotModel:
         adapters: Sequence[Adapter],
         *,
         carried: Sequence[Adapter | None] | None = None,
+        carried_dtype: torch.dtype | None = None,
         trainable: Sequence[str] = (),
+        merge: bool = False,
     ) -> None:
         """One adapter per slot; factors named in ``trainable`` get gradients, the rest is frozen.
+
+        Slots that carry one and the same adapter share it in memory; with ``merge`` it is added
+        into a copy of each weight that is a float, and lies beside the others.
 
         Raises:
             ValueError: an adapter whose modules or shapes are not the model's.
@@ -137,9 +145,11 @@ class SlotModel:
         views = self._allocate(trainable)
         for name, layer in self.layers.items():
             layer.num_slots = self.num_slots
-            frozen = [a[name] if a is not None else None for a in carried or ()]
+            frozen = [a[name] if a is not None else None for a in _once(carried or ())]
             if any(factors is not None for factors in frozen):
-                layer.carried = self._stack(name, [f or self._zero(name) for f in frozen])
+                whole = [f or zero_factors(self._templates[0][name]) for f in frozen]
+                if not (merge and len(whole) == 1 and layer.merge(whole[0])):
+                    layer.carried = self._stack(name, whole, carried_dtype)
             stacked = self._stack(name, [adapter[name] for adapter in adapters])
             for label in trainable:
                 view = views[name, label].copy_(getattr(stacked, label[-1]))
@@ -172,18 +182,50 @@ class SlotModel:
             views[name, label] = self._leaves[-1]
         return views
 
-    def _stack(self, name: str, slots: Sequence[LoRAFactors]) -> SlotFactors:
-        like = torch.empty(0, dtype=slots[0].lora_A.dtype, device=self.device)
+    def _stack(
+        self, name: str, slots: Sequence[LoRAFactors], dtype: torch.dtype | None = None
+    ) -> SlotFactors:
+        like = torch.empty(0, dtype=dtype or slots[0].lora_A.dtype, device=self.device)
         return SlotFactors.stack(slots, like)
 
-    def _zero(self, name: str) -> LoRAFactors:
-        out_features, in_features = self.shapes[name]
-        dtype = self._templates[0][name].lora_A.dtype
-        return LoRAFactors(
-            lora_A=torch.zeros(1, in_features, dtype=dtype),
-            lora_B=torch.zeros(out_features, 1, dtype=dtype),
-            alpha=1.0,
-        )
+    def add_phases(self, count: int) -> None:
+        """Room beside every layer for what ``count`` earlier phases of a round trained."""
+        for layer in self.layers.values():
+            trained = layer.trained
+            assert trained is not None
+            for _ in range(count):
+                A, B = torch.zeros_like(trained.A), torch.zeros_like(trained.B)
+                layer.frozen.append(SlotFactors(A=A, B=B, scaling=trained.scaling))
+
+    @torch.no_grad()
+    def freeze(self, slot: int, phase: int, seed: int) -> None:
+        """Keep what the slot has trained as its part ``phase`` and give it fresh factors."""
+        for name, layer in self.layers.items():
+            assert layer.trained is not None
+            rank = self._templates[slot][name].rank
+            A, B = layer.trained.A[slot], layer.trained.B[slot]
+            layer.frozen[phase].A[slot].copy_(A)
+            layer.frozen[phase].B[slot].copy_(B)
+            A[:rank].copy_(live_rows(rank, layer.in_features, generator(seed, "live", name)))
+            B.zero_()
+
+    def tail_norms(self, kept: float) -> Tensor:
+        """``sum over modules |B_tail|_F |A_tail|_F`` of each slot, ``[K]``, with gradients.
+
+        The tail of a slot's module is its terms from ``max(1, floor(kept * rank))`` on.
+        """
+        total = self.parameters.new_zeros(self.num_slots)
+        for name, layer in self.layers.items():
+            assert layer.trained is not None
+            A, B = layer.trained.A, layer.trained.B
+            first = [kept_rank(kept, adapter[name].rank) for adapter in self._templates]
+            terms = torch.arange(A.shape[1], device=A.device)
+            tail = (terms[None] >= torch.tensor(first, device=A.device)[:, None]).to(A.dtype)
+            # Padding is zero in both factors, and the root of zero has no gradient.
+            size_A = ((A.square().sum(2) * tail).sum(1) + 1e-24).sqrt()
+            size_B = ((B.square().sum(1) * tail).sum(1) + 1e-24).sqrt()
+            total = total + size_A * size_B
+        return total
 
     def _check(self, adapter: Adapter) -> None:
         if set(adapter) != set(self.shapes):
@@ -201,24 +243,29 @@ class SlotModel:
                 )
 
     def extract(self, slot: int) -> Adapter:
-        """The factors of one slot as they are now, copied to the CPU, at the slot's own ranks."""
+        """The factors of one slot as they are now, copied to the CPU, at the slot's own ranks.
+
+        Phases of a round lie side by side, in the order in which they were trained.
+        """
         modules = {}
         for name, layer in self.layers.items():
-            template = self._templates[slot][name]
+            template, parts = self._templates[slot][name], []
             assert layer.trained is not None
-            A = layer.trained.A[slot, : template.rank].detach().cpu().clone()
-            B = layer.trained.B[slot, :, : template.rank].detach().cpu().clone()
-            modules[name] = LoRAFactors(
-                lora_A=A, lora_B=B, alpha=template.alpha, rslora=template.rslora
-            )
+            for factors in (*layer.frozen, layer.trained):
+                A = factors.A[slot, : template.rank].detach().cpu().clone()
+                B = factors.B[slot, :, : template.rank].detach().cpu().clone()
+                parts.append(replace(template, lora_A=A, lora_B=B))
+            modules[name] = parts[0] if len(parts) == 1 else LoRAFactors.side_by_side(parts)
         return Adapter(modules)
 
     @contextmanager
-    def sketching(self, seed: int) -> Iterator[None]:
+    def sketching(self, seed: int, slots: Sequence[int] | None = None) -> Iterator[None]:
         """Sketch every target's gradient in the backward passes inside; then turn ``lora_A``.
 
-        Afterwards each slot's ``lora_A`` holds the top right singular vectors of its own gradient.
+        Afterwards ``lora_A`` of the ``slots`` (default: all) holds the top right singular vectors
+        of each one's own gradient.
         """
+        chosen = range(self.num_slots) if slots is None else slots
         for name, layer in self.layers.items():
             layer.sketch = GradientSketch(
                 name=name,
@@ -229,18 +276,18 @@ class SlotModel:
         try:
             yield
             for layer in self.layers.values():
-                self._align(layer)
+                self._align(layer, chosen)
         finally:
             for layer in self.layers.values():
                 layer.sketch = None
 
     @torch.no_grad()
-    def _align(self, layer: LoRALinear) -> None:
+    def _align(self, layer: LoRALinear, slots: Iterable[int]) -> None:
         assert layer.trained is not None and layer.sketch is not None
         if layer.sketch.total is None:
             return
-        for slot, adapter in enumerate(self._templates):
-            rank, size = adapter[layer.name].rank, layer.sketch.sizes[slot]
+        for slot in slots:
+            rank, size = self._templates[slot][layer.name].rank, layer.sketch.sizes[slot]
             rows = layer.trained.A[slot, :rank]
             rows.copy_(top_rows(layer.sketch.total[slot, :size], rank, rows.cpu()))
 
@@ -249,7 +296,8 @@ class SlotModel:
         self.num_slots, self._templates, self._leaves = 0, [], []
         self.parameters = self.gradients = torch.empty(0, 0)
         for layer in self.layers.values():
-            layer.trained = layer.carried = None
+            layer.trained = layer.carried = layer.merged = None
+            layer.frozen = []
             layer.num_slots, layer.dropout, layer.streams = 0, 0.0, ()
 
     def set_dropout(self, dropout: float, streams: Sequence[DropoutStream | None]) -> None:
@@ -270,6 +318,23 @@ class SlotModel:
     def _show(self, count: int) -> None:
         for layer in self.layers.values():
             layer.num_slots = count
+
+
+def _once(carried: Sequence[Adapter | None]) -> Sequence[Adapter | None]:
+    """A single adapter where all slots carry the same one."""
+    if not carried or carried[0] is None:
+        return carried
+    first = carried[0]
+    if all(other is first for other in carried):
+        return carried[:1]
+    digest = first.digest()
+    same = all(other is not None and other.digest() == digest for other in carried[1:])
+    return carried[:1] if same else carried
+
+
+def kept_rank(kept: float, rank: int) -> int:
+    """``max(1, floor(kept * rank))``: the terms that self-pruning leaves."""
+    return max(1, int(kept * rank + 1e-9))
 
 
 def _keep_unpacked(model: Any) -> None:

@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from flexlora.adapters import Adapter
 from flexlora.data.collation import Batch, Example, batch_plan, collate
 from flexlora.jobs import TrainJob, TrainResult
 from flexlora.layers import DropoutStream
 from flexlora.optim import SlotOptimizer, clip_rows
 from flexlora.seeds import derive_seed
-from flexlora.slots import SlotModel
+from flexlora.slots import SlotModel, kept_rank
 
 __all__ = ["TrainSettings", "answer_losses", "learning_rate_at", "num_steps", "train"]
 
@@ -41,6 +42,7 @@ class TrainSettings:
     optim: str = "adamw_torch"
     weight_decay: float = 0.0
     adam_epsilon: float = 1e-6
+    proximal_mu: float = 0.0
     max_grad_norm: float = 1.0
     lr_scheduler_type: str = "linear"
     gradient_checkpointing: bool = False
@@ -85,7 +87,7 @@ def train(
     """
     if not jobs or not all(examples):
         raise ValueError("every job needs at least one example; skip clients without rows.")
-    if len({(job.start.trainable, job.start.gradient_batches) for job in jobs}) > 1:
+    if len({(job.start.trainable, job.start.local) for job in jobs}) > 1:
         raise ValueError("jobs of one cohort must train alike; plan them apart.")
     started = time.perf_counter()
     steps = [num_steps(len(rows), settings) for rows in examples]
@@ -120,59 +122,105 @@ class _Cohort:
     pad_token_id: int
 
     def run(self) -> list[dict]:
-        starts = [job.start for job in self.jobs]
+        starts = [job.start.for_client(job.client_id) for job in self.jobs]
+        self.local = starts[0].local
+        halved = starts[0].carried_dtype == "bfloat16"
         self.slots.load(
             [start.trained for start in starts],
             carried=[start.carried for start in starts],
+            carried_dtype=torch.bfloat16 if halved else None,
             trainable=starts[0].trainable,
+            merge=self.local.merge,
         )
-        optimizer = SlotOptimizer(
+        self.slots.add_phases(self.local.restarts)
+        self.optimizer = SlotOptimizer(
             self.slots.parameters,
             optim=self.settings.optim,
             weight_decay=self.settings.weight_decay,
             adam_epsilon=self.settings.adam_epsilon,
         )
-        plans = [self._plan(k, self.steps[k]) for k in range(len(self.jobs))]
-        first_rows = [plan[0][: self.settings.per_device_train_batch_size] for plan in plans]
-        before = self._probe(first_rows)
+        self.plans = [self._plan(k) for k in range(len(self.jobs))]
+        first_rows = [plan[0][: self.settings.per_device_train_batch_size] for plan in self.plans]
+        before, tails = self._probe(first_rows), self._tails()
         losses = [0.0] * len(self.jobs)
         tokens = [0] * len(self.jobs)
         with checkpointing(self.slots.model, self.settings.gradient_checkpointing):
-            self._align()
+            everybody = len(self.jobs)
+            self._align(0, range(everybody), everybody)
+            self.origin = self.slots.parameters.clone() if self.settings.proximal_mu else None
             for step in range(self.steps[0]):
                 active = sum(count > step for count in self.steps)
                 with self.slots.first_slots(active):
-                    step_losses, step_tokens = self._accumulate(step, plans[:active])
+                    self._restart(step, active)
+                    step_losses, step_tokens = self._accumulate(step, active)
+                self._pull(active)
                 clip_rows(self.slots.gradients[:active], self.settings.max_grad_norm)
-                optimizer.step(self.slots.gradients, self._rates(step, active))
+                self.optimizer.step(self.slots.gradients, self._rates(step, active))
                 for k in range(active):
                     losses[k] += step_losses[k] / self.steps[k]
                     tokens[k] += step_tokens[k]
         after = self._probe(first_rows)
+        pruned = [new < old for new, old in zip(self._tails(), tails, strict=True)]
         return [
-            self._result(k, losses[k], tokens[k], before[k], after[k]) for k in range(len(after))
+            self._result(k, losses[k], tokens[k], before[k], after[k], pruned[k])
+            for k in range(len(after))
         ]
 
-    def _align(self) -> None:
-        """Turn every ``lora_A`` towards the slot's own gradient over its first batches."""
-        batches = self.jobs[0].start.gradient_batches
+    def _align(self, step: int, slots: Sequence[int], active: int) -> None:
+        """Turn ``lora_A`` of ``slots`` towards each one's own gradient over its next batches."""
+        batches = self.local.gradient_batches
         if batches < 1:
             return
-        plans = [self._plan(k, batches) for k in range(len(self.jobs))]
-        seed = derive_seed(self.settings.seed, "align", self.jobs[0].server_round)
-        with self.slots.sketching(seed):
-            for step in range(batches):
-                self._accumulate(step, plans, dropout=False)
+        seed = derive_seed(self.settings.seed, "align", self.jobs[0].server_round, step)
+        with self.slots.sketching(seed, slots):
+            for ahead in range(batches):
+                self._accumulate(step + ahead, active, dropout=False)
 
-    def _result(self, k: int, loss: float, tokens: int, before: float, after: float) -> dict:
+    def _restart(self, step: int, active: int) -> None:
+        """Slots that have come to the end of a phase keep what they have and begin afresh."""
+        phases = self.local.restarts + 1
+        for phase in range(1, phases):
+            due = [k for k in range(active) if step == phase * self.steps[k] // phases]
+            for k in due:
+                job = self.jobs[k]
+                purpose = ("restart", job.server_round, job.client_id, phase)
+                self.slots.freeze(k, phase - 1, derive_seed(self.settings.seed, *purpose))
+            if due:
+                self.optimizer.forget(due)
+                self._align(step, due, active)
+                if self.origin is not None:
+                    self.origin[due] = self.slots.parameters[due]
+
+    def _pull(self, active: int) -> None:
+        """FedProx (arXiv 1812.06127): the gradient of ``mu / 2 |factors - start|^2``."""
+        if self.origin is not None:
+            change = self.slots.parameters[:active] - self.origin[:active]
+            self.slots.gradients[:active] += self.settings.proximal_mu * change
+
+    @torch.no_grad()
+    def _tails(self) -> list[float]:
+        """The norms that decide about pruning, 0 for every slot where nothing is pruned."""
+        if not self.local.prune_factor:
+            return [0.0] * len(self.jobs)
+        return self.slots.tail_norms(self.local.prune_factor).tolist()
+
+    def _result(
+        self, k: int, loss: float, tokens: int, before: float, after: float, pruned: bool
+    ) -> dict:
         job, finite = self.jobs[k], math.isfinite(loss) and math.isfinite(after)
+        adapter = self.slots.extract(k) if finite else None
+        if adapter is not None and pruned:
+            kept = self.local.prune_factor
+            adapter = Adapter(
+                {name: f.terms(range(kept_rank(kept, f.rank))) for name, f in adapter.items()}
+            )
         return {
             "client_id": job.client_id,
             "rank_class": job.start.rank_class.name,
             "base_round": job.start.base_round,
             "digest": job.start.digest,
             "num_examples": len(self.examples[k]),
-            "adapter": self.slots.extract(k) if finite else None,
+            "adapter": adapter,
             "steps": self.steps[k],
             "tokens": tokens,
             "train_loss": loss,
@@ -181,12 +229,13 @@ class _Cohort:
             "cause": "" if finite else "the training loss is not finite; lower the learning rate",
         }
 
-    def _plan(self, k: int, steps: int) -> list[list[int]]:
+    def _plan(self, k: int) -> list[list[int]]:
+        """The rows of every step, and of the batches that are looked at ahead of the last."""
         job, seed = self.jobs[k], self.settings.seed
         return batch_plan(
             len(self.examples[k]),
             batch_size=self.settings.examples_per_step,
-            steps=steps,
+            steps=self.steps[k] + self.local.gradient_batches,
             seed_parts=(seed, "batches", job.server_round, job.client_id),
         )
 
@@ -196,15 +245,14 @@ class _Cohort:
             for k in range(active)
         ]
 
-    def _accumulate(
-        self, step: int, plans: list[list[list[int]]], *, dropout: bool = True
-    ) -> tuple[list, list]:
+    def _accumulate(self, step: int, active: int, *, dropout: bool = True) -> tuple[list, list]:
         """Gradients of one step into the flat buffer; mean losses and answer tokens per slot."""
         size = self.settings.per_device_train_batch_size
-        rows = [plan[step] for plan in plans]
+        # A look ahead may go beyond the end of a slot that is not the one that is aligned.
+        rows = [plan[min(step, len(plan) - 1)] for plan in self.plans[:active]]
         answers = [self._answer_tokens(k, indices) for k, indices in enumerate(rows)]
         self.slots.gradients.zero_()
-        losses = [0.0] * len(plans)
+        losses = [0.0] * active
         for micro in range(math.ceil(max(len(indices) for indices in rows) / size)):
             span = slice(micro * size, (micro + 1) * size)
             batch = self._collate([indices[span] for indices in rows])
@@ -215,7 +263,11 @@ class _Cohort:
             means = torch.stack(
                 [loss / max(count, 1) for loss, count in zip(per_slot, answers, strict=True)]
             )
-            self.slots.accumulate_gradients(means.sum())
+            objective = means.sum()
+            if dropout and micro == 0 and self.local.prune_penalty:
+                tails = self.slots.tail_norms(self.local.prune_factor)
+                objective = objective + self.local.prune_penalty * tails.sum()
+            self.slots.accumulate_gradients(objective)
             losses = [a + b for a, b in zip(losses, means.tolist(), strict=True)]
         self.slots.set_dropout(0.0, ())
         return losses, answers

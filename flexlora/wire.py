@@ -7,7 +7,7 @@ the receiver continues in float32 from the rounded numbers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Protocol
@@ -19,6 +19,7 @@ from flexlora.errors import UpdateRefused
 
 __all__ = ["DTYPES", "RAW", "WireArray", "decode_adapter", "encode_adapter", "over_the_wire"]
 
+FACTORS = ("lora_A", "lora_B")
 RAW = "flexlora.raw"  # the serialization name that Flower's Array carries
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -46,11 +47,16 @@ class WireArray:
     stype: str = RAW
 
 
-def encode_adapter(adapter: Adapter, dtype: str) -> tuple[dict[str, WireArray], dict[str, list]]:
-    """Arrays named ``MODULE.lora_A`` and ``MODULE.lora_B``, and the alphas beside them."""
+def encode_adapter(
+    adapter: Adapter, dtype: str, labels: Sequence[str] = FACTORS
+) -> tuple[dict[str, WireArray], dict[str, list]]:
+    """Arrays named ``MODULE.lora_A`` and ``MODULE.lora_B``, and the alphas beside them.
+
+    ``labels`` leaves out factors that the other side holds already.
+    """
     arrays = {}
     for name, factors in adapter.items():
-        for label in ("lora_A", "lora_B"):
+        for label in labels:
             tensor = getattr(factors, label).detach().cpu().to(DTYPES[dtype]).contiguous()
             data = tensor.view(torch.uint8).numpy().tobytes()
             arrays[f"{name}.{label}"] = WireArray(dtype=dtype, shape=tuple(tensor.shape), data=data)
@@ -62,8 +68,16 @@ def encode_adapter(adapter: Adapter, dtype: str) -> tuple[dict[str, WireArray], 
     return arrays, values
 
 
-def decode_adapter(arrays: Mapping[str, ArrayLike], values: Mapping[str, list]) -> Adapter:
+def decode_adapter(
+    arrays: Mapping[str, ArrayLike],
+    values: Mapping[str, list],
+    *,
+    labels: Sequence[str] = FACTORS,
+    held: Adapter | None = None,
+) -> Adapter:
     """The adapter behind ``encode_adapter``, float32 (float64 stays).
+
+    Factors that are not among ``labels`` are taken from ``held``.
 
     Raises:
         UpdateRefused: arrays and names that do not match, an unknown dtype, bytes that are not the
@@ -75,13 +89,17 @@ def decode_adapter(arrays: Mapping[str, ArrayLike], values: Mapping[str, list]) 
         raise UpdateRefused(f"the list of {error} is missing beside the arrays.") from None
     if not names:
         raise UpdateRefused("there are no modules, expected at least one.")
-    wanted = {f"{name}.{label}" for name in names for label in ("lora_A", "lora_B")}
+    wanted = {f"{name}.{label}" for name in names for label in labels}
     if set(arrays) != wanted or not len(names) == len(alphas) == len(rslora):
         odd = sorted(set(arrays) ^ wanted)
         raise UpdateRefused(f"the arrays and the module list differ in {odd[:1] or 'length'}.")
     modules = {}
     for name, alpha, plain in zip(names, alphas, rslora, strict=True):
-        tensors = {label: _tensor(f"{name}.{label}", arrays) for label in ("lora_A", "lora_B")}
+        tensors = {label: _tensor(f"{name}.{label}", arrays) for label in labels}
+        for label in set(FACTORS) - set(labels):
+            if held is None or name not in held:
+                raise UpdateRefused(f"module '{name}' has no {label}, and nothing is held for it.")
+            tensors[label] = getattr(held[name], label)
         try:
             modules[name] = LoRAFactors(**tensors, alpha=float(alpha), rslora=bool(plain))
         except ValueError as error:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 
 from flexlora.server.observer import LogObserver, Observer
@@ -69,10 +70,17 @@ def federate(
 
 
 def write_adapters(strategy: FlexLoRAStrategy, config: Config, run: RunFolder) -> None:
-    """``adapters/CLASS`` for every rank class and ``adapters/global`` at the server's full rank."""
+    """``adapters/CLASS`` for every rank class and ``adapters/global`` at the server's full rank.
+
+    A class that a resumed run has emptied since (its clients lowered their ranks) leaves none.
+    """
     change, factoring = strategy.closed.change, strategy.settings.factoring
     base = resolve_name(config["model.name"])
-    for name, adapter in strategy.served(strategy.closed).items():
+    served = strategy.served(strategy.closed)
+    for folder in (run.path / "adapters").glob("*"):
+        if folder.is_dir() and folder.name not in {*served, "global"}:
+            shutil.rmtree(folder)
+    for name, adapter in served.items():
         save_adapter(
             adapter,
             run.path / "adapters" / name,

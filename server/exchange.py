@@ -7,7 +7,7 @@ reply, not of all (FIELD.md: 675 MB instead of 1,763 MB for 40 replies of 32 MB)
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from flwr.app import Message
 from flwr.serverapp import Grid
@@ -16,10 +16,22 @@ __all__ = ["exchange"]
 
 
 def exchange(
-    grid: Grid, messages: Iterable[Message], *, timeout: float, poll_seconds: float = 0.1
+    grid: Grid,
+    messages: Iterable[Message],
+    *,
+    timeout: float,
+    poll_seconds: float = 0.1,
+    overdue: Mapping[str, int] | None = None,
+    unanswered: dict[str, int] | None = None,
 ) -> Iterator[tuple[int, Message | None]]:
-    """``(node_id, reply)`` as replies come; ``None`` for a node that did not answer in time."""
-    messages = list(messages)
+    """``(node_id, reply)`` as replies come; ``None`` for a node that did not answer in time.
+
+    Args:
+        overdue: message id to node id of earlier messages: answers to them are handed on too, but
+            nobody waits for them.
+        unanswered: filled with the messages of this call that were not answered.
+    """
+    messages, late = list(messages), dict(overdue or {})
     ids = list(grid.push_messages(messages))
     waiting = {
         message_id: message.metadata.dst_node_id
@@ -33,16 +45,19 @@ def exchange(
     deadline = time.monotonic() + timeout
     while waiting:
         arrived = False
-        for message_id in list(waiting):
+        for message_id in [*late, *waiting]:
             for reply in list(grid.pull_messages([message_id]))[:1]:  # a second copy is dropped
                 arrived = True
-                node = waiting.pop(message_id)
+                node = late.pop(message_id, None) or waiting.pop(message_id)
                 # Flower's own error replies (node lost, message expired) name the SuperLink.
                 reply.metadata.__dict__["_src_node_id"] = node
+                reply.metadata.__dict__["_reply_to_message_id"] = message_id
                 yield node, reply
         if waiting and not arrived:
             if time.monotonic() > deadline:
                 break
             time.sleep(poll_seconds)
+    if unanswered is not None:
+        unanswered |= waiting
     for node_id in waiting.values():
         yield node_id, None

@@ -10,9 +10,19 @@ from flexlora.server.roster import Member, Roster
 
 from flexlora.adapters import Adapter
 from flexlora.aggregation.base import State
+from flexlora.aggregation.state import effective_rank
 from flexlora.jobs import EvalResult, Score, TrainResult
+from flexlora.linalg import energy_kept
+from flexlora.ranks import RankClass
 
-__all__ = ["RoundLedger", "class_metrics", "eval_metrics", "evaluation_rows", "left_out_rows"]
+__all__ = [
+    "RoundLedger",
+    "class_metrics",
+    "eval_metrics",
+    "evaluation_rows",
+    "left_out_rows",
+    "module_metrics",
+]
 
 
 @dataclass(kw_only=True)
@@ -23,6 +33,7 @@ class RoundLedger:
     rows: list[dict[str, object]] = field(default_factory=list)
     bytes_down: int = 0
     bytes_up: int = 0
+    bytes_carried: int = 0
 
     def record(
         self,
@@ -70,6 +81,7 @@ class RoundLedger:
             "clients_failed": len(self.rows) - len(counted),
             "bytes_down": self.bytes_down,
             "bytes_up": self.bytes_up,
+            "bytes_carried": self.bytes_carried,
         }
 
 
@@ -82,13 +94,41 @@ def left_out_rows(roster: Roster) -> list[dict[str, object]]:
 
 
 def class_metrics(state: State, served: Mapping[str, Adapter]) -> dict[str, float]:
-    """What every rank class is given of ``G``, and how many directions ``G`` uses."""
+    """What every rank class is given of ``G``, how many directions ``G`` uses, and its health.
+
+    ``factor_gap`` is ``|mean(sB) mean(A) - mean(sBA)| / |mean(sBA)|``, the mean over modules.
+    """
     kept = {f"energy_kept/{k}": state.change.energy_in(adapter) for k, adapter in served.items()}
-    return {
+    gaps = [float(m["factor_gap"]) for m in state.modules.values() if "factor_gap" in m]
+    metrics = {
         "effective_rank": state.change.effective_rank(),
         "dropped_energy": state.dropped_energy,
         **kept,
     }
+    return metrics | ({"factor_gap": sum(gaps) / len(gaps)} if gaps else {})
+
+
+def module_metrics(
+    state: State, rank_classes: Mapping[str, RankClass]
+) -> dict[str, dict[str, float | str]]:
+    """The same module by module: how it was decomposed, and where its energy is.
+
+    ``tail_energy`` is the share above the smallest rank that any class has: what rank collapse
+    eats first.
+    """
+    shapes = state.change.shapes
+    ranks = {k: rank_class.ranks(shapes) for k, rank_class in rank_classes.items()}
+    rows = {}
+    for name, svd in state.change.items():
+        kept = {k: energy_kept(svd.S, own[name]) for k, own in ranks.items()}
+        rows[name] = {
+            **state.modules.get(name, {}),
+            "rank": svd.rank,
+            "effective_rank": effective_rank(svd.S),
+            "tail_energy": 1.0 - min(kept.values(), default=1.0),
+            **{f"energy_kept/{k}": share for k, share in kept.items()},
+        }
+    return rows
 
 
 def eval_metrics(results: Sequence[EvalResult], roster: Roster, *, base: str) -> dict[str, float]:

@@ -17,7 +17,7 @@ from flexlora.adapters import Adapter
 from flexlora.aggregation.base import Start
 from flexlora.errors import UpdateRefused
 from flexlora.jobs import Capability, EvalResult, Score, TrainResult
-from flexlora.wire import decode_adapter, encode_adapter
+from flexlora.wire import FACTORS, decode_adapter, encode_adapter
 
 __all__ = [
     "Payload",
@@ -59,7 +59,8 @@ def train_content(
             "base-round": start.base_round,
             "rank-class": json.dumps(start.rank_class.to_dict()),
             "trainable": list(start.trainable),
-            "gradient-batches": start.gradient_batches,
+            "carried-dtype": start.carried_dtype,
+            "local": json.dumps(start.local.to_dict()),
         }
     )
     return RecordDict({"job": job, **_records(payloads)})
@@ -104,8 +105,10 @@ def decode_capability(reply: Message) -> Capability:
         return Capability.failed(f"node_{reply.metadata.src_node_id}", cause)
 
 
-def decode_train(reply: Message) -> TrainResult:
-    """What a client answered to a train message.
+def decode_train(reply: Message, start: Start | None = None) -> TrainResult:
+    """What a client answered to a train message; ``start`` is what this client was sent.
+
+    Factors that it did not train are taken from there.
 
     Raises:
         UpdateRefused: a reply that cannot be read, with its cause.
@@ -116,7 +119,12 @@ def decode_train(reply: Message) -> TrainResult:
         values = _fields(TrainResult, reply.content["report"])
         adapter = None
         if "update" in reply.content:
-            adapter = decode_adapter(reply.content["update"], reply.content["update.values"])
+            adapter = decode_adapter(
+                reply.content["update"],
+                reply.content["update.values"],
+                labels=start.trainable if start is not None else FACTORS,
+                held=start.trained if start is not None else None,
+            )
         result = TrainResult(**values, adapter=adapter)
         if adapter is not None and not math.isfinite(result.train_loss):
             raise ValueError(f"train-loss is {result.train_loss}")

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from flexlora.server.roster import RankPolicy
 
-from flexlora.aggregation import MethodOptions, check_method
+from flexlora.aggregation import MethodOptions, check_options
 from flexlora.aggregation.base import Factoring
 from flexlora.config import Config
 from flexlora.ranks import RankClass, parse_shares, parse_tiers
 
-__all__ = ["ServerSettings"]
+__all__ = ["ServerSettings", "method_options"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +33,14 @@ class ServerSettings:
     min_nodes: int
     wait_seconds: float
     round_timeout_seconds: float
+    late_rounds: int
     seed: int
 
     @classmethod
     def from_config(cls, config: Config) -> ServerSettings:
         """Raises ``UserError`` for a method, a rank or shares that cannot be."""
-        check_method(config["method.name"])
+        options = method_options(config)
+        check_options(config["method.name"], _given(config), _given(Config()))
         policy = RankPolicy(
             policy=config["ranks.policy"],
             fixed=config["ranks.fixed"],
@@ -52,12 +54,7 @@ class ServerSettings:
             parse_shares(policy.shares, len(parse_tiers(policy.tiers)))
         return cls(
             method=config["method.name"],
-            method_options=MethodOptions(
-                server_learning_rate=config["method.server-learning-rate"],
-                max_rank=config["method.server-max-rank"],
-                carried_rank=config["method.carried-rank"],
-                gradient_batches=config["method.gradient-batches"],
-            ),
+            method_options=options,
             max_update_norm=config["method.max-update-norm"],
             factoring=Factoring(
                 alpha=config["lora.alpha"],
@@ -76,6 +73,7 @@ class ServerSettings:
             min_nodes=config["server.min-nodes"],
             wait_seconds=config["server.wait-seconds"],
             round_timeout_seconds=config["server.round-timeout-seconds"],
+            late_rounds=config["server.late-rounds"],
             seed=config["seed"],
         )
 
@@ -89,3 +87,16 @@ class ServerSettings:
         """Whether an evaluated round generates answers too."""
         ends = server_round in (0, num_rounds)
         return self.eval_generate == "every" or (self.eval_generate == "ends" and ends)
+
+
+def _given(config: Config) -> dict[str, object]:
+    """All that a method may read or not."""
+    own = vars(method_options(config))
+    return {**own, "singular_values": config["method.singular-values"]}
+
+
+def method_options(config: Config) -> MethodOptions:
+    """The ``method.*`` keys as plain values."""
+    keys = {name: f"method.{name.replace('_', '-')}" for name in MethodOptions.__dataclass_fields__}
+    keys["max_rank"] = "method.server-max-rank"
+    return MethodOptions(**{name: config[key] for name, key in keys.items()})

@@ -16,25 +16,26 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from flexlora.server.exchange import exchange
+from flexlora.server.intake import Intake, Overdue
 from flexlora.server.ledger import (
     RoundLedger,
     class_metrics,
     eval_metrics,
     evaluation_rows,
     left_out_rows,
+    module_metrics,
 )
 from flexlora.server.messages import (
     Payload,
     content_bytes,
     decode_capability,
     decode_evaluate,
-    decode_train,
     eval_content,
     pack,
     train_content,
 )
 from flexlora.server.observer import Observer
-from flexlora.server.roster import Member, Roster, sample
+from flexlora.server.roster import Roster, sample
 from flexlora.server.settings import ServerSettings
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
@@ -42,11 +43,11 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from flexlora.adapters import Adapter
 from flexlora.aggregation import make_method
-from flexlora.aggregation.base import Start, State, Update, check_update
+from flexlora.aggregation.base import Start, State
 from flexlora.aggregation.state import GlobalChange
-from flexlora.errors import UpdateRefused, UserError
+from flexlora.errors import UserError
 from flexlora.evaluation import BASE
-from flexlora.jobs import Capability, EvalResult, TrainResult
+from flexlora.jobs import Capability, EvalResult
 from flexlora.ranks import RankClass
 from flexlora.runs import RunFolder
 from flexlora.wire import DTYPES, over_the_wire
@@ -80,6 +81,8 @@ class FlexLoRAStrategy(Strategy):
         self.num_rounds = settings.num_server_rounds
         self.roster = Roster()
         self._sent: dict[str, Start] = {}
+        self._asked: dict[str, str] = {}
+        self._overdue: dict[str, Overdue] = {}
         self._class_bytes: dict[str, int] = {}
         self._ledger = RoundLedger(server_round=0)
         self._eval_results: list[EvalResult] = []
@@ -198,6 +201,10 @@ class FlexLoRAStrategy(Strategy):
             for name, start in starts.items()
         }
         self._sent = {name: self._as_received(start) for name, start in starts.items()}
+        self._asked = {m.capability.client_id: m.rank_class.name for m in members}
+        self._ledger.bytes_carried = sum(
+            self._sent[name].carried_bytes for name in self._asked.values()
+        )
         self._class_bytes = {name: content_bytes(content) for name, content in contents.items()}
         self._ledger.bytes_down = sum(self._class_bytes[m.rank_class.name] for m in members)
         return [
@@ -211,99 +218,81 @@ class FlexLoRAStrategy(Strategy):
         ]
 
     def _payloads(self, start: Start) -> dict[str, Payload]:
-        named = {"trained": start.trained, "carried": start.carried}
         dtype = self.settings.wire_dtype
-        return {k: pack(adapter, dtype) for k, adapter in named.items() if adapter is not None}
+        payloads = {"trained": pack(start.trained, dtype)}
+        if start.carried is not None:
+            payloads["carried"] = pack(start.carried, start.carried_dtype or dtype)
+        return payloads
 
     def _as_received(self, start: Start) -> Start:
         """The start as the client decodes it: what a residual form must subtract."""
         dtype = self.settings.wire_dtype
-        carried = over_the_wire(start.carried, dtype) if start.carried is not None else None
+        carried = start.carried
+        if carried is not None:
+            carried = over_the_wire(carried, start.carried_dtype or dtype)
         trained = over_the_wire(start.trained, dtype)
         return replace(start, trained=trained, carried=carried).sealed()
 
     def _replies(self, grid: Grid, messages: list[Message], timeout: float) -> Iterable[Message]:
-        """Replies as they come; a client that sends none gets its row here."""
+        """Replies as they come, overdue ones among them; who sends none gets its row here."""
         silent = {m.metadata.dst_node_id for m in messages}
-        for node, reply in exchange(grid, messages, timeout=timeout):
+        waiting = {message_id: late.node_id for message_id, late in self._overdue.items()}
+        unanswered: dict[str, int] = {}
+        for node, reply in exchange(
+            grid, messages, timeout=timeout, overdue=waiting, unanswered=unanswered
+        ):
             if reply is not None:
-                silent.discard(node)
+                if reply.metadata.reply_to_message_id not in self._overdue:
+                    silent.discard(node)
                 yield reply
+        self._keep_overdue(unanswered)
         for member in self.roster.members.values():
             if member.node_id in silent:
-                self._failed(member, f"no reply within {timeout:g} s")
+                self._intake.missing(member, f"no reply within {timeout:g} s")
+
+    def _keep_overdue(self, unanswered: Mapping[str, int]) -> None:
+        """Messages of this round without an answer join those that are waited for in the next."""
+        server_round = self._ledger.server_round
+        oldest = server_round + 1 - self.settings.late_rounds
+        by_node = {member.node_id: member for member in self.roster.members.values()}
+        self._overdue |= {
+            message_id: Overdue(
+                node_id=node,
+                server_round=server_round,
+                start=self._sent[by_node[node].rank_class.name],
+            )
+            for message_id, node in unanswered.items()
+        }
+        self._overdue = {k: v for k, v in self._overdue.items() if v.server_round >= oldest}
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Fold in the replies one by one and close the round's sum; ``state`` is the next one."""
         by_node = {member.node_id: member for member in self.roster.members.values()}
-        self.method.begin(self.state, self._sent)
+        starts = self._sent | {late.name: late.start for late in self._overdue.values()}
+        self._intake = Intake(
+            opened=self.method.begin(self.state, starts, self._asked),
+            sent=starts,
+            class_bytes=self._class_bytes,
+            ledger=self._ledger,
+            max_norm=self.settings.max_update_norm,
+            tell=lambda client_id, cause: self._tell("replied", client_id, cause),
+        )
         for reply in replies:
             member = by_node.get(reply.metadata.src_node_id)
-            if member is None:
-                continue
-            try:
-                result = decode_train(reply)
-            except UpdateRefused as error:
-                self._failed(member, str(error))
-                continue
-            self._fold_in(member, result, content_bytes(reply.content))
+            if member is not None:
+                late = self._overdue.pop(reply.metadata.reply_to_message_id, None)
+                self._intake.take(member, reply, late)
         began = time.perf_counter()
-        self.state = self.method.finish()
-        metrics = self._ledger.metrics() | class_metrics(self.state, self.served(self.state))
+        self.state = self._intake.opened.finish()
+        for client_id, rank_class in sorted(self._intake.lowered.items()):
+            member = self.roster.members[client_id]
+            self.roster.members[client_id] = replace(member, rank_class=rank_class)
+        served = self.served(self.state)
+        metrics = self._ledger.metrics() | class_metrics(self.state, served)
         metrics["server_seconds"] = time.perf_counter() - began
         return None, MetricRecord(metrics)
-
-    def _fold_in(self, member: Member, result: TrainResult, bytes_up: int) -> None:
-        """Check one result and add it; the row of ``clients.csv`` says what became of it."""
-        client_id, start = member.capability.client_id, self._sent[member.rank_class.name]
-        status, cause = "ok", result.cause
-        if result.adapter is None or cause:
-            status, cause = "failed", cause or "the reply holds no factors"
-        else:
-            update = Update(
-                client_id=client_id,
-                adapter=result.adapter,
-                num_examples=result.num_examples,
-                rank_class=result.rank_class,
-                base_round=result.base_round,
-                digest=result.digest,
-            )
-            try:
-                if result.client_id != client_id:
-                    raise UpdateRefused(f"client {client_id}: replied as '{result.client_id}'.")
-                if result.num_examples > member.capability.num_examples:
-                    raise UpdateRefused(
-                        f"client {client_id}: claims {result.num_examples} examples, it reported "
-                        f"{member.capability.num_examples} when it joined."
-                    )
-                check_update(
-                    update,
-                    start.trained,
-                    digest=start.digest,
-                    max_norm=self.settings.max_update_norm,
-                )
-                self.method.add(update)
-            except UpdateRefused as error:
-                status, cause = "refused", str(error)
-        self._record(member, bytes_up, result, status, cause)
-
-    def _failed(self, member: Member, cause: str) -> None:
-        self._record(member, 0, None, "failed", cause)
-
-    def _record(
-        self, member: Member, bytes_up: int, result: TrainResult | None, status: str, cause: str
-    ) -> None:
-        self._ledger.record(
-            member,
-            bytes_down=self._class_bytes[member.rank_class.name],
-            bytes_up=bytes_up,
-            result=result,
-            status=status,
-            cause=cause,
-        )
-        self._tell("replied", member.capability.client_id, cause)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -369,6 +358,8 @@ class FlexLoRAStrategy(Strategy):
             rows = left_out_rows(self.roster) if server_round == 0 else self._ledger.rows
             rows = sorted(rows, key=lambda row: str(row["client_id"]))
             evaluations = evaluation_rows(server_round, self._eval_results)
+            if server_round > 0:
+                metrics["modules"] = module_metrics(self.state, self.roster.rank_classes)
             self.run.append_round(metrics, rows, evaluations)
             classes = {k: member.rank_class for k, member in self.roster.members.items()}
             self.run.save_checkpoint(self.run.checkpoint, self.state, classes)

@@ -132,8 +132,10 @@ class InProcessGrid(Grid):
         memo: dict[int, Adapter] = {}
         jobs = [decode_train(message, self._client(message), memo) for message in messages]
         return [
-            encode_train(result, dtype=self.wire_dtype, reply_to=message)
-            for result, message in zip(self.worker.train(jobs), messages, strict=True)
+            encode_train(
+                result, dtype=self.wire_dtype, reply_to=message, trainable=job.start.trainable
+            )
+            for result, job, message in zip(self.worker.train(jobs), jobs, messages, strict=True)
         ]
 
     def _evaluate(self, messages: list[Message]) -> list[Message]:

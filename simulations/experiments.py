@@ -6,7 +6,6 @@ a seed share the data, the base, the rows they are scored on and the number of l
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,14 +15,15 @@ from flexlora.clients.worker import Worker, worker_for
 from flexlora.server.settings import ServerSettings
 from flexlora.server.strategy import FlexLoRAStrategy
 from flexlora.simulations.figures import arms_figure
+from flexlora.simulations.results import KeptResults
 from flexlora.simulations.simulate import simulate
 from flexlora.simulations.terminal import make_console
+from rich.console import Console
 from rich.table import Table
 
 from flexlora.adapters import Adapter
 from flexlora.aggregation.base import State
 from flexlora.aggregation.state import GlobalChange
-from flexlora.checkpoints import write_atomically
 from flexlora.config import Config, resolved
 from flexlora.errors import UserError, nearest
 from flexlora.jobs import EvalJob, Score, TrainJob
@@ -35,13 +35,21 @@ __all__ = ["EXPERIMENTS", "Arm", "reproduce"]
 MEASURED = {"eval.split": "test", "eval.max-examples": 0, "eval.every": 0, "eval.generate": "ends"}
 
 
+TRIED = {"eval.split": "validation", "eval.every": 0, "eval.generate": "never", "seed": 1000}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One row of the table: a title, and what differs from the default configuration."""
+    """One row of the table: a title, and what differs from the default configuration.
+
+    Of its ``trials`` the one with the lowest validation loss after half of the rounds, on a seed of
+    its own, is run on the seeds of the table.
+    """
 
     title: str
     changes: Mapping[str, object] = field(default_factory=dict)
     kind: str = "federated"
+    trials: tuple[Mapping[str, object], ...] = ({},)
 
 
 def fixed(rank: int, **changes: object) -> dict[str, object]:
@@ -49,6 +57,67 @@ def fixed(rank: int, **changes: object) -> dict[str, object]:
 
 
 POOLED = {"data.partition": "iid", "clients.count": 1, "fraction-train": 1.0}
+
+# Four clients in five are weak: which part of the gap between everybody weak and everybody strong
+# does a method close?
+SKEW = {"ranks.tiers": "2,8,16", "ranks.shares": "0.8,0.1,0.1"}
+# As many trials for each: a method with a server rate tries three of them, the others three
+# learning rates of their clients.
+RATES = tuple({"method.server-learning-rate": rate} for rate in (1.0, 2.0, 3.0))
+STEPS = tuple({"train.learning-rate": rate} for rate in (5e-3, 1e-2, 2e-2))
+# The same for a pretrained base, which wants smaller steps: six trials each.
+GENTLE_RATES = tuple(
+    {"train.learning-rate": rate, "method.server-learning-rate": server}
+    for rate in (1e-3, 2e-3, 5e-3)
+    for server in (1.0, 2.0)
+)
+GENTLE_STEPS = tuple({"train.learning-rate": rate} for rate in (5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2))
+
+
+def skewed(
+    title: str, method: str, trials: tuple[Mapping[str, object], ...], **changes: object
+) -> Arm:
+    return Arm(title=title, changes={"method.name": method, **SKEW, **changes}, trials=trials)
+
+
+def fixed_rank(rank: int) -> dict[str, object]:
+    return {"ranks.policy": "fixed", "ranks.fixed": rank}
+
+
+def method_arms(
+    rates: tuple[Mapping[str, object], ...], steps: tuple[Mapping[str, object], ...]
+) -> tuple[Arm, ...]:
+    """Every method, with as many trials for each."""
+    return (
+        Arm(title="the base, untrained", kind="base"),
+        skewed("everybody at rank 2", "residual", rates, **fixed_rank(2)),
+        skewed("everybody at rank 16", "residual", rates, **fixed_rank(16)),
+        skewed("zero-padded averaging (fedit)", "fedit", steps),
+        skewed("hetlora", "hetlora", steps),
+        skewed("rbla", "rbla", steps),
+        skewed("ffa-lora", "ffa-lora", steps),
+        skewed("rolora", "rolora", steps),
+        skewed("slora", "slora", steps),
+        skewed("fed-plora", "fed-plora", steps),
+        skewed("fedex-lora", "fedex-lora", rates),
+        skewed("flora", "flora", rates),
+        skewed("florist", "florist", rates),
+        skewed("FlexLoRA as published", "flexlora", steps),
+        skewed("raflora", "raflora", steps),
+        skewed("residual", "residual", rates),
+        skewed("aligned", "aligned", rates),
+        skewed("aligned, three batches", "aligned", rates, **{"method.gradient-batches": 3}),
+        skewed("aligned, random start", "aligned", rates, **{"method.gradient-batches": 0}),
+        skewed(
+            "aligned, carried 16 in bfloat16",
+            "aligned",
+            rates,
+            **{"method.carried-rank": 16, "method.carried-dtype": "bfloat16"},
+        ),
+        skewed("aligned, one restart", "aligned", rates, **{"method.restarts": 1}),
+        skewed("aligned, inherited", "aligned", rates, **{"method.inherited": True}),
+    )
+
 
 EXPERIMENTS: dict[str, tuple[Arm, ...]] = {
     "first-look": (
@@ -84,6 +153,8 @@ EXPERIMENTS: dict[str, tuple[Arm, ...]] = {
         ),
         Arm(title="pooled data, same steps", changes=fixed(16, **POOLED)),
     ),
+    "methods": method_arms(RATES, STEPS),
+    "methods-gently": method_arms(GENTLE_RATES, GENTLE_STEPS),
 }
 
 
@@ -104,51 +175,66 @@ def reproduce(
     if seeds < 1:
         raise UserError(f"--seeds is {seeds}, expected at least 1.")
     given, console = Config.given(sets=tuple(sets)), make_console()
-    owned = {key for arm in EXPERIMENTS[name] for key in arm.changes} | {"seed", "eval.generate"}
+    arms = EXPERIMENTS[name]
+    owned = {key for arm in arms for key in arm.changes} | {"seed", "eval.generate"}
     if taken := sorted(owned & set(given)):
         raise UserError(f"{taken[0]} is set by the experiment '{name}' itself; leave it out.")
-    file = out / "results.json"
-    rows = _kept_rows(file, name, given)
-    done = {(row["arm"], row["seed"]) for row in rows}
+    kept = KeptResults.read(out / "results.json", name, given)
+    for arm in arms:
+        _try_out(arm, given, kept, out, console)
     for seed in range(first_seed, first_seed + seeds):
-        for arm in EXPERIMENTS[name]:
-            if (arm.title, seed) in done:
+        for arm in arms:
+            if kept.has(arm.title, seed):
                 continue
-            config = resolved(Config({**MEASURED, **given, **arm.changes, "seed": seed}))
-            scores = _RUNNERS[arm.kind](config, out / "runs" / f"{_slug(arm.title)}-{seed}")
-            rows.append({"arm": arm.title, "seed": seed, **scores})
-            kept = {"experiment": name, "set": given, "rows": rows}
-            write_atomically(file, (json.dumps(kept, indent=1) + "\n").encode())
+            best = kept.chosen(arm.title)
+            changes = {**MEASURED, **given, **arm.changes, **best, "seed": seed}
+            scores = _RUNNERS[arm.kind](
+                resolved(Config(changes)), out / "runs" / f"{_slug(arm.title)}-{seed}"
+            )
+            kept.add(arm.title, seed, scores)
             spelled = ", ".join(f"{key} {value:.3f}" for key, value in scores.items())
             console.print(f"seed {seed}, {arm.title}: {spelled}", soft_wrap=True)
-    titles = [arm.title for arm in EXPERIMENTS[name]]
+    rows = with_gap_closed(kept.rows)
+    titles = [arm.title for arm in arms]
     console.print()
     console.print(summary_table(titles, rows))
     figure = out / f"{name}.svg"
     label = "exact match on test rows, each client at its own rank (dots: seeds)"
     drawn = arms_figure(titles, rows, key="all clients", label=label, file=figure)
     hint = f"Figure: {figure}" if drawn else "No figure: pip install 'flexlora[figures]'."
-    console.print(f"Numbers: {file}. {hint}", soft_wrap=True)
+    console.print(f"Numbers: {kept.file}. {hint}", soft_wrap=True)
     return 0
 
 
-def _kept_rows(file: Path, name: str, given: Mapping[str, object]) -> list[dict]:
-    """The rows of an earlier call.
+def _try_out(arm: Arm, given: Mapping, kept: KeptResults, out: Path, console: Console) -> None:
+    """Run the trials of an arm that has a choice, and keep what each came to."""
+    if len(arm.trials) < 2 or kept.chosen(arm.title):
+        return
+    losses = []
+    for index, trial in enumerate(arm.trials):
+        config = Config({**given, **arm.changes, **trial, **TRIED})
+        rounds = max(1, config["num-server-rounds"] // 2)
+        config = resolved(Config({**config, "num-server-rounds": rounds}))
+        strategy = simulate(config, out / "trials" / f"{_slug(arm.title)}-{index}", overwrite=True)
+        losses.append(strategy.run.metrics()[-1]["eval_loss"])
+    kept.choose(arm.title, arm.trials, losses)
+    spelled = ", ".join(f"{loss:.3f}" for loss in losses)
+    console.print(f"{arm.title}: {kept.chosen(arm.title)} of {spelled}", soft_wrap=True)
 
-    Raises:
-        UserError: they are another experiment's, were made with other ``--set``, or are damaged.
-    """
-    if not file.is_file():
-        return []
-    try:
-        kept = json.loads(file.read_text(encoding="utf-8"))
-        same = (kept["experiment"], kept["set"]) == (name, dict(given))
-        rows = list(kept["rows"])
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"'{file}' is damaged; remove it or give another --out.") from None
-    if not same:
-        raise UserError(f"'{file}' holds another experiment or other --set; give another --out.")
-    return rows
+
+WEAK, STRONG = "everybody at rank 2", "everybody at rank 16"
+
+
+def with_gap_closed(rows: Sequence[Mapping]) -> list[dict]:
+    """Each row with the part of the gap in loss between all weak and all strong that it closes."""
+    ends = {(row["arm"], row["seed"]): row["loss"] for row in rows if row["arm"] in (WEAK, STRONG)}
+    result = []
+    for row in rows:
+        weak, strong = ends.get((WEAK, row["seed"])), ends.get((STRONG, row["seed"]))
+        result.append(dict(row))
+        if "loss" in row and weak is not None and strong is not None and weak != strong:
+            result[-1]["gap closed"] = (weak - row["loss"]) / (weak - strong)
+    return result
 
 
 def summary_table(titles: Sequence[str], rows: Sequence[Mapping]) -> Table:

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import torch
+from flexlora.clients.messages import decode_train as decode_job
 from flexlora.clients.worker import Worker
 from flexlora.server.app import federate
 from flexlora.server.messages import decode_train
@@ -90,6 +91,13 @@ def rounds(folder):
     """The objects of ``metrics.jsonl``, in order."""
     text = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
+
+
+def untimed(rows):
+    """The same rows without what a clock has measured, also one level down (``modules``)."""
+    if isinstance(rows, dict):
+        return {key: untimed(value) for key, value in rows.items() if "seconds" not in key}
+    return [untimed(row) for row in rows] if isinstance(rows, list) else rows
 
 
 def client_rows(folder, server_round=None):
@@ -176,5 +184,35 @@ class TamperingGrid(InProcessGrid):
             return [reply]
         client_id = self._client(message)
         server_round = int(message.metadata.group_id)
-        self.updates[server_round, client_id] = decode_train(reply)
+        start = decode_job(message, client_id).start.for_client(client_id)
+        self.updates[server_round, client_id] = decode_train(reply, start)
         return self.tamper(reply, message) if client_id in self.victims else [reply]
+
+
+class Stopped(Exception):
+    """Ends a run from the inside, where a test wants it to end."""
+
+
+class StopAt:
+    """An observer that raises at one event of one round."""
+
+    def __init__(self, event, server_round, error=Stopped):
+        self.event, self.server_round, self.error = event, server_round, error
+        self.current = 0
+
+    def met(self, roster):
+        pass
+
+    def round_started(self, server_round, num_rounds, num_clients):
+        self.current = server_round
+        self._maybe("round_started")
+
+    def replied(self, client_id, cause):
+        self._maybe("replied")
+
+    def round_finished(self, metrics):
+        self._maybe("round_finished")
+
+    def _maybe(self, event):
+        if (event, self.current) == (self.event, self.server_round):
+            raise self.error

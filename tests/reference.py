@@ -7,7 +7,7 @@ dense SVD, and local training is torch's own AdamW on explicit factors merged in
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -119,8 +119,19 @@ class Recipe:
     optim: str = "adamw_torch"
 
 
-def train_one_client(model, start, examples, recipe, carried=None, trainable=("lora_A", "lora_B")):
-    """A plain loop: every row by itself, unpadded; torch.optim; the mean over answer tokens."""
+def train_one_client(
+    model,
+    start,
+    examples,
+    recipe,
+    carried=None,
+    trainable=("lora_A", "lora_B"),
+    penalty=lambda adapter: 0.0,
+):
+    """A plain loop: every row by itself, unpadded; torch.optim; the mean over answer tokens.
+
+    ``penalty(adapter)`` is added to the loss, so that autograd takes its gradient.
+    """
     leaves, modules = [], {}
     for name, factors in start.items():
         tensors = {}
@@ -144,7 +155,7 @@ def train_one_client(model, start, examples, recipe, carried=None, trainable=("l
         tokens = sum(len(row.input_ids) - row.prompt_length for row in rows)
         loss = sum(answer_loss(logits_of(model, adapters, row.input_ids), row) for row in rows)
         optimizer.zero_grad()
-        (loss / tokens).backward()
+        (loss / tokens + penalty(adapter)).backward()
         if recipe.max_grad_norm > 0:
             torch.nn.utils.clip_grad_norm_(leaves, recipe.max_grad_norm)
         for group in optimizer.param_groups:
@@ -165,3 +176,67 @@ def zero_padded_factors(clients, module, rank):
         scaled_B = factors.scaling * factors.lora_B.double().numpy()
         mean_B = mean_B + share * np.pad(scaled_B, ((0, 0), (0, missing)))
     return torch.from_numpy(mean_A), torch.from_numpy(mean_B)
+
+
+# --- what a method asks of its clients beside plain steps -------------------------------------
+
+
+def stacked(adapters):
+    """One adapter with the sum of the products: ``[s_1 B_1 ...] @ [A_1; ...]`` at scaling 1."""
+    modules = {}
+    for name in adapters[0]:
+        parts = [adapter[name] for adapter in adapters]
+        lora_A = torch.cat([factors.lora_A for factors in parts])
+        lora_B = torch.cat([scaling(factors) * factors.lora_B for factors in parts], dim=1)
+        modules[name] = LoRAFactors(lora_A=lora_A, lora_B=lora_B, alpha=float(lora_A.shape[0]))
+    return Adapter(modules)
+
+
+def pull(start, mu):
+    """FedProx's penalty as it is written down: ``mu / 2 |factors - start|^2``."""
+
+    def penalty(adapter):
+        total = 0.0
+        for name, factors in adapter.items():
+            total = total + (factors.lora_A - start[name].lora_A).square().sum()
+            total = total + (factors.lora_B - start[name].lora_B).square().sum()
+        return mu / 2 * total
+
+    return penalty
+
+
+def tail_product(adapter, kept):
+    """HetLoRA's ``sum over modules |B_tail|_F |A_tail|_F``; the tail begins at ``kept * rank``."""
+    total = 0.0
+    for factors in adapter.values():
+        first = max(1, math.floor(kept * factors.lora_A.shape[0]))
+        if first < factors.lora_A.shape[0]:
+            tail_A, tail_B = factors.lora_A[first:], factors.lora_B[:, first:]
+            total = total + torch.linalg.norm(tail_B) * torch.linalg.norm(tail_A)
+    return total
+
+
+def train_in_phases(model, starts, examples, recipe, carried=None, mu=0.0):
+    """One plain training after another, each with a new optimizer and beside the earlier results.
+
+    Phase i of P begins at step ``i * steps // P`` from ``starts[i]``; returns what each trained.
+    """
+    steps, trained = len(recipe.batches), []
+    for phase, start in enumerate(starts):
+        span = slice(phase * steps // len(starts), (phase + 1) * steps // len(starts))
+        own = replace(
+            recipe, learning_rates=recipe.learning_rates[span], batches=recipe.batches[span]
+        )
+        beside = [carried] * (carried is not None) + trained
+        trained = [
+            *trained,
+            train_one_client(
+                model,
+                start,
+                examples,
+                own,
+                carried=stacked(beside) if beside else None,
+                penalty=pull(start, mu),
+            ),
+        ]
+    return trained

@@ -8,6 +8,7 @@ import torch
 from builders import random_adapter, random_factors
 
 from flexlora import Adapter, LoRAFactors
+from flexlora.adapters import zero_factors
 
 
 @pytest.mark.parametrize("rank", [1, 3, 8])
@@ -99,3 +100,49 @@ def test_num_bytes_counts_what_is_held(shapes):
     assert adapter.num_bytes == 8 * numbers
     assert adapter.to(torch.bfloat16).num_bytes == 2 * numbers
     assert adapter.to(torch.bfloat16)["attn.q"].alpha == 16.0
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_terms_are_rank_one_parts_that_keep_their_weight(rslora):
+    """Every split of the terms adds up to the whole, whatever the scaling of its new rank."""
+    factors = random_factors(6, 9, 5, alpha=7.5, rslora=rslora)
+    whole = reference.delta_weight(factors)
+    for chosen in ([0], [1, 3], [4, 2, 0], range(5)):
+        rest = [term for term in range(5) if term not in set(chosen)]
+        parts = [factors.terms(part) for part in (chosen, rest) if len(list(part))]
+        assert parts[0].rank == len(list(chosen)) and parts[0].rslora == rslora
+        assert parts[0].scaling == pytest.approx(factors.scaling, rel=1e-15)
+        total = sum(reference.delta_weight(part) for part in parts)
+        assert reference.relative_error(total, whole) < 1e-15
+    assert torch.equal(factors.terms([4, 2]).lora_A, factors.lora_A[[4, 2]])
+    assert torch.equal(factors.terms([4, 2]).lora_B, factors.lora_B[:, [4, 2]])
+
+
+@pytest.mark.parametrize("alphas", [(8.0, 12.0, 4.0), (3.0, 20.0, 5.0)])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_factors_side_by_side_are_the_sum_of_the_products(alphas, rslora):
+    """At one scaling the factors stay as they are; at several it moves into ``lora_B``."""
+    ranks = (2, 3, 1)
+    parts = [
+        random_factors(6, 9, rank, alpha=alpha, rslora=rslora, seed=rank)
+        for rank, alpha in zip(ranks, alphas, strict=True)
+    ]
+    whole = LoRAFactors.side_by_side(parts)
+    total = sum(reference.delta_weight(part) for part in parts)
+    assert whole.rank == 6
+    assert reference.relative_error(reference.delta_weight(whole), total) < 1e-15
+    assert torch.equal(whole.lora_A, torch.cat([part.lora_A for part in parts]))
+    if len({part.scaling for part in parts}) == 1:
+        assert whole.scaling == pytest.approx(parts[0].scaling, rel=1e-15)
+        assert torch.equal(whole.lora_B, torch.cat([part.lora_B for part in parts], dim=1))
+    else:
+        assert whole.scaling == 1.0
+
+
+def test_zero_factors_add_nothing_and_have_the_shape_that_is_asked():
+    like = random_factors(6, 9, 5)
+    nothing = zero_factors(like)
+    assert nothing.rank == 1 and nothing.lora_A.dtype == like.lora_A.dtype
+    assert torch.equal(nothing.delta_weight(), torch.zeros(6, 9, dtype=torch.float64))
+    both = LoRAFactors.side_by_side([like, nothing]).delta_weight()
+    assert reference.relative_error(both, like.delta_weight()) < 1e-15

@@ -5,7 +5,7 @@ import reference
 import torch
 from builders import random_adapter, random_examples, tiny_model, train_job
 
-from flexlora.aggregation import GlobalChange, State, make_method
+from flexlora.aggregation import GlobalChange, LocalPlan, State, make_method
 from flexlora.aggregation.base import Factoring
 from flexlora.data.collation import collate
 from flexlora.linalg import live_rows, svd_of_product
@@ -69,7 +69,7 @@ def test_k_aligned_slots_equal_k_separate_runs(gradient_checkpointing):
             random_adapter(slots.shapes, rank, seed=rank),
             f"client_{rank}",
             carried=random_adapter(slots.shapes, 6, seed=50),
-            gradient_batches=3,
+            local=LocalPlan(gradient_batches=3),
         )
         for rank in (2, 5, 3)
     ]

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 import tomli_w
+from flexlora.server.settings import ServerSettings
 
+from flexlora.aggregation import METHODS, MethodOptions
 from flexlora.config import OPTIONS, Config, flatten, read_toml
 from flexlora.errors import UserError
 
@@ -141,3 +143,42 @@ def test_replace_leaves_the_original_and_checks_too():
         config.replace(lora__alphas=4)
     with pytest.raises(UserError, match="seed is -1"):
         config.replace(seed=-1)
+
+
+CHANGED = {
+    "method.server-learning-rate": 0.5,
+    "method.server-optimizer": "momentum",
+    "method.server-momentum": 0.5,
+    "method.server-max-rank": 7,
+    "method.error-feedback": True,
+    "method.realign": True,
+    "method.carried-rank": 5,
+    "method.carried-dtype": "bfloat16",
+    "method.gradient-batches": 2,
+    "method.restarts": 1,
+    "method.inherited": True,
+    "method.energy-threshold": 0.5,
+    "method.prune-factor": 0.5,
+    "method.prune-penalty": 0.5,
+    "method.sparse-rounds": 1,
+}
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_an_option_of_a_method_is_read_or_refused_and_never_ignored(method):
+    """Every changed option reaches the method's options, or the sentence names who reads it."""
+    names = {key: key.removeprefix("method.").replace("-", "_") for key in CHANGED}
+    names["method.server-max-rank"] = "max_rank"
+    assert set(names.values()) == set(MethodOptions.__dataclass_fields__)
+    for key, value in CHANGED.items():
+        config = Config({"method.name": method, key: value})
+        if names[key] in METHODS[method].reads:
+            options = ServerSettings.from_config(config).method_options
+            assert getattr(options, names[key]) == value
+            continue
+        readers = [k for k, entry in METHODS.items() if names[key] in entry.reads]
+        with pytest.raises(UserError) as refusal:
+            ServerSettings.from_config(config)
+        assert f"{key} is {value}, which method.name={method} does not read" in str(refusal.value)
+        assert readers and all(reader in str(refusal.value) for reader in readers)
+    assert ServerSettings.from_config(Config({"method.name": method})).method == method

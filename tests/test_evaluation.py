@@ -18,6 +18,7 @@ from flexlora.evaluation import (
 from flexlora.jobs import EvalJob, Score
 from flexlora.models import BaseModel
 from flexlora.slots import SlotModel
+from flexlora.training import answer_losses
 
 PAD, BOS, EOS = 0, 1, 2
 
@@ -228,6 +229,44 @@ def test_jobs_that_share_adapters_share_passes_and_keep_their_own_rows(tokenizer
             assert got.loss == pytest.approx(score.loss, rel=1e-9)
             assert (got.rows, got.tokens) == (len(examples), score.tokens)
             assert (got.generated, got.rouge_l) == (score.generated, score.rouge_l)
+
+
+@pytest.mark.parametrize("generate", [False, True])
+def test_classes_that_are_served_the_same_adapter_are_scored_in_one_pass(
+    tokenizer, generate, monkeypatch
+):
+    """Equal by content, not by object; the slot that is saved is counted in rows of the passes."""
+    import flexlora.evaluation as module
+
+    model = tiny_model("llama")
+    slots = SlotModel(model)
+    one, other = (random_adapter(slots.shapes, 3, seed=seed) for seed in (1, 2))
+    rows = random_examples(5, seed=4)
+    base, seen = base_of(model, tokenizer), []
+
+    def counted(slots, batch):
+        seen.append(batch.input_ids.shape[0])
+        return answer_losses(slots, batch)
+
+    monkeypatch.setattr(module, "answer_losses", counted)
+
+    def scores(**adapters):
+        seen.clear()
+        job = EvalJob(client_id="c", server_round=1, adapters=adapters, generate=generate)
+        options = {"batch_size": 64, "max_new_tokens": 3}
+        (result,) = module.evaluate(slots, base, [job], [rows], **options)
+        return result.scores, list(seen)
+
+    alone, passes = scores(a=one)
+    assert passes == [5]
+    same, passes = scores(a=one, b=one.map(torch.clone), c=one)
+    assert passes == [5] and list(same) == ["a", "b", "c"]
+    assert same["a"] == same["b"] == same["c"] == alone["a"]
+    mixed, passes = scores(a=one, b=other, c=one.map(torch.clone))
+    assert passes == [10] and list(mixed) == ["a", "b", "c"]
+    assert mixed["a"] == mixed["c"] != mixed["b"]
+    assert mixed["a"].loss == pytest.approx(alone["a"].loss, rel=1e-9)
+    assert mixed["b"].loss == pytest.approx(scores(b=other)[0]["b"].loss, rel=1e-9)
 
 
 def test_evaluation_leaves_no_slots_behind(tokenizer):

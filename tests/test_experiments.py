@@ -80,7 +80,8 @@ def test_a_client_alone_trains_on_its_own_rows_only(small_experiment, tmp_path, 
 
 def test_unknown_experiments_and_no_seeds_are_told_in_one_sentence(capsys):
     assert main(["reproduce", "first-lok"]) == 2
-    assert "expected first-look. Did you mean 'first-look'?" in capsys.readouterr().err
+    known = ", ".join(experiments.EXPERIMENTS)
+    assert f"expected {known}. Did you mean 'first-look'?" in capsys.readouterr().err
     assert main(["reproduce", "first-look", "--seeds", "0"]) == 2
     assert "--seeds is 0, expected at least 1" in capsys.readouterr().err
 

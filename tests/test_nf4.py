@@ -6,6 +6,7 @@ import torch
 from builders import random_adapter, random_examples, tiny_model, train_job
 
 from flexlora import models
+from flexlora.aggregation import LocalPlan
 from flexlora.data.collation import collate
 from flexlora.slots import SlotModel
 from flexlora.training import TrainSettings, answer_losses, train
@@ -96,3 +97,27 @@ def test_gradients_through_nf4_are_those_of_the_dequantized_base(model, targets)
         slots.accumulate_gradients(sum(part.mean() for part in losses))
         gradients.append(slots.gradients.clone())
     assert reference.relative_error(gradients[0], gradients[1]) < 1e-4
+
+
+def test_a_change_is_carried_beside_an_nf4_weight_that_it_cannot_be_merged_into(model):
+    """The wish to merge changes nothing here: not a result, not a byte of the base."""
+    before = base_bytes(model)
+    slots = SlotModel(model)
+    carried = random_adapter(slots.shapes, 6, seed=9, dtype=torch.float32)
+    rows = [random_examples(4, seed=1)]
+    chosen = TrainSettings(learning_rate=0.01, per_device_train_batch_size=4, max_steps=1)
+    results = []
+    for merge in (True, False):
+        trained = random_adapter(slots.shapes, 2, seed=2, dtype=torch.float32)
+        slots.load([trained], carried=[carried], merge=merge)
+        assert all(layer.merged is None for layer in slots.layers.values())
+        assert all(layer.carried is not None for layer in slots.layers.values())
+        job = train_job(trained, carried=carried, local=LocalPlan(merge=merge))
+        results += train(slots, [job], rows, chosen)
+    merged, beside = results
+    assert merged.adapter.digest() == beside.adapter.digest()
+    (bare,) = train(slots, [train_job(trained)], rows, chosen)
+    assert abs(bare.loss_before - beside.loss_before) > 1e-3
+    slots.remove()
+    after = base_bytes(model)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())

@@ -64,6 +64,7 @@ def test_the_wheel_holds_the_tree_file_by_file(wheel):
         "flexlora/aggregation/residual.py",
         "flexlora/data/tasks/__init__.py",
         "flexlora/simulations/scenarios/smoke.toml",
+        "flexlora/simulations/benchmarks/aggregation.py",
         "flexlora/clients/app.py",
         "flexlora/server/app.py",
     ):

@@ -10,6 +10,8 @@ import time
 
 import pytest
 from federation import (
+    StopAt,
+    Stopped,
     adapter_bytes,
     as_sets,
     client_rows,
@@ -19,6 +21,7 @@ from federation import (
     same_bytes,
     small,
     state_delta,
+    untimed,
 )
 from flexlora.simulations.simulate import resume, simulate
 
@@ -29,35 +32,6 @@ from flexlora.peft_folder import load_adapter
 
 # Long enough rounds that the second is still going when the first is seen on disk.
 STEADY = small(num_server_rounds=4, train__max_steps=20, lora__dropout=0.1, method__name="residual")
-
-
-class Stopped(Exception):
-    """Ends a run from the inside, where a test wants it to end."""
-
-
-class StopAt:
-    """An observer that raises at one event of one round."""
-
-    def __init__(self, event, server_round, error=Stopped):
-        self.event, self.server_round, self.error = event, server_round, error
-        self.current = 0
-
-    def met(self, roster):
-        pass
-
-    def round_started(self, server_round, num_rounds, num_clients):
-        self.current = server_round
-        self._maybe("round_started")
-
-    def replied(self, client_id, cause):
-        self._maybe("replied")
-
-    def round_finished(self, metrics):
-        self._maybe("round_finished")
-
-    def _maybe(self, event):
-        if (event, self.current) == (self.event, self.server_round):
-            raise self.error
 
 
 @pytest.fixture(scope="module")
@@ -72,10 +46,6 @@ def stopped(folder, event, server_round, error=Stopped):
     with pytest.raises(error):
         simulate(STEADY, folder, observer=StopAt(event, server_round, error))
     return folder
-
-
-def untimed(rows):
-    return [{k: v for k, v in row.items() if "seconds" not in k} for row in rows]
 
 
 def assert_same_run(folder, whole):

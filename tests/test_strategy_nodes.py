@@ -6,7 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from federation import TamperingGrid, client_rows, federation, rounds, same_bytes, small
+from federation import (
+    TamperingGrid,
+    client_rows,
+    federation,
+    rounds,
+    same_bytes,
+    small,
+    untimed,
+)
 from flexlora.clients.messages import encode_capability
 from flexlora.clients.worker import worker_for
 from flwr.app import ConfigRecord, Error, Message, MessageType, RecordDict
@@ -62,10 +70,6 @@ def run_with(worker, folder, **options):
     grid = NodesGrid(worker, **options)
     strategy, run = federation(grid, config, folder)
     return strategy, run, grid
-
-
-def untimed(rows):
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
 
 def test_node_ids_that_flower_draws_anew_change_nothing(worker, tmp_path):

@@ -6,8 +6,9 @@ import pytest
 import torch
 from builders import random_adapter
 
+from flexlora.adapters import Adapter
 from flexlora.errors import UpdateRefused
-from flexlora.wire import decode_adapter, encode_adapter, over_the_wire
+from flexlora.wire import FACTORS, decode_adapter, encode_adapter, over_the_wire
 
 
 @pytest.fixture
@@ -116,3 +117,42 @@ def test_an_update_without_its_module_list_is_refused(adapter, key):
     del values[key]
     with pytest.raises(UpdateRefused):
         decode_adapter(arrays, values)
+
+
+@pytest.mark.parametrize(
+    ("labels", "kept"), [(("lora_B",), "lora_A"), (("lora_A",), "lora_B"), (FACTORS, None)]
+)
+def test_only_the_named_factors_travel_and_the_rest_is_what_is_held(adapter, labels, kept):
+    held = adapter.map(lambda tensor: tensor + 1.0)
+    arrays, values = encode_adapter(adapter, "float32", labels)
+    assert {key.rpartition(".")[2] for key in arrays} == set(labels)
+    own = sum(getattr(f, label).nbytes for f in adapter.values() for label in labels)
+    assert sum(len(array.data) for array in arrays.values()) == own
+    back = decode_adapter(arrays, values, labels=labels, held=held)
+    for name, factors in back.items():
+        for label in FACTORS:
+            origin = held if label == kept else adapter
+            assert torch.equal(getattr(factors, label), getattr(origin[name], label))
+        assert (factors.alpha, factors.rslora) == (adapter[name].alpha, True)
+
+
+def test_a_factor_that_neither_travels_nor_is_held_is_refused(adapter):
+    arrays, values = encode_adapter(adapter, "float32", ("lora_B",))
+    with pytest.raises(UpdateRefused, match=r"'attn.q' has no lora_A, and nothing is held"):
+        decode_adapter(arrays, values, labels=("lora_B",))
+    others = Adapter({name: f for name, f in adapter.items() if name != "attn.q"})
+    with pytest.raises(UpdateRefused, match=r"'attn.q' has no lora_A, and nothing is held"):
+        decode_adapter(arrays, values, labels=("lora_B",), held=others)
+    other_rank = random_adapter(
+        {name: (f.out_features, f.in_features) for name, f in adapter.items()}, rank=5
+    )
+    with pytest.raises(UpdateRefused, match="with one rank"):
+        decode_adapter(arrays, values, labels=("lora_B",), held=other_rank)
+
+
+@pytest.mark.parametrize("sent", [("lora_A",), FACTORS])
+def test_arrays_of_a_factor_that_was_not_to_travel_are_refused(adapter, sent):
+    """Nor does the other factor do in the place of the one that is missing."""
+    arrays, values = encode_adapter(adapter, "float32", sent)
+    with pytest.raises(UpdateRefused, match="differ in"):
+        decode_adapter(arrays, values, labels=("lora_B",), held=adapter)
