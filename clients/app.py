@@ -29,15 +29,20 @@ def _worker(context: Context) -> tuple[Worker, str]:
     """This node's worker and the client it is.
 
     In simulation ``partition-id`` names the client. A node with its own ``data-path`` (and
-    ``model-path``) in its node config is one client, named by ``client-id``.
+    ``model-path``) in its node config is one client, named by ``client-id``; ``quantization`` says
+    how it holds its base.
     """
     config, node = Config(context.run_config), context.node_config
     if "model-path" in node:
         config = Config({**config, "model.name": str(node["model-path"])})
+    if "quantization" in node:
+        own = {"model.quantization": str(node["quantization"]), "clients.quantization": ""}
+        config = Config({**config, **own})
     if "data-path" in node:
         name = str(node.get("client-id", f"node_{context.node_id}"))
-        own = {"data.path": str(node["data-path"]), "data.name": ""}
-        config = Config({**config, **own, "data.partition": "iid", "clients.count": 1})
+        own = {"data.path": str(node["data-path"]), "data.name": "", "data.partition": "iid"}
+        alone = {"clients.count": 1, "clients.quantization": ""}
+        config = Config({**config, **own, **alone})
         worker = worker_for(config)
         worker.data.rename(name)
         return worker, name

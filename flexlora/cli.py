@@ -105,6 +105,28 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--out", metavar="DIR", required=True, help="folder to write")
     export.set_defaults(run=_export)
 
+    plan = commands.add_parser("plan", help="rank, quantization and batch that a device can train")
+    plan.add_argument("--model", metavar="MODEL", required=True, help="folder, hub name, embedded")
+    plan.add_argument("--memory", metavar="SIZE", default="", help="bytes to use, like 8GiB")
+    plan.add_argument("--device", metavar="NAME", default="", help="a known card or board")
+    plan.add_argument("--table", action="store_true", help="the plan of every known device")
+    plan.add_argument("--examples", type=int, metavar="N", help="rows that the client has")
+    plan.add_argument("--max-length", type=int, metavar="TOKENS", help="tokens of a row")
+    plan.add_argument("--batch", type=int, metavar="ROWS", help="rows of an optimizer step")
+    plan.add_argument("--rank", type=int, default=0, help="this trained rank and no other")
+    plan.add_argument("--carried-rank", type=int, metavar="RANK", help="0: a method without one")
+    plan.add_argument("--quantization", default="", help="this one and no other: none or nf4")
+    plan.add_argument("--target-modules", default="all-linear", help="all-linear, or names")
+    plan.add_argument("--format", default="text", help="text or json (default: text)")
+    plan.set_defaults(run=_plan)
+
+    doctor = commands.add_parser("doctor", help="whether this machine can do the job, by doing")
+    doctor.add_argument(
+        "--superlink", metavar="HOST:PORT", action="append", default=[], help="try to reach it"
+    )
+    doctor.add_argument("--format", default="text", help="text or json (default: text)")
+    doctor.set_defaults(run=_doctor)
+
     reproduce = commands.add_parser("reproduce", help="run a named experiment, several seeds")
     reproduce.add_argument("name", metavar="NAME", help="first-look")
     reproduce.add_argument("--seeds", type=int, default=3, help="how many seeds (default: 3)")
@@ -189,6 +211,27 @@ def _export(options: argparse.Namespace) -> int:
 
     export_run(options.target, rank=options.rank, kind=options.format, out=options.out)
     return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from flexlora.plan_command import Question, plan_command
+
+    values = {key: value for key, value in vars(options).items() if key != "run"}
+    return plan_command(Question(**values))
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from functools import partial
+
+    from flexlora.doctor import CHECKS, check_format, diagnose, report
+    from flexlora.simulations.flower_checks import check_flower, check_superlink, parse_address
+
+    check_format(options.format)
+    for address in options.superlink:
+        parse_address(address)
+    superlinks = [("superlink", partial(check_superlink, given)) for given in options.superlink]
+    findings = diagnose([*CHECKS, ("flower", check_flower), *superlinks])
+    return report(findings, format=options.format)
 
 
 def _reproduce(options: argparse.Namespace) -> int:

@@ -20,6 +20,17 @@ from flexlora.errors import UserError, nearest
 __all__ = ["OPTIONS", "Config", "Option", "Scalar", "flatten", "read_toml", "resolved"]
 
 Scalar = bool | int | float | str
+QUANTIZATIONS = ("none", "8bit", "nf4")
+RANK_POLICIES = (
+    "fixed",
+    "tiers",
+    "paper:uniform",
+    "paper:heavy-tail-light",
+    "paper:heavy-tail-strong",
+    "paper:normal",
+    "file",
+    "memory",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,15 +96,20 @@ def _options() -> tuple[Option, ...]:
         option("min-train-clients", 1, "train at least this many clients a round", minimum=1),
         option("clients.count", 0, "clients to make of the data (0: as many as it names)", (), 0),
         option(
+            "clients.quantization",
+            "",
+            "shares of simulated clients on another base, as 'nf4:0.5' or 'nf4:0.25,8bit:0.25'",
+        ),
+        option(
             "method.name",
-            "residual",
-            "aligned, fed-plora, fedex-lora, fedit, ffa-lora, flexlora, flora, florist, hetlora, "
-            "raflora, rbla, residual, rolora, slora",
+            "carried",
+            "aligned, carried, fed-plora, fedex-lora, fedit, ffa-lora, flexlora, flora, florist, "
+            "hetlora, raflora, rbla, residual, rolora, slora",
         ),
         option(
             "method.server-learning-rate",
             0.0,
-            "step on the aggregate (0: the method's own: 2 for residual and aligned, else 1)",
+            "step on the aggregate (0: the method's own: 2 for residual, carried, aligned; else 1)",
             minimum=0.0,
         ),
         option(
@@ -106,11 +122,11 @@ def _options() -> tuple[Option, ...]:
         option("method.server-max-rank", 256, "rank of G that is kept per module", minimum=1),
         option("method.error-feedback", False, "add what truncation drops to the next sum"),
         option("method.realign", False, "turn new factors towards those last sent (Procrustes)"),
-        option("method.carried-rank", 32, "rank that is carried (aligned, fed-plora)", minimum=1),
+        option("method.carried-rank", 32, "rank carried (carried, aligned, fed-plora)", minimum=1),
         option(
             "method.carried-dtype",
             "",
-            "dtype of what is carried (aligned; empty: wire.dtype)",
+            "dtype of what is carried (carried, aligned; empty: wire.dtype)",
             ("", "float32", "bfloat16"),
         ),
         option("method.gradient-batches", 1, "batches to align with; 0: random (aligned)", (), 0),
@@ -127,10 +143,12 @@ def _options() -> tuple[Option, ...]:
             ("b-heavy", "balanced", "a-heavy"),
         ),
         option("method.max-update-norm", 0.0, "refuse larger updates (0: no bound)", minimum=0.0),
-        option("ranks.policy", "tiers", "who trains at which rank", ("fixed", "tiers")),
+        option("ranks.policy", "tiers", "who trains at which rank", RANK_POLICIES),
         option("ranks.fixed", 8, "the rank under ranks.policy=fixed"),
         option("ranks.tiers", "2,4,8,16", "the ranks under ranks.policy=tiers"),
         option("ranks.shares", "0.5,0.25,0.15,0.1", "share of the clients per tier (or 'equal')"),
+        option("ranks.scale", 1.0, "factor on the ranks of ranks.policy=paper:...", minimum=1e-6),
+        option("ranks.file", "", "ranks by client id under ranks.policy=file (.csv or .toml)"),
         option("lora.alpha", 16.0, "LoRA's alpha; scaling is alpha/rank", minimum=1e-9),
         option("lora.rslora", False, "scaling is alpha/sqrt(rank)"),
         option("lora.dropout", 0.0, "dropout on the input of lora_A", (), 0.0, 0.99),
@@ -140,7 +158,13 @@ def _options() -> tuple[Option, ...]:
             "all-linear, names separated by commas, or a regular expression",
         ),
         option("model.name", "embedded", "local folder or hub name of the base model"),
-        option("model.quantization", "none", "how the base is held", ("none", "nf4")),
+        option("model.quantization", "none", "how the base is held", QUANTIZATIONS),
+        option(
+            "model.outlier-threshold",
+            0.0,
+            "8bit: inputs beyond it are multiplied in 16 bits, one client at a time (0: none)",
+            minimum=0.0,
+        ),
         option("model.dtype", "float32", "dtype of the base", ("float32", "bfloat16", "float64")),
         option("data.path", "", "folder of train, validation and test .jsonl[.gz] files"),
         option("data.tasks", "default", "built-in families: default, all, or names with commas"),

@@ -11,6 +11,7 @@ that fails gets ``None``: its caller takes QR.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,11 +19,23 @@ from torch import Tensor
 
 from flexlora.linalg import FactoredSVD, finished_svd, live_count
 
-__all__ = ["gram_matrix", "svd_by_gram"]
+__all__ = [
+    "columns_in_float64",
+    "gram_matrix",
+    "in_two_dtypes",
+    "orthonormal_columns",
+    "orthonormal_rows",
+    "product",
+    "squared_norm",
+    "svd_by_gram",
+    "transposed_product",
+]
 
 ORTHOGONALITY = 1e-5
 LEFT_OUT = 1e-6
 WELL_CONDITIONED = 1e-3
+SQUARED = 1e-5
+ENTRIES_AT_ONCE = 1 << 19
 SINGLE_PRECISION_NORM = 8.0
 
 
@@ -149,8 +162,8 @@ def _multiply(columns: Tensor, coefficients: Tensor, dtype: torch.dtype) -> Tens
     magnified = (sizes[..., :, None] * coefficients).square().sum(dim=-2).sqrt()
     single = columns.dtype == dtype == torch.float32
     if single and bool((magnified <= SINGLE_PRECISION_NORM).all()):
-        return columns @ coefficients.float()
-    return columns.double() @ coefficients
+        return (coefficients.float().mT @ columns.mT).mT
+    return (coefficients.mT @ columns.double().mT).mT
 
 
 def _orthonormal(columns: Tensor) -> bool:
@@ -161,3 +174,72 @@ def _orthonormal(columns: Tensor) -> bool:
     columns = columns.double()
     residual = columns.mT @ (columns @ probes) - probes
     return bool((residual.abs() <= ORTHOGONALITY).all())
+
+
+def orthonormal_columns(X: Tensor) -> tuple[Tensor, Tensor]:
+    """An orthonormal basis of float64 columns, in their order, and their Gram matrix.
+
+    By Cholesky where squaring leaves enough digits, which is twice as fast as QR.
+    """
+    gram = gram_matrix(X)
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    diagonal = factor.diagonal()
+    if int(failed) or float(diagonal.min()) <= SQUARED * float(diagonal.max()):
+        return torch.linalg.qr(X)[0], gram
+    return torch.linalg.solve_triangular(factor.mT, X, upper=True, left=False), gram
+
+
+def _row_chunks(M: Tensor) -> range:
+    return range(0, M.shape[0], max(1, ENTRIES_AT_ONCE // max(M.shape[1], 1)))
+
+
+def transposed_product(M: Tensor, X: Tensor) -> Tensor:
+    """``M^T @ X`` in the dtype of X, without a copy of M in it."""
+    if M.dtype == X.dtype:
+        return (X.T @ M).T
+    result, rows = X.new_zeros(X.shape[1], M.shape[1]), _row_chunks(M)
+    for i in rows:
+        result.addmm_(X[i : i + rows.step].T, M[i : i + rows.step].to(X.dtype))
+    return result.T
+
+
+def product(M: Tensor, X: Tensor) -> Tensor:
+    """``M @ X`` in the dtype of X, without a copy of M in it."""
+    rows, turned = _row_chunks(M), X.T.contiguous()
+    parts = [turned @ M[i : i + rows.step].to(X.dtype).T for i in rows]
+    return torch.cat(parts, dim=1).T
+
+
+def squared_norm(M: Tensor) -> float:
+    """``|M|_F^2`` in float64, without a copy of M in it."""
+    rows = _row_chunks(M)
+    parts = (M[i : i + rows.step].double().flatten() for i in rows)
+    return sum(float(torch.dot(part, part)) for part in parts)
+
+
+def orthonormal_rows(X: Tensor) -> tuple[Tensor, Tensor]:
+    """Orthonormal rows that span those of X, and how much of each was outside those before it."""
+    Q, R = torch.linalg.qr(X.T)
+    return Q.T.contiguous(), R.diagonal().abs()
+
+
+def columns_in_float64(values: Tensor, allowed: float, *, length: int) -> int:
+    """How many of the largest directions need products in float64 for energies within ``allowed``.
+
+    ``values`` are squared singular values, ascending. Float32 rounds ``M^T u_i`` at ``eps s_1``: at
+    random against its own size ``s_i``, so ``eps s_1 s_i / sqrt(length)`` in energy, and squared.
+    """
+    eps = 8.0 * torch.finfo(torch.float32).eps
+    values = values.clamp_min(0.0)
+    counts = torch.arange(1, len(values) + 1, device=values.device)
+    first = eps * (values[-1] * values.cumsum(0) / length).sqrt()
+    second = eps**2 * values[-1] * counts
+    return len(values) - int((first + second <= allowed).sum())
+
+
+def in_two_dtypes(
+    multiply: Callable[[Tensor, Tensor], Tensor], M: Tensor, X: Tensor, double: int
+) -> Tensor:
+    """``multiply(M, X)``, the first ``double`` columns in float64 and the others in float32."""
+    parts = multiply(M, X[:, :double]), multiply(M, X[:, double:].float()).double()
+    return torch.cat(parts, dim=1)

@@ -17,7 +17,11 @@ __all__ = ["Capability", "EvalJob", "EvalResult", "Score", "TrainJob", "TrainRes
 
 @dataclass(frozen=True, kw_only=True)
 class Capability:
-    """What a client says of itself before round 1."""
+    """What a client says of itself before round 1.
+
+    ``runs`` names the kernels that were run on its device and ``absent`` those that failed, each
+    with its error; ``free_bytes`` was free on the device before the base was loaded.
+    """
 
     client_id: str
     num_examples: int = 0
@@ -26,6 +30,9 @@ class Capability:
     fingerprint: str = ""
     quantization: str = ""
     device: str = ""
+    runs: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()
+    free_bytes: int = 0
     modules: tuple[str, ...] = ()
     out_features: tuple[int, ...] = ()
     in_features: tuple[int, ...] = ()
@@ -58,6 +65,9 @@ class TrainJob:
 class TrainResult:
     """Trained factors and what it took; ``cause`` says why there are none.
 
+    ``note`` says what was different about a training that did succeed. ``asked_rank`` is the rank
+    that a client without memory for its own asks for from the next round on; 0 asks for nothing.
+
     ``loss_before`` and ``loss_after`` are over the rows of the first step, before any step and
     after the last; ``train_loss`` is the mean over the steps.
     """
@@ -74,6 +84,8 @@ class TrainResult:
     loss_before: float = float("nan")
     loss_after: float = float("nan")
     train_seconds: float = 0.0
+    asked_rank: int = 0
+    note: str = ""
     cause: str = ""
 
     @staticmethod

@@ -2,7 +2,8 @@
 
 ``embedded`` is the tiny base that ships with the package. Everything else is a local folder or a
 hub name, read as safetensors only: a pickle is never opened. Weights are read in
-bfloat16, float32 or float64, or as NF4 with double quantization (QLoRA, arXiv 2305.14314).
+bfloat16, float32 or float64, in 8 bits (LLM.int8(), arXiv 2208.07339), or as NF4 with double
+quantization (QLoRA, arXiv 2305.14314).
 """
 
 from __future__ import annotations
@@ -83,6 +84,7 @@ def load_base(
     *,
     dtype: str = "float32",
     quantization: str = "none",
+    outlier_threshold: float = 0.0,
     device: str = "auto",
     fresh: bool = False,
 ) -> BaseModel:
@@ -93,15 +95,25 @@ def load_base(
     Raises:
         UserError: a model that is not there or cannot be read.
     """
-    key = (resolve_name(name), dtype, quantization, str(pick_device(device)))
+    source, where = resolve_name(name), pick_device(device)
     if fresh:
-        return _load(key[0], name, dtype, quantization, pick_device(device))
+        return _load(source, name, dtype, quantization, outlier_threshold, where)
+    # Only 8-bit has outliers: the others are the same base whatever the threshold.
+    threshold = outlier_threshold if quantization == "8bit" else 0.0
+    key = (source, dtype, quantization, str(threshold), str(where))
     if key not in _loaded:
-        _loaded[key] = _load(key[0], name, dtype, quantization, pick_device(device))
+        _loaded[key] = _load(source, name, dtype, quantization, threshold, where)
     return _loaded[key]
 
 
-def _load(source: str, name: str, dtype: str, quantization: str, device: torch.device) -> BaseModel:
+def _load(
+    source: str,
+    name: str,
+    dtype: str,
+    quantization: str,
+    outlier_threshold: float,
+    device: torch.device,
+) -> BaseModel:
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -110,13 +122,9 @@ def _load(source: str, name: str, dtype: str, quantization: str, device: torch.d
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # what goes wrong is told in one sentence below
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "use_safetensors": True}
-    if quantization == "nf4":
-        options["quantization_config"] = transformers.BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=getattr(torch, dtype),
-        )
+    if quantization != "none":
+        chosen = _bitsandbytes_options(quantization, dtype, outlier_threshold)
+        options["quantization_config"] = transformers.BitsAndBytesConfig(**chosen)
         options["device_map"] = {"": device}
     local = Path(source).is_dir()
     try:
@@ -137,6 +145,19 @@ def _load(source: str, name: str, dtype: str, quantization: str, device: torch.d
         fingerprint=_fingerprint(model),
         device=device,
     )
+
+
+def _bitsandbytes_options(
+    quantization: str, dtype: str, outlier_threshold: float
+) -> dict[str, Any]:
+    if quantization == "8bit":
+        return {"load_in_8bit": True, "llm_int8_threshold": outlier_threshold}
+    return {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": getattr(torch, dtype),
+    }
 
 
 def _fingerprint(model: Any) -> str:

@@ -1,7 +1,8 @@
-"""Rank classes, and the policies that give each client one.
+"""Rank classes: what a client trains, module by module, and what it carries.
 
 A rank class is a name, a trained rank per module and, where they differ, a carried rank
-(DESIGN.md, "Two ranks"). All clients of a class are sent the same bytes.
+(DESIGN.md, "Two ranks"). All clients of a class are sent the same bytes. Who gets which class is
+decided in ``rank_policies.py``.
 """
 
 from __future__ import annotations
@@ -11,10 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from flexlora.errors import UserError, nearest
-from flexlora.seeds import numpy_generator
+from flexlora.errors import UserError
 
-__all__ = ["RankClass", "assign_ranks", "parse_shares", "parse_tiers", "quotas"]
+__all__ = ["RankClass", "parse_shares", "parse_tiers", "quotas"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,10 +47,23 @@ class RankClass:
         """The capped rank of every module of ``shapes`` (name to ``(out, in)``)."""
         return {name: self.rank_of(name, *shape) for name, shape in shapes.items()}
 
+    @staticmethod
+    def of(rank: int, *, carried_rank: int = 0) -> RankClass:
+        """One rank for all modules, under the name that says so."""
+        name = f"rank_{rank}" + (f"_carried_{carried_rank}" if carried_rank else "")
+        return RankClass(name=name, rank=rank, carried_rank=carried_rank)
+
+    @property
+    def largest(self) -> int:
+        """The largest rank that any module may train."""
+        return max(self.rank, *(rank for _, rank in self.pattern)) if self.pattern else self.rank
+
     def lowered(self, rank: int) -> RankClass:
         """The class of those who train at ``rank`` at most from now on."""
+        if not self.pattern:
+            return RankClass.of(min(self.rank, rank), carried_rank=self.carried_rank)
         pattern = tuple((regex, min(own, rank)) for regex, own in self.pattern)
-        name = f"{self.name}_to_{rank}" if pattern else f"rank_{rank}"
+        name = f"{self.name.partition('_to_')[0]}_to_{rank}"
         return replace(self, name=name, rank=min(self.rank, rank), pattern=pattern)
 
     def to_dict(self) -> dict[str, object]:
@@ -121,35 +134,3 @@ def quotas(shares: Sequence[float], count: int) -> list[int]:
     for i in order[: count - sum(whole)]:
         whole[i] += 1
     return whole
-
-
-def assign_ranks(
-    client_ids: Sequence[str], *, policy: str, fixed: int, tiers: str, shares: str, seed: int
-) -> dict[str, RankClass]:
-    """A rank class for every client, a function of the set of ids and the seed only.
-
-    ``fixed`` gives all clients one rank. ``tiers`` deals the ids, shuffled by the seed, to the
-    tiers in ascending order with exact quotas.
-
-    Raises:
-        UserError: an unknown policy, or tiers, shares or ranks that make no sense.
-    """
-    ordered = sorted(client_ids)
-    if policy == "fixed":
-        if fixed < 1:
-            raise UserError(f"ranks.fixed is {fixed}, expected a rank of at least 1.")
-        return dict.fromkeys(ordered, RankClass(name=f"rank_{fixed}", rank=fixed))
-    if policy != "tiers":
-        known = ("fixed", "tiers")
-        raise UserError(
-            f"ranks.policy is '{policy}', expected fixed or tiers.{nearest(policy, known)}"
-        )
-    ranks = parse_tiers(tiers)
-    counts = quotas(parse_shares(shares, len(ranks)), len(ordered))
-    shuffled = numpy_generator(seed, "ranks").permutation(len(ordered))
-    dealt = [rank for rank, count in zip(ranks, counts, strict=True) for _ in range(count)]
-    table = {ordered[i]: rank for i, rank in zip(shuffled, dealt, strict=True)}
-    return {
-        client_id: RankClass(name=f"rank_{table[client_id]}", rank=table[client_id])
-        for client_id in ordered
-    }

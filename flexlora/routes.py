@@ -18,13 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flexlora.gram import gram_matrix, svd_by_gram
-from flexlora.krylov import (
-    ALLOWED_LOSS,
-    squared_norm,
-    top_space,
-    transposed_product,
-)
+from flexlora.gram import gram_matrix, squared_norm, svd_by_gram, transposed_product
+from flexlora.krylov import ALLOWED_LOSS, top_space
 from flexlora.linalg import FactoredSVD, finished_svd, svd_of_product
 
 __all__ = ["Prices", "Solved", "choose_route", "dense_costs", "stack_costs", "top_of_dense"]
@@ -140,9 +135,9 @@ def _by_krylov(M: Tensor, rank: int, dtype: torch.dtype, tolerance: float) -> So
     columns = int(LARGEST_SHARE_OF_COLUMNS * small)
     space = top_space(M, rank, energy=energy, tolerance=tolerance, max_columns=columns)
     if space is not None:
-        svd, kept = _inside(M, space.U, dtype)
-        error = _excess(energy=energy, kept=kept, missing=space.missing)
+        error = _excess(energy=energy, kept=space.kept, missing=space.missing)
         if error <= tolerance:
+            svd, _ = _svd_of_factors(space.left, space.right, rank, dtype)
             return Solved(svd=svd, energy=energy, route="krylov", error=error)
     exact = "dense-eigh" if 2 * rank <= small else "dense-svd"
     return top_of_dense(M, rank, dtype=dtype, tolerance=tolerance, route=exact)
@@ -179,10 +174,17 @@ def _inside(M: Tensor, U: Tensor, dtype: torch.dtype) -> tuple[FactoredSVD, floa
     """
     basis = torch.linalg.qr(U.double())[0]
     inside = transposed_product(M, basis.to(U.dtype)).double().T
-    ones = basis.new_ones(1, basis.shape[1])
-    (found,) = svd_by_gram(basis[None], ones, inside[None], max_rank=basis.shape[1], dtype=dtype)
+    return _svd_of_factors(basis, inside, basis.shape[1], dtype)
+
+
+def _svd_of_factors(
+    left: Tensor, right: Tensor, rank: int, dtype: torch.dtype
+) -> tuple[FactoredSVD, float]:
+    """The top of ``left @ right``, float64, and the energy of all of it."""
+    ones = left.new_ones(1, left.shape[1])
+    (found,) = svd_by_gram(left[None], ones, right[None], max_rank=rank, dtype=dtype)
     if found is not None:
         return found
-    svd = svd_of_product(basis, inside)
+    svd = svd_of_product(left, right)
     kept = float(svd.S.square().sum())
-    return finished_svd(svd.U, svd.S, svd.Vh, dtype=dtype), kept
+    return finished_svd(svd.U, svd.S, svd.Vh, dtype=dtype, rank=rank), kept

@@ -32,10 +32,15 @@ __all__ = ["TrainSettings", "answer_losses", "learning_rate_at", "num_steps", "t
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """Hugging Face's words for local training; ``max_steps`` 0 means ``num_train_epochs``."""
+    """Hugging Face's words for local training; ``max_steps`` 0 means ``num_train_epochs``.
+
+    ``micro_batch_size`` is how many rows of a slot go through a pass at most (0: the per-device
+    batch size); a step's rows, and so its gradient, do not depend on it.
+    """
 
     learning_rate: float = 2e-3
     per_device_train_batch_size: int = 8
+    micro_batch_size: int = 0
     gradient_accumulation_steps: int = 1
     max_steps: int = 10
     num_train_epochs: int = 1
@@ -52,6 +57,10 @@ class TrainSettings:
     @property
     def examples_per_step(self) -> int:
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    @property
+    def rows_per_pass(self) -> int:
+        return self.micro_batch_size or self.per_device_train_batch_size
 
 
 def num_steps(num_examples: int, settings: TrainSettings) -> int:
@@ -247,7 +256,7 @@ class _Cohort:
 
     def _accumulate(self, step: int, active: int, *, dropout: bool = True) -> tuple[list, list]:
         """Gradients of one step into the flat buffer; mean losses and answer tokens per slot."""
-        size = self.settings.per_device_train_batch_size
+        size = self.settings.rows_per_pass
         # A look ahead may go beyond the end of a slot that is not the one that is aligned.
         rows = [plan[min(step, len(plan) - 1)] for plan in self.plans[:active]]
         answers = [self._answer_tokens(k, indices) for k, indices in enumerate(rows)]
@@ -298,8 +307,14 @@ class _Cohort:
     @torch.no_grad()
     def _probe(self, indices: Sequence[Sequence[int]]) -> list[float]:
         """Mean loss of each slot on the given rows, without dropout."""
-        parts = answer_losses(self.slots, self._collate(indices))
-        return [float(part.mean()) for part in parts]
+        size, sums = self.settings.rows_per_pass, [0.0] * len(indices)
+        for at in range(0, max(len(rows) for rows in indices), size):
+            parts = answer_losses(
+                self.slots, self._collate([rows[at : at + size] for rows in indices])
+            )
+            sums = [a + float(part.sum()) for a, part in zip(sums, parts, strict=True)]
+        tokens = [self._answer_tokens(k, rows) for k, rows in enumerate(indices)]
+        return [total / count for total, count in zip(sums, tokens, strict=True)]
 
 
 def answer_losses(slots: SlotModel, batch: Batch) -> list[Tensor]:

@@ -60,8 +60,10 @@ class Intake:
             result = decode_train(reply, start)
             if result.adapter is None or result.cause:
                 status, cause = "failed", result.cause or "the reply holds no factors"
+                self._lower(member, result.asked_rank)
             else:
                 self._fold_in(member, start, result, overdue)
+                cause = result.note
         except UpdateRefused as error:
             status, cause = ("failed" if result is None else "refused"), str(error)
         if overdue is not None:
@@ -118,6 +120,12 @@ class Intake:
                     f"{overdue.server_round} asked; this round trains "
                     f"{', '.join(start.trainable)} in another way."
                 )
+
+    def _lower(self, member: Member, asked_rank: int) -> None:
+        """Grant a rank that a client without memory asks for: a lower one, and at least 1."""
+        if 1 <= asked_rank < member.rank_class.largest:
+            client_id = member.capability.client_id
+            self.lowered[client_id] = member.rank_class.lowered(asked_rank)
 
     def _note_rank(self, member: Member, start: Start, update: Update) -> None:
         sent = max(factors.rank for factors in start.trained.values())

@@ -36,7 +36,10 @@ class LogObserver:
     def met(self, roster: Roster) -> None:
         for name in roster.rank_classes:
             members = [m for m in roster.members.values() if m.rank_class.name == name]
-            self.logger.info("rank class %s: %d clients", name, len(members))
+            bases = sorted({m.capability.quantization for m in members})
+            devices = sorted({m.capability.device for m in members})
+            told = name, len(members), ", ".join(bases), ", ".join(devices)
+            self.logger.info("rank class %s: %d clients; base %s; on %s", *told)
         for client_id, cause in sorted(roster.left_out.items()):
             self.logger.warning("client %s left out: %s", client_id, cause)
 

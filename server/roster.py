@@ -13,31 +13,11 @@ from dataclasses import dataclass, field
 import flexlora
 from flexlora.errors import UserError
 from flexlora.jobs import Capability
-from flexlora.ranks import RankClass, assign_ranks
+from flexlora.rank_policies import RankPolicy
+from flexlora.ranks import RankClass
 from flexlora.seeds import numpy_generator
 
-__all__ = ["Member", "RankPolicy", "Roster", "sample"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RankPolicy:
-    """The ``ranks.*`` keys as plain values."""
-
-    policy: str
-    fixed: int
-    tiers: str
-    shares: str
-    seed: int
-
-    def assign(self, client_ids: Iterable[str]) -> dict[str, RankClass]:
-        return assign_ranks(
-            list(client_ids),
-            policy=self.policy,
-            fixed=self.fixed,
-            tiers=self.tiers,
-            shares=self.shares,
-            seed=self.seed,
-        )
+__all__ = ["Member", "Roster", "sample"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,11 +65,9 @@ class Roster:
         for node_id, report in sorted(
             reports.items(), key=lambda item: (item[1].client_id, item[0])
         ):
-            cause = _unfit(report, base) or (
-                f"node {fit[report.client_id][0]} is this client already"
-                if report.client_id in fit
-                else ""
-            )
+            cause = _unfit(report, base) or policy.too_small(report)
+            if not cause and report.client_id in fit:
+                cause = f"node {fit[report.client_id][0]} is this client already"
             if cause:
                 taken = report.client_id in roster.left_out or report.client_id in fit
                 name = f"{report.client_id} (node {node_id})" if taken else report.client_id
@@ -99,7 +77,13 @@ class Roster:
         if not fit:
             causes = "; ".join(f"{k}: {v}" for k, v in sorted(roster.left_out.items())[:3])
             raise UserError(f"no client can train, expected at least one ({causes or 'no nodes'}).")
-        table = {**policy.assign(fit), **(known or {})}
+        everybody_named = all(report.version for report in reports.values())
+        dealt = policy.assign(
+            list(fit),
+            others=list(roster.left_out) if everybody_named else None,
+            capabilities={client_id: report for client_id, (_, report) in fit.items()},
+        )
+        table = {**dealt, **(known or {})}
         first = next(iter(fit.values()))[1]
         roster.shapes, roster.fan_in_fan_out = first.shapes, first.fan_in_fan_out
         roster.members = {

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flexlora.server.roster import RankPolicy
-
 from flexlora.aggregation import MethodOptions, check_options
 from flexlora.aggregation.base import Factoring
 from flexlora.config import Config
-from flexlora.ranks import RankClass, parse_shares, parse_tiers
+from flexlora.errors import UserError
+from flexlora.memory_ranks import run_plan
+from flexlora.rank_policies import RankPolicy
+from flexlora.rank_tables import read_rank_table
 
 __all__ = ["ServerSettings", "method_options"]
+
+OWN_CARRIED_RANK = ("aligned", "carried")  # methods in which a rank class may name its own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +49,12 @@ class ServerSettings:
             fixed=config["ranks.fixed"],
             tiers=config["ranks.tiers"],
             shares=config["ranks.shares"],
+            scale=config["ranks.scale"],
+            file=config["ranks.file"],
             seed=config["seed"],
+            memory=run_plan(config) if config["ranks.policy"] == "memory" else None,
         )
-        if policy.policy == "fixed":
-            RankClass(name="ranks.fixed", rank=policy.fixed)
-        else:
-            parse_shares(policy.shares, len(parse_tiers(policy.tiers)))
+        _refuse_carried(policy, config["method.name"])
         return cls(
             method=config["method.name"],
             method_options=options,
@@ -87,6 +90,19 @@ class ServerSettings:
         """Whether an evaluated round generates answers too."""
         ends = server_round in (0, num_rounds)
         return self.eval_generate == "every" or (self.eval_generate == "ends" and ends)
+
+
+def _refuse_carried(policy: RankPolicy, method: str) -> None:
+    """A carried rank in the table is for methods in which a class may have its own."""
+    if policy.policy != "file" or method in OWN_CARRIED_RANK:
+        return
+    for client_id, rank_class in read_rank_table(policy.file).items():
+        if rank_class.carried_rank:
+            raise UserError(
+                f"ranks.file '{policy.file}', client '{client_id}': carried_rank is "
+                f"{rank_class.carried_rank}, which method.name={method} does not read (but "
+                f"{' and '.join(OWN_CARRIED_RANK)} do); leave it out."
+            )
 
 
 def _given(config: Config) -> dict[str, object]:

@@ -7,7 +7,7 @@ only one cohort's factors are held at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from flexlora.clients.messages import (
     decode_evaluate,
@@ -28,13 +28,23 @@ from flexlora.jobs import TrainJob
 __all__ = ["InProcessGrid", "plan_cohorts"]
 
 
-def plan_cohorts(jobs: dict[str, TrainJob], size: int) -> list[list[str]]:
+def plan_cohorts(
+    jobs: dict[str, TrainJob], size: int, pass_key: Callable[[str], str] = lambda _: ""
+) -> list[list[str]]:
     """Message ids in cohorts of at most ``size``: alike ranks together, then by client id.
 
-    The plan is a function of the round's clients and their ranks only, never of arrival or timing.
+    Clients with another ``pass_key`` (another base) are never in one cohort. The plan is a function
+    of the round's clients, their bases and ranks only, never of arrival or timing.
     """
     order = sorted(jobs, key=lambda key: (jobs[key].start.rank_class.rank, jobs[key].client_id))
-    return [order[at : at + size] for at in range(0, len(order), size)]
+    groups: dict[str, list[str]] = {}
+    for key in order:
+        groups.setdefault(pass_key(jobs[key].client_id), []).append(key)
+    return [
+        group[at : at + size]
+        for _, group in sorted(groups.items())
+        for at in range(0, len(group), size)
+    ]
 
 
 class InProcessGrid(Grid):
@@ -86,7 +96,7 @@ class InProcessGrid(Grid):
                 jobs[message_id] = decode_train(message, self._client(message), memo)
             elif message.metadata.message_type == MessageType.EVALUATE:
                 evaluations.append(message_id)
-        for cohort in plan_cohorts(jobs, self.cohort_size):
+        for cohort in plan_cohorts(jobs, self.cohort_size, lambda c: self.worker.pass_key(c)):
             self._cohorts |= dict.fromkeys(cohort, cohort)
         self._cohorts |= dict.fromkeys(evaluations, evaluations)
         return ids

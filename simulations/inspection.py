@@ -41,6 +41,7 @@ def evaluate_target(
     if data is not None:
         # Who holds which row does not matter here: all rows of the folder, as one client's.
         values |= {"data.path": data, "data.name": "", "data.partition": "iid", "clients.count": 1}
+        values |= {"clients.quantization": ""}
     values |= Config.given(file=file, sets=sets)
     worker = worker_for(resolved(Config(values)))
     scores = score_adapters(worker, adapters)
@@ -117,9 +118,10 @@ def export_run(target: str, *, rank: int, kind: str, out: str) -> None:
     run, config = RunFolder.open(target)
     state, _ = run.load_checkpoint()
     change, console = state.change, make_console()
-    if kind == "merged" and config["model.quantization"] != "none":
+    quantized = {config["model.quantization"], config["clients.quantization"]} - {"none", ""}
+    if kind == "merged" and quantized:
         raise UserError(
-            f"the adapter was trained on a {config['model.quantization']} base; merged into the "
+            f"the adapter was trained on a {min(quantized)} base; merged into the "
             "full-precision one it is another model. Use --format peft beside the same base."
         )
     base = resolve_name(config["model.name"])

@@ -6,7 +6,7 @@ Quiet where the output is not a terminal: no bar, and the tables as plain text.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -67,14 +67,16 @@ class TerminalObserver:
         """The rank table: what each class trains, module by module where a cap or pattern bites."""
         self.classes = list(roster.rank_classes)
         table = Table(title="Rank classes", title_justify="left", box=None, pad_edge=False)
-        for column in ("class", "clients", "rows", "trained ranks (modules)"):
+        for column in ("class", "clients", "rows", "trained ranks (modules)", "base", "device"):
             table.add_column(column, justify="right" if column in ("clients", "rows") else "left")
         for name, rank_class in roster.rank_classes.items():
             members = [m for m in roster.members.values() if m.rank_class.name == name]
             ranks = Counter(rank_class.ranks(roster.shapes).values())
             spelled = ", ".join(f"{rank} ({count})" for rank, count in sorted(ranks.items()))
             rows = sum(m.capability.num_examples for m in members)
-            table.add_row(name, str(len(members)), str(rows), spelled)
+            bases = counted(m.capability.quantization for m in members)
+            devices = counted(m.capability.device for m in members)
+            table.add_row(name, str(len(members)), str(rows), spelled, bases, devices)
         self.console.print(table)
         dropped = sum(m.capability.num_dropped for m in roster.members.values())
         if dropped:
@@ -163,6 +165,14 @@ class TerminalObserver:
             table.add_row(name, *cells, "" if kept is None else f"{100 * kept:.1f} %")
         self.console.print()
         self.console.print(table)
+
+
+def counted(kinds: Iterable[str]) -> str:
+    """``nf4 (3), none (1)``; the name alone where there is one kind."""
+    counts = Counter(kinds)
+    if len(counts) == 1:
+        return next(iter(counts))
+    return ", ".join(f"{kind} ({count})" for kind, count in sorted(counts.items()))
 
 
 def _number(value: object) -> str:

@@ -76,6 +76,12 @@ KEYS = {
     ),
     "a prune factor that keeps all": ("method.prune-factor=1", r"1.0, expected at most 0.999"),
     "an unknown server optimizer": ("method.server-optimizer=adam", r"'adam', expected one of sgd"),
+    "a base without a share": ("clients.quantization=nf4", r"share of nf4 is '', expected a num"),
+    "a table of ranks that is not there": (
+        "ranks.file=none.csv",
+        r"ranks.file is 'none.csv', which ranks.policy=tiers does not read; set ranks.policy=file",
+    ),
+    "a policy that is none": ("ranks.policy=paper:nrmal", r"one of fixed.*mean 'paper:normal'"),
     "a dtype that nobody carries": ("method.carried-dtype=float16", r"'float16', expected one of"),
     "a negative pull": ("train.proximal-mu=-1", r"train.proximal-mu is -1.0, expected at least 0"),
     "a negative server rate": ("method.server-learning-rate=-1", r"is -1.0, expected at least 0"),
@@ -108,7 +114,7 @@ def test_a_mistaken_setting_is_told_in_one_sentence_and_leaves_no_folder(mistake
 
 def test_rank_0_for_all_is_told(tmp_path, capsys):
     arguments = simulated(tmp_path, "ranks.policy=fixed", "ranks.fixed=0")
-    assert re.search(r"rank 0, expected at least 1", told(arguments, capsys))
+    assert re.search(r"ranks.fixed is 0, expected a rank of at least 1", told(arguments, capsys))
 
 
 def test_a_folder_and_a_hub_data_set_at_once_are_told(tmp_path, capsys):

@@ -60,7 +60,7 @@ class Case:
 
     @property
     def eta(self):
-        own = 2.0 if self.name in ("residual", "aligned") else 1.0
+        own = 2.0 if self.name in ("residual", "aligned", "carried") else 1.0
         return self.options.get("server_learning_rate", own)
 
     @property
@@ -82,7 +82,8 @@ def first_rows(memory, case, rank):
 
 def carried_rank(memory, case, rank):
     carried = case.options.get("carried_rank", 64)
-    return reference.truncate(memory.G, max(carried, rank if "inherited" in case.options else 0))
+    inherits = case.name == "carried" or "inherited" in case.options
+    return reference.truncate(memory.G, max(carried, rank if inherits else 0))
 
 
 def sum_then_cap(rule):
@@ -166,6 +167,8 @@ CASES = [
     Case("aligned", sum_then_cap(FLORA), carried_rank, {"carried_rank": 3, "restarts": 2}),
     Case("aligned", sum_then_cap(FLORA), carried_rank, FEEDBACK),
     Case("aligned", sum_then_cap(RESIDUAL), carried_rank, {"inherited": True, "carried_rank": 5}),
+    Case("carried", sum_then_cap(RESIDUAL), carried_rank, {"carried_rank": 5}),
+    Case("carried", sum_then_cap(RESIDUAL), carried_rank, FEEDBACK),
     Case("fed-plora", contributors, whole, {"carried_rank": 9}),
     Case("fed-plora", contributors, whole, {"carried_rank": 4}),
     Case("fedex-lora", fedex, whole),

@@ -6,9 +6,16 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_decompose import check_form, excess, gaussian, with_spectrum
 
-from flexlora import krylov, routes
+from flexlora import gram, krylov, routes
 from flexlora.decompose import MatrixSum, decompose
-from flexlora.krylov import squared_norm, top_space, transposed_product
+from flexlora.gram import (
+    columns_in_float64,
+    in_two_dtypes,
+    product,
+    squared_norm,
+    transposed_product,
+)
+from flexlora.krylov import top_space
 from flexlora.routes import top_of_dense
 
 RANK = 24
@@ -101,25 +108,83 @@ def test_an_exact_route_follows_where_the_budget_is_not_enough(monkeypatch):
     assert by_krylov(M, rank=200).route == "dense-svd"
 
 
+def product_dtypes(monkeypatch):
+    """The dtypes that spaces are begun with, in their order, filled in by what runs next."""
+    begun, begin = [], krylov._Space.__init__
+
+    def spy(space, M, rank, max_columns, products):
+        begun.append(products)
+        begin(space, M, rank, max_columns, products)
+
+    monkeypatch.setattr(krylov._Space, "__init__", spy)
+    return begun
+
+
 def test_float32_that_would_blur_the_smallest_directions_gives_way_to_float64(monkeypatch):
-    M = matrix("steep, then flat", 600, 620)
-    assert true_excess(by_krylov(M), M, RANK) <= 1e-4
+    M, begun = matrix("steep, then flat", 600, 620), product_dtypes(monkeypatch)
+    assert true_excess(by_krylov(M, tolerance=1e-5), M, RANK) <= 1e-5
+    assert begun[-1] == torch.float64
     monkeypatch.setattr(krylov, "BLUR", 0.0)
     monkeypatch.setattr(krylov, "BASIS_BLUR", 0.0)
-    assert true_excess(by_krylov(M), M, RANK) > 1e-4, "the case is too easy to need float64"
+    blurred = by_krylov(M, tolerance=1e-5)
+    assert begun[-1] == torch.float32 and blurred.route == "krylov"
+    assert true_excess(blurred, M, RANK) > 1e-5, "the case is too easy to need float64"
+
+
+def test_a_small_tail_is_refined_in_float64_or_done_in_it(monkeypatch):
+    """Where refinement is not let settle, the whole space is float64; both keep the contract."""
+    S = torch.arange(1, 601, dtype=torch.float64) ** -2.0
+    S[RANK:] *= 0.1
+    left, right = with_spectrum(S, 600, 620)
+    M, begun = (left @ right).float(), product_dtypes(monkeypatch)
+    refined = by_krylov(M)
+    assert torch.float64 not in begun and refined.route == "krylov"
+    assert true_excess(refined, M, RANK) <= refined.error + 1e-6 and refined.error <= 1e-4
+    monkeypatch.setattr(krylov, "REFINEMENTS", 0)
+    double = by_krylov(M)
+    assert begun[-1] == torch.float64 and double.route == "krylov"
+    assert true_excess(double, M, RANK) <= 1e-4
+
+
+@pytest.mark.parametrize("gap", [0.5, 0.1, 0.01])
+def test_what_rounding_mixes_in_is_not_underestimated(gap):
+    """Against the energy that the wanted eigenvectors of a disturbed diagonal keep of it."""
+    size, rank, noise = 120, 20, 2e-3
+    exact = torch.ones(size, dtype=torch.float64) - gap
+    exact[-rank:] = 1.0
+    disturbance = noise * gaussian(size, size)
+    values, vectors = torch.linalg.eigh(
+        torch.diag(exact) + (disturbance + disturbance.T) / 2.0**0.5
+    )
+    wanted = vectors[:, -rank:].flip(1)
+    gram = wanted.T @ (exact[:, None] * wanted)
+    lost = float(exact[-rank:].sum() - gram.trace())
+    assert lost <= krylov._mixed_in(values, gram, rank) <= 100.0 * lost
+
+
+def test_bfloat16_products_keep_the_contract_where_they_are_used(monkeypatch):
+    """On any machine, a cluster's close followers included: the float32 spaces are never begun."""
+    monkeypatch.setattr(krylov, "_product_dtypes", lambda M: iter([torch.bfloat16]))
+    S = torch.ones(400, dtype=torch.float64)
+    S[49:] = 0.98
+    left, right = with_spectrum(S, 400, 450)
+    for M in ((left @ right).float(), matrix("gaussian", 400, 450)):
+        solved = by_krylov(M)
+        assert solved.route == "krylov"
+        assert true_excess(solved, M, RANK) <= min(solved.error + 1e-6, 1e-4)
 
 
 def test_fresh_probes_find_what_the_space_cannot_reach(monkeypatch):
     """Two blocks that do not touch, and a start that lies in one: only a probe sees the other."""
-    M = torch.zeros(256, 256)
-    M[:128, :128] = matrix("power law", 128, 128) * 0.1
-    M[128:, 128:] = matrix("power law", 128, 128)
+    M = torch.zeros(400, 400)
+    M[:200, :200] = matrix("power law", 200, 200) * 0.1
+    M[200:, 200:] = matrix("power law", 200, 200)
     honest = krylov._Space._random
 
     def blind(space, rows, columns):
         draw = honest(space, rows, columns)
         if space.size == 0:
-            draw[128:] = 0.0
+            draw[:, 200:] = 0.0
         return draw
 
     monkeypatch.setattr(krylov._Space, "_random", blind)
@@ -164,9 +229,28 @@ def test_any_decay_keeps_the_contract(m, n, power, seed):
 
 
 def test_products_in_float64_make_no_copy_of_the_matrix(monkeypatch):
-    monkeypatch.setattr(krylov, "ENTRIES_AT_ONCE", 1000)
+    monkeypatch.setattr(gram, "ENTRIES_AT_ONCE", 1000)
     M, X = gaussian(70, 90).float(), gaussian(70, 5, seed=1)
     torch.testing.assert_close(transposed_product(M, X), M.double().T @ X, rtol=1e-12, atol=1e-12)
+    Y = gaussian(90, 5, seed=2)
+    torch.testing.assert_close(product(M, Y), M.double() @ Y, rtol=1e-12, atol=1e-12)
     assert squared_norm(M) == pytest.approx(float(M.double().square().sum()), rel=1e-14)
     single = float(M.square().sum())
     assert squared_norm(M) != single
+
+
+def test_float32_takes_the_columns_whose_energy_it_can_tell():
+    M = matrix("power law", 300, 400)
+    U = torch.linalg.svd(M.double())[0][:, :40]
+    exact = transposed_product(M, U)
+    values = exact.square().sum(dim=0).flip(0)
+    counts = []
+    for allowed in (1e-14, 1e-8, 5e-8, 1.0):
+        double = columns_in_float64(values, allowed, length=400)
+        mixed = in_two_dtypes(transposed_product, M, U, double)
+        torch.testing.assert_close(mixed[:, :double], exact[:, :double], rtol=1e-13, atol=1e-14)
+        assert abs(float(mixed.square().sum() - exact.square().sum())) <= allowed
+        counts.append(double)
+    assert counts[0] == 40 > counts[1] > counts[2] > counts[3] == 0
+    single = transposed_product(M, U.float()).double()
+    assert abs(float(single.square().sum() - exact.square().sum())) > 1e-9, "nothing to tell"

@@ -5,9 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexlora.errors import UserError
-from flexlora.ranks import RankClass, assign_ranks, parse_shares, parse_tiers, quotas
-
-POLICY = {"policy": "tiers", "fixed": 8, "tiers": "4,8,16", "shares": "equal", "seed": 0}
+from flexlora.ranks import RankClass, parse_shares, parse_tiers, quotas
 
 
 @pytest.mark.parametrize("fields", [{"rank": 0}, {"rank": -3}, {"rank": 4, "pattern": (("q", 0),)}])
@@ -33,6 +31,39 @@ def test_a_rank_class_survives_plain_values():
 
     original = RankClass(name="x", rank=4, pattern=(("mlp", 8),), carried_rank=64)
     assert RankClass.from_dict(json.loads(json.dumps(original.to_dict()))) == original
+
+
+@pytest.mark.parametrize(
+    ("before", "rank", "after"),
+    [
+        (RankClass.of(16), 8, RankClass.of(8)),
+        (RankClass.of(4), 8, RankClass.of(4)),
+        (
+            RankClass.of(16, carried_rank=64),
+            8,
+            RankClass(name="rank_8_carried_64", rank=8, carried_rank=64),
+        ),
+        (
+            RankClass(name="rank_30_mlp_200", rank=30, pattern=(("mlp", 200),)),
+            100,
+            RankClass(name="rank_30_mlp_200_to_100", rank=30, pattern=(("mlp", 100),)),
+        ),
+    ],
+)
+def test_a_lowered_class_trains_at_that_rank_at_most(before, rank, after):
+    assert before.lowered(rank) == after
+
+
+def test_a_class_that_is_lowered_twice_is_named_once():
+    """Two clients that come to the same ranks by other steps are of one class."""
+    third = RankClass(name="rank_30_mlp_200", rank=30, pattern=(("mlp", 200),))
+    assert third.lowered(100).lowered(20) == third.lowered(20)
+    assert third.lowered(20).name == "rank_30_mlp_200_to_20"
+
+
+def test_the_largest_rank_is_that_of_any_module():
+    assert RankClass.of(8).largest == 8
+    assert RankClass(name="x", rank=30, pattern=(("mlp", 200), ("q", 4))).largest == 200
 
 
 def test_tiers_are_parsed_ascending():
@@ -92,40 +123,3 @@ def test_quotas_by_hand():
     assert quotas((0.5, 0.25, 0.15, 0.1), 24) == [12, 6, 4, 2]
     assert quotas((1 / 3, 1 / 3, 1 / 3), 10) == [4, 3, 3]
     assert quotas((0.1,) * 10, 10) == [1] * 10
-
-
-def test_every_tier_gets_its_exact_number_of_clients():
-    """Trap T4: ranks that are configured but never applied."""
-    ids = [f"client_{i}" for i in range(24)]
-    table = assign_ranks(
-        ids, **{**POLICY, "tiers": "2,4,8,16", "shares": "0.5,0.25,0.15,0.1", "seed": 5}
-    )
-    counted = [sum(c.rank == rank for c in table.values()) for rank in (2, 4, 8, 16)]
-    assert counted == [12, 6, 4, 2]
-    assert all(c.name == f"rank_{c.rank}" for c in table.values())
-
-
-def test_the_deal_depends_on_the_set_of_ids_and_the_seed_only():
-    ids = [f"c{i}" for i in range(30)]
-    table = assign_ranks(ids, **POLICY)
-    assert assign_ranks(ids[::-1], **POLICY) == table
-    assert assign_ranks(ids, **{**POLICY, "seed": 1}) != table
-
-
-def test_one_fixed_rank_for_all():
-    table = assign_ranks(["a", "b"], **{**POLICY, "policy": "fixed"})
-    assert {c.rank for c in table.values()} == {8}
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"policy": "fixed", "fixed": 0}, "ranks.fixed is 0, expected a rank of at least 1"),
-        ({"policy": "tears"}, "ranks.policy is 'tears'.*Did you mean 'tiers'"),
-        ({"tiers": "4,4"}, "names a rank twice"),
-        ({"shares": "0.5,0.1"}, "2 shares for 3 tiers"),
-    ],
-)
-def test_policies_that_make_no_sense_are_refused(change, message):
-    with pytest.raises(UserError, match=message):
-        assign_ranks(["a", "b"], **{**POLICY, **change})

@@ -182,6 +182,7 @@ def refusals(round_):
 
 
 NEEDS_THE_START = (
+    "carried",
     "fed-plora",
     "fedex-lora",
     "ffa-lora",

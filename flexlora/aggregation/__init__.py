@@ -9,6 +9,7 @@ from typing import Any
 from flexlora.adapters import Adapter
 from flexlora.aggregation.aligned import Aligned
 from flexlora.aggregation.base import Law, LocalPlan, Method, Start, State, Update, check_update
+from flexlora.aggregation.carried import Carried
 from flexlora.aggregation.fed_plora import FedPLoRA
 from flexlora.aggregation.fedex_lora import FedExLoRA
 from flexlora.aggregation.fedit import FedIT
@@ -107,6 +108,12 @@ METHODS: dict[str, Entry] = {
             inherited=o.inherited,
         ),
         reads=STEP | CARRIED,
+    ),
+    "carried": Entry(
+        make=lambda o: Carried(
+            step=o.step(2.0), carried_rank=o.carried_rank, carried_dtype=o.carried_dtype
+        ),
+        reads=STEP | {"carried_rank", "carried_dtype"},
     ),
     "fed-plora": Entry(
         make=lambda o: FedPLoRA(num_terms=o.carried_rank), reads=frozenset({"carried_rank"})

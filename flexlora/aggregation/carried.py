@@ -1,0 +1,55 @@
+"""FlexLoRA's residual form from one model for all: train ``T_r(G)``, carry the rest of ``G``.
+
+    client k:  T_{r_k}(G) trained, T_c(G) - T_{r_k}(G) frozen beside it
+    server:    G <- T_max(G + eta * sum_k p_k (s_k B_k A_k - T_{r_k}(G)))
+
+FlexLoRA starts a weak client from a poorer model than a strong one, and what both learn is then
+added up as if they had started alike. Frozen factors cost a forward pass and no optimizer state, so
+every client can carry ``G`` up to a rank c far above its own, and all begin with ``T_c(G)``. It is
+``aligned`` with inherited instead of fresh factors, under a name of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from flexlora.aggregation.aligned import Aligned
+from flexlora.aggregation.base import Factoring, Start, State
+from flexlora.aggregation.rounds import OpenRound
+from flexlora.aggregation.steps import ServerStep
+from flexlora.ranks import RankClass
+
+__all__ = ["Carried"]
+
+
+class Carried:
+    """The residual form over a carried tail.
+
+    Args:
+        carried_rank: c, capped at what there is; the same for all classes unless a class names its
+            own.
+        carried_dtype: what the tail travels and lies in memory as; "" is the wire's dtype.
+    """
+
+    name = "carried"
+    laws = Aligned.laws
+
+    def __init__(
+        self,
+        *,
+        step: ServerStep = ServerStep(),
+        carried_rank: int = 64,
+        carried_dtype: str = "",
+    ) -> None:
+        self.step = step
+        self._form = Aligned(
+            step=step, carried_rank=carried_rank, carried_dtype=carried_dtype, inherited=True
+        )
+
+    def start(self, state: State, rank_class: RankClass, factoring: Factoring) -> Start:
+        return self._form.start(state, rank_class, factoring)
+
+    def begin(
+        self, state: State, sent: Mapping[str, Start], clients: Mapping[str, str] | None = None
+    ) -> OpenRound:
+        return self._form.begin(state, sent, clients)

@@ -1,0 +1,266 @@
+"""Profiles of real cards and boards, and what the machine one is on has.
+
+Every number is the vendor's own, named in ``source``; where none is published, or a laptop's power
+limit decides, it is None. ``tensor_tflops`` is dense 16-bit matrix throughput with float32 sums,
+never the doubled figure "with sparsity"; a GeForce's is half of what it does with 16-bit sums.
+
+What a process can have of a memory is less than its label: see ``Device.usable_bytes``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from flexlora.errors import UserError
+
+__all__ = ["DEVICES", "Device", "find_device", "this_machine"]
+
+GIB = 2**30
+CUDA_RUNTIME = GIB // 2  # context, cuBLAS workspaces and loaded kernels; not measured here
+# 0.42 to 0.48 GB measured before a model is there (benchmarks/memory.py); the rest for Flower and
+# the rows of the client.
+CPU_RUNTIME = GIB
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """One card, board or machine: its memory and what its arithmetic does in a second.
+
+    ``unified`` memory is shared with the operating system. ``error_correcting`` cards of GDDR
+    memory keep a sixteenth of it for the codes. ``bfloat16`` says that 16-bit training runs in
+    hardware; ``quantizes`` that bitsandbytes does. ``free_bytes`` is what was free when asked, for
+    the machine one is on.
+    """
+
+    name: str
+    memory_gib: float
+    bandwidth_gbs: float | None = None
+    tensor_tflops: float | None = None
+    float32_tflops: float | None = None
+    source: str = ""
+    kind: str = "cuda"
+    unified: bool = False
+    error_correcting: bool = False
+    bfloat16: bool = True
+    quantizes: bool = True
+    free_bytes: int | None = None
+
+    @property
+    def memory_bytes(self) -> int:
+        visible = 15 / 16 if self.error_correcting else 1.0
+        return round(self.memory_gib * visible * GIB)
+
+    @property
+    def usable_bytes(self) -> int:
+        """What is left for a process: all of a card, three quarters of a shared memory.
+
+        A shared memory keeps a quarter, at least 1 and at most 8 GiB, for the system and its
+        other programs. What was seen to be free is taken as it is.
+        """
+        if self.free_bytes is not None:
+            return self.free_bytes
+        if not self.unified:
+            return self.memory_bytes
+        return self.memory_bytes - min(8 * GIB, max(GIB, self.memory_bytes // 4))
+
+    @property
+    def runtime_bytes(self) -> int:
+        """What the training process holds before the model is there, in this memory."""
+        of_cuda = CUDA_RUNTIME if self.kind == "cuda" else 0
+        return of_cuda + (CPU_RUNTIME if self.unified else 0)
+
+
+_TURING = "NVIDIA Turing whitepaper, founders edition"
+_GA102 = "NVIDIA Ampere GA102 whitepaper, appendix A"
+_ADA = "NVIDIA Ada GPU architecture whitepaper, appendix A"
+_BLACKWELL = "NVIDIA RTX Blackwell GPU architecture whitepaper, appendix A"
+_GEFORCE = "NVIDIA's GeForce product page, cores and boost clock"
+_ORIN = "NVIDIA Jetson Orin series technical brief"
+_APPLE = "Apple's technical specifications"
+
+
+def _card(
+    name: str,
+    gib: float,
+    bandwidth: float | None,
+    tensor: float | None,
+    float32: float | None,
+    source: str,
+    *,
+    ecc: bool = False,
+    bfloat16: bool = True,
+) -> Device:
+    return Device(
+        name=name,
+        memory_gib=gib,
+        bandwidth_gbs=bandwidth,
+        tensor_tflops=tensor,
+        float32_tflops=float32,
+        source=source,
+        error_correcting=ecc,
+        bfloat16=bfloat16,
+    )
+
+
+def _jetson(name: str, gib: float, bandwidth: float, float32: float | None, source: str) -> Device:
+    return Device(
+        name=name,
+        memory_gib=gib,
+        bandwidth_gbs=bandwidth,
+        float32_tflops=float32,
+        source=source,
+        unified=True,
+    )
+
+
+def _shared(
+    name: str, gib: float, bandwidth: float | None, source: str, *, quantizes: bool
+) -> Device:
+    """A machine whose own GPU torch's CUDA cannot use: training runs on its processor."""
+    return Device(
+        name=name,
+        memory_gib=gib,
+        bandwidth_gbs=bandwidth,
+        source=source,
+        kind="cpu",
+        unified=True,
+        bfloat16=False,
+        quantizes=quantizes,
+    )
+
+
+_PROFILES = (
+    _jetson("Jetson Orin Nano 4GB", 4, 34.0, 0.64, _ORIN),
+    _jetson("Jetson Orin Nano 8GB", 8, 68.0, 1.28, _ORIN),
+    _jetson("Jetson Orin NX 8GB", 8, 102.4, 1.57, _ORIN),
+    _jetson("Jetson Orin NX 16GB", 16, 102.4, 1.88, _ORIN),
+    _jetson("Jetson AGX Orin 32GB", 32, 204.8, 3.33, _ORIN),
+    _jetson("Jetson AGX Orin 64GB", 64, 204.8, 5.3, _ORIN),
+    _jetson("Jetson AGX Thor", 128, 273.0, None, "NVIDIA Jetson Thor datasheet"),
+    _jetson("DGX Spark", 128, 273.0, None, "NVIDIA DGX Spark datasheet"),
+    _card("RTX 3060 Laptop", 6, 336.0, None, None, _GEFORCE),
+    _card("RTX 4060 Laptop", 8, 256.0, None, None, _GEFORCE),
+    _card("RTX 4090 Laptop", 16, 576.0, None, None, _GEFORCE),
+    _card("RTX 2080 Ti", 11, 616.0, 56.9, 14.2, _TURING, bfloat16=False),
+    _card("RTX 3060", 12, 360.0, None, 12.7, _GEFORCE),
+    _card("RTX 3070", 8, 448.0, 40.6, 20.3, _GA102),
+    _card("RTX 3080", 10, 760.0, 59.5, 29.8, _GA102),
+    _card("RTX 3090", 24, 936.0, 71.0, 35.6, _GA102),
+    _card("RTX 4060", 8, 272.0, None, 15.1, _GEFORCE),
+    _card("RTX 4060 Ti 16GB", 16, 288.0, None, 22.1, _GEFORCE),
+    _card("RTX 4070", 12, 504.0, None, 29.1, _GEFORCE),
+    _card("RTX 4080", 16, 716.8, 97.5, 48.7, _ADA),
+    _card("RTX 4090", 24, 1008.0, 165.2, 82.6, _ADA),
+    _card("RTX 5080", 16, 960.0, 112.6, 56.3, _BLACKWELL),
+    _card("RTX 5090", 32, 1792.0, 209.5, 104.8, _BLACKWELL),
+    _card("T4", 16, 320.0, 65.0, 8.1, "NVIDIA T4 datasheet", ecc=True, bfloat16=False),
+    _card("V100 16GB", 16, 900.0, 125.0, 15.7, "NVIDIA V100 datasheet, SXM2", bfloat16=False),
+    _card("V100 32GB", 32, 900.0, 125.0, 15.7, "NVIDIA V100 datasheet, SXM2", bfloat16=False),
+    _card("L4", 24, 300.0, 121.0, 30.3, "NVIDIA L4 datasheet", ecc=True),
+    _card("A10", 24, 600.0, 125.0, 31.2, "NVIDIA A10 datasheet", ecc=True),
+    _card("A30", 24, 933.0, 165.0, 10.3, "NVIDIA A30 datasheet"),
+    _card("A40", 48, 696.0, 149.7, 37.4, "NVIDIA A40 datasheet", ecc=True),
+    _card("RTX A6000", 48, 768.0, 154.8, 38.7, _GA102, ecc=True),
+    _card("L40S", 48, 864.0, 362.0, 91.6, "NVIDIA L40S datasheet", ecc=True),
+    _card("RTX 6000 Ada", 48, 960.0, 364.2, 91.1, "NVIDIA RTX 6000 Ada datasheet", ecc=True),
+    _card("A100 40GB", 40, 1555.0, 312.0, 19.5, "NVIDIA A100 datasheet"),
+    _card("A100 80GB", 80, 2039.0, 312.0, 19.5, "NVIDIA A100 datasheet, SXM"),
+    _card("H100 PCIe", 80, 2000.0, 756.0, 51.0, "NVIDIA H100 datasheet"),
+    _card("H100 SXM", 80, 3350.0, 989.0, 67.0, "NVIDIA H100 datasheet"),
+    _card("H200", 141, 4800.0, 989.0, 67.0, "NVIDIA H200 datasheet"),
+    _shared("MacBook Air M1 8GB", 8, 68.25, _APPLE, quantizes=False),
+    _shared("MacBook Air M2 16GB", 16, 100.0, _APPLE, quantizes=False),
+    _shared("MacBook Pro M4 Max 64GB", 64, 546.0, _APPLE, quantizes=False),
+    _shared("Raspberry Pi 5 8GB", 8, None, "Raspberry Pi 5 product brief", quantizes=False),
+    _shared("Pixel 8 Pro", 12, None, "Google's Pixel 8 Pro specifications", quantizes=False),
+    _shared("Galaxy S24 Ultra", 12, None, "Samsung's specifications", quantizes=False),
+)
+
+DEVICES: Mapping[str, Device] = {device.name: device for device in _PROFILES}
+
+
+def _plain(name: str) -> str:
+    """Letters and digits alone, without the vendor's name before them."""
+    words = re.sub(r"nvidia|geforce|tesla|quadro|apple", " ", name.lower())
+    return re.sub(r"[^a-z0-9]", "", words)
+
+
+def find_device(name: str) -> Device:
+    """The profile of that name, whatever its case, spaces and vendor.
+
+    Raises:
+        UserError: no profile has that name; the nearest ones are named.
+    """
+    known = {_plain(device): device for device in DEVICES}
+    wanted = _plain(name)
+    if wanted in known:
+        return DEVICES[known[wanted]]
+    holding = [full for plain, full in known.items() if wanted and wanted in plain]
+    near = holding or [known[x] for x in difflib.get_close_matches(wanted, known, n=3)]
+    hint = f" Did you mean {' or '.join(repr(n) for n in near[:4])}?" if near else ""
+    raise UserError(
+        f"device '{name}' is not known.{hint} `flexlora plan --model MODEL --table` lists all "
+        "that are; --memory takes any size."
+    )
+
+
+def this_machine() -> Device:
+    """The card that ``nvidia-smi`` shows first, else this computer's processor and memory.
+
+    Memory is what is free now: what other programs hold cannot be had.
+    """
+    shown = _nvidia_smi()
+    if shown is not None:
+        name, total, free, capability = shown
+        known = DEVICES.get(next((n for n in DEVICES if _plain(n) == _plain(name)), ""))
+        return Device(
+            name=name,
+            memory_gib=total / 1024,
+            bandwidth_gbs=known.bandwidth_gbs if known else None,
+            tensor_tflops=known.tensor_tflops if known else None,
+            float32_tflops=known.float32_tflops if known else None,
+            source="nvidia-smi",
+            bfloat16=capability >= 8.0,
+            free_bytes=round(free * 2**20),
+        )
+    import psutil
+
+    memory = psutil.virtual_memory()
+    return Device(
+        name=f"this computer ({os.cpu_count()} cores)",
+        memory_gib=memory.total / GIB,
+        source="psutil",
+        kind="cpu",
+        unified=True,
+        bfloat16=_processor_has_bfloat16(),
+        free_bytes=memory.available,
+    )
+
+
+def _nvidia_smi() -> tuple[str, float, float, float] | None:
+    """Name, MiB in all, MiB free and compute capability of the first card."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    asked = "--query-gpu=name,memory.total,memory.free,compute_cap"
+    command = [program, asked, "--format=csv,noheader,nounits"]
+    try:
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        name, total, free, capability = shown.stdout.splitlines()[0].rsplit(", ", 3)
+        return name, float(total), float(free), float(capability)
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None  # a driver that does not answer has no card to plan for
+
+
+def _processor_has_bfloat16() -> bool:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return "bf16" in file.read()
+    except OSError:
+        return False

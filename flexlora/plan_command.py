@@ -1,0 +1,280 @@
+"""``flexlora plan``: which rank, quantization and batch a device can train, and the bytes of it.
+
+Reads a model's config.json and nothing else: no weights, no torch, and a connection only for a
+hub name, whose config.json alone is fetched.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from flexlora.architectures import shape_from_config
+from flexlora.config import OPTIONS
+from flexlora.devices import DEVICES, Device, find_device, this_machine
+from flexlora.errors import UserError, nearest
+from flexlora.planner import Choice, Request, make_plan, needed_bytes, settings
+from flexlora.shapes import ModelShape
+
+__all__ = ["Question", "parse_bytes", "plan_command", "read_shape"]
+
+EMBEDDED = Path(__file__).parent / "assets" / "base"
+UNITS = {"b": 1, "kb": 1000, "kib": 2**10, "mb": 1000**2, "mib": 2**20}
+UNITS |= {"gb": 1000**3, "gib": 2**30, "tb": 1000**4, "tib": 2**40}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """The command line's options; None and "" are what was not given."""
+
+    model: str
+    memory: str = ""
+    device: str = ""
+    examples: int | None = None
+    max_length: int | None = None
+    batch: int | None = None
+    rank: int = 0
+    carried_rank: int | None = None
+    quantization: str = ""
+    target_modules: str = "all-linear"
+    format: str = "text"
+    table: bool = False
+
+
+def plan_command(question: Question) -> int:
+    """Answer ``question`` on standard output.
+
+    Raises:
+        UserError: whatever a person mistyped, and a model that does not fit.
+    """
+    if question.format not in ("text", "json"):
+        hint = nearest(question.format, ("text", "json"))
+        raise UserError(f"--format is '{question.format}', expected text or json.{hint}")
+    given = [bool(question.memory), bool(question.device), question.table]
+    if sum(given) > 1:
+        raise UserError("--memory, --device and --table ask for different things; give one.")
+    shape = read_shape(question.model)
+    if question.table:
+        return _print_table(shape, question)
+    device = _device(question)
+    choice = make_plan(shape, _request(shape, question, device))
+    if question.format == "json":
+        print(json.dumps(_as_json(shape, question, device, choice), indent=2))
+    else:
+        _print_choice(shape, question, device, choice)
+    return 0
+
+
+def parse_bytes(text: str) -> int:
+    """``8GiB``, ``8 GB``, ``64MiB`` as bytes.
+
+    Raises:
+        UserError: no number, or no unit after it.
+    """
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]+)\s*", text)
+    if not found or found[2].lower() not in UNITS:
+        raise UserError(f"--memory is '{text}', expected a number and a unit, like 8GiB or 500MB.")
+    return round(float(found[1]) * UNITS[found[2].lower()])
+
+
+def read_shape(name: str) -> ModelShape:
+    """The shape of a model folder, of ``embedded``, or of a hub model.
+
+    Raises:
+        UserError: nothing there, not JSON, or an architecture that is not known.
+    """
+    file = _config_file(name)
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"'{file}' cannot be read as JSON: {error}.") from None
+    if not isinstance(config, dict):
+        raise UserError(f"'{file}' holds {type(config).__name__}, expected an object of keys.")
+    return shape_from_config(config)
+
+
+def _config_file(name: str) -> Path:
+    if name == "embedded":
+        return EMBEDDED / "config.json"
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"model folder '{name}' has no config.json; is it a model folder?")
+        return path / "config.json"
+    if path.suffix == ".json" and path.is_file():
+        return path
+    if name.startswith((".", "/", "~")) or name.count("/") != 1 or path.exists():
+        raise UserError(
+            f"--model is '{name}', which is not a folder; "
+            "expected 'embedded', a model folder, a config.json or a hub name like 'owner/model'."
+        )
+    return _from_hub(name)
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(name, "config.json"))
+    except Exception as error:  # whatever a hub, a proxy or no network makes the client raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"config.json of '{name}' cannot be fetched: {reason}") from None
+
+
+def _device(question: Question) -> Device:
+    if question.memory:
+        size = parse_bytes(question.memory)
+        # A number of bytes is what there is beyond the process itself, on a card like most.
+        return Device(name=question.memory, memory_gib=size / 2**30, kind="", free_bytes=size)
+    return find_device(question.device) if question.device else this_machine()
+
+
+def _request(shape: ModelShape, question: Question, device: Device) -> Request:
+    length = OPTIONS["train.max-length"].default
+    wanted = {
+        "batch": question.batch,
+        "carried_rank": question.carried_rank,
+        "num_examples": question.examples,
+    }
+    return Request(
+        memory_bytes=device.usable_bytes,
+        max_length=question.max_length or min(int(length), shape.max_positions),
+        quantization=question.quantization,
+        rank=question.rank,
+        target_modules=question.target_modules,
+        bfloat16=device.bfloat16,
+        quantizes=device.quantizes,
+        unified_memory=device.unified,
+        runtime_bytes=device.runtime_bytes,
+        **{key: value for key, value in wanted.items() if value is not None},
+    )
+
+
+def _as_json(
+    shape: ModelShape, question: Question, device: Device, choice: Choice
+) -> dict[str, Any]:
+    return {
+        "model": question.model,
+        "model_type": shape.model_type,
+        "num_parameters": shape.num_parameters,
+        "device": asdict(device),
+        "memory_bytes": choice.request.memory_bytes,
+        "needed_bytes": needed_bytes(choice.terms, choice.request),
+        "total_bytes": choice.terms.total,
+        "margin": choice.request.margin,
+        "moment": choice.terms.moment,
+        "terms": {name: count for name, count in choice.terms.items() if count},
+        "binding": list(choice.binding),
+        "plan": asdict(choice.plan),
+        "gradient_accumulation_steps": choice.accumulation,
+        "useful_rank": choice.useful_rank,
+        "reason": choice.reason,
+        "settings": settings(choice),
+    }
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False)
+    return console if console.is_terminal else Console(highlight=False, markup=False, width=120)
+
+
+def human_bytes(count: float) -> str:
+    """``1234567`` as ``1.2 MB`` (powers of 1000)."""
+    for unit in ("B", "kB", "MB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def _print_choice(shape: ModelShape, question: Question, device: Device, choice: Choice) -> None:
+    from rich.table import Table
+
+    plan, terms, console = choice.plan, choice.terms, _console()
+    console.print(
+        f"{question.model}: {shape.model_type}, {shape.num_parameters:,} parameters; "
+        f"{device.name}: {human_bytes(device.usable_bytes)} to use"
+    )
+    console.print(
+        f"Train rank {plan.rank} ({choice.reason})"
+        + (f", carry rank {plan.carried_rank} in {plan.carried_dtype}" if plan.carried_rank else "")
+        + f", base {_held(choice)}, {plan.batch} x {choice.accumulation} rows of "
+        f"{plan.max_length} tokens, {'with' if plan.gradient_checkpointing else 'no'} checkpointing"
+    )
+    table = Table(title=f"bytes at the widest moment: {terms.moment}")
+    table.add_column("term")
+    table.add_column("bytes", justify="right")
+    table.add_column("share", justify="right")
+    for name, count in terms.items():
+        if count:
+            mark = " *" if name in choice.binding else ""
+            share = f"{count / terms.total:.0%}"
+            table.add_row(name.replace("_", " ") + mark, human_bytes(count), share)
+    table.add_section()
+    table.add_row("total", human_bytes(terms.total), "100%")
+    needed = needed_bytes(terms, choice.request)
+    table.add_row(f"with a margin of {choice.request.margin:.0%}", human_bytes(needed), "")
+    console.print(table)
+    console.print("* what binds: the largest terms, two thirds of the whole together")
+    chosen = settings(choice)
+    if not question.model.endswith(".json"):  # a configuration alone has no weights to train on
+        chosen = {"model.name": question.model, **chosen}
+    sets = " ".join(f"--set {key}={value}" for key, value in chosen.items())
+    console.print(f"flexlora simulate {sets}", soft_wrap=True)
+
+
+def _held(choice: Choice) -> str:
+    plan = choice.plan
+    return plan.dtype if plan.quantization == "none" else f"{plan.quantization} in {plan.dtype}"
+
+
+def _print_table(shape: ModelShape, question: Question) -> int:
+    """One row per known device; one that is too small has what it lacks in place of a plan."""
+    rows = [(device, _tried(shape, question, device)) for device in DEVICES.values()]
+    if question.format == "json":
+        print(json.dumps([_row_json(shape, question, *row) for row in rows], indent=2))
+        return 0
+    from rich.table import Table
+
+    table = Table(title=f"{question.model}: {shape.num_parameters:,} parameters")
+    for column in ("device", "usable", "base", "rank", "carried", "rows", "checkpointing", "needs"):
+        table.add_column(column, justify="left" if column in ("device", "base") else "right")
+    for device, choice in rows:
+        usable = human_bytes(device.usable_bytes)
+        if isinstance(choice, UserError):
+            table.add_row(device.name, usable, "does not fit", *[""] * 5)
+            continue
+        plan = choice.plan
+        table.add_row(
+            device.name,
+            usable,
+            _held(choice),
+            str(plan.rank),
+            str(plan.carried_rank),
+            f"{plan.batch} x {choice.accumulation}",
+            "yes" if plan.gradient_checkpointing else "no",
+            human_bytes(needed_bytes(choice.terms, choice.request)),
+        )
+    _console().print(table)
+    return 0
+
+
+def _tried(shape: ModelShape, question: Question, device: Device) -> Choice | UserError:
+    """The plan, or why there is none: a table shows small devices beside large ones."""
+    try:
+        return make_plan(shape, _request(shape, question, device))
+    except UserError as error:
+        return error
+
+
+def _row_json(
+    shape: ModelShape, question: Question, device: Device, choice: Choice | UserError
+) -> dict[str, Any]:
+    if isinstance(choice, UserError):
+        return {"device": asdict(device), "plan": None, "cause": str(choice)}
+    return _as_json(shape, question, device, choice)

@@ -1,0 +1,186 @@
+"""The sizes of a model: its linears and numbers, and what autograd keeps of each of its layers.
+
+No weights and no torch: the planner reads a few kilobytes and answers in milliseconds. The numbers
+that a backward pass keeps are those of transformers' own modules (5.x), read from their code and
+held against autograd's saved tensors in the tests. Per layer and token, beside the inputs of LoRA:
+
+    norm       its input, as float32 in an RMSNorm, as it is in a LayerNorm
+    attention  queries, keys, values and output of ``scaled_dot_product_attention``; queries or
+               keys that are views of a fused projection keep the whole of it
+    MLP        act(gate) * up keeps gate, act(gate) and up; without a gate the activation's own
+
+Gemma 2 caps its attention scores, which no fused kernel does: its layers keep ``[heads, T, T]``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from flexlora.errors import UserError, nearest
+
+__all__ = ["BYTES", "Linear", "ModelShape", "TrainingPlan"]
+
+BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear:
+    """One linear of a decoder layer; ``source`` names the tensor that it reads."""
+
+    name: str
+    out_features: int
+    in_features: int
+    source: str
+    bias: bool = False
+
+    @property
+    def numbers(self) -> int:
+        return self.out_features * self.in_features
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """The sizes of a decoder-only model: all that its memory depends on, L equal layers."""
+
+    model_type: str
+    dtype: str  # the checkpoint's own
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    max_positions: int
+    tied: bool
+    head_bias: bool
+    learned_positions: int  # rows of a position embedding, 0 for rotary ones
+    rms_norm: bool
+    norms: int  # norms of width hidden_size in a layer
+    norm_inputs: int  # different tensors among their inputs
+    query_key_norm: bool
+    fused: str  # "", "split" (views of one projection) or "rotated" (views, then rotated copies)
+    own_output: bool  # the output projection reads a copy, not the kernel's output itself
+    scores: bool  # attention without a fused kernel: its scores are kept
+    sliding_window: int | None
+    mlp_numbers: int  # what the MLP keeps per token beside the input of its last linear
+    gated: bool
+    capped_logits: bool
+    linears: tuple[Linear, ...]
+
+    @property
+    def query_size(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def key_size(self) -> int:
+        return self.num_key_value_heads * self.head_dim
+
+    @property
+    def embedding_numbers(self) -> int:
+        return (self.vocab_size + self.learned_positions) * self.hidden_size
+
+    @property
+    def head_numbers(self) -> int:
+        """The output layer's own weight and bias; none where it is the embedding's."""
+        weight = 0 if self.tied else self.vocab_size * self.hidden_size
+        return weight + (self.vocab_size if self.head_bias else 0)
+
+    @property
+    def linear_numbers(self) -> int:
+        return self.num_layers * sum(linear.numbers for linear in self.linears)
+
+    @property
+    def small_numbers(self) -> int:
+        """Norms and biases, the last norm among them."""
+        width = 1 if self.rms_norm else 2
+        norms = self.norms * self.hidden_size * width
+        if self.query_key_norm:
+            norms += 2 * self.head_dim * width
+        biases = sum(linear.out_features for linear in self.linears if linear.bias)
+        return self.num_layers * (norms + biases) + self.hidden_size * width
+
+    @property
+    def num_parameters(self) -> int:
+        return self.embedding_numbers + self.head_numbers + self.linear_numbers + self.small_numbers
+
+    def targets(self, target_modules: str = "all-linear") -> tuple[Linear, ...]:
+        """The linears of a layer that get LoRA: all, or those whose name ends like one given.
+
+        Raises:
+            UserError: a name that no linear of a layer has.
+        """
+        if target_modules == "all-linear":
+            return self.linears
+        wanted = [name.strip() for name in target_modules.split(",")]
+        leaves = {linear.name.rpartition(".")[2] for linear in self.linears}
+        odd = [name for name in wanted if name not in leaves]
+        if odd:
+            raise UserError(
+                f"target modules are '{target_modules}', expected 'all-linear' or some of "
+                f"{', '.join(sorted(leaves))}.{nearest(odd[0], leaves)}"
+            )
+        return tuple(x for x in self.linears if x.name.rpartition(".")[2] in wanted)
+
+    def source_sizes(self) -> dict[str, int]:
+        """Width of each tensor that linears of a layer read."""
+        return {linear.source: linear.in_features for linear in self.linears}
+
+    def masked(self, length: int) -> bool:
+        """Whether rows are longer than the attention window, so that a mask is given."""
+        return self.sliding_window is not None and length > self.sliding_window
+
+    def attention_numbers(self, length: int) -> int:
+        """What attention keeps per token and layer, in the base's dtype, without scores."""
+        queries, keys = self.query_size, self.key_size
+        if self.scores:
+            return 3 * queries  # keys and values are repeated for every head
+        repeated = queries if self.masked(length) else keys  # a mask keeps heads from being shared
+        if self.fused == "split":
+            return queries + 2 * keys + queries
+        if self.fused == "rotated":
+            return (queries + 2 * keys) + queries + repeated + queries
+        return queries + 2 * repeated + queries
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingPlan:
+    """How one client trains: what the bytes of a step depend on beside the model.
+
+    ``answer_fraction`` is the share of the tokens that are answers: only they reach the output
+    layer. ``unified_memory`` says that host and device share one memory (a CPU, a Jetson, a
+    laptop's GPU), so that what arrived for the job counts too. ``runtime_bytes`` is what the
+    process holds before the model is there.
+    """
+
+    rank: int
+    max_length: int
+    batch: int = 1
+    quantization: str = "none"
+    dtype: str = "float32"
+    carried_rank: int = 0
+    carried_dtype: str = "float32"
+    gradient_checkpointing: bool = False
+    optim: str = "adamw_torch"
+    aligned: bool = False
+    merged: bool = False
+    lora_dropout: float = 0.0
+    target_modules: str = "all-linear"
+    answer_fraction: float = 0.5
+    unified_memory: bool = False
+    runtime_bytes: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one pass, padding included."""
+        return self.batch * self.max_length
+
+    @property
+    def answer_tokens(self) -> int:
+        return math.ceil(self.tokens * self.answer_fraction)
+
+    @property
+    def number_bytes(self) -> int:
+        """Bytes of one number of the base's own arithmetic."""
+        return BYTES[self.dtype]

@@ -1,0 +1,253 @@
+"""The doctor finds out by doing: each failure is one sentence with the command that mends it."""
+
+import builtins
+import http.server
+import json
+import socket
+import subprocess
+import sys
+import threading
+from collections import namedtuple
+
+import pytest
+import torch
+from flexlora.simulations import flower_checks
+
+from flexlora import doctor, probing
+from flexlora.cli import main
+from flexlora.errors import UserError
+
+VERSION = namedtuple("VERSION", "major minor micro releaselevel serial")
+
+
+def told(finding):
+    assert finding.status in ("warning", "failed") and finding.mend
+    assert "\n" not in finding.told and len(finding.told) < 300
+    return finding.status, finding.told
+
+
+def test_on_this_machine_the_main_job_can_run(capsys):
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    for name in ("python", "torch", "bitsandbytes", "training", "disk", "ports", "flower"):
+        assert any(line.startswith(f"{name} ") and " ok " in line for line in out.splitlines()), out
+
+
+def test_json_is_for_machines(capsys):
+    assert main(["doctor", "--format", "json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["ok"] is True and len(found["findings"]) == 8
+    assert all(set(f) == {"name", "status", "told", "mend"} for f in found["findings"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--format", "jsn"], "--format is 'jsn', expected one of text, json. Did you mean"),
+        (["--superlink", "here"], "--superlink is 'here', expected HOST:PORT"),
+        (["--superlink", "here:0"], "--superlink is 'here:0'"),
+        (["--superlink", "here:99999"], "--superlink is 'here:99999'"),
+        (["--superlnk", "x:1"], "Did you mean '--superlink'"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_is_tried(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "CHECKS", (("never", pytest.fail),))
+    try:
+        status = main(["doctor", *arguments])
+    except SystemExit as exit:
+        status = exit.code
+    assert status == 2 and message in capsys.readouterr().err
+
+
+def test_one_failure_is_the_exit_status_and_a_warning_is_not(capsys):
+    fine, odd, broken = (
+        doctor.Finding(name="x", status=status, told="t", mend="m")
+        for status in ("ok", "warning", "failed")
+    )
+    assert doctor.report([fine, odd]) == 0
+    assert doctor.report([fine, broken, odd]) == 1
+    assert "mend: m" in capsys.readouterr().out
+
+
+def test_a_check_that_raises_has_failed_and_the_others_go_on():
+    def raises():
+        raise OSError("no such luck")
+
+    found = doctor.diagnose([("a", raises), ("b", lambda: doctor.ok("fine"))])
+    assert [(f.name, f.status) for f in found] == [("a", "failed"), ("b", "ok")]
+    assert found[0].told == "OSError: no such luck."
+
+
+def test_an_old_python(monkeypatch):
+    monkeypatch.setattr(doctor.sys, "version_info", VERSION(3, 9, 2, "final", 0))
+    assert told(doctor.check_python()) == ("failed", "Python 3.9.2, expected 3.11 or later.")
+
+
+def test_a_torch_that_cannot_be_imported(monkeypatch):
+    honest = builtins.__import__
+
+    def without(name, *rest, **options):
+        if name == "torch":
+            raise ImportError("libtorch.so: undefined symbol")
+        return honest(name, *rest, **options)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    status, sentence = told(doctor.check_torch())
+    assert status == "failed" and "undefined symbol" in sentence
+
+
+def test_a_machine_without_torch_still_gets_its_answer():
+    """Nothing on the way to the doctor may need what the doctor is asked about."""
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from flexlora.cli import main\n"
+        "raise SystemExit(main(['doctor', '--format', 'json']))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 1, run.stderr
+    found = {f["name"]: f for f in json.loads(run.stdout)["findings"]}
+    assert found["torch"]["status"] == "failed" and found["torch"]["mend"] == "pip install torch"
+    assert found["disk"]["status"] == found["ports"]["status"] == "ok"
+
+
+def test_a_driver_whose_card_torch_does_not_see(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
+    status, sentence = told(doctor.check_cuda())
+    assert status == "warning" and "torch sees no card" in sentence
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    assert doctor.check_cuda().status == "ok"
+
+
+def test_a_bitsandbytes_that_imports_and_dies(monkeypatch):
+    def dies(device):
+        raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setitem(probing.KERNELS, "nf4", dies)
+    probing.probe.cache_clear()
+    status, sentence = told(doctor.check_bitsandbytes())
+    probing.probe.cache_clear()
+    assert status == "warning" and sentence.endswith(
+        "nf4: RuntimeError: no kernel image is available."
+    )
+
+
+def test_training_that_does_not_lower_the_loss(monkeypatch):
+    import flexlora.training
+
+    honest = flexlora.training.TrainSettings
+    monkeypatch.setattr(
+        flexlora.training,
+        "TrainSettings",
+        lambda **given: honest(**{**given, "learning_rate": 0.0}),
+    )
+    status, sentence = told(doctor.check_training())
+    assert status == "failed" and "not down" in sentence
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    assert doctor.check_disk(tmp_path / "not" / "there").status == "ok"
+    assert list(tmp_path.iterdir()) == [], "nothing is left behind"
+
+    def refuses(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(doctor.os, "fsync", refuses)
+    status, sentence = told(doctor.check_disk(tmp_path))
+    assert (
+        status == "failed" and sentence == f"'{tmp_path}' cannot be written to: Permission denied."
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_nearly_full(tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")(1, 1, 5 * 2**20)
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda where: usage)
+    status, sentence = told(doctor.check_disk(tmp_path))
+    assert status == "warning" and "5 MiB free" in sentence
+
+
+def test_loopback_that_is_down(monkeypatch):
+    def refuses(*_, **__):
+        raise OSError(99, "Cannot assign requested address")
+
+    monkeypatch.setattr(doctor.socket, "create_server", refuses)
+    status, sentence = told(doctor.check_ports())
+    assert status == "warning" and "Cannot assign" in sentence
+
+
+# Flower
+
+
+@pytest.mark.parametrize("version", ["1.40.0", "1.42.0", "2.0"])
+def test_a_flower_of_another_version(version, monkeypatch):
+    monkeypatch.setattr(flower_checks.metadata, "version", lambda name: version)
+    finding = flower_checks.check_flower()
+    assert finding.status == "failed" and f"Flower {version} is installed" in finding.told
+    assert finding.mend.startswith("pip install 'flwr") and "1.41" in finding.mend
+
+
+def test_a_message_that_comes_back_changed_or_not_at_all(monkeypatch):
+    assert flower_checks.check_flower().status == "ok"
+    monkeypatch.setattr(flower_checks, "_round_trip", lambda: "something else")
+    assert told(flower_checks.check_flower()) == ("failed", "a message comes back changed.")
+
+    def raises():
+        raise AttributeError("no TaskIdentity")
+
+    monkeypatch.setattr(flower_checks, "_round_trip", raises)
+    assert "no TaskIdentity" in flower_checks.check_flower().told
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [("10.0.0.1:8000", ("10.0.0.1", 8000)), ("[::1]:80", ("::1", 80)), ("host:1", ("host", 1))],
+)
+def test_addresses(text, address):
+    assert flower_checks.parse_address(text) == address
+
+
+@pytest.mark.parametrize("text", ["host", ":80", "host:", "host:x", "host:-1", "host:70000"])
+def test_what_is_no_address_is_refused(text):
+    with pytest.raises(UserError, match="expected HOST:PORT"):
+        flower_checks.parse_address(text)
+
+
+@pytest.fixture
+def server():
+    """An HTTP server that knows ``/health``, or not."""
+    servers = []
+
+    def start(status):
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.send_response(status if self.path == "/health" else 404)
+                self.end_headers()
+
+            def log_message(self, *_):
+                pass
+
+        made = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=made.serve_forever, daemon=True).start()
+        servers.append(made)
+        return f"127.0.0.1:{made.server_port}"
+
+    yield start
+    for made in servers:
+        made.shutdown()
+        made.server_close()
+
+
+def test_a_superlink_is_one_that_answers_for_its_health(server, capsys):
+    address = server(200)
+    finding = flower_checks.check_superlink(address)
+    assert (finding.status, finding.told) == ("ok", f"{address} answers over plain HTTP")
+    odd = flower_checks.check_superlink(server(404))
+    assert odd.status == "failed" and "does not answer as a SuperLink does" in odd.told
+
+
+def test_a_superlink_that_is_not_there():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    finding = flower_checks.check_superlink(address)
+    assert told(finding)[0] == "failed" and f"{address} cannot be reached" in finding.told
