@@ -71,7 +71,7 @@ class Option:
         if type(value) is not type(self.default):
             raise UserError(f"{self.key} is {value!r}, expected {self.type_name}.")
         if self.choices and value not in self.choices:
-            known = ", ".join(self.choices)
+            known = ", ".join(choice or "nothing" for choice in self.choices)
             hint = nearest(str(value), self.choices)
             raise UserError(f"{self.key} is '{value}', expected one of {known}.{hint}")
         if self.minimum is not None and not float(value) >= self.minimum:
@@ -131,7 +131,6 @@ def _options() -> tuple[Option, ...]:
         ),
         option("method.gradient-batches", 1, "batches to align with; 0: random (aligned)", (), 0),
         option("method.restarts", 0, "fresh aligned factors within a round (aligned)", minimum=0),
-        option("method.inherited", False, "train T_r(G), carry the rest (aligned)"),
         option("method.energy-threshold", 0.95, "energy that is kept (florist)", (), 1e-6, 1.0),
         option("method.prune-factor", 0.75, "share kept by self-pruning (hetlora)", (), 0.0, 0.999),
         option("method.prune-penalty", 1e-3, "regulariser of the tail (hetlora)", minimum=0.0),
@@ -139,7 +138,7 @@ def _options() -> tuple[Option, ...]:
         option(
             "method.singular-values",
             "b-heavy",
-            "which factor carries the singular values (flexlora, residual, raflora)",
+            "which factor carries the singular values (carried, flexlora, raflora, residual)",
             ("b-heavy", "balanced", "a-heavy"),
         ),
         option("method.max-update-norm", 0.0, "refuse larger updates (0: no bound)", minimum=0.0),

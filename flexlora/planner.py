@@ -131,7 +131,7 @@ def settings(choice: Choice) -> dict[str, str]:
     if plan.target_modules != "all-linear":
         chosen["lora.target-modules"] = plan.target_modules
     if plan.carried_rank:
-        carried = {"method.name": "aligned", "method.carried-rank": str(plan.carried_rank)}
+        carried = {"method.name": "carried", "method.carried-rank": str(plan.carried_rank)}
         chosen |= {**carried, "method.carried-dtype": plan.carried_dtype}
     return chosen
 
@@ -189,7 +189,6 @@ def _candidates(shape: ModelShape, request: Request, rank: int) -> Iterator[Trai
                             carried_rank=carried_rank,
                             carried_dtype=carried_dtype,
                             gradient_checkpointing=checkpointing,
-                            aligned=bool(wanted),
                             target_modules=request.target_modules,
                             unified_memory=request.unified_memory,
                             runtime_bytes=request.runtime_bytes,
@@ -268,7 +267,7 @@ def _nothing_fits(shape: ModelShape, request: Request, rank: int) -> UserError:
     needed = needed_bytes(terms, request)
     held = "NF4" if plan.quantization == "nf4" else f"{plan.quantization} ({plan.dtype})"
     return UserError(
-        f"{shape.model_type} of {shape.num_parameters / 1e9:.2f}B parameters does not fit "
+        f"{shape.model_type} of {shape.num_parameters:,} parameters does not fit "
         f"{request.memory_bytes:,} bytes: at rank {rank} in {held}, one row of "
         f"{request.max_length} tokens at a time, it needs {needed:,} bytes, "
         f"{needed - request.memory_bytes:,} more.{_what_would_fit(shape, plan, request)}"
@@ -295,4 +294,6 @@ def _what_would_fit(shape: ModelShape, plan: TrainingPlan, request: Request) -> 
     share = max(0.0, room / held)
     if share * shape.num_parameters < 1e6:
         return " No model of that kind would fit; take a device with more memory."
-    return f" A model of about {share * shape.num_parameters / 1e9:.2g}B parameters would fit."
+    return (
+        f" A model of about {share * shape.num_parameters / 1e6:.3g} million parameters would fit."
+    )

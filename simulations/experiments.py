@@ -115,7 +115,7 @@ def method_arms(
             **{"method.carried-rank": 16, "method.carried-dtype": "bfloat16"},
         ),
         skewed("aligned, one restart", "aligned", rates, **{"method.restarts": 1}),
-        skewed("aligned, inherited", "aligned", rates, **{"method.inherited": True}),
+        skewed("carried", "carried", rates),
     )
 
 
@@ -194,7 +194,8 @@ def reproduce(
             kept.add(arm.title, seed, scores)
             spelled = ", ".join(f"{key} {value:.3f}" for key, value in scores.items())
             console.print(f"seed {seed}, {arm.title}: {spelled}", soft_wrap=True)
-    rows = with_gap_closed(kept.rows)
+    tuned = any(len(arm.trials) > 1 for arm in arms)
+    rows = with_gap_closed(kept.rows) if tuned else kept.rows
     titles = [arm.title for arm in arms]
     console.print()
     console.print(summary_table(titles, rows))
@@ -238,32 +239,39 @@ def with_gap_closed(rows: Sequence[Mapping]) -> list[dict]:
 
 
 def summary_table(titles: Sequence[str], rows: Sequence[Mapping]) -> Table:
-    """Mean and standard deviation over seeds of every score, one row per arm."""
-    keys = [key for key in _columns(rows) if key not in ("arm", "seed")]
+    """Mean and standard deviation over seeds of every score, one row per arm.
+
+    Scores by rank class are left out where the arms differ in their classes and the table is
+    about the gap.
+    """
+    keys = _columns(rows)
     table = Table(box=None, pad_edge=False, title_justify="left")
     table.add_column("exact match on test rows", no_wrap=True)
     for key in keys:
         table.add_column(key, justify="right", no_wrap=True)
     for title in titles:
         own = [row for row in rows if row["arm"] == title]
-        table.add_row(title, *(_mean_and_deviation([r[k] for r in own if k in r]) for k in keys))
+        table.add_row(title, *(_cell(key, [r[key] for r in own if key in r]) for key in keys))
     return table
 
 
 def _columns(rows: Sequence[Mapping]) -> list[str]:
-    columns = dict.fromkeys(key for row in rows for key in row)
+    columns = dict.fromkeys(key for row in rows for key in row if key not in ("arm", "seed"))
     classes = sorted((k for k in columns if k.startswith("rank_")), key=lambda k: int(k[5:]))
-    return [*classes, *(k for k in columns if not k.startswith("rank_"))]
+    others = [key for key in columns if not key.startswith("rank_")]
+    return others if "gap closed" in columns else [*classes, *others]
 
 
-def _mean_and_deviation(values: Sequence[float]) -> str:
+def _cell(key: str, values: Sequence[float]) -> str:
+    """``mean±deviation``; megabytes without, since they hardly differ between seeds."""
     if not values:
         return ""
     mean = statistics.fmean(values)
-    if mean >= 5:  # megabytes
-        return f"{mean:.0f}"
-    deviation = f"±{statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{mean:.2f}{deviation}"
+    if key.startswith("MB"):
+        return f"{mean:.0f}" if mean >= 20 else f"{mean:.1f}"
+    digits = 3 if key == "loss" else 2
+    deviation = f"±{statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean:.{digits}f}{deviation}"
 
 
 def _slug(title: str) -> str:

@@ -188,11 +188,11 @@ def test_the_bytes_that_are_carried_are_those_in_memory():
     assert jobs[0].start.carried_bytes == one.num_bytes
 
 
-# --- inherited ---------------------------------------------------------------------------------
+# --- the method `carried` ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("trained_rank", [1, 3, 6])
-def test_inherited_factors_and_what_is_carried_beside_add_up_to_the_carried_change(trained_rank):
+def test_trained_factors_and_what_is_carried_beside_add_up_to_the_carried_change(trained_rank):
     """``T_r(G)`` trained and ``T_c(G) - T_r(G)`` frozen: together ``T_c(G)``, for every r."""
     shapes = {"attn.q": (10, 12), "mlp.up": (14, 9)}
     draws = torch.Generator().manual_seed(3)
@@ -203,7 +203,7 @@ def test_inherited_factors_and_what_is_carried_beside_add_up_to_the_carried_chan
     change = GlobalChange(
         {n: svd_of_product(M, torch.eye(M.shape[1]).double()) for n, M in dense.items()}
     )
-    method = make_method("aligned", carried_rank=5, inherited=True)
+    method = make_method("carried", carried_rank=5)
     rank_class = RankClass(name="c", rank=trained_rank)
     start = method.start(State(round=1, change=change), rank_class, Factoring(alpha=8.0))
     assert start.local.gradient_batches == 0

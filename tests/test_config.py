@@ -156,7 +156,6 @@ CHANGED = {
     "method.carried-dtype": "bfloat16",
     "method.gradient-batches": 2,
     "method.restarts": 1,
-    "method.inherited": True,
     "method.energy-threshold": 0.5,
     "method.prune-factor": 0.5,
     "method.prune-penalty": 0.5,

@@ -82,8 +82,7 @@ def first_rows(memory, case, rank):
 
 def carried_rank(memory, case, rank):
     carried = case.options.get("carried_rank", 64)
-    inherits = case.name == "carried" or "inherited" in case.options
-    return reference.truncate(memory.G, max(carried, rank if inherits else 0))
+    return reference.truncate(memory.G, max(carried, rank if case.name == "carried" else 0))
 
 
 def sum_then_cap(rule):
@@ -166,7 +165,6 @@ CASES = [
     Case("aligned", sum_then_cap(FLORA), carried_rank),
     Case("aligned", sum_then_cap(FLORA), carried_rank, {"carried_rank": 3, "restarts": 2}),
     Case("aligned", sum_then_cap(FLORA), carried_rank, FEEDBACK),
-    Case("aligned", sum_then_cap(RESIDUAL), carried_rank, {"inherited": True, "carried_rank": 5}),
     Case("carried", sum_then_cap(RESIDUAL), carried_rank, {"carried_rank": 5}),
     Case("carried", sum_then_cap(RESIDUAL), carried_rank, FEEDBACK),
     Case("fed-plora", contributors, whole, {"carried_rank": 9}),

@@ -29,7 +29,7 @@ from flexlora.ranks import RankClass
 LAWS = [text for name, text in vars(Law).items() if name.isupper()]
 FEEDBACK = {"error_feedback": True}
 VARIANTS = {name: (name, {}) for name in sorted(METHODS)} | {
-    "aligned inherited": ("aligned", {"inherited": True, "carried_rank": 4}),
+    "carried realigned": ("carried", {"realign": True, "carried_rank": 4}),
     "aligned restarts": ("aligned", {"restarts": 1}),
     "fed-plora few terms": ("fed-plora", {"carried_rank": 4}),
     "flexlora feedback": ("flexlora", FEEDBACK),
@@ -153,8 +153,8 @@ def test_a_method_answers_to_its_name_and_declares_known_laws(name):
 
 ADDS_CHANGES = (
     "aligned",
-    "aligned inherited",
     "carried",
+    "carried realigned",
     "fedex-lora",
     "ffa-lora",
     "flexlora feedback",

@@ -280,7 +280,7 @@ def test_an_option_that_the_method_does_not_read_is_refused_by_its_key(name):
 def test_only_methods_that_send_truncations_turn_them():
     """Bands of raflora are of singular directions; turned rows are no such thing."""
     readers = {name for name, entry in METHODS.items() if "realign" in entry.reads}
-    assert readers == {"flexlora", "residual"}
+    assert readers == {"carried", "flexlora", "residual"}
 
 
 @pytest.mark.parametrize("option", sorted(DEFAULTS))

@@ -62,7 +62,6 @@ class MethodOptions:
     carried_dtype: str = ""
     gradient_batches: int = 1
     restarts: int = 0
-    inherited: bool = False
     energy_threshold: float = 0.95
     prune_factor: float = 0.0
     prune_penalty: float = 0.0
@@ -95,7 +94,7 @@ STEP = frozenset(
     {"server_learning_rate", "server_optimizer", "server_momentum", "max_rank", "error_feedback"}
 )
 TRUNCATED = STEP | {"realign"}
-CARRIED = frozenset({"carried_rank", "carried_dtype", "gradient_batches", "restarts", "inherited"})
+CARRIED = frozenset({"carried_rank", "carried_dtype", "gradient_batches", "restarts"})
 
 METHODS: dict[str, Entry] = {
     "aligned": Entry(
@@ -105,15 +104,18 @@ METHODS: dict[str, Entry] = {
             carried_dtype=o.carried_dtype,
             gradient_batches=o.gradient_batches,
             restarts=o.restarts,
-            inherited=o.inherited,
         ),
         reads=STEP | CARRIED,
     ),
     "carried": Entry(
         make=lambda o: Carried(
-            step=o.step(2.0), carried_rank=o.carried_rank, carried_dtype=o.carried_dtype
+            step=o.step(2.0),
+            realign=o.realign,
+            carried_rank=o.carried_rank,
+            carried_dtype=o.carried_dtype,
         ),
-        reads=STEP | {"carried_rank", "carried_dtype"},
+        reads=TRUNCATED | {"carried_rank", "carried_dtype"},
+        splits=True,
     ),
     "fed-plora": Entry(
         make=lambda o: FedPLoRA(num_terms=o.carried_rank), reads=frozenset({"carried_rank"})

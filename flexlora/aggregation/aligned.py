@@ -13,7 +13,6 @@ LoRA-GA (arXiv 2407.05000), here per client and round, from a sketch (``flexlora
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 from flexlora.adapters import Adapter
 from flexlora.aggregation.base import Factoring, Law, LocalPlan, Start, State
@@ -21,12 +20,11 @@ from flexlora.aggregation.products import ProductSums
 from flexlora.aggregation.rounds import OpenRound
 from flexlora.aggregation.state import GlobalChange
 from flexlora.aggregation.steps import ServerStep, next_state
-from flexlora.aggregation.truncated import StartedFrom
 from flexlora.linalg import FactoredSVD
 from flexlora.ranks import RankClass
 from flexlora.seeds import derive_seed
 
-__all__ = ["Aligned", "carried_directions", "fresh_factors"]
+__all__ = ["Aligned", "begin_sum", "carried_directions", "fresh_factors"]
 
 
 class Aligned:
@@ -40,8 +38,6 @@ class Aligned:
             random rows that were sent (the control).
         restarts: times that local training freezes what it has and aligns fresh factors; the
             update holds all of them, ``(restarts + 1)`` times the bytes.
-        inherited: train ``T_r(G)`` itself and carry ``T_c(G) - T_r(G)``; nothing is aligned. The
-            server then adds what training changed, as the residual form does.
     """
 
     name = "aligned"
@@ -57,29 +53,18 @@ class Aligned:
         carried_dtype: str = "",
         gradient_batches: int = 1,
         restarts: int = 0,
-        inherited: bool = False,
     ) -> None:
-        self.step, self.inherited = step, inherited
+        self.step = step
         self.carried_rank, self.carried_dtype = carried_rank, carried_dtype
-        self.local = LocalPlan(
-            gradient_batches=0 if inherited else gradient_batches, restarts=restarts
-        )
+        self.local = LocalPlan(gradient_batches=gradient_batches, restarts=restarts)
 
     def start(self, state: State, rank_class: RankClass, factoring: Factoring) -> Start:
-        ranks = rank_class.ranks(state.change.shapes)
-        if self.inherited:
-            trained = state.change.adapter(
-                ranks, factoring.alpha, rslora=factoring.rslora, seed=factoring.seed
-            )
-            first = ranks
-        else:
-            trained, first = fresh_factors(state, rank_class, factoring), dict.fromkeys(ranks, 0)
         last = rank_class.carried_rank or self.carried_rank
         return Start(
             rank_class=rank_class,
             base_round=state.round,
-            trained=trained,
-            carried=carried_directions(state, first, last, factoring),
+            trained=fresh_factors(state, rank_class, factoring),
+            carried=carried_directions(state, dict.fromkeys(state.change, 0), last, factoring),
             carried_dtype=self.carried_dtype,
             local=self.local,
         )
@@ -87,26 +72,22 @@ class Aligned:
     def begin(
         self, state: State, sent: Mapping[str, Start], clients: Mapping[str, str] | None = None
     ) -> OpenRound:
-        products, started = ProductSums(state.change.shapes), StartedFrom(sent)
+        return begin_sum(state, sent, clients, self.step)
 
-        def close() -> State:
-            changes = {}
-            for name in state.change:
-                total = products.take(name)
-                # Fresh factors start from nothing, so there is nothing to subtract.
-                starts = started.terms(name, -1.0) if self.inherited else ()
-                changes[name] = replace(total, terms=total.terms + starts)
-            return next_state(state, changes, self.step)
 
-        return OpenRound(
-            state,
-            sent,
-            clients,
-            products=products,
-            fold=started.add,
-            close=close,
-            admit=started.admit if self.inherited else None,
-        )
+def begin_sum(
+    state: State,
+    sent: Mapping[str, Start],
+    clients: Mapping[str, str] | None,
+    step: ServerStep,
+) -> OpenRound:
+    """A round that adds the weighted products: fresh factors start from nothing."""
+    products = ProductSums(state.change.shapes)
+
+    def close() -> State:
+        return next_state(state, {name: products.take(name) for name in state.change}, step)
+
+    return OpenRound(state, sent, clients, products=products, close=close)
 
 
 def fresh_factors(state: State, rank_class: RankClass, factoring: Factoring) -> Adapter:

@@ -5,18 +5,20 @@
 
 FlexLoRA starts a weak client from a poorer model than a strong one, and what both learn is then
 added up as if they had started alike. Frozen factors cost a forward pass and no optimizer state, so
-every client can carry ``G`` up to a rank c far above its own, and all begin with ``T_c(G)``. It is
-``aligned`` with inherited instead of fresh factors, under a name of its own.
+every client can carry ``G`` up to a rank c far above its own, and all begin with ``T_c(G)``. What
+the server does is the residual form's step, to the letter.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from flexlora.aggregation.aligned import Aligned
+from flexlora.aggregation.aligned import carried_directions
 from flexlora.aggregation.base import Factoring, Start, State
+from flexlora.aggregation.residual import Residual
 from flexlora.aggregation.rounds import OpenRound
 from flexlora.aggregation.steps import ServerStep
+from flexlora.aggregation.truncated import truncated_adapter
 from flexlora.ranks import RankClass
 
 __all__ = ["Carried"]
@@ -32,24 +34,31 @@ class Carried:
     """
 
     name = "carried"
-    laws = Aligned.laws
+    laws = Residual.laws
 
     def __init__(
         self,
         *,
         step: ServerStep = ServerStep(),
+        realign: bool = False,
         carried_rank: int = 64,
         carried_dtype: str = "",
     ) -> None:
-        self.step = step
-        self._form = Aligned(
-            step=step, carried_rank=carried_rank, carried_dtype=carried_dtype, inherited=True
-        )
+        self.step, self.realign = step, realign
+        self.carried_rank, self.carried_dtype = carried_rank, carried_dtype
 
     def start(self, state: State, rank_class: RankClass, factoring: Factoring) -> Start:
-        return self._form.start(state, rank_class, factoring)
+        ranks = rank_class.ranks(state.change.shapes)
+        last = rank_class.carried_rank or self.carried_rank
+        return Start(
+            rank_class=rank_class,
+            base_round=state.round,
+            trained=truncated_adapter(state, rank_class, factoring),
+            carried=carried_directions(state, ranks, last, factoring),
+            carried_dtype=self.carried_dtype,
+        )
 
     def begin(
         self, state: State, sent: Mapping[str, Start], clients: Mapping[str, str] | None = None
     ) -> OpenRound:
-        return self._form.begin(state, sent, clients)
+        return Residual(step=self.step, realign=self.realign).begin(state, sent, clients)

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from flexlora.adapters import Adapter, LoRAFactors
 from flexlora.aggregation.base import State
-from flexlora.aggregation.starts import Factoring, Start
+from flexlora.aggregation.starts import Factoring, LocalPlan, Start
 from flexlora.aggregation.steps import ServerStep, capped
 from flexlora.decompose import MatrixSum
 from flexlora.linalg import live_rows
+from flexlora.ranks import RankClass
 from flexlora.seeds import generator
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "Pair",
     "changed_state",
     "factor_adapter",
+    "factor_start",
     "factor_state",
     "held_factors",
     "known_factors",
@@ -102,6 +104,24 @@ def held_factors(state: State, name: str) -> Pair | None:
 def factor_adapter(state: State, ranks: Mapping[str, int], factoring: Factoring) -> Adapter:
     """The first rows and columns of what is held; live rows beyond those that there are."""
     return Adapter({name: _first(state, name, rank, factoring) for name, rank in ranks.items()})
+
+
+def factor_start(
+    state: State,
+    rank_class: RankClass,
+    factoring: Factoring,
+    *,
+    trainable: tuple[str, ...] = ("lora_A", "lora_B"),
+    local: LocalPlan = LocalPlan(),
+) -> Start:
+    """The first rows and columns to train from, nothing carried."""
+    return Start(
+        rank_class=rank_class,
+        base_round=state.round,
+        trained=factor_adapter(state, rank_class.ranks(state.change.shapes), factoring),
+        trainable=trainable,
+        local=local,
+    )
 
 
 def _first(state: State, name: str, rank: int, factoring: Factoring) -> LoRAFactors:

@@ -11,15 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from flexlora.aggregation.base import Factoring, Law, LocalPlan, Start, State, Update
-from flexlora.aggregation.factors import (
-    FactorSums,
-    factor_adapter,
-    factor_state,
-    held_factors,
-)
-from flexlora.aggregation.health import rows_of
-from flexlora.aggregation.rbla import kept_where_nobody_is
+from flexlora.aggregation.base import Factoring, Law, LocalPlan, Start, State
+from flexlora.aggregation.factors import factor_adapter, held_factors
+from flexlora.aggregation.rbla import begin_holders
 from flexlora.aggregation.rounds import OpenRound
 from flexlora.aggregation.truncated import StartedFrom
 from flexlora.ranks import RankClass
@@ -56,15 +50,4 @@ class FedPLoRA:
     def begin(
         self, state: State, sent: Mapping[str, Start], clients: Mapping[str, str] | None = None
     ) -> OpenRound:
-        sums = FactorSums(state.change.shapes)
-
-        def fold(update: Update) -> None:
-            sums.add(update.adapter, update.num_examples, rows_of(update, sent))
-
-        def close() -> State:
-            held = {name: kept_where_nobody_is(state, sent, name, sums) for name in state.change}
-            return factor_state(state, held)
-
-        return OpenRound(
-            state, sent, clients, fold=fold, close=close, admit=StartedFrom(sent).admit
-        )
+        return begin_holders(state, sent, clients, StartedFrom(sent).admit)

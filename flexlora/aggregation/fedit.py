@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from flexlora.aggregation.base import Factoring, Law, Start, State, Update
-from flexlora.aggregation.factors import FactorSums, factor_adapter, factor_state
+from flexlora.aggregation.factors import FactorSums, factor_start, factor_state
 from flexlora.aggregation.rounds import OpenRound
 from flexlora.ranks import RankClass
 
@@ -25,8 +25,7 @@ class FedIT:
     laws = frozenset({Law.ORDER, Law.SCALE_OF_WEIGHTS, Law.ONE_CLIENT})
 
     def start(self, state: State, rank_class: RankClass, factoring: Factoring) -> Start:
-        trained = factor_adapter(state, rank_class.ranks(state.change.shapes), factoring)
-        return Start(rank_class=rank_class, base_round=state.round, trained=trained)
+        return factor_start(state, rank_class, factoring)
 
     def begin(
         self, state: State, sent: Mapping[str, Start], clients: Mapping[str, str] | None = None

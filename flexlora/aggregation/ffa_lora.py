@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from flexlora.aggregation.base import Factoring, Law, Start, State, Update
-from flexlora.aggregation.factors import FactorSums, changed_state, factor_adapter
+from flexlora.aggregation.factors import FactorSums, changed_state, factor_start
 from flexlora.aggregation.rounds import OpenRound
 from flexlora.aggregation.truncated import StartedFrom
 from flexlora.ranks import RankClass
@@ -29,12 +29,7 @@ class FFALoRA:
     )
 
     def start(self, state: State, rank_class: RankClass, factoring: Factoring) -> Start:
-        return Start(
-            rank_class=rank_class,
-            base_round=state.round,
-            trained=factor_adapter(state, rank_class.ranks(state.change.shapes), factoring),
-            trainable=("lora_B",),
-        )
+        return factor_start(state, rank_class, factoring, trainable=("lora_B",))
 
     def begin(
         self, state: State, sent: Mapping[str, Start], clients: Mapping[str, str] | None = None

@@ -11,11 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from flexlora.aggregation.aligned import carried_directions, fresh_factors
+from flexlora.aggregation.aligned import begin_sum, carried_directions, fresh_factors
 from flexlora.aggregation.base import Factoring, Law, LocalPlan, Start, State
-from flexlora.aggregation.products import ProductSums
 from flexlora.aggregation.rounds import OpenRound
-from flexlora.aggregation.steps import ServerStep, next_state
+from flexlora.aggregation.steps import ServerStep
 from flexlora.ranks import RankClass
 
 __all__ = ["FLoRA", "merged_start"]
@@ -38,12 +37,7 @@ class FLoRA:
     def begin(
         self, state: State, sent: Mapping[str, Start], clients: Mapping[str, str] | None = None
     ) -> OpenRound:
-        products = ProductSums(state.change.shapes)
-
-        def close() -> State:
-            return next_state(state, {n: products.take(n) for n in state.change}, self.step)
-
-        return OpenRound(state, sent, clients, products=products, close=close)
+        return begin_sum(state, sent, clients, self.step)
 
 
 def merged_start(state: State, rank_class: RankClass, factoring: Factoring) -> Start:

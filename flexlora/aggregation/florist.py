@@ -4,7 +4,8 @@
     W <- W + eta U_p S_p V_p^T;   new random factors
 
 FLoRA's round with the sum of each round cut, module by module, to the fewest directions that hold
-``tau`` of its energy. With error feedback what the cut drops is added to the next round's sum.
+``tau`` of its energy; what the cut drops is reported by module as ``cut_energy``. With error
+feedback it is added to the next round's sum.
 """
 
 from __future__ import annotations
@@ -18,9 +19,16 @@ from flexlora.aggregation.base import Factoring, Law, Start, State
 from flexlora.aggregation.flora import merged_start
 from flexlora.aggregation.products import ProductSums, svd_term
 from flexlora.aggregation.rounds import OpenRound
-from flexlora.aggregation.steps import ServerStep, next_state, pack_svd, unpack_svd
+from flexlora.aggregation.steps import (
+    UNCAPPED,
+    ServerStep,
+    dropped_share,
+    next_state,
+    pack_svd,
+    tail_of,
+    unpack_svd,
+)
 from flexlora.decompose import MatrixSum, decompose
-from flexlora.linalg import FactoredSVD
 from flexlora.ranks import RankClass
 
 __all__ = ["FLoRIST", "rank_for_energy"]
@@ -53,35 +61,26 @@ class FLoRIST:
 
         def close() -> State:
             sums = {name: products.take(name) for name in state.change}
-            changes, extra = self._cut(state, sums)
-            return next_state(replace(state, extra=extra), changes, self.step)
+            extra, changes, notes = dict(state.extra), {}, {}
+            if self.step.error_feedback:
+                sums = {name: _with_last_cut(state, name, total) for name, total in sums.items()}
+            dtype = next(iter(state.change.values())).U.dtype
+            for name, found in decompose(sums, max_rank=UNCAPPED, dtype=dtype).items():
+                rank = rank_for_energy(found.svd.S, self.energy_threshold)
+                changes[name] = MatrixSum(
+                    shape=found.svd.shape, terms=(svd_term(1.0, found.svd.truncate(rank)),)
+                )
+                notes[name] = {"cut_energy": dropped_share(found, rank)}
+                if self.step.error_feedback:
+                    extra |= pack_svd("cut", name, tail_of(found.svd, rank))
+            return next_state(replace(state, extra=extra), changes, self.step, notes=notes)
 
         return OpenRound(state, sent, clients, products=products, close=close)
 
-    def _cut(
-        self, state: State, sums: Mapping[str, MatrixSum]
-    ) -> tuple[dict[str, MatrixSum], dict[str, torch.Tensor]]:
-        extra, dtype = dict(state.extra), next(iter(state.change.values())).U.dtype
-        if self.step.error_feedback:
-            for name in sums:
-                left = unpack_svd(extra, "cut", name)
-                if left is not None:
-                    terms = (*sums[name].terms, svd_term(1.0, left))
-                    sums = {**sums, name: replace(sums[name], terms=terms)}
-        changes = {}
-        for name, result in decompose(sums, max_rank=1 << 30, dtype=dtype).items():
-            kept = rank_for_energy(result.svd.S, self.energy_threshold)
-            top = result.svd.truncate(kept)
-            changes[name] = MatrixSum(shape=top.shape, terms=(svd_term(1.0, top),))
-            if self.step.error_feedback:
-                svd = result.svd
-                tail = FactoredSVD(
-                    U=svd.U[:, kept:].contiguous(),
-                    S=svd.S[kept:].contiguous(),
-                    Vh=svd.Vh[kept:].contiguous(),
-                )
-                extra |= pack_svd("cut", name, tail)
-        return changes, extra
+
+def _with_last_cut(state: State, name: str, total: MatrixSum) -> MatrixSum:
+    left = unpack_svd(state.extra, "cut", name)
+    return total if left is None else replace(total, terms=(*total.terms, svd_term(1.0, left)))
 
 
 def rank_for_energy(S: torch.Tensor, threshold: float) -> int:

@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping
 
 from flexlora.aggregation.base import Factoring, Law, LocalPlan, Start, State, Update
-from flexlora.aggregation.factors import FactorSums, factor_adapter, factor_state
+from flexlora.aggregation.factors import FactorSums, factor_start, factor_state
 from flexlora.aggregation.rounds import OpenRound
 from flexlora.linalg import product_norm
 from flexlora.ranks import RankClass
@@ -32,10 +32,7 @@ class HetLoRA:
         self.local = LocalPlan(prune_factor=prune_factor, prune_penalty=prune_penalty)
 
     def start(self, state: State, rank_class: RankClass, factoring: Factoring) -> Start:
-        trained = factor_adapter(state, rank_class.ranks(state.change.shapes), factoring)
-        return Start(
-            rank_class=rank_class, base_round=state.round, trained=trained, local=self.local
-        )
+        return factor_start(state, rank_class, factoring, local=self.local)
 
     def begin(
         self, state: State, sent: Mapping[str, Start], clients: Mapping[str, str] | None = None

@@ -8,14 +8,14 @@ has stays as it was, which the paper, whose clients all take part, need not say.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
 from flexlora.aggregation.base import Factoring, Law, Start, State, Update
 from flexlora.aggregation.factors import (
     FactorSums,
-    factor_adapter,
+    factor_start,
     factor_state,
     known_factors,
     widened,
@@ -24,7 +24,7 @@ from flexlora.aggregation.health import rows_of
 from flexlora.aggregation.rounds import OpenRound
 from flexlora.ranks import RankClass
 
-__all__ = ["RBLA", "kept_where_nobody_is"]
+__all__ = ["RBLA", "begin_holders"]
 
 
 class RBLA:
@@ -34,25 +34,34 @@ class RBLA:
     laws = frozenset({Law.ORDER, Law.SCALE_OF_WEIGHTS, Law.ZERO_TRAINING})
 
     def start(self, state: State, rank_class: RankClass, factoring: Factoring) -> Start:
-        trained = factor_adapter(state, rank_class.ranks(state.change.shapes), factoring)
-        return Start(rank_class=rank_class, base_round=state.round, trained=trained)
+        return factor_start(state, rank_class, factoring)
 
     def begin(
         self, state: State, sent: Mapping[str, Start], clients: Mapping[str, str] | None = None
     ) -> OpenRound:
-        sums = FactorSums(state.change.shapes)
-
-        def fold(update: Update) -> None:
-            sums.add(update.adapter, update.num_examples, rows_of(update, sent))
-
-        def close() -> State:
-            held = {name: kept_where_nobody_is(state, sent, name, sums) for name in state.change}
-            return factor_state(state, held)
-
-        return OpenRound(state, sent, clients, fold=fold, close=close)
+        return begin_holders(state, sent, clients)
 
 
-def kept_where_nobody_is(
+def begin_holders(
+    state: State,
+    sent: Mapping[str, Start],
+    clients: Mapping[str, str] | None,
+    admit: Callable[[Update], None] | None = None,
+) -> OpenRound:
+    """A round that averages every row over those who have it."""
+    sums = FactorSums(state.change.shapes)
+
+    def fold(update: Update) -> None:
+        sums.add(update.adapter, update.num_examples, rows_of(update, sent))
+
+    def close() -> State:
+        held = {name: _kept_where_nobody_is(state, sent, name, sums) for name in state.change}
+        return factor_state(state, held)
+
+    return OpenRound(state, sent, clients, fold=fold, close=close, admit=admit)
+
+
+def _kept_where_nobody_is(
     state: State, sent: Mapping[str, Start], name: str, sums: FactorSums
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The mean over holders of each row; rows without a holder as they were before the round.

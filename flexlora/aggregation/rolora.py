@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from flexlora.aggregation.base import Factoring, Law, Start, State
-from flexlora.aggregation.factors import factor_adapter
+from flexlora.aggregation.factors import factor_start
 from flexlora.aggregation.ffa_lora import begin_changes
 from flexlora.aggregation.rounds import OpenRound
 from flexlora.ranks import RankClass
@@ -29,12 +29,8 @@ class RoLoRA:
     )
 
     def start(self, state: State, rank_class: RankClass, factoring: Factoring) -> Start:
-        return Start(
-            rank_class=rank_class,
-            base_round=state.round,
-            trained=factor_adapter(state, rank_class.ranks(state.change.shapes), factoring),
-            trainable=("lora_A",) if state.round % 2 else ("lora_B",),
-        )
+        trainable = ("lora_A",) if state.round % 2 else ("lora_B",)
+        return factor_start(state, rank_class, factoring, trainable=trainable)
 
     def begin(
         self, state: State, sent: Mapping[str, Start], clients: Mapping[str, str] | None = None

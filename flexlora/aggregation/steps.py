@@ -25,7 +25,15 @@ from flexlora.decompose import Decomposition, MatrixSum, decompose
 from flexlora.errors import UserError, nearest
 from flexlora.linalg import FactoredSVD
 
-__all__ = ["ServerStep", "next_state", "pack_svd", "unpack_svd"]
+__all__ = [
+    "UNCAPPED",
+    "ServerStep",
+    "dropped_share",
+    "next_state",
+    "pack_svd",
+    "tail_of",
+    "unpack_svd",
+]
 
 UNCAPPED = 1 << 30
 
@@ -58,14 +66,23 @@ class ServerStep:
             )
 
 
+Notes = Mapping[str, Mapping[str, float]]
+
+
 def next_state(
-    state: State, changes: Mapping[str, MatrixSum], step: ServerStep, *, target: bool = False
+    state: State,
+    changes: Mapping[str, MatrixSum],
+    step: ServerStep,
+    *,
+    target: bool = False,
+    notes: Notes | None = None,
 ) -> State:
     """The state after ``changes`` [module], each ``D``, or ``G + D`` itself where ``target``.
 
-    What the cap drops is reported as a share of the energy (Eckart-Young: the smallest possible).
+    What the cap drops is reported as a share of the energy (Eckart-Young: the smallest possible);
+    ``notes`` by module join the report.
     """
-    extra = dict(state.extra)
+    extra, notes = dict(state.extra), notes or {}
     if step.optimizer == "sgd":
         eta = step.learning_rate
         keep = 1.0 - eta if target else 1.0
@@ -75,14 +92,20 @@ def next_state(
         if target:
             changes = {name: _plus(changes[name], -1.0, svd) for name, svd in state.change.items()}
         moves = _moves(state, changes, step, extra)
+        notes = {
+            name: {**notes.get(name, {}), "velocity_dropped": dropped}
+            for name, (_, _, dropped) in moves.items()
+        }
         sums = {
-            name: MatrixSum(shape=svd.shape, terms=(svd_term(1.0, svd), svd_term(*moves[name])))
+            name: MatrixSum(shape=svd.shape, terms=(svd_term(1.0, svd), svd_term(*moves[name][:2])))
             for name, svd in state.change.items()
         }
-    return capped(replace(state, extra=extra), sums, step)
+    return capped(replace(state, extra=extra), sums, step, notes)
 
 
-def capped(state: State, sums: Mapping[str, MatrixSum], step: ServerStep) -> State:
+def capped(
+    state: State, sums: Mapping[str, MatrixSum], step: ServerStep, notes: Notes | None = None
+) -> State:
     """The state one round later whose change is ``sums``, kept at ``step.max_rank`` directions."""
     extra, modules, reports = dict(state.extra), {}, {}
     kept = total = 0.0
@@ -96,9 +119,9 @@ def capped(state: State, sums: Mapping[str, MatrixSum], step: ServerStep) -> Sta
         total += result.energy
         kept += float(svd.S.double().square().sum())
         modules[name] = contiguous(svd)
-        reports[name] = {**state.modules.get(name, {}), **_report(result)}
+        reports[name] = {**(notes or {}).get(name, {}), **_report(result)}
         if step.error_feedback:
-            extra |= pack_svd("dropped", name, _tail(result.svd, step.max_rank))
+            extra |= pack_svd("dropped", name, tail_of(result.svd, step.max_rank))
     return replace(
         state,
         round=state.round + 1,
@@ -111,8 +134,8 @@ def capped(state: State, sums: Mapping[str, MatrixSum], step: ServerStep) -> Sta
 
 def _moves(
     state: State, changes: Mapping[str, MatrixSum], step: ServerStep, extra: dict
-) -> dict[str, tuple[float, FactoredSVD]]:
-    """``(weight, V)`` per module, with the moments in ``extra`` moved on."""
+) -> dict[str, tuple[float, FactoredSVD, float]]:
+    """``(weight, V, what V's cap drops)`` per module, with the moments in ``extra`` moved on."""
     beta, novograd = step.momentum, step.optimizer == "novograd"
     dtype = next(iter(state.change.values())).U.dtype
     fresh = 1.0 - beta if novograd else 1.0
@@ -140,8 +163,14 @@ def _moves(
             extra[key] = torch.tensor([energy], dtype=torch.float64)
             size = (energy / (1.0 - gamma**steps)) ** 0.5
             weight /= (1.0 - beta**steps) * (size + 1e-12)
-        moves[name] = (weight, result.svd)
+        moves[name] = (weight, result.svd, dropped_share(result))
     return moves
+
+
+def dropped_share(result: Decomposition, rank: int = UNCAPPED) -> float:
+    """The share of the energy outside the first ``rank`` directions that were found."""
+    kept = float(result.svd.truncate(rank).S.double().square().sum())
+    return max(0.0, 1.0 - kept / result.energy) if result.energy > 0 else 0.0
 
 
 def _report(result: Decomposition) -> dict[str, float | str]:
@@ -167,7 +196,8 @@ def _plus(change: MatrixSum, weight: float, svd: FactoredSVD | None) -> MatrixSu
     return replace(change, terms=(*change.terms, svd_term(weight, svd)))
 
 
-def _tail(svd: FactoredSVD, rank: int) -> FactoredSVD:
+def tail_of(svd: FactoredSVD, rank: int) -> FactoredSVD:
+    """The directions that ``truncate(rank)`` leaves out."""
     return contiguous(FactoredSVD(U=svd.U[:, rank:], S=svd.S[rank:], Vh=svd.Vh[rank:]))
 
 
