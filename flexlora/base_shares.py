@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from flexlora.config import QUANTIZATIONS
 from flexlora.errors import UserError, nearest
+from flexlora.options import QUANTIZATIONS
 from flexlora.ranks import quotas
 from flexlora.seeds import numpy_generator
 

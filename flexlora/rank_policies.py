@@ -27,9 +27,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from flexlora.config import RANK_POLICIES
 from flexlora.errors import UserError, nearest
 from flexlora.memory_ranks import memory_rank
+from flexlora.options import RANK_POLICIES
 from flexlora.rank_tables import read_rank_table
 from flexlora.ranks import RankClass, parse_shares, parse_tiers, quotas
 from flexlora.seeds import numpy_generator

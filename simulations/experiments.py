@@ -348,7 +348,7 @@ def _train_alone(
             classes.items(), key=lambda item: (item[1].rank, item[0])
         )
     ]
-    size = config["engine.cohort-size"]
+    size = config["engine.cohort-size"] or 8
     results = [r for at in range(0, len(jobs), size) for r in alone.train(jobs[at : at + size])]
     return {r.client_id: r.adapter for r in results if r.adapter is not None}
 

@@ -44,6 +44,6 @@ def _grid(config: Config) -> InProcessGrid:
     torch.set_num_threads(config["engine.threads"])
     return InProcessGrid(
         worker_for(config),
-        cohort_size=config["engine.cohort-size"],
+        cohort_size=config["engine.cohort-size"] or 8,
         wire_dtype=config["wire.dtype"],
     )

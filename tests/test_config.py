@@ -48,7 +48,7 @@ def test_pyproject_lists_every_key_with_its_default():
         ("lora.alpha=inf", "lora.alpha is inf"),
         ("train.learning-rate=inf", "train.learning-rate is inf"),
         ("lora.rslora=yes", "lora.rslora is 'yes', expected true or false"),
-        ("train.optim=adamw", "train.optim is 'adamw'.*Did you mean 'adamw_torch'"),
+        ("train.optim=adamw", "train.optim is 'adamw'.*expected one of adamw_torch, sgd"),
         ("model.quantization=nf5", "model.quantization is 'nf5'.*Did you mean 'nf4'"),
         ("ranks.policy=", "ranks.policy is '', expected one of fixed, tiers"),
     ],

@@ -21,6 +21,7 @@ FLOORS = {
     "flexlora.errors": 0,
     "flexlora.seeds": 0,
     "flexlora.config": 0,
+    "flexlora.options": 0,
     "flexlora.linalg": 0,
     "flexlora.gram": 0,
     "flexlora.krylov": 0,
