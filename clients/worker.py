@@ -9,26 +9,29 @@ never trains two kinds in one pass.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 
 import torch
+from flexlora.clients.passes import TrainPasses, failed_training
 
 import flexlora
 from flexlora.base_shares import deal_quantizations, parse_base_shares
 from flexlora.config import Config
+from flexlora.data.caps import capped_rows
 from flexlora.data.clients import ClientData, client_rows
 from flexlora.data.collation import Example
 from flexlora.errors import UserError, nearest, told
 from flexlora.evaluation import evaluate
 from flexlora.jobs import Capability, EvalJob, EvalResult, TrainJob, TrainResult
 from flexlora.models import BaseModel, load_base, pick_device
-from flexlora.out_of_memory import free_memory, train_within_memory, within_memory
-from flexlora.probing import device_name, free_bytes, probe, require
+from flexlora.out_of_memory import within_memory
+from flexlora.personal import PersonalPlan, personalised
+from flexlora.probing import device_name, free_bytes, probe, require, require_optimizer
+from flexlora.seeds import derive_seed
 from flexlora.slots import SlotModel, slot_model
 from flexlora.training import TrainSettings, train
 
-__all__ = ["Worker", "train_settings", "worker_for"]
+__all__ = ["Worker", "failed_training", "personal_plan", "train_settings", "worker_for"]
 
 _workers: dict[tuple, Worker] = {}
 
@@ -65,6 +68,20 @@ def train_settings(config: Config) -> TrainSettings:
     )
 
 
+def personal_plan(config: Config) -> PersonalPlan | None:
+    """The ``personal.*`` keys as plain values, None where clients keep nothing to themselves."""
+    if config["personal.rank"] == 0:
+        return None
+    return PersonalPlan(
+        rank=config["personal.rank"],
+        max_steps=config["personal.max-steps"],
+        learning_rate=config["personal.learning-rate"],
+        alpha=config["lora.alpha"],
+        rslora=config["lora.rslora"],
+        seed=derive_seed(config["seed"], "personal"),
+    )
+
+
 class Worker:
     """The base model, the clients' rows and the settings of one configuration.
 
@@ -85,7 +102,10 @@ class Worker:
             seed=config["seed"],
             tasks=config["data.tasks"],
         )
+        rows = capped_rows(rows, config["population.examples"], seed=config["seed"])
         device = pick_device(config["engine.device"])
+        wide = torch.float64 if config["wire.dtype"] == "float64" else torch.float32
+        require_optimizer(config["train.optim"], device, dtype=wide)
         self.free_bytes = free_bytes(device)  # what it is before the base takes its part
         self.quantizations = deal_quantizations(
             list(rows),
@@ -104,7 +124,8 @@ class Worker:
             max_length=min(config["train.max-length"], longest or config["train.max-length"]),
         )
         self.settings = train_settings(config)
-        self._rows_per_pass: dict[str, int] = {}  # of clients that ran out of memory
+        self.personal = personal_plan(config)
+        self._global_passes, self._personal_passes = TrainPasses(), TrainPasses()
         self.shapes = self.slots.shapes  # targets that match nothing are told before any work
 
     def _load_bases(self, device: torch.device) -> dict[str, BaseModel]:
@@ -119,6 +140,7 @@ class Worker:
                 dtype=config["model.dtype"],
                 quantization=kind,
                 outlier_threshold=config["model.outlier-threshold"],
+                attention=config["model.attn-implementation"],
                 device=config["engine.device"],
             )
         return bases
@@ -126,9 +148,10 @@ class Worker:
     @property
     def slots(self) -> SlotModel:
         """The base with its LoRA layers, injected anew if another configuration came between."""
-        return self._slots_of(next(iter(self.bases)))
+        return self.slots_of(next(iter(self.bases)))
 
-    def _slots_of(self, kind: str) -> SlotModel:
+    def slots_of(self, kind: str) -> SlotModel:
+        """The same over the base that is held in this quantization."""
         return slot_model(self.bases[kind].model, self.config["lora.target-modules"])
 
     def quantization_of(self, client_id: str) -> str:
@@ -182,14 +205,30 @@ class Worker:
         )
 
     def train(self, jobs: Sequence[TrainJob]) -> list[TrainResult]:
-        """Results in the order of ``jobs``; a job that fails takes no other with it."""
-        ready = [k for k, job in enumerate(jobs) if self._train_rows(job)]
+        """Results in the order of ``jobs``; a job that fails takes no other with it.
+
+        With ``personal.rank`` each also holds the factors that the client keeps to itself; what it
+        sends is the same with and without them.
+        """
+        results = self._train_all(jobs, self.settings, self._global_passes)
+        if self.personal is None:
+            return results
+
+        def own(personal_jobs: Sequence[TrainJob], settings: TrainSettings) -> list[TrainResult]:
+            return self._train_all(personal_jobs, settings, self._personal_passes)
+
+        return personalised(self.personal, jobs, results, self.settings, own)
+
+    def _train_all(
+        self, jobs: Sequence[TrainJob], settings: TrainSettings, passes: TrainPasses
+    ) -> list[TrainResult]:
+        ready = [k for k, job in enumerate(jobs) if self.train_rows(job)]
         results = {
             k: failed_training(job, "no train rows") for k, job in enumerate(jobs) if k not in ready
         }
         for members in self._passes([jobs[k].client_id for k in ready]):
             chosen = [ready[k] for k in members]
-            done = self._train_together([jobs[k] for k in chosen])
+            done = passes.train([jobs[k] for k in chosen], settings, self._train)
             results |= dict(zip(chosen, done, strict=True))
         return [results[k] for k in range(len(jobs))]
 
@@ -200,35 +239,16 @@ class Worker:
             groups.setdefault(self.pass_key(client_id), []).append(k)
         return list(groups.values())
 
-    def _train_rows(self, job: TrainJob) -> list[Example]:
+    def train_rows(self, job: TrainJob) -> list[Example]:
+        """What this job's client trains on."""
         return self.data.examples(job.client_id, "train")
 
-    def _train_together(self, jobs: Sequence[TrainJob]) -> list[TrainResult]:
-        """Train clients of one kind in one pass, or one by one where that fails."""
-        short = any(job.client_id in self._rows_per_pass for job in jobs)
-        if len(jobs) > 1 and not short:
-            # Alone, each tells whether it was the cause; the others lose only time.
-            with suppress(Exception):
-                return self._train(jobs, 0)
-            free_memory()
-        return [self._train_alone(job) for job in jobs]
-
-    def _train_alone(self, job: TrainJob) -> TrainResult:
-        first = self._rows_per_pass.get(job.client_id, self.settings.rows_per_pass)
-        try:
-            result, rows = train_within_memory(lambda rows: self._train([job], rows)[0], job, first)
-        except Exception as error:
-            return failed_training(job, told(error))
-        if rows < first:
-            self._rows_per_pass[job.client_id] = rows  # not to run out again in every round
-        return result
-
-    def _train(self, jobs: Sequence[TrainJob], rows_per_pass: int) -> list[TrainResult]:
+    def _train(self, jobs: Sequence[TrainJob], settings: TrainSettings) -> list[TrainResult]:
         return train(
-            self._slots_of(self.quantization_of(jobs[0].client_id)),
+            self.slots_of(self.quantization_of(jobs[0].client_id)),
             jobs,
-            [self._train_rows(job) for job in jobs],
-            replace(self.settings, micro_batch_size=rows_per_pass),
+            [self.train_rows(job) for job in jobs],
+            settings,
             pad_token_id=self.base.pad_token_id,
         )
 
@@ -245,7 +265,7 @@ class Worker:
 
         def attempt(size: int) -> list[EvalResult]:
             return evaluate(
-                self._slots_of(kind),
+                self.slots_of(kind),
                 self.bases[kind],
                 jobs,
                 [self.held_out(job.client_id) for job in jobs],
@@ -257,12 +277,19 @@ class Worker:
             results, _ = within_memory(attempt, self.config["eval.batch-size"])
         except Exception as error:
             if len(jobs) == 1:
-                return [EvalResult(client_id=jobs[0].client_id, cause=told(error))]
+                return [self._evaluate_without_own(jobs[0], told(error))]
             return [self._evaluate_together([job])[0] for job in jobs]
         if results is None:
             cause = "out of memory with 1 row in an evaluation pass"
             return [EvalResult(client_id=job.client_id, cause=cause) for job in jobs]
         return results
+
+    def _evaluate_without_own(self, job: EvalJob, cause: str) -> EvalResult:
+        """What failed with the client's own factors may do without; the cause stays told."""
+        if job.personal is None:
+            return EvalResult(client_id=job.client_id, cause=cause)
+        (result,) = self._evaluate_together([replace(job, personal=None)])
+        return replace(result, cause=result.cause or f"personal factors: {cause}")
 
     def held_out(self, client_id: str) -> list[Example]:
         """The rows a client is evaluated on: the first ``eval.max-examples`` of ``eval.split``."""
@@ -271,16 +298,3 @@ class Worker:
             raise UserError(f"client '{client_id}' is not in the data.{hint}")
         rows = self.data.examples(client_id, self.config["eval.split"])
         return rows[: self.config["eval.max-examples"] or None]
-
-
-def failed_training(job: TrainJob, cause: str) -> TrainResult:
-    """A result without factors: who, what it was to start from, and why there is nothing."""
-    return replace(
-        TrainResult(
-            client_id=job.client_id,
-            rank_class=job.start.rank_class.name,
-            base_round=job.start.base_round,
-            digest=job.start.digest,
-        ),
-        cause=cause,
-    )

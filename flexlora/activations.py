@@ -62,13 +62,12 @@ def _norm_bytes(shape: ModelShape, plan: TrainingPlan) -> int:
 
 def _attention_bytes(shape: ModelShape, plan: TrainingPlan) -> int:
     n, e = plan.tokens, plan.number_bytes
-    kept = e * n * shape.attention_numbers(plan.max_length)
-    if not shape.scores:
+    numbers = shape.attention_numbers(plan.max_length, batch=plan.batch, attention=plan.attention)
+    kept = e * n * numbers
+    if not shape.keeps_scores(plan.attention):
         mask = e * n * plan.max_length if shape.masked(plan.max_length) else 0
         return kept + mask + 4 * n * shape.num_heads  # the kernel's log-sum-exp
-    # The capped scores, the softmax in float32 and, where the base is not, its copy.
-    each = 4 + e + (e if e != 4 else 0)
-    return kept + each * n * plan.max_length * shape.num_heads
+    return kept + shape.score_bytes(e) * n * plan.max_length * shape.num_heads
 
 
 def _lora_bytes(shape: ModelShape, plan: TrainingPlan, targets: tuple[Linear, ...]) -> int:
@@ -80,14 +79,16 @@ def _lora_bytes(shape: ModelShape, plan: TrainingPlan, targets: tuple[Linear, ..
     elif plan.number_bytes != FACTOR_BYTES:
         inputs = sum(x.in_features for x in targets)
     else:
-        inputs = sum(_own_inputs(shape, targets).values())
+        inputs = sum(_own_inputs(shape, plan, targets).values())
     return FACTOR_BYTES * n * (inputs + hidden)
 
 
-def _own_inputs(shape: ModelShape, targets: tuple[Linear, ...]) -> dict[str, int]:
+def _own_inputs(
+    shape: ModelShape, plan: TrainingPlan, targets: tuple[Linear, ...]
+) -> dict[str, int]:
     """Widths of the tensors that the targets read and nothing else keeps."""
     sizes = {x.source: x.in_features for x in targets}
-    if not (shape.own_output or shape.scores):
+    if not (shape.own_output or shape.keeps_scores(plan.attention)):
         sizes.pop("attention_out", None)  # the attention kernel keeps its output itself
     return sizes
 
@@ -100,7 +101,7 @@ def _plain_input_bytes(
     if shared or not (aligning or plan.quantization == "8bit"):
         return 0
     read = shape.linears if plan.quantization == "8bit" else targets
-    return plan.number_bytes * plan.tokens * sum(_own_inputs(shape, read).values())
+    return plan.number_bytes * plan.tokens * sum(_own_inputs(shape, plan, read).values())
 
 
 def _carried_copies(plan: TrainingPlan, targets: tuple[Linear, ...]) -> int:
@@ -143,9 +144,8 @@ def backward_bytes(shape: ModelShape, plan: TrainingPlan) -> int:
     outputs = (2 * e + FACTOR_BYTES if copied else 3 * e) * (2 if joined else 1)
     before = 2 * e if shape.gated and not joined else 0
     widest = n * ff * max(backward, before + outputs - kept)
-    if shape.scores:
-        each = e + FACTOR_BYTES * (2 if copied else 1)
-        scores = each * n * plan.max_length * shape.num_heads
+    if shape.keeps_scores(plan.attention):
+        scores = shape.score_gradient_bytes(e) * n * plan.max_length * shape.num_heads
         widest = max(widest, scores - n * ff * kept)
     return round(widest) + n * shape.hidden_size * (e + FACTOR_BYTES * copied)
 

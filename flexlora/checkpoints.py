@@ -22,7 +22,7 @@ from flexlora.errors import UserError
 from flexlora.linalg import FactoredSVD
 from flexlora.ranks import RankClass
 
-__all__ = ["load_checkpoint", "save_checkpoint", "write_atomically"]
+__all__ = ["load_checkpoint", "load_notes", "save_checkpoint", "write_atomically"]
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -41,8 +41,16 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.close(folder)
 
 
-def save_checkpoint(folder: Path, state: State, rank_classes: Mapping[str, RankClass]) -> None:
-    """Write ``state`` and the rank classes; the previous checkpoint stays until it is done."""
+def save_checkpoint(
+    folder: Path,
+    state: State,
+    rank_classes: Mapping[str, RankClass],
+    notes: Mapping[str, Any] | None = None,
+) -> None:
+    """Write ``state`` and the rank classes; the previous checkpoint stays until it is done.
+
+    ``notes`` is what else must be the same after a resume, ready for JSON.
+    """
     tensors = {f"extra/{key}": tensor.contiguous() for key, tensor in state.extra.items()}
     for name, svd in state.change.items():
         for label in ("U", "S", "Vh"):
@@ -57,6 +65,7 @@ def save_checkpoint(folder: Path, state: State, rank_classes: Mapping[str, RankC
         "dropped_energy": state.dropped_energy,
         "modules": list(state.change),
         "rank_classes": {k: rank_class.to_dict() for k, rank_class in rank_classes.items()},
+        "notes": dict(notes or {}),
     }
     text = json.dumps(index, indent=1, sort_keys=True) + "\n"
     write_atomically(folder / "current.json", text.encode())
@@ -85,6 +94,12 @@ def load_checkpoint(folder: Path) -> tuple[State, dict[str, RankClass]]:
         raise UserError(
             f"the checkpoint in '{folder}' is damaged: it does not hold the bytes once written."
         ) from None
+
+
+def load_notes(folder: Path) -> dict[str, Any]:
+    """The notes beside the last whole state (``load_checkpoint`` says whether it is one)."""
+    index = json.loads((folder / "current.json").read_text(encoding="utf-8"))
+    return dict(index.get("notes", {}))
 
 
 def _decode(

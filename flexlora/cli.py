@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from flexlora.config import OPTIONS, Config
 from flexlora.errors import UserError, nearest
@@ -28,7 +28,10 @@ QUIET = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status is 0, 2 for a person's mistake, 130 after Ctrl-C."""
+    """Run one command; the exit status is 0, 2 for a person's mistake, 130 after Ctrl-C.
+
+    1 is a command's own: the machine or a reproduced figure is not as expected.
+    """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     parser = _parser()
@@ -89,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     simulate.add_argument("--out", metavar="DIR", help="run folder (default: runs/DATE-TIME)")
     simulate.add_argument("--resume", metavar="DIR", help="go on with the run in DIR")
     simulate.add_argument("--overwrite", action="store_true", help="replace a run in --out")
+    simulate.add_argument("--seeds", type=int, metavar="N", help="N seeds: mean and deviation")
     simulate.add_argument("--help-config", action="store_true", help="list all keys and defaults")
     simulate.set_defaults(run=_simulate)
 
@@ -97,6 +101,15 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--data", metavar="DIR", help="data folder (default: the run's)")
     _configuration(evaluate)
     evaluate.set_defaults(run=_evaluate)
+
+    report = commands.add_parser("report", help="write a run's page, RUN/report.html")
+    report.add_argument("target", metavar="RUN", help="a run folder, finished or not")
+    report.set_defaults(run=_report)
+
+    compare = commands.add_parser("compare", help="runs side by side, and what differs in them")
+    compare.add_argument("targets", metavar="RUN", nargs="+", help="two run folders or more")
+    compare.add_argument("--out", metavar="FILE.html", help="write a page with the figures too")
+    compare.set_defaults(run=_compare)
 
     export = commands.add_parser("export", help="write a run's adapter at any rank, or merged")
     export.add_argument("target", metavar="RUN", help="a run folder")
@@ -115,10 +128,20 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--batch", type=int, metavar="ROWS", help="rows of an optimizer step")
     plan.add_argument("--rank", type=int, default=0, help="this trained rank and no other")
     plan.add_argument("--carried-rank", type=int, metavar="RANK", help="0: a method without one")
-    plan.add_argument("--quantization", default="", help="this one and no other: none or nf4")
+    for name, told in (
+        ("--quantization", "this one and no other: none, 8bit or nf4"),
+        ("--optim", "this one and no other (default: adamw_torch, or adamw_8bit where it must be)"),
+        ("--attn-implementation", "auto, eager, sdpa or flash_attention_2 (default: auto)"),
+    ):
+        plan.add_argument(name, metavar="NAME", default="", help=told)
     plan.add_argument("--target-modules", default="all-linear", help="all-linear, or names")
     plan.add_argument("--format", default="text", help="text or json (default: text)")
     plan.set_defaults(run=_plan)
+
+    tune = commands.add_parser("tune", help="measure how many clients in one pass are fastest here")
+    _configuration(tune)
+    tune.add_argument("--out", metavar="FILE.toml", help="write the configuration with the choice")
+    tune.set_defaults(run=_tune)
 
     doctor = commands.add_parser("doctor", help="whether this machine can do the job, by doing")
     doctor.add_argument(
@@ -127,9 +150,12 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--format", default="text", help="text or json (default: text)")
     doctor.set_defaults(run=_doctor)
 
+    _client(commands)
+
     reproduce = commands.add_parser("reproduce", help="run a named experiment, several seeds")
-    reproduce.add_argument("name", metavar="NAME", help="first-look")
-    reproduce.add_argument("--seeds", type=int, default=3, help="how many seeds (default: 3)")
+    reproduce.add_argument("name", metavar="NAME", nargs="?", help="none: list the experiments")
+    reproduce.add_argument("--scale", type=float, default=1.0, help="times the documented size")
+    reproduce.add_argument("--seeds", type=int, help="how many seeds (default: 3 times --scale)")
     reproduce.add_argument("--first-seed", type=int, default=0, help="the first (default: 0)")
     reproduce.add_argument("--out", metavar="DIR", help="folder (default: runs/NAME)")
     reproduce.add_argument(
@@ -137,6 +163,34 @@ def _parser() -> argparse.ArgumentParser:
     )
     reproduce.set_defaults(run=_reproduce)
     return parser
+
+
+def _client(commands: Any) -> None:
+    """``flexlora client serve`` and ``flexlora client health``."""
+    client = commands.add_parser("client", help="what runs on an edge node")
+    does = client.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    serve = does.add_parser("serve", help="keep the base loaded and train for ClientApps here")
+    serve.add_argument("--model", metavar="MODEL", required=True, help="folder, hub name, embedded")
+    serve.add_argument("--data", metavar="DIR", required=True, help="this node's data folder")
+    serve.add_argument("--socket", metavar="PATH", default="", help="Unix socket to listen on")
+    serve.add_argument("--group", default="", help="group that may open the socket too")
+    serve.add_argument("--client-id", metavar="NAME", default="", help="this node's name")
+    serve.add_argument("--quantization", default="none", help="none, 8bit or nf4 (default: none)")
+    serve.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    serve.add_argument("--memory-limit", metavar="SIZE", default="", help="bytes to use, like 6GiB")
+    serve.add_argument("--state", metavar="DIR", default="", help="where finished replies are kept")
+    serve.add_argument("--keep", metavar="SIZE", default="2GiB", help="bytes of them at most")
+    serve.add_argument("--keep-hours", type=float, default=24.0, metavar="N", help="and how long")
+    serve.add_argument("--max-request", metavar="SIZE", default="2GiB", help="largest request")
+    serve.add_argument("--wait", type=float, default=600.0, metavar="SECONDS", help="for a turn")
+    serve.add_argument("--grace", type=float, default=120.0, metavar="SECONDS", help="to finish")
+    serve.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[], help="a model or engine key"
+    )
+    serve.set_defaults(run=_serve)
+    health = does.add_parser("health", help="how the trainer on this machine is")
+    health.add_argument("--socket", metavar="PATH", default="", help="Unix socket it listens on")
+    health.set_defaults(run=_health)
 
 
 def _configuration(parser: argparse.ArgumentParser) -> None:
@@ -150,30 +204,29 @@ def _simulate(options: argparse.Namespace) -> int:
     if options.help_config:
         _print_keys()
         return 0
-    if options.resume and (options.config or options.set or options.out or options.overwrite):
+    given = (options.config, options.set, options.out, options.overwrite)
+    if options.resume and (any(given) or options.seeds is not None):
         raise UserError(
             "--resume goes on with the run's own configuration; "
-            "it takes no --config, --set, --out or --overwrite."
+            "it takes no --config, --set, --out, --overwrite or --seeds."
         )
     config = Config.resolve(file=options.config, sets=tuple(options.set))
     out = Path(
         options.resume or options.out or config["out"] or time.strftime("runs/%Y%m%d-%H%M%S")
     )
+    if options.seeds is not None or (options.resume and (out / "seeds.json").is_file()):
+        return _simulate_seeds(config, out, options)
     from flexlora.runs import RunFolder
 
     if not options.resume:
         RunFolder.check_free(out, overwrite=options.overwrite)  # before anything heavy is loaded
 
-    from flexlora.simulations.simulate import resume, simulate
-    from flexlora.simulations.terminal import TerminalObserver, make_console
+    from flexlora.simulations.terminal import make_console
+    from flexlora.simulations.watched_run import watched_run
 
-    console = make_console()
+    console, go_on = make_console(), bool(options.resume)
     try:
-        with TerminalObserver(console) as observer:
-            if options.resume:
-                resume(out, observer=observer)
-            else:
-                simulate(config, out, observer=observer, overwrite=options.overwrite)
+        watched_run(config, out, console=console, overwrite=options.overwrite, go_on=go_on)
     except KeyboardInterrupt:
         done = [row["round"] for row in RunFolder(out).metrics()]
         if not done:
@@ -184,10 +237,42 @@ def _simulate(options: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return INTERRUPTED
-    observer.summary(RunFolder(out).metrics())
-    text = f"\nRun folder: {out} (adapters/CLASS load in PEFT; metrics.jsonl, clients.csv)"
+    text = f"Run folder: {out} (adapters/CLASS load in PEFT; metrics.jsonl, clients.csv)"
     console.print(text, soft_wrap=True)
     return 0
+
+
+def _simulate_seeds(config: Config, out: Path, options: argparse.Namespace) -> int:
+    from flexlora.simulations.seeds import is_series, resume_series, run_series
+    from flexlora.simulations.terminal import make_console
+
+    console = make_console()
+    try:
+        if options.resume:
+            return resume_series(out, console=console)
+        return run_series(
+            config, out, seeds=options.seeds, console=console, overwrite=options.overwrite
+        )
+    except KeyboardInterrupt:
+        if not is_series(out):
+            raise
+        again = f"`flexlora simulate --resume {out}` goes on with the series"
+        print(f"\nflexlora: interrupted; {again}.", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _report(options: argparse.Namespace) -> int:
+    from flexlora.report import write_report
+
+    print(f"Report: {write_report(options.target)}")
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from flexlora.report import compare
+    from flexlora.simulations.terminal import make_console
+
+    return compare(options.targets, out=options.out, console=make_console())
 
 
 def _print_keys() -> None:
@@ -220,6 +305,13 @@ def _plan(options: argparse.Namespace) -> int:
     return plan_command(Question(**values))
 
 
+def _tune(options: argparse.Namespace) -> int:
+    from flexlora.simulations.tune import tune
+
+    config = Config.resolve(file=options.config, sets=tuple(options.set))
+    return tune(config, out=options.out)
+
+
 def _doctor(options: argparse.Namespace) -> int:
     from functools import partial
 
@@ -234,16 +326,31 @@ def _doctor(options: argparse.Namespace) -> int:
     return report(findings, format=options.format)
 
 
-def _reproduce(options: argparse.Namespace) -> int:
-    from flexlora.simulations.experiments import reproduce
+def _serve(options: argparse.Namespace) -> int:
+    from flexlora.clients.trainer.command import ServeOptions, serve
 
-    out = Path(options.out or f"runs/{options.name}")
+    values = {key: value for key, value in vars(options).items() if key != "run"}
+    return serve(ServeOptions(**values))
+
+
+def _health(options: argparse.Namespace) -> int:
+    from flexlora.clients.trainer.command import health_command
+
+    return health_command(options.socket)
+
+
+def _reproduce(options: argparse.Namespace) -> int:
+    from flexlora.simulations.experiments import list_experiments, reproduce
+
+    if options.name is None:
+        return list_experiments()
     return reproduce(
         options.name,
         seeds=options.seeds,
         first_seed=options.first_seed,
-        out=out,
+        out=Path(options.out or f"runs/{options.name}"),
         sets=options.set,
+        scale=options.scale,
     )
 
 

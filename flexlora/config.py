@@ -85,9 +85,10 @@ class Config(Mapping[str, Any]):
 
 
 def resolved(config: Config) -> Config:
-    """The configuration with what the machine decides written down: the number of threads."""
+    """The configuration with what the machine decides written down: the threads of each worker."""
     available = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
-    return config.replace(engine__threads=config["engine.threads"] or len(available(0)))
+    share = max(1, len(available(0)) // config["engine.workers"])
+    return config.replace(engine__threads=config["engine.threads"] or share)
 
 
 def flatten(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:

@@ -3,6 +3,9 @@
 Every number is the vendor's own, named in ``source``; where none is published, or a laptop's power
 limit decides, it is None. ``tensor_tflops`` is dense 16-bit matrix throughput with float32 sums,
 never the doubled figure "with sparsity"; a GeForce's is half of what it does with 16-bit sums.
+``watts`` is the power of the board (a laptop's card, a module) at the largest limit the vendor
+names. Apple, Google, Samsung and Raspberry Pi name none; ``watts_source`` says what stands there.
+What a device draws while it trains nothing is not known here and counts as nothing.
 
 What a process can have of a memory is less than its label: see ``Device.usable_bytes``.
 """
@@ -19,7 +22,7 @@ from dataclasses import dataclass
 
 from flexlora.errors import UserError
 
-__all__ = ["DEVICES", "Device", "find_device", "this_machine"]
+__all__ = ["DEVICES", "Device", "find_device", "near_devices", "this_machine"]
 
 GIB = 2**30
 CUDA_RUNTIME = GIB // 2  # context, cuBLAS workspaces and loaded kernels; not measured here
@@ -32,10 +35,10 @@ CPU_RUNTIME = GIB
 class Device:
     """One card, board or machine: its memory and what its arithmetic does in a second.
 
-    ``unified`` memory is shared with the operating system. ``error_correcting`` cards of GDDR
-    memory keep a sixteenth of it for the codes. ``bfloat16`` says that 16-bit training runs in
-    hardware; ``quantizes`` that bitsandbytes does. ``free_bytes`` is what was free when asked, for
-    the machine one is on.
+    ``watts_source`` is empty where ``source`` gives the power too. ``unified`` memory is shared
+    with the operating system. ``error_correcting`` cards of GDDR memory keep a sixteenth of it for
+    the codes. ``bfloat16`` says that 16-bit training runs in hardware; ``quantizes`` that
+    bitsandbytes does. ``free_bytes`` is what was free when asked, for the machine one is on.
     """
 
     name: str
@@ -44,6 +47,8 @@ class Device:
     tensor_tflops: float | None = None
     float32_tflops: float | None = None
     source: str = ""
+    watts: float | None = None
+    watts_source: str = ""
     kind: str = "cuda"
     unified: bool = False
     error_correcting: bool = False
@@ -83,6 +88,12 @@ _BLACKWELL = "NVIDIA RTX Blackwell GPU architecture whitepaper, appendix A"
 _GEFORCE = "NVIDIA's GeForce product page, cores and boost clock"
 _ORIN = "NVIDIA Jetson Orin series technical brief"
 _APPLE = "Apple's technical specifications"
+_LAPTOP = "NVIDIA's comparison of GeForce laptops: largest graphics power without Dynamic Boost"
+_GB10 = "NVIDIA at Hot Chips 2025: the chip's design power; the supply sold with it gives 240 W"
+_SXM = "the same, SXM; the PCIe card has 250 W"
+_ADAPTER = "the power adapter that Apple ships with it (the 14-inch MacBook Pro's): an upper bound"
+_BOARD = "assumed: reviews measure 12 to 15 W at full load; the supply sold with it gives 27 W"
+_PHONE = "assumed: AnandTech measured 3.7 to 5.5 W with four large cores of a phone at work"
 
 
 def _card(
@@ -91,8 +102,10 @@ def _card(
     bandwidth: float | None,
     tensor: float | None,
     float32: float | None,
+    watts: float,
     source: str,
     *,
+    watts_source: str = "",
     ecc: bool = False,
     bfloat16: bool = True,
 ) -> Device:
@@ -103,24 +116,36 @@ def _card(
         tensor_tflops=tensor,
         float32_tflops=float32,
         source=source,
+        watts=watts,
+        watts_source=watts_source,
         error_correcting=ecc,
         bfloat16=bfloat16,
     )
 
 
-def _jetson(name: str, gib: float, bandwidth: float, float32: float | None, source: str) -> Device:
+def _jetson(
+    name: str,
+    gib: float,
+    bandwidth: float,
+    float32: float | None,
+    watts: float,
+    source: str,
+    watts_source: str = "",
+) -> Device:
     return Device(
         name=name,
         memory_gib=gib,
         bandwidth_gbs=bandwidth,
         float32_tflops=float32,
         source=source,
+        watts=watts,
+        watts_source=watts_source,
         unified=True,
     )
 
 
 def _shared(
-    name: str, gib: float, bandwidth: float | None, source: str, *, quantizes: bool
+    name: str, gib: float, bandwidth: float | None, watts: float, source: str, watts_source: str
 ) -> Device:
     """A machine whose own GPU torch's CUDA cannot use: training runs on its processor."""
     return Device(
@@ -128,58 +153,63 @@ def _shared(
         memory_gib=gib,
         bandwidth_gbs=bandwidth,
         source=source,
+        watts=watts,
+        watts_source=watts_source,
         kind="cpu",
         unified=True,
         bfloat16=False,
-        quantizes=quantizes,
+        quantizes=False,
     )
 
 
 _PROFILES = (
-    _jetson("Jetson Orin Nano 4GB", 4, 34.0, 0.64, _ORIN),
-    _jetson("Jetson Orin Nano 8GB", 8, 68.0, 1.28, _ORIN),
-    _jetson("Jetson Orin NX 8GB", 8, 102.4, 1.57, _ORIN),
-    _jetson("Jetson Orin NX 16GB", 16, 102.4, 1.88, _ORIN),
-    _jetson("Jetson AGX Orin 32GB", 32, 204.8, 3.33, _ORIN),
-    _jetson("Jetson AGX Orin 64GB", 64, 204.8, 5.3, _ORIN),
-    _jetson("Jetson AGX Thor", 128, 273.0, None, "NVIDIA Jetson Thor datasheet"),
-    _jetson("DGX Spark", 128, 273.0, None, "NVIDIA DGX Spark datasheet"),
-    _card("RTX 3060 Laptop", 6, 336.0, None, None, _GEFORCE),
-    _card("RTX 4060 Laptop", 8, 256.0, None, None, _GEFORCE),
-    _card("RTX 4090 Laptop", 16, 576.0, None, None, _GEFORCE),
-    _card("RTX 2080 Ti", 11, 616.0, 56.9, 14.2, _TURING, bfloat16=False),
-    _card("RTX 3060", 12, 360.0, None, 12.7, _GEFORCE),
-    _card("RTX 3070", 8, 448.0, 40.6, 20.3, _GA102),
-    _card("RTX 3080", 10, 760.0, 59.5, 29.8, _GA102),
-    _card("RTX 3090", 24, 936.0, 71.0, 35.6, _GA102),
-    _card("RTX 4060", 8, 272.0, None, 15.1, _GEFORCE),
-    _card("RTX 4060 Ti 16GB", 16, 288.0, None, 22.1, _GEFORCE),
-    _card("RTX 4070", 12, 504.0, None, 29.1, _GEFORCE),
-    _card("RTX 4080", 16, 716.8, 97.5, 48.7, _ADA),
-    _card("RTX 4090", 24, 1008.0, 165.2, 82.6, _ADA),
-    _card("RTX 5080", 16, 960.0, 112.6, 56.3, _BLACKWELL),
-    _card("RTX 5090", 32, 1792.0, 209.5, 104.8, _BLACKWELL),
-    _card("T4", 16, 320.0, 65.0, 8.1, "NVIDIA T4 datasheet", ecc=True, bfloat16=False),
-    _card("V100 16GB", 16, 900.0, 125.0, 15.7, "NVIDIA V100 datasheet, SXM2", bfloat16=False),
-    _card("V100 32GB", 32, 900.0, 125.0, 15.7, "NVIDIA V100 datasheet, SXM2", bfloat16=False),
-    _card("L4", 24, 300.0, 121.0, 30.3, "NVIDIA L4 datasheet", ecc=True),
-    _card("A10", 24, 600.0, 125.0, 31.2, "NVIDIA A10 datasheet", ecc=True),
-    _card("A30", 24, 933.0, 165.0, 10.3, "NVIDIA A30 datasheet"),
-    _card("A40", 48, 696.0, 149.7, 37.4, "NVIDIA A40 datasheet", ecc=True),
-    _card("RTX A6000", 48, 768.0, 154.8, 38.7, _GA102, ecc=True),
-    _card("L40S", 48, 864.0, 362.0, 91.6, "NVIDIA L40S datasheet", ecc=True),
-    _card("RTX 6000 Ada", 48, 960.0, 364.2, 91.1, "NVIDIA RTX 6000 Ada datasheet", ecc=True),
-    _card("A100 40GB", 40, 1555.0, 312.0, 19.5, "NVIDIA A100 datasheet"),
-    _card("A100 80GB", 80, 2039.0, 312.0, 19.5, "NVIDIA A100 datasheet, SXM"),
-    _card("H100 PCIe", 80, 2000.0, 756.0, 51.0, "NVIDIA H100 datasheet"),
-    _card("H100 SXM", 80, 3350.0, 989.0, 67.0, "NVIDIA H100 datasheet"),
-    _card("H200", 141, 4800.0, 989.0, 67.0, "NVIDIA H200 datasheet"),
-    _shared("MacBook Air M1 8GB", 8, 68.25, _APPLE, quantizes=False),
-    _shared("MacBook Air M2 16GB", 16, 100.0, _APPLE, quantizes=False),
-    _shared("MacBook Pro M4 Max 64GB", 64, 546.0, _APPLE, quantizes=False),
-    _shared("Raspberry Pi 5 8GB", 8, None, "Raspberry Pi 5 product brief", quantizes=False),
-    _shared("Pixel 8 Pro", 12, None, "Google's Pixel 8 Pro specifications", quantizes=False),
-    _shared("Galaxy S24 Ultra", 12, None, "Samsung's specifications", quantizes=False),
+    _jetson("Jetson Orin Nano 4GB", 4, 34.0, 0.64, 10, _ORIN),
+    _jetson("Jetson Orin Nano 8GB", 8, 68.0, 1.28, 15, _ORIN),
+    _jetson("Jetson Orin NX 8GB", 8, 102.4, 1.57, 20, _ORIN),
+    _jetson("Jetson Orin NX 16GB", 16, 102.4, 1.88, 25, _ORIN),
+    _jetson("Jetson AGX Orin 32GB", 32, 204.8, 3.33, 40, _ORIN),
+    _jetson("Jetson AGX Orin 64GB", 64, 204.8, 5.3, 60, _ORIN),
+    _jetson("Jetson AGX Thor", 128, 273.0, None, 130, "NVIDIA Jetson Thor datasheet"),
+    _jetson("DGX Spark", 128, 273.0, None, 140, "NVIDIA DGX Spark datasheet", _GB10),
+    _card("RTX 3060 Laptop", 6, 336.0, None, None, 115, _GEFORCE, watts_source=_LAPTOP),
+    _card("RTX 4060 Laptop", 8, 256.0, None, None, 115, _GEFORCE, watts_source=_LAPTOP),
+    _card("RTX 4090 Laptop", 16, 576.0, None, None, 150, _GEFORCE, watts_source=_LAPTOP),
+    _card("RTX 2080 Ti", 11, 616.0, 56.9, 14.2, 260, _TURING, bfloat16=False),
+    _card("RTX 3060", 12, 360.0, None, 12.7, 170, _GEFORCE),
+    _card("RTX 3070", 8, 448.0, 40.6, 20.3, 220, _GA102),
+    _card("RTX 3080", 10, 760.0, 59.5, 29.8, 320, _GA102),
+    _card("RTX 3090", 24, 936.0, 71.0, 35.6, 350, _GA102),
+    _card("RTX 4060", 8, 272.0, None, 15.1, 115, _GEFORCE),
+    _card("RTX 4060 Ti 16GB", 16, 288.0, None, 22.1, 165, _GEFORCE),
+    _card("RTX 4070", 12, 504.0, None, 29.1, 200, _GEFORCE),
+    _card("RTX 4080", 16, 716.8, 97.5, 48.7, 320, _ADA),
+    _card("RTX 4090", 24, 1008.0, 165.2, 82.6, 450, _ADA),
+    _card("RTX 5080", 16, 960.0, 112.6, 56.3, 360, _BLACKWELL),
+    _card("RTX 5090", 32, 1792.0, 209.5, 104.8, 575, _BLACKWELL),
+    _card("T4", 16, 320.0, 65.0, 8.1, 70, "NVIDIA T4 datasheet", ecc=True, bfloat16=False),
+    _card("V100 16GB", 16, 900.0, 125.0, 15.7, 300, "NVIDIA V100 datasheet, SXM2", bfloat16=False),
+    _card("V100 32GB", 32, 900.0, 125.0, 15.7, 300, "NVIDIA V100 datasheet, SXM2", bfloat16=False),
+    _card("L4", 24, 300.0, 121.0, 30.3, 72, "NVIDIA L4 datasheet", ecc=True),
+    _card("A10", 24, 600.0, 125.0, 31.2, 150, "NVIDIA A10 datasheet", ecc=True),
+    _card("A30", 24, 933.0, 165.0, 10.3, 165, "NVIDIA A30 datasheet"),
+    _card("A40", 48, 696.0, 149.7, 37.4, 300, "NVIDIA A40 datasheet", ecc=True),
+    _card("RTX A6000", 48, 768.0, 154.8, 38.7, 300, _GA102, ecc=True),
+    _card("L40S", 48, 864.0, 362.0, 91.6, 350, "NVIDIA L40S datasheet", ecc=True),
+    _card("RTX 6000 Ada", 48, 960.0, 364.2, 91.1, 300, "NVIDIA RTX 6000 Ada datasheet", ecc=True),
+    _card("A100 40GB", 40, 1555.0, 312.0, 19.5, 400, "NVIDIA A100 datasheet", watts_source=_SXM),
+    _card("A100 80GB", 80, 2039.0, 312.0, 19.5, 400, "NVIDIA A100 datasheet, SXM"),
+    _card("H100 PCIe", 80, 2000.0, 756.0, 51.0, 350, "NVIDIA H100 datasheet"),
+    _card("H100 SXM", 80, 3350.0, 989.0, 67.0, 700, "NVIDIA H100 datasheet"),
+    _card("H200", 141, 4800.0, 989.0, 67.0, 700, "NVIDIA H200 datasheet"),
+    _shared("MacBook Air M1 8GB", 8, 68.25, 30, _APPLE, _ADAPTER),
+    _shared("MacBook Air M2 16GB", 16, 100.0, 30, _APPLE, _ADAPTER),
+    _shared("MacBook Pro M4 Max 64GB", 64, 546.0, 96, _APPLE, _ADAPTER),
+    _shared("Raspberry Pi 5 8GB", 8, None, 12, "Raspberry Pi 5 product brief", _BOARD),
+    _shared("Pixel 6a", 6, None, 5, "Google's Pixel 6a specifications", _PHONE),
+    _shared("Pixel 8", 8, None, 5, "Google's Pixel 8 specifications", _PHONE),
+    _shared("Pixel 8 Pro", 12, None, 5, "Google's Pixel 8 Pro specifications", _PHONE),
+    _shared("Galaxy S24", 8, None, 5, "Samsung's specifications", _PHONE),
+    _shared("Galaxy S24 Ultra", 12, None, 5, "Samsung's specifications", _PHONE),
 )
 
 DEVICES: Mapping[str, Device] = {device.name: device for device in _PROFILES}
@@ -198,16 +228,21 @@ def find_device(name: str) -> Device:
         UserError: no profile has that name; the nearest ones are named.
     """
     known = {_plain(device): device for device in DEVICES}
+    if _plain(name) in known:
+        return DEVICES[known[_plain(name)]]
+    raise UserError(
+        f"device '{name}' is not known.{near_devices(name)} `flexlora plan --model MODEL --table` "
+        "lists all that are; --memory takes any size."
+    )
+
+
+def near_devices(name: str) -> str:
+    """`` Did you mean 'x' or 'y'?`` for the profiles whose names come near, or the empty string."""
+    known = {_plain(device): device for device in DEVICES}
     wanted = _plain(name)
-    if wanted in known:
-        return DEVICES[known[wanted]]
     holding = [full for plain, full in known.items() if wanted and wanted in plain]
     near = holding or [known[x] for x in difflib.get_close_matches(wanted, known, n=3)]
-    hint = f" Did you mean {' or '.join(repr(n) for n in near[:4])}?" if near else ""
-    raise UserError(
-        f"device '{name}' is not known.{hint} `flexlora plan --model MODEL --table` lists all "
-        "that are; --memory takes any size."
-    )
+    return f" Did you mean {' or '.join(repr(n) for n in near[:4])}?" if near else ""
 
 
 def this_machine() -> Device:
@@ -226,6 +261,7 @@ def this_machine() -> Device:
             tensor_tflops=known.tensor_tflops if known else None,
             float32_tflops=known.float32_tflops if known else None,
             source="nvidia-smi",
+            watts=known.watts if known else None,
             bfloat16=capability >= 8.0,
             free_bytes=round(free * 2**20),
         )

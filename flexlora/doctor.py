@@ -112,19 +112,24 @@ def check_cuda() -> Finding:
 
 
 def check_bitsandbytes() -> Finding:
-    """NF4 and 8-bit, forward and backward, where training would run."""
+    """NF4 and 8-bit bases, forward and backward, and 8-bit AdamW, where training would run."""
     from flexlora.models import pick_device
     from flexlora.probing import probe
 
     device = pick_device("auto")
-    errors = {name: error for name in ("nf4", "8bit") if (error := probe(device).error(name))}
+    names = ("nf4", "8bit", "adamw_8bit")
+    errors = {name: error for name in names if (error := probe(device).error(name))}
     if errors:
+        lost = [
+            *(["quantized bases cannot be trained"] if errors.keys() - {"adamw_8bit"} else []),
+            *(["8-bit optimizers cannot step"] if "adamw_8bit" in errors else []),
+        ]
         spelled = "; ".join(f"{name}: {error.rstrip('.')}" for name, error in errors.items())
         return warning(
-            f"quantized bases cannot be trained on {device.type}: {spelled}.",
+            f"{' and '.join(lost)} on {device.type}: {spelled}.",
             "pip install --upgrade 'bitsandbytes>=0.50'",
         )
-    return ok(f"nf4 and 8bit train on {device.type}")
+    return ok(f"nf4 and 8bit train and adamw_8bit steps on {device.type}")
 
 
 def check_training() -> Finding:

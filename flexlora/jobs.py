@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from flexlora.adapters import Adapter
 from flexlora.aggregation.base import Start
 
-__all__ = ["Capability", "EvalJob", "EvalResult", "Score", "TrainJob", "TrainResult"]
+__all__ = ["PERSONAL", "Capability", "EvalJob", "EvalResult", "Score", "TrainJob", "TrainResult"]
+
+PERSONAL = "personal"  # what a score under a client's own factors is called, among rank classes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,12 +55,17 @@ class Capability:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainJob:
-    """Train from ``start`` in round ``server_round`` of ``num_server_rounds``."""
+    """Train from ``start`` in round ``server_round`` of ``num_server_rounds``.
+
+    ``personal`` are the factors that this client kept to itself in an earlier round, if any; no
+    message holds them.
+    """
 
     client_id: str
     server_round: int
     num_server_rounds: int
     start: Start
+    personal: Adapter | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +76,8 @@ class TrainResult:
     that a client without memory for its own asks for from the next round on; 0 asks for nothing.
 
     ``loss_before`` and ``loss_after`` are over the rows of the first step, before any step and
-    after the last; ``train_loss`` is the mean over the steps.
+    after the last; ``train_loss`` is the mean over the steps. ``personal`` stays with the client:
+    no report holds it.
     """
 
     client_id: str
@@ -87,6 +95,7 @@ class TrainResult:
     asked_rank: int = 0
     note: str = ""
     cause: str = ""
+    personal: Adapter | None = None
 
     @staticmethod
     def failed(client_id: str, cause: str) -> TrainResult:
@@ -96,12 +105,18 @@ class TrainResult:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalJob:
-    """Evaluate every adapter (by rank class; none at all: the bare base) on the client's rows."""
+    """Evaluate every adapter (by rank class; none at all: the bare base) on the client's rows.
+
+    With ``personal`` they are scored once more under the name ``PERSONAL``: those factors beside
+    the adapter named ``personal_over``, or alone on the base where that is empty.
+    """
 
     client_id: str
     server_round: int
     adapters: Mapping[str, Adapter]
     generate: bool = False
+    personal: Adapter | None = None
+    personal_over: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +140,7 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalResult:
-    """Scores by rank class; ``cause`` says why there are none."""
+    """Scores by rank class, and ``PERSONAL``; ``cause`` says why there are none, or not all."""
 
     client_id: str
     scores: Mapping[str, Score] = field(default_factory=dict)

@@ -31,11 +31,21 @@ from flexlora.activations import (
 )
 from flexlora.shapes import BYTES, Linear, ModelShape, TrainingPlan
 
-__all__ = ["MemoryTerms", "moments", "nf4_bytes", "trained_numbers", "training_memory"]
+__all__ = [
+    "MemoryTerms",
+    "moments",
+    "nf4_bytes",
+    "state_bytes",
+    "trained_numbers",
+    "training_memory",
+]
 
 BLOCK = 64  # numbers that share an NF4 constant, and constants that share one of their own
 OUTER_BLOCK = 256
 TABLES = 4 * (16 + 256 + 1)  # a module's own NF4 code, code of constants and their offset
+# As in blockwise.py, which needs torch: numbers of 8-bit moments that share a scale, and numbers
+# that are stepped at once, with the bytes that a CPU's kernel holds of each meanwhile.
+MOMENT_BLOCK, MOMENT_CHUNK, MOMENT_WORK = 256, 2**20, 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +128,7 @@ def moments(shape: ModelShape, plan: TrainingPlan) -> Iterator[MemoryTerms]:
     )
     if plan.aligned:
         yield replace(held, moment="alignment", sketches=sketches + _svd_bytes(shape, plan))
-    yield replace(held, moment="optimizer", backward=_OPTIMIZERS[plan.optim][1] * factors // 4)
+    yield replace(held, moment="optimizer", backward=_stepping_bytes(plan.optim, factors))
     if plan.merged and plan.quantization == "none":
         largest = max(x.numbers for x in shape.targets(plan.target_modules))
         yield replace(held, moment="merging", backward=3 * 8 * largest)
@@ -138,23 +148,36 @@ def _held(shape: ModelShape, plan: TrainingPlan) -> MemoryTerms:
         merged_weights=merged,
         trained_factors=FACTOR_BYTES * numbers,
         gradients=FACTOR_BYTES * numbers,
-        optimizer_state=math.ceil(_OPTIMIZERS[plan.optim][0] * numbers),
+        optimizer_state=state_bytes(plan.optim, numbers),
         carried_factors=0 if merged else carried * (4 if plan.carried_dtype == "float32" else 2),
         received_factors=FACTOR_BYTES * (numbers + carried) if plan.unified_memory else 0,
         runtime=plan.runtime_bytes,
     )
 
 
-# Bytes a trained number: of the optimizer's state, and of the widest of what comes between the
-# backward pass and the next, the gradients joined from their parts (8) or AdamW's intermediate
-# results (12). 8-bit moments share a float32 constant per 256; paged ones may leave the device
-# when it is full, but count as being there.
-_OPTIMIZERS = {
-    "adamw_torch": (8, 12),
-    "sgd": (0, 8),
-    "adamw_8bit": (2 + 8 / 256, 8),
-    "paged_adamw_8bit": (2 + 8 / 256, 8),
-}
+def state_bytes(optim: str, numbers: int) -> int:
+    """What an optimizer holds of ``numbers`` trained ones.
+
+    In 8 bits: a byte of each moment, two float32 scales per 256 numbers, two tables of 256. Paged
+    moments count as being on the card: the driver moves them to the host when it is full, and
+    every step needs all of them back. That saves a step from a peak; it is no room to plan with.
+    """
+    blocks = math.ceil(numbers / MOMENT_BLOCK)
+    in_8_bits = 2 * MOMENT_BLOCK * blocks + 2 * 4 * blocks + 2 * 4 * 256
+    sizes = {"sgd": 0, "adamw_torch": 2 * FACTOR_BYTES * numbers}
+    return {**sizes, "adamw_8bit": in_8_bits, "paged_adamw_8bit": in_8_bits}[optim]
+
+
+def _stepping_bytes(optim: str, factors: int) -> int:
+    """The widest of what comes between a backward pass and the next, of ``factors`` bytes.
+
+    The gradients joined from their parts (twice the factors), or AdamW's intermediate results
+    (three times); in 8 bits a CPU's kernel holds its own of one chunk.
+    """
+    if optim == "adamw_torch":
+        return 3 * factors
+    chunk = min(MOMENT_CHUNK, factors // FACTOR_BYTES) if optim.endswith("8bit") else 0
+    return max(2 * factors, MOMENT_WORK * chunk)
 
 
 def weight_bytes(shape: ModelShape, plan: TrainingPlan) -> tuple[int, int]:

@@ -41,6 +41,7 @@ def run_plan(config: Config) -> tuple[ModelShape, TrainingPlan]:
         carried_dtype="bfloat16" if carried_dtype == "bfloat16" else "float32",
         gradient_checkpointing=config["train.gradient-checkpointing"],
         optim=config["train.optim"],
+        attention=config["model.attn-implementation"],
         aligned=method == "aligned" and config["method.gradient-batches"] > 0,
         lora_dropout=config["lora.dropout"],
         target_modules=config["lora.target-modules"],

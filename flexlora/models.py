@@ -4,11 +4,15 @@
 hub name, read as safetensors only: a pickle is never opened. Weights are read in
 bfloat16, float32 or float64, in 8 bits (LLM.int8(), arXiv 2208.07339), or as NF4 with double
 quantization (QLoRA, arXiv 2305.14314).
+
+Attention runs as the library would run it (``auto``: torch's fused ``sdpa`` where the model has
+it, else ``eager``, which keeps scores ``[heads, T, T]``), or as asked for.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +89,7 @@ def load_base(
     dtype: str = "float32",
     quantization: str = "none",
     outlier_threshold: float = 0.0,
+    attention: str = "auto",
     device: str = "auto",
     fresh: bool = False,
 ) -> BaseModel:
@@ -93,17 +98,37 @@ def load_base(
     ``fresh`` loads a copy of its own, for a caller that changes the weights.
 
     Raises:
-        UserError: a model that is not there or cannot be read.
+        UserError: a model that is not there or cannot be read, attention that cannot be run.
     """
     source, where = resolve_name(name), pick_device(device)
-    if fresh:
-        return _load(source, name, dtype, quantization, outlier_threshold, where)
+    _check_attention(attention, dtype, where)
     # Only 8-bit has outliers: the others are the same base whatever the threshold.
     threshold = outlier_threshold if quantization == "8bit" else 0.0
-    key = (source, dtype, quantization, str(threshold), str(where))
+    if fresh:
+        return _load(source, name, dtype, quantization, threshold, attention, where)
+    key = (source, dtype, quantization, str(threshold), attention, str(where))
     if key not in _loaded:
-        _loaded[key] = _load(source, name, dtype, quantization, threshold, where)
+        _loaded[key] = _load(source, name, dtype, quantization, threshold, attention, where)
     return _loaded[key]
+
+
+def _check_attention(attention: str, dtype: str, device: torch.device) -> None:
+    """Refuse Flash Attention where it cannot run; what else a model lacks its loading tells.
+
+    The package alone is looked for: transformers would otherwise fetch kernels from the hub.
+    """
+    if attention != "flash_attention_2":
+        return
+    lacking = ""
+    if device.type != "cuda":
+        lacking = f"runs on CUDA, but training runs on the {device.type}"
+    elif importlib.util.find_spec("flash_attn") is None:
+        lacking = "needs the flash-attn package, which is not installed"
+    elif dtype != "bfloat16":
+        lacking = f"takes 16-bit numbers, but model.dtype is {dtype}, not bfloat16"
+    if lacking:
+        key = "model.attn-implementation"
+        raise UserError(f"{key} is '{attention}', which {lacking}; use 'sdpa' or 'auto'.")
 
 
 def _load(
@@ -112,6 +137,7 @@ def _load(
     dtype: str,
     quantization: str,
     outlier_threshold: float,
+    attention: str,
     device: torch.device,
 ) -> BaseModel:
     import transformers
@@ -122,6 +148,8 @@ def _load(
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # what goes wrong is told in one sentence below
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "use_safetensors": True}
+    if attention != "auto":
+        options["attn_implementation"] = attention
     if quantization != "none":
         chosen = _bitsandbytes_options(quantization, dtype, outlier_threshold)
         options["quantization_config"] = transformers.BitsAndBytesConfig(**chosen)
@@ -131,6 +159,11 @@ def _load(
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
         model: Any = AutoModelForCausalLM.from_pretrained(source, local_files_only=local, **options)
     except Exception as error:  # whatever a damaged file makes the loaders raise
+        if attention != "auto" and "does not support" in str(error):
+            raise UserError(
+                f"model.attn-implementation is '{attention}', which model '{name}' cannot run; "
+                "use 'auto'."
+            ) from error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"model '{name}' cannot be loaded: {reason}") from error
     finally:

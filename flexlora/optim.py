@@ -3,16 +3,24 @@
 Rows do not feel each other: own step count, own learning rate, own gradient norm, and a row that
 has ended does not move. On one row this is ``torch.optim.AdamW`` (Loshchilov and Hutter,
 arXiv 1711.05101) and ``clip_grad_norm_``, which are the oracles in the tests.
+
+``adamw_8bit`` and ``paged_adamw_8bit`` are bitsandbytes' AdamW with moments in 8 bits: see
+``blockwise``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["SlotOptimizer", "clip_rows"]
+from flexlora.blockwise import BlockwiseMoments, Live
+from flexlora.errors import UserError, nearest
+
+__all__ = ["OPTIMIZERS", "SlotOptimizer", "check_optimizer", "clip_rows"]
+
+OPTIMIZERS = ("adamw_torch", "sgd", "adamw_8bit", "paged_adamw_8bit")
 
 
 def clip_rows(gradients: Tensor, max_norm: float) -> Tensor:
@@ -23,11 +31,39 @@ def clip_rows(gradients: Tensor, max_norm: float) -> Tensor:
     return norms
 
 
+def check_optimizer(optim: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Refuse what cannot step factors of ``dtype`` on ``device``.
+
+    Raises:
+        ValueError: a name that is not known.
+        UserError: paged moments without CUDA, moments in 8 bits of factors in 64.
+    """
+    if optim not in OPTIMIZERS:
+        hint = nearest(optim, OPTIMIZERS)
+        raise ValueError(f"optim is '{optim}', expected one of {', '.join(OPTIMIZERS)}.{hint}")
+    if optim.startswith("paged") and device.type != "cuda":
+        raise UserError(
+            f"train.optim is '{optim}', whose moments lie in CUDA's managed memory, "
+            f"but training runs on the {device.type}; use 'adamw_8bit'."
+        )
+    if optim.endswith("8bit") and dtype != torch.float32:
+        raise UserError(
+            f"train.optim is '{optim}', which steps float32 factors, but these are "
+            f"{str(dtype).removeprefix('torch.')}; use 'adamw_torch', or wire.dtype=float32."
+        )
+
+
 class SlotOptimizer:
     """One optimizer for K rows of ``parameters [K, P]``, updated in place.
 
+    ``live`` tells which numbers of a row are its slot's own and which padding, of which moments in
+    8 bits may know nothing; by default a row is one factor and all its slot's own.
+
     Moments begin at zero in every round: the server's SVD rotates the factors, and moments kept
     across it would belong to other directions.
+
+    Raises:
+        ValueError, UserError: as ``check_optimizer``.
     """
 
     betas = (0.9, 0.999)
@@ -39,21 +75,27 @@ class SlotOptimizer:
         optim: str,
         weight_decay: float = 0.0,
         adam_epsilon: float = 1e-6,
+        live: Callable[[], Sequence[Live]] | None = None,
     ) -> None:
-        if optim not in ("adamw_torch", "sgd"):
-            raise ValueError(f"optim is '{optim}', expected adamw_torch or sgd.")
+        check_optimizer(optim, parameters.device, parameters.dtype)
         self.parameters, self.optim, self.weight_decay = parameters, optim, weight_decay
         self.adam_epsilon = adam_epsilon
         self.steps = [0] * parameters.shape[0]
         if optim == "adamw_torch":
             self.first = torch.zeros_like(parameters)
             self.second = torch.zeros_like(parameters)
+        elif optim.endswith("8bit"):
+            own = live() if live else [Live(sizes=(row.numel(),)) for row in parameters]
+            self.moments = BlockwiseMoments(parameters, own, paged=optim.startswith("paged"))
 
     @torch.no_grad()
     def step(self, gradients: Tensor, learning_rates: Sequence[float]) -> None:
         """One step of the first ``len(learning_rates)`` rows; the others have ended and stay."""
         rows = len(learning_rates)
         self.steps[:rows] = [steps + 1 for steps in self.steps[:rows]]
+        if self.optim.endswith("8bit"):
+            self._step_in_8_bits(gradients, learning_rates)
+            return
         parameters, gradients = self.parameters[:rows], gradients[:rows]
         rates = parameters.new_tensor(learning_rates)[:, None]
         if self.optim == "sgd":
@@ -73,6 +115,20 @@ class SlotOptimizer:
         scaled = [rate / bias for rate, bias in zip(learning_rates, bias_1, strict=True)]
         parameters.sub_(parameters.new_tensor(scaled)[:, None] * first / denominator)
 
+    def _step_in_8_bits(self, gradients: Tensor, learning_rates: Sequence[float]) -> None:
+        for row, rate in enumerate(learning_rates):
+            self.moments.step(
+                row,
+                self.parameters[row],
+                gradients[row],
+                step=self.steps[row],
+                learning_rate=rate,
+                betas=self.betas,
+                epsilon=self.adam_epsilon,
+                weight_decay=self.weight_decay,
+            )
+        self.moments.settle()
+
     def forget(self, rows: Sequence[int]) -> None:
         """Begin anew in these rows: their parameters are not the ones that the moments are of."""
         for row in rows:
@@ -80,3 +136,5 @@ class SlotOptimizer:
             if self.optim == "adamw_torch":
                 self.first[row].zero_()
                 self.second[row].zero_()
+            elif self.optim.endswith("8bit"):
+                self.moments.forget(row)

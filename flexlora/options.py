@@ -261,9 +261,6 @@ def _options() -> tuple[Option, ...]:
             0,
         ),
         option(
-            "engine.packing", True, "rows of a client end to end instead of padded to one length"
-        ),
-        option(
             "engine.workers", 1, "processes or GPUs that share the cohorts, through Ray", minimum=1
         ),
         option("engine.ray-address", "", "address of a Ray cluster (empty: this machine)"),

@@ -22,6 +22,8 @@ from flexlora.shapes import ModelShape
 __all__ = ["Question", "parse_bytes", "plan_command", "read_shape"]
 
 EMBEDDED = Path(__file__).parent / "assets" / "base"
+MOMENTS = {"adamw_torch": "32 bit", "sgd": "none", "adamw_8bit": "8 bit"}
+MOMENTS |= {"paged_adamw_8bit": "paged"}
 UNITS = {"b": 1, "kb": 1000, "kib": 2**10, "mb": 1000**2, "mib": 2**20}
 UNITS |= {"gb": 1000**3, "gib": 2**30, "tb": 1000**4, "tib": 2**40}
 
@@ -39,6 +41,8 @@ class Question:
     rank: int = 0
     carried_rank: int | None = None
     quantization: str = ""
+    optim: str = ""
+    attn_implementation: str = ""
     target_modules: str = "all-linear"
     format: str = "text"
     table: bool = False
@@ -143,10 +147,13 @@ def _request(shape: ModelShape, question: Question, device: Device) -> Request:
         memory_bytes=device.usable_bytes,
         max_length=question.max_length or min(int(length), shape.max_positions),
         quantization=question.quantization,
+        optim=question.optim,
+        attention=question.attn_implementation or "auto",
         rank=question.rank,
         target_modules=question.target_modules,
         bfloat16=device.bfloat16,
         quantizes=device.quantizes,
+        cuda=device.kind != "cpu",
         unified_memory=device.unified,
         runtime_bytes=device.runtime_bytes,
         **{key: value for key, value in wanted.items() if value is not None},
@@ -204,7 +211,9 @@ def _print_choice(shape: ModelShape, question: Question, device: Device, choice:
         f"Train rank {plan.rank} ({choice.reason})"
         + (f", carry rank {plan.carried_rank} in {plan.carried_dtype}" if plan.carried_rank else "")
         + f", base {_held(choice)}, {plan.batch} x {choice.accumulation} rows of "
-        f"{plan.max_length} tokens, {'with' if plan.gradient_checkpointing else 'no'} checkpointing"
+        f"{plan.max_length} tokens, {'with' if plan.gradient_checkpointing else 'no'} "
+        f"checkpointing, {plan.optim}"
+        + (f", {plan.attention} attention" if plan.attention != "auto" else "")
     )
     table = Table(title=f"bytes at the widest moment: {terms.moment}")
     table.add_column("term")
@@ -242,18 +251,21 @@ def _print_table(shape: ModelShape, question: Question) -> int:
     from rich.table import Table
 
     table = Table(title=f"{question.model}: {shape.num_parameters:,} parameters")
-    for column in ("device", "usable", "base", "rank", "carried", "rows", "checkpointing", "needs"):
-        table.add_column(column, justify="left" if column in ("device", "base") else "right")
+    texts = ("device", "base", "moments")
+    for column in (*texts[:1], "usable", *texts[1:], "rank", "carried", "rows", "checkpoints"):
+        table.add_column(column, justify="left" if column in texts else "right")
+    table.add_column("needs", justify="right")
     for device, choice in rows:
         usable = human_bytes(device.usable_bytes)
         if isinstance(choice, UserError):
-            table.add_row(device.name, usable, "does not fit", *[""] * 5)
+            table.add_row(device.name, usable, "does not fit", *[""] * 6)
             continue
         plan = choice.plan
         table.add_row(
             device.name,
             usable,
             _held(choice),
+            MOMENTS[plan.optim],
             str(plan.rank),
             str(plan.carried_rank),
             f"{plan.batch} x {choice.accumulation}",

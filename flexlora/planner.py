@@ -6,7 +6,9 @@ Better means, in this order:
 2. less quantization, and among floats the checkpoint's own dtype: a wider one holds the same
    numbers in more room;
 3. a larger carried rank, up to the one asked for; carried in float32 before bfloat16;
-4. no recomputation before a larger micro-batch: checkpointing costs another forward pass, while a
+4. the optimizer's moments in 32 bits before 8: they are gone with the round, so they are rounded
+   before anything that stays; paged ones only where asked for, since they count in full;
+5. no recomputation before a larger micro-batch: checkpointing costs another forward pass, while a
    smaller micro-batch with more gradient accumulation gives the same step.
 
 Ranks are powers of two, so that a federation has few rank classes. A rank is useful while every
@@ -19,6 +21,7 @@ Every candidate is within what ``config`` accepts, so a plan can be typed as it 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -33,14 +36,16 @@ MARGIN = 0.1  # an allocator's cut-offs between blocks, and what the prediction 
 EXAMPLES_PER_DIRECTION = 10
 LARGEST_RANK = 256
 USUAL_RANK = 64  # the largest that published LoRA work commonly uses
+FLASH = "flash_attention_2"
+BITSANDBYTES = ("8bit", "nf4", "adamw_8bit", "paged_adamw_8bit")  # what its kernels are needed for
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """What is to be trained where. ``batch`` is the effective one: rows per optimizer step.
 
-    ``quantization`` and ``rank`` fix what is otherwise chosen ("" and 0). ``bfloat16`` and
-    ``quantizes`` say what the device can do.
+    ``quantization``, ``optim`` and ``rank`` fix what is otherwise chosen ("" and 0). ``bfloat16``,
+    ``quantizes`` (bitsandbytes runs) and ``cuda`` say what the device can do.
     """
 
     memory_bytes: int
@@ -48,11 +53,14 @@ class Request:
     batch: int = OPTIONS["train.per-device-train-batch-size"].default  # type: ignore[assignment]
     num_examples: int | None = None
     quantization: str = ""
+    optim: str = ""
+    attention: str = "auto"
     rank: int = 0
     carried_rank: int = OPTIONS["method.carried-rank"].default  # type: ignore[assignment]
     target_modules: str = "all-linear"
     bfloat16: bool = True
     quantizes: bool = True
+    cuda: bool = True
     unified_memory: bool = False
     runtime_bytes: int = 0
     margin: float = MARGIN
@@ -122,12 +130,15 @@ def settings(choice: Choice) -> dict[str, str]:
         "model.dtype": plan.dtype,
         "ranks.policy": "fixed",
         "ranks.fixed": str(plan.rank),
+        "train.optim": plan.optim,
         "train.per-device-train-batch-size": str(plan.batch),
         "train.gradient-accumulation-steps": str(choice.accumulation),
         "train.gradient-checkpointing": str(plan.gradient_checkpointing).lower(),
         "train.max-length": str(plan.max_length),
         "eval.batch-size": str(plan.batch),
     }
+    if plan.attention != "auto":
+        chosen["model.attn-implementation"] = plan.attention
     if plan.target_modules != "all-linear":
         chosen["lora.target-modules"] = plan.target_modules
     if plan.carried_rank:
@@ -168,31 +179,45 @@ def _holdings(shape: ModelShape, request: Request) -> list[tuple[str, str]]:
         if quantization in runnable
         and (quantization == "none" or request.quantizes)
         and request.quantization in ("", quantization)
+        and (request.attention != FLASH or dtype == "bfloat16")
     ]
+
+
+def _optimizers(request: Request) -> list[str]:
+    """What was asked for, or AdamW with its moments in 32 bits and then in 8."""
+    if request.optim:
+        return [request.optim]
+    return ["adamw_torch", "adamw_8bit"] if request.quantizes else ["adamw_torch"]
 
 
 def _candidates(shape: ModelShape, request: Request, rank: int) -> Iterator[TrainingPlan]:
     """Every plan at a trained rank, the best first."""
     wanted = max(request.carried_rank, rank) if request.carried_rank else 0
     carried_ranks = [c for c in _halved(wanted) if c >= rank] if wanted else [0]
-    for quantization, dtype in _holdings(shape, request):
-        for carried_rank in carried_ranks:
-            for carried_dtype in ("float32", "bfloat16") if wanted else ("float32",):
-                for checkpointing in (False, True):
-                    for batch in _divisors(request.batch):
-                        yield TrainingPlan(
-                            rank=rank,
-                            max_length=request.max_length,
-                            batch=batch,
-                            quantization=quantization,
-                            dtype=dtype,
-                            carried_rank=carried_rank,
-                            carried_dtype=carried_dtype,
-                            gradient_checkpointing=checkpointing,
-                            target_modules=request.target_modules,
-                            unified_memory=request.unified_memory,
-                            runtime_bytes=request.runtime_bytes,
-                        )
+    choices = itertools.product(
+        _holdings(shape, request),
+        carried_ranks,
+        ("float32", "bfloat16") if wanted else ("float32",),
+        _optimizers(request),
+        (False, True),
+        _divisors(request.batch),
+    )
+    for (quantization, dtype), carried_rank, carried_dtype, optim, checkpointing, batch in choices:
+        yield TrainingPlan(
+            rank=rank,
+            max_length=request.max_length,
+            batch=batch,
+            quantization=quantization,
+            dtype=dtype,
+            carried_rank=carried_rank,
+            carried_dtype=carried_dtype,
+            gradient_checkpointing=checkpointing,
+            optim=optim,
+            attention=request.attention,
+            target_modules=request.target_modules,
+            unified_memory=request.unified_memory,
+            runtime_bytes=request.runtime_bytes,
+        )
 
 
 def _divisors(batch: int) -> list[int]:
@@ -227,18 +252,17 @@ def _reason(rank: int, largest: int, request: Request) -> str:
 
 
 def _check(shape: ModelShape, request: Request) -> None:
-    runnable = OPTIONS["model.quantization"].choices
-    wanted = request.quantization
-    if wanted and wanted not in runnable:
-        raise UserError(
-            f"quantization is '{wanted}', expected one of {', '.join(runnable)}."
-            f"{nearest(wanted, runnable)}"
-        )
-    if wanted not in ("", "none") and not request.quantizes:
-        raise UserError(
-            f"quantization '{wanted}' was asked for, but bitsandbytes is not known to run on this "
-            "device; leave --quantization out or take another device."
-        )
+    for flag, key, wanted in (
+        ("--quantization", "model.quantization", request.quantization),
+        ("--optim", "train.optim", request.optim),
+        ("--attn-implementation", "model.attn-implementation", request.attention),
+    ):
+        known = OPTIONS[key].choices
+        if wanted and wanted not in known:
+            raise UserError(
+                f"{flag} is '{wanted}', expected one of {', '.join(known)}.{nearest(wanted, known)}"
+            )
+    _check_device(request)
     if request.max_length > shape.max_positions:
         raise UserError(
             f"--max-length is {request.max_length}, but the model was built for at most "
@@ -255,6 +279,26 @@ def _check(shape: ModelShape, request: Request) -> None:
             raise UserError(f"{name} is {value}, expected at least {least}.")
     if request.memory_bytes < 1:
         raise UserError(f"there are {request.memory_bytes} bytes of memory, expected more.")
+
+
+def _check_device(request: Request) -> None:
+    """Refuse what was asked for where the device cannot do it."""
+    for flag, wanted in (("--quantization", request.quantization), ("--optim", request.optim)):
+        if wanted in BITSANDBYTES and not request.quantizes:
+            raise UserError(
+                f"{flag} '{wanted}' was asked for, but bitsandbytes is not known to run on this "
+                f"device; leave {flag} out or take another device."
+            )
+    if request.optim.startswith("paged") and not request.cuda:
+        raise UserError(
+            f"--optim '{request.optim}' needs CUDA's managed memory, which this device does not "
+            "have; take adamw_8bit."
+        )
+    if request.attention == FLASH and not (request.cuda and request.bfloat16):
+        raise UserError(
+            f"--attn-implementation '{FLASH}' needs CUDA and bfloat16, which this device does not "
+            "have both; take sdpa."
+        )
 
 
 def _nothing_fits(shape: ModelShape, request: Request, rank: int) -> UserError:

@@ -17,11 +17,19 @@ import torch
 from torch import Tensor
 
 from flexlora.errors import UserError, told
+from flexlora.optim import SlotOptimizer, check_optimizer
 
-__all__ = ["KERNELS", "Probe", "device_name", "free_bytes", "probe", "require"]
+__all__ = [
+    "KERNELS",
+    "Probe",
+    "device_name",
+    "free_bytes",
+    "probe",
+    "require",
+    "require_optimizer",
+]
 
 SIZE = 64  # NF4's block
-NEEDED_BY = {"nf4": "4-bit bases (QLoRA)", "8bit": "8-bit bases", "bf16": "bfloat16 bases"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,10 +97,24 @@ def _through(
     _compare("gradient", back, gradient @ weight, tolerance)
 
 
+def adamw_8bit_step(device: torch.device) -> None:
+    """Three steps of AdamW with 8-bit moments beside three with the moments in float32."""
+    _, start, _ = _inputs(device, torch.float32)
+    changes = []
+    for optim in ("adamw_8bit", "adamw_torch"):
+        parameters = start.reshape(1, -1).clone()
+        optimizer = SlotOptimizer(parameters, optim=optim)
+        for _ in range(3):
+            optimizer.step(parameters - 0.01, [0.01])
+        changes.append(parameters - start.reshape(1, -1))
+    _compare("change", changes[0], changes[1], 0.05)
+
+
 KERNELS: dict[str, Callable[[torch.device], None]] = {
     "bf16": bf16_product,
     "nf4": nf4_step,
     "8bit": int8_step,
+    "adamw_8bit": adamw_8bit_step,
 }
 
 
@@ -124,6 +146,21 @@ def require(quantization: str, device: torch.device, *, key: str) -> None:
         raise UserError(
             f"{key} is '{quantization}', which bitsandbytes cannot run on this machine's "
             f"{device.type}: {error.rstrip('.')}; use 'none', or `flexlora doctor`."
+        )
+
+
+def require_optimizer(optim: str, device: torch.device, *, dtype: torch.dtype) -> None:
+    """Refuse an optimizer of factors in ``dtype`` that this machine cannot run.
+
+    Raises:
+        UserError: what it would need, or the kernel's own error, and what can be had instead.
+    """
+    check_optimizer(optim, device, dtype)
+    error = probe(device).error("adamw_8bit") if optim.endswith("8bit") else ""
+    if error:
+        raise UserError(
+            f"train.optim is '{optim}', which bitsandbytes cannot run on this machine's "
+            f"{device.type}: {error.rstrip('.')}; use 'adamw_torch', or `flexlora doctor`."
         )
 
 

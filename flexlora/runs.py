@@ -20,7 +20,12 @@ from pathlib import Path
 
 import tomli_w
 
-from flexlora.checkpoints import load_checkpoint, save_checkpoint, write_atomically
+from flexlora.checkpoints import (
+    load_checkpoint,
+    load_notes,
+    save_checkpoint,
+    write_atomically,
+)
 from flexlora.config import Config
 from flexlora.errors import UserError
 
@@ -39,6 +44,8 @@ CLIENT_COLUMNS = (
     "bytes_down",
     "bytes_up",
     "seconds",
+    "simulated_seconds",
+    "joules",
     "status",
     "cause",
 )
@@ -159,6 +166,10 @@ class RunFolder:
     @property
     def checkpoint(self) -> Path:
         return self.path / "checkpoint"
+
+    def load_notes(self) -> dict:
+        """What else the last whole round left beside its state."""
+        return load_notes(self.checkpoint)
 
     def load_checkpoint(self) -> tuple:
         """The last whole state and the rank classes (see ``checkpoints``)."""

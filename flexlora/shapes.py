@@ -9,7 +9,10 @@ held against autograd's saved tensors in the tests. Per layer and token, beside 
                keys that are views of a fused projection keep the whole of it
     MLP        act(gate) * up keeps gate, act(gate) and up; without a gate the activation's own
 
-Gemma 2 caps its attention scores, which no fused kernel does: its layers keep ``[heads, T, T]``.
+               eager attention keeps queries, repeated keys and values, and ``[heads, T, T]``
+               scores after the softmax: in float32 and, where the base is not, its own dtype
+
+Gemma 2 caps its attention scores, which torch's fused kernel does not: it is eager by default.
 """
 
 from __future__ import annotations
@@ -62,7 +65,7 @@ class ModelShape:
     query_key_norm: bool
     fused: str  # "", "split" (views of one projection) or "rotated" (views, then rotated copies)
     own_output: bool  # the output projection reads a copy, not the kernel's output itself
-    scores: bool  # attention without a fused kernel: its scores are kept
+    scores: bool  # attention scores are capped, which makes it eager where nothing is asked for
     sliding_window: int | None
     mlp_numbers: int  # what the MLP keeps per token beside the input of its last linear
     gated: bool
@@ -131,11 +134,35 @@ class ModelShape:
         """Whether rows are longer than the attention window, so that a mask is given."""
         return self.sliding_window is not None and length > self.sliding_window
 
-    def attention_numbers(self, length: int) -> int:
+    def keeps_scores(self, attention: str) -> bool:
+        """Whether ``model.attn-implementation`` means that attention scores are kept."""
+        return attention == "eager" or (self.scores and attention == "auto")
+
+    def score_bytes(self, number_bytes: int) -> int:
+        """Bytes that eager attention keeps of one score, in a base of that many bytes a number."""
+        capped = number_bytes if self.scores else 0  # the tanh
+        if self.model_type == "gpt2":  # the one softmax that is not in float32
+            return number_bytes
+        return 4 + (number_bytes if number_bytes != 4 else 0) + capped
+
+    def score_gradient_bytes(self, number_bytes: int) -> int:
+        """Bytes a score while the softmax's gradient is computed, beyond what is kept.
+
+        That of its output and that of its input, in float32; the copy of its output in the base's
+        own dtype is gone by then.
+        """
+        if self.model_type == "gpt2":
+            return 2 * number_bytes
+        return 2 * 4 - (number_bytes if number_bytes != 4 else 0)
+
+    def attention_numbers(self, length: int, *, batch: int = 1, attention: str = "auto") -> int:
         """What attention keeps per token and layer, in the base's dtype, without scores."""
         queries, keys = self.query_size, self.key_size
-        if self.scores:
-            return 3 * queries  # keys and values are repeated for every head
+        if self.keeps_scores(attention):
+            # Keys and values are repeated for every head; with one row and nothing to repeat the
+            # values stay a view of the fused projection.
+            view = self.fused == "rotated" and batch == 1 and keys == queries
+            return 3 * queries + (2 * queries if view else 0)
         repeated = queries if self.masked(length) else keys  # a mask keeps heads from being shared
         if self.fused == "split":
             return queries + 2 * keys + queries
@@ -148,10 +175,10 @@ class ModelShape:
 class TrainingPlan:
     """How one client trains: what the bytes of a step depend on beside the model.
 
-    ``answer_fraction`` is the share of the tokens that are answers: only they reach the output
-    layer. ``unified_memory`` says that host and device share one memory (a CPU, a Jetson, a
-    laptop's GPU), so that what arrived for the job counts too. ``runtime_bytes`` is what the
-    process holds before the model is there.
+    ``attention`` is ``model.attn-implementation``; ``answer_fraction`` is the share of the tokens
+    that are answers: only they reach the output layer. ``unified_memory`` says that host and device
+    share one memory (a CPU, a Jetson, a laptop's GPU), so that what arrived for the job counts too.
+    ``runtime_bytes`` is what the process holds before the model is there.
     """
 
     rank: int
@@ -163,6 +190,7 @@ class TrainingPlan:
     carried_dtype: str = "float32"
     gradient_checkpointing: bool = False
     optim: str = "adamw_torch"
+    attention: str = "auto"
     aligned: bool = False
     merged: bool = False
     lora_dropout: float = 0.0

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from flexlora.linalg import column_signs
 from flexlora.seeds import generator
 
 __all__ = ["GradientSketch", "sketch_size", "top_rows"]
@@ -90,6 +91,8 @@ def top_rows(sketch: Tensor, rank: int, fallback: Tensor) -> Tensor:
     live = int((1e-6 * S[0] < S).sum()) if S.numel() and float(S[0]) > 0 else 0
     rows = fallback.clone()
     taken = min(rank, live)
-    # Entries uniform in +-1/sqrt(in) give a row the squared length 1/3 on average.
-    rows[:taken] = (Vh[:taken] / 3.0**0.5).to(rows.dtype)
+    # Signs that rounding does not turn; entries uniform in +-1/sqrt(in) give a row the squared
+    # length 1/3 on average.
+    signed = Vh[:taken] * column_signs(Vh[:taken].T)[:, None]
+    rows[:taken] = (signed / 3.0**0.5).to(rows.dtype)
     return rows

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from flexlora.adapters import Adapter, LoRAFactors, zero_factors
+from flexlora.blockwise import Live, live_numbers
 from flexlora.errors import UserError, nearest
 from flexlora.layers import DropoutStream, LoRALinear, SlotFactors
 from flexlora.linalg import live_rows
@@ -97,6 +98,7 @@ class SlotModel:
         self.num_slots = 0
         self.parameters = self.gradients = torch.empty(0, 0)
         self._leaves: list[Tensor] = []
+        self._leaf_names: list[tuple[str, str]] = []  # module and factor of each leaf
         self._templates: list[Adapter] = []
         for name, (out_features, in_features) in self.shapes.items():
             base = model.get_submodule(name)
@@ -180,7 +182,15 @@ class SlotModel:
             offset += a * b
             self._leaves.append(self.parameters[:, span].view(K, a, b))
             views[name, label] = self._leaves[-1]
+        self._leaf_names = list(views)
         return views
+
+    def live_numbers(self) -> list[Live]:
+        """Where each slot's own numbers lie in ``parameters``; one object for equal ranks."""
+        names, labels = zip(*self._leaf_names, strict=True)
+        ranks = [tuple(adapter[name].rank for name in names) for adapter in self._templates]
+        inside = {own: live_numbers(self._leaves, labels, own) for own in dict.fromkeys(ranks)}
+        return [inside[own] for own in ranks]
 
     def _stack(
         self, name: str, slots: Sequence[LoRAFactors], dtype: torch.dtype | None = None

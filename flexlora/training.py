@@ -20,65 +20,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from flexlora.adapters import Adapter
-from flexlora.data.collation import Batch, Example, batch_plan, collate
+from flexlora.data.collation import Batch, Example, collate
 from flexlora.jobs import TrainJob, TrainResult
 from flexlora.layers import DropoutStream
 from flexlora.optim import SlotOptimizer, clip_rows
+from flexlora.schedule import TrainSettings, learning_rate_at, num_steps, planned_rows
 from flexlora.seeds import derive_seed
 from flexlora.slots import SlotModel, kept_rank
 
 __all__ = ["TrainSettings", "answer_losses", "learning_rate_at", "num_steps", "train"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainSettings:
-    """Hugging Face's words for local training; ``max_steps`` 0 means ``num_train_epochs``.
-
-    ``micro_batch_size`` is how many rows of a slot go through a pass at most (0: the per-device
-    batch size); a step's rows, and so its gradient, do not depend on it.
-    """
-
-    learning_rate: float = 2e-3
-    per_device_train_batch_size: int = 8
-    micro_batch_size: int = 0
-    gradient_accumulation_steps: int = 1
-    max_steps: int = 10
-    num_train_epochs: int = 1
-    optim: str = "adamw_torch"
-    weight_decay: float = 0.0
-    adam_epsilon: float = 1e-6
-    proximal_mu: float = 0.0
-    max_grad_norm: float = 1.0
-    lr_scheduler_type: str = "linear"
-    gradient_checkpointing: bool = False
-    lora_dropout: float = 0.0
-    seed: int = 0
-
-    @property
-    def examples_per_step(self) -> int:
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps
-
-    @property
-    def rows_per_pass(self) -> int:
-        return self.micro_batch_size or self.per_device_train_batch_size
-
-
-def num_steps(num_examples: int, settings: TrainSettings) -> int:
-    """Optimizer steps of one round for a client with that many examples."""
-    if settings.max_steps > 0:
-        return settings.max_steps
-    return settings.num_train_epochs * math.ceil(num_examples / settings.examples_per_step)
-
-
-def learning_rate_at(settings: TrainSettings, job: TrainJob, step: int, steps: int) -> float:
-    """The rate of one step; the schedule runs once across all rounds, not anew in each."""
-    progress = (job.server_round - 1 + step / steps) / job.num_server_rounds
-    factors = {
-        "constant": 1.0,
-        "linear": 1.0 - progress,
-        "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
-    }
-    return settings.learning_rate * factors[settings.lr_scheduler_type]
 
 
 def train(
@@ -147,10 +97,14 @@ class _Cohort:
             optim=self.settings.optim,
             weight_decay=self.settings.weight_decay,
             adam_epsilon=self.settings.adam_epsilon,
+            live=self.slots.live_numbers,
         )
         self.plans = [self._plan(k) for k in range(len(self.jobs))]
         first_rows = [plan[0][: self.settings.per_device_train_batch_size] for plan in self.plans]
-        before, tails = self._probe(first_rows), self._tails()
+        # Without dropout the first pass of the first step is that probe, unless A is turned first.
+        turned = self.local.gradient_batches > 0
+        apart = self.settings.lora_dropout > 0 or self._passes_are_halved or turned
+        before, tails = self._probe(first_rows) if apart else [], self._tails()
         losses = [0.0] * len(self.jobs)
         tokens = [0] * len(self.jobs)
         with checkpointing(self.slots.model, self.settings.gradient_checkpointing):
@@ -165,6 +119,7 @@ class _Cohort:
                 self._pull(active)
                 clip_rows(self.slots.gradients[:active], self.settings.max_grad_norm)
                 self.optimizer.step(self.slots.gradients, self._rates(step, active))
+                before = before or self._per_token(self.first_sums, first_rows)
                 for k in range(active):
                     losses[k] += step_losses[k] / self.steps[k]
                     tokens[k] += step_tokens[k]
@@ -240,13 +195,8 @@ class _Cohort:
 
     def _plan(self, k: int) -> list[list[int]]:
         """The rows of every step, and of the batches that are looked at ahead of the last."""
-        job, seed = self.jobs[k], self.settings.seed
-        return batch_plan(
-            len(self.examples[k]),
-            batch_size=self.settings.examples_per_step,
-            steps=self.steps[k] + self.local.gradient_batches,
-            seed_parts=(seed, "batches", job.server_round, job.client_id),
-        )
+        ahead = self.local.gradient_batches
+        return planned_rows(self.jobs[k], len(self.examples[k]), self.settings, ahead=ahead)
 
     def _rates(self, step: int, active: int) -> list[float]:
         return [
@@ -277,6 +227,8 @@ class _Cohort:
                 tails = self.slots.tail_norms(self.local.prune_factor)
                 objective = objective + self.local.prune_penalty * tails.sum()
             self.slots.accumulate_gradients(objective)
+            if micro == 0:
+                self.first_sums = [float(loss.detach()) for loss in per_slot]
             losses = [a + b for a, b in zip(losses, means.tolist(), strict=True)]
         self.slots.set_dropout(0.0, ())
         return losses, answers
@@ -313,8 +265,15 @@ class _Cohort:
                 self.slots, self._collate([rows[at : at + size] for rows in indices])
             )
             sums = [a + float(part.sum()) for a, part in zip(sums, parts, strict=True)]
+        return self._per_token(sums, indices)
+
+    def _per_token(self, sums: Sequence[float], indices: Sequence[Sequence[int]]) -> list[float]:
         tokens = [self._answer_tokens(k, rows) for k, rows in enumerate(indices)]
         return [total / count for total, count in zip(sums, tokens, strict=True)]
+
+    @property
+    def _passes_are_halved(self) -> bool:
+        return self.settings.rows_per_pass != self.settings.per_device_train_batch_size
 
 
 def answer_losses(slots: SlotModel, batch: Batch) -> list[Tensor]:

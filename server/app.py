@@ -61,6 +61,7 @@ def federate(
     else:
         strategy.run = RunFolder(out)
         strategy.run.rewind(state.round)
+        strategy.go_on(strategy.run.load_notes(), grid)
     try:
         strategy.start(grid)
     finally:

@@ -6,9 +6,9 @@ reply, not of all (FIELD.md: 675 MB instead of 1,763 MB for 40 replies of 32 MB)
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
+from flexlora.server.clocks import clock_of
 from flwr.app import Message
 from flwr.serverapp import Grid
 
@@ -20,9 +20,9 @@ def exchange(
     messages: Iterable[Message],
     *,
     timeout: float,
-    poll_seconds: float = 0.1,
     overdue: Mapping[str, int] | None = None,
     unanswered: dict[str, int] | None = None,
+    enough: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[int, Message | None]]:
     """``(node_id, reply)`` as replies come; ``None`` for a node that did not answer in time.
 
@@ -30,8 +30,10 @@ def exchange(
         overdue: message id to node id of earlier messages: answers to them are handed on too, but
             nobody waits for them.
         unanswered: filled with the messages of this call that were not answered.
+        enough: asked before every wait: whether the others need not answer any more.
     """
-    messages, late = list(messages), dict(overdue or {})
+    messages, late, clock = list(messages), dict(overdue or {}), clock_of(grid)
+    deadline = clock.now() + timeout
     ids = list(grid.push_messages(messages))
     waiting = {
         message_id: message.metadata.dst_node_id
@@ -42,10 +44,11 @@ def exchange(
         if not message_id:  # Flower gives no id to a message for a node that is gone
             yield message.metadata.dst_node_id, None
     del messages
-    deadline = time.monotonic() + timeout
-    while waiting:
+    while waiting and not enough():
         arrived = False
         for message_id in [*late, *waiting]:
+            if enough():
+                break
             for reply in list(grid.pull_messages([message_id]))[:1]:  # a second copy is dropped
                 arrived = True
                 node = late.pop(message_id, None) or waiting.pop(message_id)
@@ -54,9 +57,9 @@ def exchange(
                 reply.metadata.__dict__["_reply_to_message_id"] = message_id
                 yield node, reply
         if waiting and not arrived:
-            if time.monotonic() > deadline:
+            if clock.now() >= deadline:
                 break
-            time.sleep(poll_seconds)
+            clock.wait(deadline)
     if unanswered is not None:
         unanswered |= waiting
     for node_id in waiting.values():

@@ -19,7 +19,7 @@ from flexlora.errors import UpdateRefused
 from flexlora.jobs import TrainResult
 from flexlora.ranks import RankClass
 
-__all__ = ["Intake", "Overdue"]
+__all__ = ["Intake", "Overdue", "OverdueBook"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,33 @@ class Overdue:
         return f"{self.start.rank_class.name}@{self.server_round}"
 
 
+class OverdueBook:
+    """Messages of earlier rounds that may still be answered, by message id."""
+
+    def __init__(self, late_rounds: int) -> None:
+        self.late_rounds = late_rounds
+        self._open: dict[str, Overdue] = {}
+
+    def __contains__(self, message_id: object) -> bool:
+        return message_id in self._open
+
+    @property
+    def nodes(self) -> dict[str, int]:
+        return {message_id: late.node_id for message_id, late in self._open.items()}
+
+    @property
+    def starts(self) -> dict[str, Start]:
+        return {late.name: late.start for late in self._open.values()}
+
+    def take(self, message_id: str) -> Overdue | None:
+        return self._open.pop(message_id, None)
+
+    def keep(self, more: Mapping[str, Overdue], server_round: int) -> None:
+        """After ``server_round``: take in ``more``, forget what is too old for the next round."""
+        oldest = server_round + 1 - self.late_rounds
+        self._open = {k: v for k, v in {**self._open, **more}.items() if v.server_round >= oldest}
+
+
 @dataclass(kw_only=True)
 class Intake:
     """One open round and its rows; ``tell`` is called with each client and its cause, if any.
@@ -50,6 +77,8 @@ class Intake:
     max_norm: float
     tell: Callable[[str, str], None]
     lowered: dict[str, RankClass] = field(default_factory=dict)
+    counted: int = 0  # updates of this round in the sum
+    late: int = 0  # updates of earlier rounds in it
 
     def take(self, member: Member, reply: Message, overdue: Overdue | None = None) -> None:
         """Fold in one reply; the row of ``clients.csv`` says what became of it."""
@@ -79,6 +108,11 @@ class Intake:
         self.opened.skip(member.capability.client_id)
         self._record(member, "failed", cause, None)
 
+    def unneeded(self, member: Member, cause: str) -> None:
+        """A client that was asked to be on the safe side, and need not have been."""
+        self.opened.skip(member.capability.client_id)
+        self._record(member, "not needed", cause, None)
+
     def _fold_in(
         self, member: Member, start: Start, result: TrainResult, overdue: Overdue | None
     ) -> None:
@@ -105,8 +139,10 @@ class Intake:
         if overdue is not None:
             self._check_plan(client_id, overdue)
             self.opened.add(replace(update, rank_class=overdue.name, late=True))
+            self.late += 1
             return
         self.opened.add(update)
+        self.counted += 1
         self._note_rank(member, start, update)
 
     def _check_plan(self, client_id: str, overdue: Overdue) -> None:
@@ -151,4 +187,4 @@ class Intake:
             status=status,
             cause=cause,
         )
-        self.tell(member.capability.client_id, cause)
+        self.tell(member.capability.client_id, "" if status == "not needed" else cause)

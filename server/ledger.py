@@ -6,12 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from flexlora.server.clocks import Clock
 from flexlora.server.roster import Member, Roster
 
 from flexlora.adapters import Adapter
 from flexlora.aggregation.base import State
 from flexlora.aggregation.state import effective_rank
-from flexlora.jobs import EvalResult, Score, TrainResult
+from flexlora.jobs import PERSONAL, EvalResult, Score, TrainResult
 from flexlora.linalg import energy_kept
 from flexlora.ranks import RankClass
 
@@ -34,6 +35,7 @@ class RoundLedger:
     bytes_down: int = 0
     bytes_up: int = 0
     bytes_carried: int = 0
+    skipped: str = ""
 
     def record(
         self,
@@ -78,11 +80,23 @@ class RoundLedger:
         return {
             "train_loss": loss / examples if examples else math.nan,
             "clients_ok": len(counted),
-            "clients_failed": len(self.rows) - len(counted),
+            "clients_failed": sum(row["status"] in ("failed", "refused") for row in self.rows),
             "bytes_down": self.bytes_down,
             "bytes_up": self.bytes_up,
             "bytes_carried": self.bytes_carried,
         }
+
+    def account(self, clock: Clock, seconds: float) -> dict[str, object]:
+        """What the round took on a simulated clock, and each client of it; why it was skipped."""
+        told: dict[str, object] = {"skipped": self.skipped} if self.skipped else {}
+        if not clock.simulated:
+            return told
+        for row in self.rows:
+            spent = clock.spent(str(row["client_id"]))
+            if spent is not None and "late" not in str(row["cause"]):
+                row |= {"simulated_seconds": spent.seconds, "joules": spent.joules}
+        joules = sum(float(row.get("joules", 0.0)) for row in self.rows)
+        return {**told, "simulated_seconds": seconds, "joules": joules}
 
 
 def left_out_rows(roster: Roster) -> list[dict[str, object]]:
@@ -135,10 +149,13 @@ def eval_metrics(results: Sequence[EvalResult], roster: Roster, *, base: str) ->
     """Loss, exact match and ROUGE-L per rank class over all rows, and over clients at their own.
 
     ``eval_loss`` is what the clients see: each one's rows under its own class's adapter.
-    ``eval_loss/CLASS`` is that class's adapter on the rows of all evaluating clients.
+    ``eval_loss/CLASS`` is that class's adapter on the rows of all evaluating clients. Where clients
+    keep factors to themselves, ``eval_loss/personal`` is with them, and
+    ``eval_loss/global_of_personal`` each one's class's adapter alone on the same clients' rows.
     """
     per_class = dict.fromkeys(roster.rank_classes, Score())
-    own = Score()
+    own, personal, without = Score(), Score(), Score()
+    keepers = 0
     for result in results:
         if result.client_id not in roster.members or not result.scores:
             continue
@@ -146,11 +163,17 @@ def eval_metrics(results: Sequence[EvalResult], roster: Roster, *, base: str) ->
         for name in per_class:
             per_class[name] += everywhere or result.scores.get(name, Score())
         own_class = roster.members[result.client_id].rank_class.name
-        own += everywhere or result.scores.get(own_class, Score())
+        served = everywhere or result.scores.get(own_class, Score())
+        own += served
+        if PERSONAL in result.scores and served.rows:
+            keepers += 1
+            personal += result.scores[PERSONAL]
+            without += served
+    named = {PERSONAL: personal, f"global_of_{PERSONAL}": without} if keepers else {}
     metrics = dict(_means("", own))
-    for name, score in per_class.items():
+    for name, score in (per_class | named).items():
         metrics |= dict(_means(f"/{name}", score))
-    return metrics
+    return metrics | ({"personal_clients": keepers} if keepers else {})
 
 
 def _means(suffix: str, score: Score) -> list[tuple[str, float]]:

@@ -29,6 +29,9 @@ class ServerSettings:
     num_server_rounds: int
     fraction_train: float
     min_train_clients: int
+    sampling_policy: str
+    over_selection: float
+    quorum: int
     eval_every: int
     eval_fraction: float
     eval_generate: str
@@ -69,6 +72,9 @@ class ServerSettings:
             num_server_rounds=config["num-server-rounds"],
             fraction_train=config["fraction-train"],
             min_train_clients=config["min-train-clients"],
+            sampling_policy=config["sampling.policy"],
+            over_selection=config["server.over-selection"],
+            quorum=config["server.quorum"],
             eval_every=config["eval.every"],
             eval_fraction=config["eval.fraction"],
             eval_generate=config["eval.generate"],

@@ -15,8 +15,9 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
+from flexlora.server.clocks import clock_of
 from flexlora.server.exchange import exchange
-from flexlora.server.intake import Intake, Overdue
+from flexlora.server.intake import Intake, Overdue, OverdueBook
 from flexlora.server.ledger import (
     RoundLedger,
     class_metrics,
@@ -36,6 +37,8 @@ from flexlora.server.messages import (
 )
 from flexlora.server.observer import Observer
 from flexlora.server.roster import Roster, sample
+from flexlora.server.sampling import History
+from flexlora.server.selection import Selected, Selector, too_few, wait_for_nodes
 from flexlora.server.settings import ServerSettings
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
@@ -45,7 +48,6 @@ from flexlora.adapters import Adapter
 from flexlora.aggregation import make_method
 from flexlora.aggregation.base import Start, State
 from flexlora.aggregation.state import GlobalChange
-from flexlora.errors import UserError
 from flexlora.evaluation import BASE
 from flexlora.jobs import Capability, EvalResult
 from flexlora.ranks import RankClass
@@ -79,10 +81,11 @@ class FlexLoRAStrategy(Strategy):
         self.state, self.known_classes = state, rank_classes or {}
         self.closed = state  # the state of the last round that was written down whole
         self.num_rounds = settings.num_server_rounds
-        self.roster = Roster()
+        self.roster, self.selector = Roster(), Selector(settings)
+        self._selected = Selected()
         self._sent: dict[str, Start] = {}
         self._asked: dict[str, str] = {}
-        self._overdue: dict[str, Overdue] = {}
+        self._overdue = OverdueBook(settings.late_rounds)
         self._class_bytes: dict[str, int] = {}
         self._ledger = RoundLedger(server_round=0)
         self._eval_results: list[EvalResult] = []
@@ -117,8 +120,9 @@ class FlexLoRAStrategy(Strategy):
         if self.state is None:
             dtype = DTYPES["float64" if self.settings.wire_dtype == "float64" else "float32"]
             self.state = State(round=0, change=GlobalChange.zero(self.roster.shapes, dtype))
+        clock = clock_of(grid)
         for server_round in range(0 if first else self.state.round + 1, rounds + 1):
-            began = time.perf_counter()
+            began, then = time.perf_counter(), clock.now()
             self._ledger = RoundLedger(server_round=server_round)
             metrics: dict[str, object] = {"round": server_round}
             if server_round > 0:
@@ -127,6 +131,7 @@ class FlexLoRAStrategy(Strategy):
                 replies = self._replies(grid, messages, limit)
                 _, trained = self.aggregate_train(server_round, replies)
                 metrics |= trained or {}
+                metrics |= self._ledger.account(clock, clock.now() - then)
                 result.train_metrics_clientapp[server_round] = trained or MetricRecord()
             if self.settings.evaluates(server_round, rounds):
                 messages = self.configure_evaluate(server_round, ArrayRecord(), config, grid)
@@ -142,14 +147,21 @@ class FlexLoRAStrategy(Strategy):
                 extra = evaluate_fn(server_round, self.global_arrays())
                 result.evaluate_metrics_serverapp[server_round] = extra or MetricRecord()
             metrics["seconds"] = time.perf_counter() - began
-            self._close_round(metrics)
+            self._close_round(metrics, clock.now() if clock.simulated else None)
         result.arrays = self.global_arrays()
         return result
+
+    def go_on(self, notes: Mapping, grid: Grid) -> None:
+        """Take up what an earlier process of this run had come to know."""
+        if notes.get("history"):
+            self.selector.history = History.from_dict(notes["history"])
+        if notes.get("simulated_now") is not None:
+            clock_of(grid).set(notes["simulated_now"])
 
     def meet(self, grid: Grid, timeout: float | None = None) -> None:
         """Wait for nodes, ask what each can train, and give every client its rank class."""
         timeout = timeout or self.settings.round_timeout_seconds
-        nodes = self._wait_for_nodes(grid)
+        nodes = wait_for_nodes(grid, self.settings)
         queries = [
             Message(RecordDict(), dst_node_id=node, message_type=MessageType.QUERY)
             for node in nodes
@@ -163,28 +175,13 @@ class FlexLoRAStrategy(Strategy):
         self.roster = Roster.meet(reports, self.settings.rank_policy, self.known_classes)
         self._tell("met", self.roster)
 
-    def _wait_for_nodes(self, grid: Grid) -> list[int]:
-        deadline = time.monotonic() + self.settings.wait_seconds
-        while len(nodes := list(grid.get_node_ids())) < self.settings.min_nodes:
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"{len(nodes)} nodes are connected after {self.settings.wait_seconds:g} s, "
-                    f"expected {self.settings.min_nodes}; start more or lower server.min-nodes."
-                )
-            time.sleep(0.2)
-        return sorted(nodes)
-
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         """One message per sampled client; clients of a class share one payload."""
         settings, state = self.settings, self.state
-        count = max(
-            settings.min_train_clients, round(settings.fraction_train * len(self.roster.members))
-        )
-        chosen = sample(
-            self.roster.members, count, seed=settings.seed, purpose=("sample", server_round)
-        )
+        self._selected = self.selector.select(grid, self.roster, server_round)
+        chosen = self._selected.client_ids
         members = [self.roster.members[client_id] for client_id in chosen]
         classes = {m.rank_class.name: m.rank_class for m in members}
         starts = {
@@ -236,41 +233,46 @@ class FlexLoRAStrategy(Strategy):
     def _replies(self, grid: Grid, messages: list[Message], timeout: float) -> Iterable[Message]:
         """Replies as they come, overdue ones among them; who sends none gets its row here."""
         silent = {m.metadata.dst_node_id for m in messages}
-        waiting = {message_id: late.node_id for message_id, late in self._overdue.items()}
         unanswered: dict[str, int] = {}
+        needed = self._selected.needed
         for node, reply in exchange(
-            grid, messages, timeout=timeout, overdue=waiting, unanswered=unanswered
+            grid,
+            messages,
+            timeout=timeout,
+            overdue=self._overdue.nodes,
+            unanswered=unanswered,
+            enough=lambda: bool(messages) and self._intake.counted >= needed,
         ):
             if reply is not None:
                 if reply.metadata.reply_to_message_id not in self._overdue:
                     silent.discard(node)
                 yield reply
-        self._keep_overdue(unanswered)
+        satisfied = bool(messages) and self._intake.counted >= needed
+        self._keep_overdue({} if satisfied else unanswered)
         for member in self.roster.members.values():
-            if member.node_id in silent:
+            if member.node_id not in silent:
+                continue
+            if satisfied:
+                self._intake.unneeded(member, f"{needed} updates came first")
+            else:
                 self._intake.missing(member, f"no reply within {timeout:g} s")
 
     def _keep_overdue(self, unanswered: Mapping[str, int]) -> None:
         """Messages of this round without an answer join those that are waited for in the next."""
         server_round = self._ledger.server_round
-        oldest = server_round + 1 - self.settings.late_rounds
         by_node = {member.node_id: member for member in self.roster.members.values()}
-        self._overdue |= {
-            message_id: Overdue(
-                node_id=node,
-                server_round=server_round,
-                start=self._sent[by_node[node].rank_class.name],
-            )
-            for message_id, node in unanswered.items()
-        }
-        self._overdue = {k: v for k, v in self._overdue.items() if v.server_round >= oldest}
+        more = {}
+        for message_id, node in unanswered.items():
+            start = self._sent[by_node[node].rank_class.name]
+            more[message_id] = Overdue(node_id=node, server_round=server_round, start=start)
+        self._overdue.keep(more, server_round)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Fold in the replies one by one and close the round's sum; ``state`` is the next one."""
         by_node = {member.node_id: member for member in self.roster.members.values()}
-        starts = self._sent | {late.name: late.start for late in self._overdue.values()}
+        starts = self._sent | self._overdue.starts
         self._intake = Intake(
             opened=self.method.begin(self.state, starts, self._asked),
             sent=starts,
@@ -282,16 +284,23 @@ class FlexLoRAStrategy(Strategy):
         for reply in replies:
             member = by_node.get(reply.metadata.src_node_id)
             if member is not None:
-                late = self._overdue.pop(reply.metadata.reply_to_message_id, None)
+                late = self._overdue.take(reply.metadata.reply_to_message_id)
                 self._intake.take(member, reply, late)
         began = time.perf_counter()
-        self.state = self._intake.opened.finish()
+        quorum, counted = self.settings.quorum, self._intake.counted + self._intake.late
+        cause = self._selected.cause
+        if not cause and counted < quorum:
+            cause = too_few(counted, quorum, "updates came")
+        self.state = _unchanged(self.state) if cause else self._intake.opened.finish()
         for client_id, rank_class in sorted(self._intake.lowered.items()):
             member = self.roster.members[client_id]
             self.roster.members[client_id] = replace(member, rank_class=rank_class)
         served = self.served(self.state)
         metrics = self._ledger.metrics() | class_metrics(self.state, served)
         metrics["server_seconds"] = time.perf_counter() - began
+        if cause:
+            self._ledger.skipped = cause
+            self._tell("replied", f"round {server_round}", cause)
         return None, MetricRecord(metrics)
 
     def configure_evaluate(
@@ -351,9 +360,13 @@ class FlexLoRAStrategy(Strategy):
             self._eval_results.append(result)
         return MetricRecord(eval_metrics(self._eval_results, self.roster, base=BASE))
 
-    def _close_round(self, metrics: dict[str, object]) -> None:
+    def _close_round(self, metrics: dict[str, object], simulated: float | None = None) -> None:
         """Rows first, then the checkpoint: what a crash between them leaves is rewound."""
-        server_round = self._ledger.server_round
+        server_round, history = self._ledger.server_round, self.selector.history
+        for row in self._ledger.rows:
+            if row["status"] == "ok":
+                took = row.get("simulated_seconds") or row["seconds"]
+                history.learn(row["client_id"], server_round, row["train_loss"], took)
         if self.run is not None:
             rows = left_out_rows(self.roster) if server_round == 0 else self._ledger.rows
             rows = sorted(rows, key=lambda row: str(row["client_id"]))
@@ -362,7 +375,8 @@ class FlexLoRAStrategy(Strategy):
                 metrics["modules"] = module_metrics(self.state, self.roster.rank_classes)
             self.run.append_round(metrics, rows, evaluations)
             classes = {k: member.rank_class for k, member in self.roster.members.items()}
-            self.run.save_checkpoint(self.run.checkpoint, self.state, classes)
+            notes = {"history": history.to_dict(), "simulated_now": simulated}
+            self.run.save_checkpoint(self.run.checkpoint, self.state, classes, notes)
         self._eval_results, self.closed = [], self.state
         self._tell("round_finished", metrics)
 
@@ -375,3 +389,8 @@ class FlexLoRAStrategy(Strategy):
     def _tell(self, event: str, *args: object) -> None:
         if self.observer is not None:
             getattr(self.observer, event)(*args)
+
+
+def _unchanged(state: State) -> State:
+    """The state after a round that changes nothing."""
+    return replace(state, round=state.round + 1, dropped_energy=0.0, modules={})

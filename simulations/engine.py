@@ -1,13 +1,14 @@
-"""A Flower ``Grid`` in one process: no Ray, no SuperLink, one base, many clients in one pass.
+"""A Flower ``Grid`` in one process: no SuperLink, one base, many clients in one pass.
 
 The messages are the ones that deployment sends, encoded and decoded as there. Train messages of a
-round are packed into cohorts; a cohort is trained when the first of its replies is pulled, so that
-only one cohort's factors are held at a time.
+round are packed into cohorts (``cohorts.py``) and handed to a pool (``pool.py``): this process, or
+several through Ray. With a world (``world.py``) replies arrive when their clients would send them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from dataclasses import replace
 
 from flexlora.clients.messages import (
     decode_evaluate,
@@ -17,46 +18,46 @@ from flexlora.clients.messages import (
     encode_train,
 )
 from flexlora.clients.worker import Worker
-from flwr.app import Message, MessageType, RecordDict
+from flexlora.simulations.cohorts import CohortLimits, plan_cohorts
+from flexlora.simulations.pool import LocalPool, Pending, Pool
+from flexlora.simulations.world import Effort, World
+from flwr.app import Error, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from flexlora.adapters import Adapter
-from flexlora.jobs import TrainJob
+from flexlora.jobs import Capability, EvalJob, EvalResult, TrainJob, TrainResult
+from flexlora.schedule import num_steps, padded_tokens
+from flexlora.wire import DTYPES
 
-__all__ = ["InProcessGrid", "plan_cohorts"]
+__all__ = ["InProcessGrid"]
 
-
-def plan_cohorts(
-    jobs: dict[str, TrainJob], size: int, pass_key: Callable[[str], str] = lambda _: ""
-) -> list[list[str]]:
-    """Message ids in cohorts of at most ``size``: alike ranks together, then by client id.
-
-    Clients with another ``pass_key`` (another base) are never in one cohort. The plan is a function
-    of the round's clients, their bases and ranks only, never of arrival or timing.
-    """
-    order = sorted(jobs, key=lambda key: (jobs[key].start.rank_class.rank, jobs[key].client_id))
-    groups: dict[str, list[str]] = {}
-    for key in order:
-        groups.setdefault(pass_key(jobs[key].client_id), []).append(key)
-    return [
-        group[at : at + size]
-        for _, group in sorted(groups.items())
-        for at in range(0, len(group), size)
-    ]
+LOST_NODE = 5  # Flower's code for a node that is gone
+EVALUATED_TOGETHER = 32  # clients; a constant, so that scores do not depend on the workers
 
 
 class InProcessGrid(Grid):
-    """Nodes 1 to N are the worker's clients in order; ``cohort_size`` of them train in one pass."""
+    """Nodes 1 to N are the worker's clients in order; all of them have registered beforehand."""
 
-    def __init__(self, worker: Worker, *, cohort_size: int, wire_dtype: str) -> None:
-        self.worker, self.cohort_size, self.wire_dtype = worker, cohort_size, wire_dtype
+    def __init__(
+        self,
+        worker: Worker,
+        *,
+        limits: CohortLimits,
+        wire_dtype: str,
+        pool: Pool | None = None,
+        world: World | None = None,
+        late_rounds: int = 1,
+    ) -> None:
+        self.worker, self.limits, self.wire_dtype = worker, limits, wire_dtype
+        self.pool, self.clock, self.late_rounds = pool or LocalPool(worker), world, late_rounds
         self._clients = dict(enumerate(worker.client_ids, start=1))
         self._messages: dict[str, Message] = {}
-        self._replies: dict[str, Message] = {}
-        self._cohorts: dict[str, list[str]] = {}
+        self._answers: dict[str, tuple[Pending, int]] = {}  # the cohort's results, and which
+        self._jobs: dict[str, TrainJob] = {}
         self._pushed = 0
+        self._met = False
         self._run = Run.create_empty(run_id=1)
         # Flower's Message reads its sender from the process it is made in.
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 0
@@ -69,7 +70,10 @@ class InProcessGrid(Grid):
         return self._run
 
     def get_node_ids(self) -> Iterable[int]:
-        return list(self._clients)
+        """Who can be reached now; before the first round everybody, to be asked what it is."""
+        if self.clock is None or not self._met:
+            return list(self._clients)
+        return [node for node, client_id in self._clients.items() if self.clock.online(client_id)]
 
     def create_message(
         self,
@@ -82,34 +86,90 @@ class InProcessGrid(Grid):
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Take the messages and plan the cohorts; nothing is trained yet."""
-        ids, jobs = [], {}
-        memo: dict[int, Adapter] = {}
-        evaluations = []
+        """Take the messages, plan the cohorts and hand them to the pool."""
+        trained: dict[str, TrainJob] = {}
+        evaluated: dict[str, EvalJob] = {}
+        ids, memo = [], dict[int, Adapter]()
         for message in messages:
             self._pushed += 1
             message_id = f"message-{self._pushed}"
             message.metadata.__dict__["_message_id"] = message_id
             ids.append(message_id)
             self._messages[message_id] = message
-            if message.metadata.message_type == MessageType.TRAIN:
-                jobs[message_id] = decode_train(message, self._client(message), memo)
-            elif message.metadata.message_type == MessageType.EVALUATE:
-                evaluations.append(message_id)
-        for cohort in plan_cohorts(jobs, self.cohort_size, lambda c: self.worker.pass_key(c)):
-            self._cohorts |= dict.fromkeys(cohort, cohort)
-        self._cohorts |= dict.fromkeys(evaluations, evaluations)
+            kind, client_id = message.metadata.message_type, self._client(message)
+            if kind == MessageType.TRAIN:
+                job = decode_train(message, client_id, memo)
+                if self._send(message, job):
+                    trained[message_id] = job
+            elif kind == MessageType.EVALUATE:
+                evaluated[message_id] = decode_evaluate(message, client_id, memo)
+            else:
+                self._met = True
+        if trained:
+            self._forget(min(job.server_round for job in trained.values()))
+            self._submit(trained)
+        self._submit_evaluations(evaluated)
         return ids
 
+    def _send(self, message: Message, job: TrainJob) -> bool:
+        """Whether the client will answer; on a simulated clock it may leave before."""
+        if self.clock is None:
+            return True
+        rows = self.worker.train_rows(job)
+        numbers = sum(
+            getattr(factors, label).numel()
+            for factors in job.start.trained.values()
+            for label in job.start.trainable
+        )
+        effort = Effort(
+            client_id=job.client_id,
+            server_round=job.server_round,
+            rank_class=job.start.rank_class,
+            quantization=self.worker.quantization_of(job.client_id),
+            tokens=padded_tokens(job, rows, self.worker.settings) if rows else 0,
+            steps=num_steps(len(rows), self.worker.settings) if rows else 0,
+            bytes_down=_array_bytes(message.content),
+            bytes_up=numbers * DTYPES[self.wire_dtype].itemsize,
+        )
+        return self.clock.send(message.metadata.message_id, effort)
+
+    def _forget(self, server_round: int) -> None:
+        """Messages of rounds so old that nobody pulls their answers any more."""
+        oldest = server_round - self.late_rounds
+        for key in [key for key, job in self._jobs.items() if job.server_round < oldest]:
+            for held in (self._jobs, self._answers, self._messages):
+                held.pop(key, None)
+
+    def _submit(self, jobs: dict[str, TrainJob]) -> None:
+        cohorts = plan_cohorts(
+            jobs,
+            self.limits,
+            rows=lambda client_id: self.worker.data.examples(client_id, "train"),
+            batch_size=self.worker.settings.per_device_train_batch_size,
+            pass_key=self.worker.pass_key,
+        )
+        self._jobs |= jobs
+        for cohort in cohorts:
+            pending = self.pool.train([jobs[key] for key in cohort])
+            self._answers |= {key: (pending, k) for k, key in enumerate(cohort)}
+
+    def _submit_evaluations(self, jobs: dict[str, EvalJob]) -> None:
+        keys = list(jobs)
+        for at in range(0, len(keys), EVALUATED_TOGETHER):
+            group = keys[at : at + EVALUATED_TOGETHER]
+            pending = self.pool.evaluate([jobs[key] for key in group])
+            self._answers |= {key: (pending, k) for k, key in enumerate(group)}
+
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Replies to ``message_ids``, each given once; answering happens here."""
+        """Replies to ``message_ids`` that have arrived, each given once; answering happens here."""
         replies = []
         for message_id in message_ids:
-            if message_id in self._messages:
-                self._answer(message_id)
-            if message_id in self._replies:
-                replies.append(self._replies.pop(message_id))
+            if message_id in self._messages and self._arrived(message_id):
+                replies.append(self._answer(self._messages.pop(message_id), message_id))
         return replies
+
+    def _arrived(self, message_id: str) -> bool:
+        return self.clock is None or self.clock.arrived(message_id)
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -119,39 +179,32 @@ class InProcessGrid(Grid):
     def _client(self, message: Message) -> str:
         return self._clients[message.metadata.dst_node_id]
 
-    def _answer(self, message_id: str) -> None:
-        """Answer this message and all of its cohort."""
-        cohort = self._cohorts.get(message_id, [message_id])
-        messages = {key: self._messages.pop(key) for key in cohort}
-        kind = messages[message_id].metadata.message_type
-        answers = {
-            MessageType.QUERY: self._query,
-            MessageType.TRAIN: self._train,
-            MessageType.EVALUATE: self._evaluate,
-        }
-        for key, reply in zip(messages, answers[kind](list(messages.values())), strict=True):
-            self._cohorts.pop(key, None)
-            self._replies[key] = reply
+    def _answer(self, message: Message, message_id: str) -> Message:
+        lost = self.clock.take(message_id) if self.clock is not None else ""
+        if lost:
+            return Message(Error(code=LOST_NODE, reason=lost), reply_to=message)
+        if message_id not in self._answers:
+            return encode_capability(self._capability(self._client(message)), reply_to=message)
+        pending, place = self._answers.pop(message_id)
+        result: TrainResult | EvalResult = pending.result()[place]
+        if isinstance(result, EvalResult):
+            return encode_evaluate(result, reply_to=message)
+        start = self._jobs.pop(message_id).start
+        dtype, trainable = self.wire_dtype, start.trainable
+        return encode_train(result, dtype=dtype, reply_to=message, trainable=trainable)
 
-    def _query(self, messages: list[Message]) -> list[Message]:
-        return [
-            encode_capability(self.worker.capability(self._client(m)), reply_to=m) for m in messages
-        ]
+    def _capability(self, client_id: str) -> Capability:
+        """What the worker says of the client, on the device that the population gives it."""
+        own = self.worker.capability(client_id)
+        if self.clock is None:
+            return own
+        client = self.clock.population.client(client_id)
+        if client.device is None:
+            return own
+        return replace(own, device=client.device_label, free_bytes=client.free_bytes)
 
-    def _train(self, messages: list[Message]) -> list[Message]:
-        memo: dict[int, Adapter] = {}
-        jobs = [decode_train(message, self._client(message), memo) for message in messages]
-        return [
-            encode_train(
-                result, dtype=self.wire_dtype, reply_to=message, trainable=job.start.trainable
-            )
-            for result, job, message in zip(self.worker.train(jobs), jobs, messages, strict=True)
-        ]
 
-    def _evaluate(self, messages: list[Message]) -> list[Message]:
-        memo: dict[int, Adapter] = {}
-        jobs = [decode_evaluate(message, self._client(message), memo) for message in messages]
-        return [
-            encode_evaluate(result, reply_to=message)
-            for result, message in zip(self.worker.evaluate(jobs), messages, strict=True)
-        ]
+def _array_bytes(content: RecordDict) -> int:
+    return sum(
+        len(array.data) for record in content.array_records.values() for array in record.values()
+    )

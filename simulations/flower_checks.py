@@ -68,11 +68,12 @@ class _Answering:
 
 def _round_trip() -> Capability:
     from flexlora.server.messages import decode_capability
+    from flexlora.simulations.cohorts import CohortLimits
     from flexlora.simulations.engine import InProcessGrid
     from flwr.app import Message, MessageType, RecordDict
 
     worker: Any = _Answering()
-    grid = InProcessGrid(worker, cohort_size=1, wire_dtype="float32")
+    grid = InProcessGrid(worker, limits=CohortLimits(clients=1), wire_dtype="float32")
     query = Message(RecordDict(), dst_node_id=1, message_type=MessageType.QUERY)
     (reply,) = grid.pull_messages(grid.push_messages([query]))
     return decode_capability(reply)

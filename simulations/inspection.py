@@ -38,6 +38,8 @@ def evaluate_target(
     """
     adapters, values = _adapters_of(Path(target))
     values |= {"eval.split": "test", "eval.max-examples": 0}
+    # Nothing is trained here, perhaps on another machine than the one that did.
+    values |= {"train.optim": "adamw_torch", "model.attn-implementation": "auto"}
     if data is not None:
         # Who holds which row does not matter here: all rows of the folder, as one client's.
         values |= {"data.path": data, "data.name": "", "data.partition": "iid", "clients.count": 1}

@@ -1,21 +1,27 @@
-"""``flexlora simulate``: a federation of many clients in this process."""
+"""``flexlora simulate``: a federation of many clients in this process, or in several."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from flexlora.clients.worker import worker_for
+from flexlora.clients.worker import Worker, worker_for
 from flexlora.server.app import federate
 from flexlora.server.observer import Observer
 from flexlora.server.settings import ServerSettings
 from flexlora.server.strategy import FlexLoRAStrategy
+from flexlora.simulations.cohorts import limits_of, resolved_limits
 from flexlora.simulations.engine import InProcessGrid
+from flexlora.simulations.pool import Pool, make_pool
+from flexlora.simulations.populations import Population
+from flexlora.simulations.world import world_of
 
 from flexlora.config import Config, resolved
 from flexlora.runs import RunFolder
 
-__all__ = ["resume", "simulate"]
+__all__ = ["make_grid", "resume", "simulate"]
 
 
 def simulate(
@@ -28,22 +34,47 @@ def simulate(
     """
     config, out = resolved(config), Path(out)
     RunFolder.check_free(out, overwrite=overwrite)
-    return federate(_grid(config), config, out, observer=observer, overwrite=overwrite)
+    with _ready(config) as (config, grid):
+        return federate(grid, config, out, observer=observer, overwrite=overwrite)
 
 
 def resume(out: str | Path, *, observer: Observer | None = None) -> FlexLoRAStrategy:
     """Go on with the run in ``out`` after its last whole round, with its own configuration."""
     run, config = RunFolder.open(out)
     run.load_checkpoint()  # refused before the base is loaded
-    config = resolved(config)
-    return federate(_grid(config), config, run.path, observer=observer, resume=True)
+    with _ready(resolved(config)) as (config, grid):
+        return federate(grid, config, run.path, observer=observer, resume=True)
 
 
-def _grid(config: Config) -> InProcessGrid:
+@contextmanager
+def _ready(config: Config) -> Iterator[tuple[Config, InProcessGrid]]:
+    """The whole plan of the run and the grid that carries it out; its processes end with it."""
     ServerSettings.from_config(config)
     torch.set_num_threads(config["engine.threads"])
+    # Other processes load while this one does.
+    several = config["engine.workers"] > 1 or bool(config["engine.ray-address"])
+    pool = make_pool(config) if several else None
+    try:
+        worker = worker_for(config)
+        config = resolved_limits(config, worker)
+        yield config, make_grid(config, worker, pool)
+    finally:
+        if pool is not None:
+            pool.close()
+
+
+def make_grid(config: Config, worker: Worker, pool: Pool | None = None) -> InProcessGrid:
+    """The engine of a resolved configuration.
+
+    Raises:
+        UserError: a population that cannot be.
+    """
+    population = Population.from_config(config, worker.client_ids)
     return InProcessGrid(
-        worker_for(config),
-        cohort_size=config["engine.cohort-size"] or 8,
+        worker,
+        limits=limits_of(config),
         wire_dtype=config["wire.dtype"],
+        pool=pool,
+        world=world_of(config, population),
+        late_rounds=config["server.late-rounds"],
     )

@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from flexlora.ranks import RankClass
+
 if TYPE_CHECKING:
     from flexlora.server.roster import Roster
 
@@ -40,8 +42,8 @@ def human_bytes(count: float) -> str:
 class TerminalObserver:
     """Implements ``flexlora.server.observer.Observer`` on a terminal or a pipe."""
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
+    def __init__(self, console: Console, *, personal_rank: int = 0) -> None:
+        self.console, self.personal_rank = console, personal_rank
         self.classes: list[str] = []
         self._causes: list[str] = []
         self._header_done = False
@@ -71,12 +73,15 @@ class TerminalObserver:
             table.add_column(column, justify="right" if column in ("clients", "rows") else "left")
         for name, rank_class in roster.rank_classes.items():
             members = [m for m in roster.members.values() if m.rank_class.name == name]
-            ranks = Counter(rank_class.ranks(roster.shapes).values())
-            spelled = ", ".join(f"{rank} ({count})" for rank, count in sorted(ranks.items()))
+            spelled = _spelled_ranks(rank_class, roster)
             rows = sum(m.capability.num_examples for m in members)
             bases = counted(m.capability.quantization for m in members)
             devices = counted(m.capability.device for m in members)
             table.add_row(name, str(len(members)), str(rows), spelled, bases, devices)
+        if self.personal_rank:
+            spelled = _spelled_ranks(RankClass.of(self.personal_rank), roster)
+            rows = sum(m.capability.num_examples for m in roster.members.values())
+            table.add_row("personal", str(len(roster.members)), str(rows), spelled, "", "")
         self.console.print(table)
         dropped = sum(m.capability.num_dropped for m in roster.members.values())
         if dropped:
@@ -165,6 +170,29 @@ class TerminalObserver:
             table.add_row(name, *cells, "" if kept is None else f"{100 * kept:.1f} %")
         self.console.print()
         self.console.print(table)
+        self._personal_summary(last, scores)
+
+    def _personal_summary(self, last: Mapping[str, object], scores: list[tuple[str, str]]) -> None:
+        """The same clients' own rows with and without the factors that they keep to themselves."""
+        if "eval_loss/personal" not in last:
+            return
+        clients = last["personal_clients"]
+        title = f"With the factors that never leave their {clients} clients, on their own rows"
+        table = Table(box=None, pad_edge=False)
+        table.add_column("model")
+        for _, name in scores:
+            table.add_column(name, justify="right")
+        for row, name in (("global", "global_of_personal"), ("with its own factors", "personal")):
+            table.add_row(row, *(_number(last.get(f"{key}/{name}")) for key, _ in scores))
+        self.console.print()
+        self.console.print(title, style="italic", soft_wrap=True)
+        self.console.print(table)
+
+
+def _spelled_ranks(rank_class: RankClass, roster: Roster) -> str:
+    """``4 (24), 2 (4)``: each rank after the caps, and how many modules have it."""
+    ranks = Counter(rank_class.ranks(roster.shapes).values())
+    return ", ".join(f"{rank} ({count})" for rank, count in sorted(ranks.items()))
 
 
 def counted(kinds: Iterable[str]) -> str:

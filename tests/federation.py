@@ -18,6 +18,7 @@ from flexlora.clients.messages import decode_train as decode_job
 from flexlora.clients.worker import Worker
 from flexlora.server.app import federate
 from flexlora.server.messages import decode_train
+from flexlora.simulations.cohorts import CohortLimits
 from flexlora.simulations.engine import InProcessGrid
 from flwr.app import MessageType
 
@@ -96,7 +97,8 @@ def rounds(folder):
 def untimed(rows):
     """The same rows without what a clock has measured, also one level down (``modules``)."""
     if isinstance(rows, dict):
-        return {key: untimed(value) for key, value in rows.items() if "seconds" not in key}
+        kept = (key for key in rows if "seconds" not in key or key.startswith("simulated"))
+        return {key: untimed(rows[key]) for key in kept}
     return [untimed(row) for row in rows] if isinstance(rows, list) else rows
 
 
@@ -162,7 +164,7 @@ class TamperingGrid(InProcessGrid):
     """
 
     def __init__(self, worker: Worker, *, tamper=None, victims=(), wire_dtype="float32"):
-        super().__init__(worker, cohort_size=1, wire_dtype=wire_dtype)
+        super().__init__(worker, limits=CohortLimits(clients=1), wire_dtype=wire_dtype)
         self.tamper, self.victims = tamper, set(victims)
         self.sent, self.updates = {}, {}
 

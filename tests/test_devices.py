@@ -24,6 +24,7 @@ def test_every_profile_is_possible_and_names_its_source(device):
     assert device.source and device.memory_gib >= 4
     assert 0 < device.usable_bytes <= device.memory_bytes <= device.memory_gib * GIB
     assert device.runtime_bytes < device.usable_bytes
+    assert device.watts is not None and 5 <= device.watts <= 1000
     if device.bandwidth_gbs is not None:
         assert 30 <= device.bandwidth_gbs <= 8000
     if device.tensor_tflops is not None and device.float32_tflops is not None:
@@ -31,6 +32,23 @@ def test_every_profile_is_possible_and_names_its_source(device):
         assert 1.9 <= device.tensor_tflops / device.float32_tflops <= 16.1
     if device.tensor_tflops is not None and device.bandwidth_gbs is not None:
         assert 50 <= 1000 * device.tensor_tflops / device.bandwidth_gbs <= 600  # numbers a byte
+
+
+def test_power_is_a_vendors_own_or_says_what_stands_there():
+    named = [device for device in DEVICES.values() if not device.watts_source]
+    assert len(named) >= 30 and all(device.kind == "cuda" for device in named)
+    assumed = {device.name for device in DEVICES.values() if "assumed" in device.watts_source}
+    assert {"Pixel 8", "Galaxy S24", "Raspberry Pi 5 8GB"} <= assumed
+    assert all(DEVICES[name].kind == "cpu" for name in assumed)
+
+
+def test_more_power_does_more_within_a_generation():
+    for family in (("RTX 4060", "RTX 4070", "RTX 4080", "RTX 4090"), ("A10", "A40", "L40S")):
+        cards = [DEVICES[name] for name in family]
+        assert [card.watts for card in cards] == sorted(card.watts for card in cards)
+        assert [card.float32_tflops for card in cards] == sorted(c.float32_tflops for c in cards)
+    watts = [DEVICES[f"Jetson {name}"].watts for name in ("Orin Nano 4GB", "Orin NX 8GB")]
+    assert watts[0] < watts[1] < DEVICES["Jetson AGX Orin 64GB"].watts == 60
 
 
 @pytest.mark.parametrize(
@@ -87,7 +105,7 @@ def test_this_machines_card_is_what_nvidia_smi_says(tmp_path, monkeypatch):
     card = this_machine()
     assert card.name == "NVIDIA GeForce RTX 4090" and card.kind == "cuda" and not card.unified
     assert card.usable_bytes == 20000 * 2**20 and card.bfloat16
-    assert card.tensor_tflops == DEVICES["RTX 4090"].tensor_tflops
+    assert card.tensor_tflops == DEVICES["RTX 4090"].tensor_tflops and card.watts == 450
 
 
 def test_an_old_card_has_no_bfloat16(tmp_path, monkeypatch):

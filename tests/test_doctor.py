@@ -132,6 +132,18 @@ def test_a_bitsandbytes_that_imports_and_dies(monkeypatch):
     )
 
 
+def test_an_8_bit_optimizer_that_dies_while_the_bases_run(monkeypatch):
+    def dies(device):
+        raise RuntimeError("undefined symbol: cadam_8bit_blockwise")
+
+    monkeypatch.setitem(probing.KERNELS, "adamw_8bit", dies)
+    probing.probe.cache_clear()
+    status, sentence = told(doctor.check_bitsandbytes())
+    probing.probe.cache_clear()
+    assert status == "warning" and sentence.startswith("8-bit optimizers cannot step on ")
+    assert sentence.endswith("adamw_8bit: RuntimeError: undefined symbol: cadam_8bit_blockwise.")
+
+
 def test_training_that_does_not_lower_the_loss(monkeypatch):
     import flexlora.training
 

@@ -29,6 +29,7 @@ from federation import (
 from flexlora.clients.app import app as client_app
 from flexlora.clients.worker import worker_for
 from flexlora.server.app import app as server_app
+from flexlora.simulations.cohorts import CohortLimits
 from flexlora.simulations.engine import InProcessGrid
 from flexlora.simulations.simulate import simulate
 from flwr.app import Context, RecordDict
@@ -61,21 +62,23 @@ class ClientAppGrid(InProcessGrid):
     """Every message goes through the ClientApp as a node of Flower's would call it, one by one."""
 
     def __init__(self, config, node_configs):
-        super().__init__(worker_for(config), cohort_size=1, wire_dtype=config["wire.dtype"])
+        limits, wire_dtype = CohortLimits(clients=1), config["wire.dtype"]
+        super().__init__(worker_for(config), limits=limits, wire_dtype=wire_dtype)
         self.config = config
         self._clients = dict(enumerate(node_configs, start=1))
 
-    def _client(self, message):
-        return "client_00"  # the engine only sorts by it; the node says itself who it is
+    def push_messages(self, messages):
+        ids = []
+        for message in messages:
+            self._pushed += 1
+            ids.append(f"message-{self._pushed}")
+            message.metadata.__dict__["_message_id"] = ids[-1]
+            self._messages[ids[-1]] = message
+        return ids
 
-    def _through_the_app(self, messages):
-        nodes = [message.metadata.dst_node_id for message in messages]
-        return [
-            client_app(message, context_of(self.config, node, **self._clients[node]))
-            for message, node in zip(messages, nodes, strict=True)
-        ]
-
-    _query = _train = _evaluate = _through_the_app
+    def _answer(self, message, message_id):
+        node = message.metadata.dst_node_id
+        return client_app(message, context_of(self.config, node, **self._clients[node]))
 
 
 def partitions(count):
@@ -98,7 +101,7 @@ def test_the_client_app_and_the_engine_give_the_same_bytes(tmp_path):
 
 def test_the_server_app_runs_over_any_grid_and_leaves_a_run_folder(tmp_path):
     config = small(out=str(tmp_path / "served"))
-    grid = InProcessGrid(worker_for(config), cohort_size=8, wire_dtype="float32")
+    grid = InProcessGrid(worker_for(config), limits=CohortLimits(clients=8), wire_dtype="float32")
     server_app(grid, context_of(config))
     simulate(small(), tmp_path / "simulated")
     assert adapter_bytes(tmp_path / "served") == adapter_bytes(tmp_path / "simulated")

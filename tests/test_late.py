@@ -8,6 +8,7 @@ import torch
 from builders import random_adapter
 from federation import client_rows, federation, same_bytes, small
 from flexlora.clients.worker import Worker
+from flexlora.simulations.cohorts import CohortLimits
 from flexlora.simulations.engine import InProcessGrid
 from flwr.app import MessageType
 
@@ -28,7 +29,7 @@ class SlowGrid(InProcessGrid):
     """Keeps one client's reply of round ``slow_round`` back until ``until`` rounds have begun."""
 
     def __init__(self, worker, *, slow_round=1, until=2):
-        super().__init__(worker, cohort_size=1, wire_dtype="float32")
+        super().__init__(worker, limits=CohortLimits(clients=1), wire_dtype="float32")
         self.slow_round, self.until, self.now = slow_round, until, 0
         self.kept, self.updates = set(), Counter()
 
@@ -83,7 +84,7 @@ def test_the_same_delay_gives_the_same_bytes(worker, tmp_path):
     first, second = run(worker, tmp_path / "a")[1], run(worker, tmp_path / "b")[1]
     assert same_bytes(first.state, second.state)
     prompt = federation(
-        InProcessGrid(worker, cohort_size=1, wire_dtype="float32"),
+        InProcessGrid(worker, limits=CohortLimits(clients=1), wire_dtype="float32"),
         small(method__name="residual", num_server_rounds=3),
         tmp_path / "c",
     )[0]

@@ -286,6 +286,7 @@ def test_a_7b_model_is_trained_in_about_5_gb_and_in_16_bits_in_about_15():
         {"unified_memory": True},
         {"runtime_bytes": 10**6},
         {"lora_dropout": 0.1},
+        {"attention": "eager"},
     ],
 )
 @pytest.mark.parametrize("checkpoint", [False, True])
@@ -385,7 +386,9 @@ def test_the_benchmark_covers_what_it_promises():
     assert {plan.quantization for plan in plans} == {"none", "8bit", "nf4"}
     assert {plan.dtype for plan in plans} == {"float32", "bfloat16"}
     assert {plan.gradient_checkpointing for plan in plans} == {True, False}
-    assert min(plan.rank for plan in plans) == 4 and max(plan.rank for plan in plans) == 64
+    assert {plan.optim for plan in plans} == {"adamw_torch", "adamw_8bit"}
+    assert {plan.attention for plan in plans} == {"auto", "eager"}
+    assert min(plan.rank for plan in plans) == 4 and max(plan.rank for plan in plans) == 256
     assert len(benchmark.cases("cuda")) > len(plans)
 
 

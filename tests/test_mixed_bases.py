@@ -5,10 +5,12 @@ import reference
 import torch
 from builders import random_adapter, random_examples, train_job
 from federation import TamperingGrid, client_rows, federation, rounds, small
-from flexlora.clients import app as client_app
+from flexlora.clients.trainer.in_process import worker_of
 from flexlora.clients.worker import Worker
-from flexlora.simulations.engine import InProcessGrid, plan_cohorts
+from flexlora.simulations.cohorts import CohortLimits, plan_cohorts
+from flexlora.simulations.engine import InProcessGrid
 from flexlora.simulations.inspection import export_run
+from flexlora.simulations.pool import LocalPool
 from flwr.app import Context, RecordDict
 
 from flexlora import models
@@ -68,20 +70,21 @@ def test_a_cohort_holds_one_base_and_leaves_nobody_out():
     shapes = {"q": (8, 8)}
     jobs = {f"m{i}": train_job(random_adapter(shapes, 2 + i % 3), c) for i, c in enumerate(IDS)}
     table = dealt("nf4:0.25,8bit:0.25")[0]
-    cohorts = plan_cohorts(jobs, 4, table.__getitem__)
+    limits, alike = CohortLimits(clients=4), {"rows": lambda _: [], "batch_size": 8}
+    cohorts = plan_cohorts(jobs, limits, pass_key=table.__getitem__, **alike)
     assert sorted(key for cohort in cohorts for key in cohort) == sorted(jobs)
     for cohort in cohorts:
         assert len({table[jobs[key].client_id] for key in cohort}) == 1 and len(cohort) <= 4
-    mixed = plan_cohorts(jobs, 4)
+    mixed = plan_cohorts(jobs, limits, **alike)
     assert any(len({table[jobs[key].client_id] for key in cohort}) > 1 for cohort in mixed)
 
 
-class Watched(InProcessGrid):
+class Watched(LocalPool):
     """Keeps which clients were trained in one call."""
 
-    def _train(self, messages):
-        self.trained = [*getattr(self, "trained", []), [self._client(m) for m in messages]]
-        return super()._train(messages)
+    def train(self, jobs):
+        self.trained = [*getattr(self, "trained", []), [job.client_id for job in jobs]]
+        return super().train(jobs)
 
 
 def test_half_of_the_clients_on_nf4_and_half_on_float32(tmp_path):
@@ -94,7 +97,9 @@ def test_half_of_the_clients_on_nf4_and_half_on_float32(tmp_path):
         lora__target_modules="all-linear",
     )
     worker = Worker(config)
-    grid = Watched(worker, cohort_size=4, wire_dtype="float32")
+    pool = Watched(worker)
+    limits = CohortLimits(clients=4)
+    grid = InProcessGrid(worker, limits=limits, wire_dtype="float32", pool=pool)
     _, run = federation(grid, config, tmp_path / "run")
     assert {
         type(b.model.model.layers[0].mlp.up_proj.base).__name__ for b in worker.bases.values()
@@ -107,7 +112,7 @@ def test_half_of_the_clients_on_nf4_and_half_on_float32(tmp_path):
     assert sorted(held.values()) == ["nf4"] * 4 + ["none"] * 4
     assert all(row["device"].startswith(("cpu", "cuda")) and row["rank"] for row in rows)
     assert all(row["status"] == "ok" for row in rows)
-    for trained in grid.trained:
+    for trained in pool.trained:
         assert len({held[client_id] for client_id in trained}) == 1
     before, after = rounds(run.path)[0], rounds(run.path)[-1]
     for name in ("rank_2", "rank_4"):
@@ -156,12 +161,12 @@ def test_a_node_says_in_its_node_config_how_it_holds_its_base():
             run_id=1, node_id=7, node_config=node, state=RecordDict(), run_config=dict(small())
         )
 
-    chosen, client_id = client_app._worker(context(**{"partition-id": 1, "quantization": "nf4"}))
+    chosen, client_id = worker_of(context(**{"partition-id": 1, "quantization": "nf4"}))
     assert chosen.capability(client_id).quantization == "nf4"
-    plain, client_id = client_app._worker(context(**{"partition-id": 1}))
+    plain, client_id = worker_of(context(**{"partition-id": 1}))
     assert plain.capability(client_id).quantization == "none"
     with pytest.raises(UserError, match="'nf5', expected one of none, 8bit, nf4"):
-        client_app._worker(context(**{"partition-id": 1, "quantization": "nf5"}))
+        worker_of(context(**{"partition-id": 1, "quantization": "nf5"}))
 
 
 # 8-bit bases

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from flexlora.errors import UserError
 from flexlora.optim import SlotOptimizer, clip_rows
 
 
@@ -105,6 +106,20 @@ def test_no_bound_clips_nothing():
     torch.testing.assert_close(norms, before.norm(dim=1))
 
 
-def test_an_unknown_optimizer_is_refused():
-    with pytest.raises(ValueError, match="optim is 'adam', expected adamw_torch or sgd"):
-        SlotOptimizer(numbers(1, 2), optim="adam")
+@pytest.mark.parametrize(
+    ("optim", "dtype", "error", "message"),
+    [
+        ("adam", torch.float32, ValueError, "expected one of adamw_torch, sgd, adamw_8bit, paged"),
+        ("adamw_8bits", torch.float32, ValueError, r"Did you mean 'adamw_8bit'\?"),
+        (
+            "paged_adamw_8bit",
+            torch.float32,
+            UserError,
+            "'paged_adamw_8bit', whose .* CUDA's managed memory, .* on the cpu; use 'adamw_8bit'",
+        ),
+        ("adamw_8bit", torch.float64, UserError, "but these are float64; use 'adamw_torch'"),
+    ],
+)
+def test_an_optimizer_that_cannot_step_is_refused(optim, dtype, error, message):
+    with pytest.raises(error, match=message):
+        SlotOptimizer(numbers(1, 2, dtype=dtype), optim=optim)

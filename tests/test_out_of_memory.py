@@ -17,6 +17,7 @@ from federation import (
     state_delta,
 )
 from flexlora.clients.worker import Worker, worker_for
+from flexlora.simulations.cohorts import CohortLimits
 from flexlora.simulations.engine import InProcessGrid
 from test_strategy import expected_state
 
@@ -180,7 +181,7 @@ def test_smaller_passes_count_and_say_so_once(worker, tmp_path, monkeypatch):
 def test_in_a_cohort_only_the_client_that_is_short_pays(worker, tmp_path, monkeypatch):
     tries = short_of_memory(monkeypatch, lambda rank, rows: rank > 1)
     config = small(ranks__policy="fixed", ranks__fixed=4)
-    grid = InProcessGrid(worker, cohort_size=4, wire_dtype="float32")
+    grid = InProcessGrid(worker, limits=CohortLimits(clients=4), wire_dtype="float32")
     _, run = federation(grid, config, tmp_path / "run")
     rows = {row["client_id"]: row for row in client_rows(run.path, 1)}
     assert tries[0][0] == 4 and all(count == 1 for count, _, _ in tries[1:])
@@ -262,7 +263,7 @@ def test_with_every_method_the_run_goes_on_at_the_lower_rank(method, tmp_path, m
         ranks__fixed=4,
         **({"method__sparse_rounds": 0} if method == "slora" else {}),
     )
-    grid = InProcessGrid(worker_for(small()), cohort_size=4, wire_dtype="float32")
+    grid = InProcessGrid(worker_for(small()), limits=CohortLimits(clients=4), wire_dtype="float32")
     strategy, run = federation(grid, config, tmp_path / "run")
     by_round = [{r["client_id"]: r for r in client_rows(run.path, n)} for n in (1, 2)]
     assert [rows[VICTIM]["status"] for rows in by_round] == ["failed", "ok"], by_round

@@ -17,7 +17,7 @@ FOLDERS = {
     "flexlora/simulations": "simulations",
     "flexlora": "flexlora",
 }
-NOT_CODE = ("assets/**/*", "**/*.md", "**/*.csv", "**/*.toml")
+NOT_CODE = ("**/*.proto", "assets/**/*", "**/*.md", "**/*.csv", "**/*.toml")
 
 
 @pytest.fixture(scope="module")

@@ -65,23 +65,26 @@ def test_nothing_better_would_have_fitted(card):
     def merit(plan):
         held = plan.carried_rank, plan.carried_dtype == "float32"
         speed = not plan.gradient_checkpointing, plan.batch
-        return plan.rank, -order.index(plan.quantization), *held, *speed
+        moments = plan.optim == "adamw_torch"
+        return plan.rank, -order.index(plan.quantization), *held, moments, *speed
 
     grid = itertools.product(
         (1, 2, 4, 8, 16, 32, 64),
         order,
         (1, 2, 4, 8, 16, 32, 64),
         ("float32", "bfloat16"),
+        ("adamw_torch", "adamw_8bit"),
         (False, True),
         (1, 2, 4),
     )
-    for rank, quantization, carried, carried_dtype, checkpoint, batch in grid:
+    for rank, quantization, carried, carried_dtype, optim, checkpoint, batch in grid:
         plan = replace(
             best,
             rank=rank,
             quantization=quantization,
             carried_rank=carried,
             carried_dtype=carried_dtype,
+            optim=optim,
             gradient_checkpointing=checkpoint,
             batch=batch,
         )
@@ -135,9 +138,56 @@ def test_without_a_number_of_examples_the_usual_largest_rank_is_proposed():
     assert capped.plan.rank == 8 and "whole rank" in capped.reason
 
 
+def test_moments_are_the_first_that_are_rounded_where_a_card_is_small():
+    """8 GB and a 7B model: 8-bit moments buy the rank; a larger card leaves them in 32 bits."""
+    shape, wanted = published("llama-2-7b"), request(8, num_examples=640)
+    small = make_plan(shape, wanted)
+    assert (small.plan.quantization, small.plan.optim) == ("nf4", "adamw_8bit")
+    exact = make_plan(shape, replace(wanted, optim="adamw_torch")).plan
+    assert (exact.rank, exact.carried_rank) < (small.plan.rank, small.plan.carried_rank)
+    assert make_plan(shape, replace(wanted, memory_bytes=24 * GB)).plan.optim == "adamw_torch"
+    assert make_plan(shape, replace(wanted, memory_bytes=24 * GB, quantizes=False)).plan
+
+
+def test_a_device_without_bitsandbytes_is_never_given_8_bit_moments():
+    shape = published("qwen2.5-0.5b")
+    for megabytes in range(1500, 12000, 250):
+        wanted = request(megabytes / 1000, num_examples=2000, quantizes=False)
+        choice = tried(shape, wanted)
+        assert choice is None or choice.plan.optim == "adamw_torch"
+    eight = tried(shape, request(3.5, num_examples=2000))
+    assert eight is not None and eight.plan.optim == "adamw_8bit"
+
+
+def test_paged_moments_count_in_full_and_are_taken_only_where_asked_for():
+    shape = published("llama-2-7b")
+    plans = {
+        name: make_plan(shape, request(12, rank=64, optim=name))
+        for name in ("adamw_8bit", "paged_adamw_8bit")
+    }
+    paged = plans["paged_adamw_8bit"]
+    assert paged.plan.optim == "paged_adamw_8bit" and paged.terms == plans["adamw_8bit"].terms
+    free = (tried(shape, request(card, num_examples=5000)) for card in range(6, 30))
+    assert {choice.plan.optim for choice in free if choice} == {"adamw_torch", "adamw_8bit"}
+
+
+def test_eager_attention_costs_what_its_scores_take():
+    shape, wanted = published("llama-2-7b"), request(80, max_length=2048, batch=1)
+    fused, eager = (make_plan(shape, replace(wanted, attention=a)) for a in ("auto", "eager"))
+    assert settings(eager)["model.attn-implementation"] == "eager"
+    assert "model.attn-implementation" not in settings(fused)
+    same = replace(fused.plan, attention="eager")
+    scores = 6 * 32 * 2048**2 * 32  # bytes of one, heads, rows by columns, layers
+    assert training_memory(shape, same).total > fused.terms.total + 0.9 * scores
+    assert not fused.plan.gradient_checkpointing
+    flash = make_plan(published("qwen2.5-0.5b"), request(24, attention="flash_attention_2"))
+    assert flash.plan.dtype == "bfloat16" and flash.plan.attention == "flash_attention_2"
+
+
 def test_what_is_asked_for_is_kept():
     shape = published("llama-2-7b")
-    for options in ({"rank": 3}, {"quantization": "nf4"}, {"carried_rank": 0}):
+    asked = ({"rank": 3}, {"quantization": "nf4"}, {"carried_rank": 0}, {"optim": "sgd"})
+    for options in asked:
         plan = make_plan(shape, request(80, **options)).plan
         assert all(getattr(plan, name) == value for name, value in options.items())
     assert not make_plan(shape, request(80, carried_rank=0)).plan.aligned
@@ -192,6 +242,12 @@ def test_shorter_rows_are_proposed_where_they_would_fit():
     [
         ({"quantization": "nf5"}, r"'nf5', expected one of none, .*Did you mean 'nf4'"),
         ({"quantization": "nf4", "quantizes": False}, "bitsandbytes is not known to run"),
+        ({"optim": "adamw_8bits"}, r"--optim is 'adamw_8bits', .*Did you mean 'adamw_8bit'"),
+        ({"optim": "adamw_8bit", "quantizes": False}, "leave --optim out"),
+        ({"optim": "paged_adamw_8bit", "cuda": False}, "managed memory, .* take adamw_8bit"),
+        ({"attention": "flash"}, "--attn-implementation is 'flash', expected one of auto, eager"),
+        ({"attention": "flash_attention_2", "cuda": False}, "needs CUDA and bfloat16"),
+        ({"attention": "flash_attention_2", "bfloat16": False}, "needs CUDA and bfloat16"),
         ({"max_length": 10**6}, "built for at most 4096 positions"),
         ({"max_length": 0}, "--max-length is 0, expected at least 1"),
         ({"batch": 0}, "--batch is 0, expected at least 1"),
@@ -259,6 +315,23 @@ def test_the_table_has_a_row_for_every_device(capsys):
     assert phone["plan"] is None and "does not fit" in phone["cause"]
 
 
+def test_the_command_takes_an_optimizer_and_an_attention_kernel(capsys):
+    model = str(CONFIGS / "llama-2-7b.json")
+    chosen = ("--optim", "paged_adamw_8bit", "--attn-implementation", "eager")
+    status, out, _ = plan(capsys, "--model", model, "--memory", "16GB", *chosen)
+    assert status == 0 and "paged_adamw_8bit, eager attention" in out
+    assert "--set train.optim=paged_adamw_8bit" in out
+    assert "--set model.attn-implementation=eager" in out
+
+
+def test_the_help_names_what_can_be_asked_for(capsys):
+    with pytest.raises(SystemExit):
+        main(["plan", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    for key in ("model.quantization", "model.attn-implementation"):
+        assert all(choice in told for choice in OPTIONS[key].choices), key
+
+
 def test_this_machine_is_asked_where_nothing_else_is(capsys):
     status, out, _ = plan(capsys, "--model", "embedded")
     assert status == 0 and "runtime" in out
@@ -274,6 +347,7 @@ def test_this_machine_is_asked_where_nothing_else_is(capsys):
         (("--model", "./nowhere"), "not a folder"),
         (("--model", "embedded", "--memory", "1MB"), "does not fit 1,000,000 bytes"),
         (("--model", "embedded", "--device", "Pixel 8 Pro", "--quantization", "nf4"), "bitsandbyt"),
+        (("--model", "embedded", "--optim", "adamw"), "--optim is 'adamw', expected one of adamw_"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_status_2(capsys, arguments, message):

@@ -63,6 +63,8 @@ CSV_COLUMNS = [
     "bytes_down",
     "bytes_up",
     "seconds",
+    "simulated_seconds",
+    "joules",
     "status",
     "cause",
 ]

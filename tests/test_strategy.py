@@ -19,6 +19,7 @@ from federation import (
 )
 from flexlora.clients.worker import worker_for
 from flexlora.server.settings import ServerSettings
+from flexlora.simulations.cohorts import CohortLimits
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg
 
@@ -271,7 +272,8 @@ def test_a_client_whose_training_raises_takes_no_other_with_it(kind, worker, tmp
 
     monkeypatch.setattr(module, "train", train)
     grid = TamperingGrid(worker)
-    grid.cohort_size = 2  # the victim shares a cohort, which is trained again one by one
+    # The victim shares a cohort, which is trained again one by one.
+    grid.limits = CohortLimits(clients=2)
     strategy, run = federation(grid, small(), tmp_path / "run")
     rows = {row["client_id"]: row for row in client_rows(run.path, 1)}
     assert rows[VICTIM]["status"] == "failed" and "its disk is on fire" in rows[VICTIM]["cause"]

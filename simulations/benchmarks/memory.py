@@ -96,6 +96,8 @@ def cases(device: str = "cpu") -> dict[str, Case]:
     small: dict[str, Any] = {"quantization": "nf4", **half}
     eight: dict[str, Any] = {"quantization": "8bit", **half}
     slow: dict[str, Any] = {"gradient_checkpointing": True}
+    moments: dict[str, Any] = {"optim": "adamw_8bit"}
+    eager: dict[str, Any] = {"attention": "eager"}
     plans: list[tuple[str, dict[str, Any]]] = [
         ("20M", {"rank": 4, "batch": 8, "max_length": 256}),
         ("60M", {"rank": 16, "batch": 4, "max_length": 256}),
@@ -109,6 +111,11 @@ def cases(device: str = "cpu") -> dict[str, Case]:
         ("300M", {"rank": 16, "max_length": 256, "quantization": "nf4"}),
         ("60M", {"rank": 8, "batch": 4, "max_length": 256, **eight}),
         ("60M", {"rank": 8, "batch": 8, "max_length": 256, "quantization": "8bit", **slow}),
+        ("300M", {"rank": 64, "batch": 2, "max_length": 256, **half, **slow, **moments}),
+        ("300M", {"rank": 256, "max_length": 256, **small, **slow, **moments}),
+        ("60M", {"rank": 16, "batch": 2, "max_length": 512, **eager}),
+        ("60M", {"rank": 8, "batch": 4, "max_length": 512, **half, **eager}),
+        ("150M", {"rank": 16, "batch": 2, "max_length": 1024, **small, **slow, **eager}),
         ("60M", {"rank": 16, "carried_rank": 32, "batch": 4, "max_length": 256, "aligned": True}),
         (
             "150M",
@@ -145,6 +152,9 @@ def cases(device: str = "cpu") -> dict[str, Case]:
             ("1B", {"rank": 64, "batch": 4, "max_length": 512, **small, **slow}),
             ("7B", {"rank": 64, "max_length": 512, **small, **slow}),
             ("7B", {"rank": 16, "max_length": 512, **half, **slow}),
+            ("7B", {"rank": 64, "max_length": 512, **small, **slow, **moments}),
+            ("7B", {"rank": 64, "max_length": 512, **small, **slow, "optim": "paged_adamw_8bit"}),
+            ("1B", {"rank": 16, "batch": 2, "max_length": 1024, **half, **eager}),
         ]
     return {_name(size, plan): _case(size, device, **plan) for size, plan in plans}
 
@@ -157,6 +167,7 @@ def _name(size: str, plan: dict[str, Any]) -> str:
     if "carried_rank" in plan:
         parts.append(f"carried {plan['carried_rank']}")
     parts += ["aligned"] if plan.get("aligned") else []
+    parts += [plan[key] for key in ("optim", "attention") if key in plan]
     parts += ["checkpointing"] if plan.get("gradient_checkpointing") else []
     return " ".join([*parts, f"{plan.get('batch', 1)}x{plan['max_length']}"])
 

@@ -81,6 +81,7 @@ def measure(case: Case) -> dict[str, int]:
             folder,
             dtype=case.plan.dtype,
             quantization=case.plan.quantization,
+            attention=case.plan.attention,
             device=case.device,
         )
         loading = _peak(case.device) - baseline
@@ -117,10 +118,12 @@ def _warm_up(case: Case) -> None:
         "embedded",
         dtype=case.plan.dtype,
         quantization=case.plan.quantization,
+        attention=case.plan.attention,
         device=case.device,
         fresh=True,
     )
-    train_once(base, TrainingPlan(rank=4, max_length=16, batch=2, aligned=True), 64)
+    optim = case.plan.optim
+    train_once(base, TrainingPlan(rank=4, max_length=16, batch=2, aligned=True, optim=optim), 64)
 
 
 def train_once(base: BaseModel, plan: TrainingPlan, vocab_size: int) -> None:

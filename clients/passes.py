@@ -1,0 +1,59 @@
+"""Jobs in one training pass; where that fails, one by one, each within the memory that there is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+
+from flexlora.errors import told
+from flexlora.jobs import TrainJob, TrainResult
+from flexlora.out_of_memory import free_memory, train_within_memory
+from flexlora.schedule import TrainSettings
+
+__all__ = ["TrainPasses", "failed_training"]
+
+Attempt = Callable[[Sequence[TrainJob], TrainSettings], list[TrainResult]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainPasses:
+    """One kind of training; ``rows_in_pass`` is of the clients that ran out of memory in it."""
+
+    rows_in_pass: dict[str, int] = field(default_factory=dict)
+
+    def train(
+        self, jobs: Sequence[TrainJob], settings: TrainSettings, attempt: Attempt
+    ) -> list[TrainResult]:
+        """Results of jobs that may share a pass; a job that fails takes no other with it."""
+        short = any(job.client_id in self.rows_in_pass for job in jobs)
+        if len(jobs) > 1 and not short:
+            # Alone, each tells whether it was the cause; the others lose only time.
+            with suppress(Exception):
+                return attempt(jobs, replace(settings, micro_batch_size=0))
+            free_memory()
+        return [self._alone(job, settings, attempt) for job in jobs]
+
+    def _alone(self, job: TrainJob, settings: TrainSettings, attempt: Attempt) -> TrainResult:
+        def within(rows: int) -> TrainResult:
+            return attempt([job], replace(settings, micro_batch_size=rows))[0]
+
+        first = self.rows_in_pass.get(job.client_id, settings.rows_per_pass)
+        try:
+            result, rows = train_within_memory(within, job, first)
+        except Exception as error:
+            return failed_training(job, told(error))
+        if rows < first:
+            self.rows_in_pass[job.client_id] = rows  # not to run out again in every round
+        return result
+
+
+def failed_training(job: TrainJob, cause: str) -> TrainResult:
+    """A result without factors: who, what it was to start from, and why there is nothing."""
+    return TrainResult(
+        client_id=job.client_id,
+        rank_class=job.start.rank_class.name,
+        base_round=job.start.base_round,
+        digest=job.start.digest,
+        cause=cause,
+    )

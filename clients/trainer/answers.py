@@ -1,0 +1,95 @@
+"""A content in, a content out: what a worker answers to the content of a message.
+
+The resident trainer and a ClientApp that trains in its own process call the same ``answer``; a
+failure becomes a reply that says why.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from flexlora.clients.messages import (
+    capability_reply,
+    evaluate_reply,
+    read_evaluate,
+    read_train,
+    train_reply,
+)
+from flexlora.clients.trainer.failures import failure
+from flexlora.clients.worker import Worker, failed_training
+from flwr.app import MessageType, RecordDict
+
+from flexlora.errors import UserError, told
+from flexlora.personal_store import PersonalStore
+
+__all__ = ["answer", "cause_of"]
+
+
+def answer(
+    message_type: str,
+    content: RecordDict,
+    worker: Worker,
+    client_id: str,
+    *,
+    personal: PersonalStore | None = None,
+    free_bytes: int | None = None,
+    drop: bool = False,
+) -> RecordDict:
+    """The reply of ``client_id`` to a content.
+
+    Args:
+        personal: where the factors lie that this client keeps to itself; None keeps none.
+        free_bytes: what is said to be free, where the worker was made with the base in memory.
+        drop: empty ``content`` once it is decoded, so that the arrays' bytes do not stay in memory
+            beside the factors while they are trained.
+    """
+    try:
+        if message_type == MessageType.QUERY:
+            capability = worker.capability(client_id)
+            if free_bytes is not None:
+                capability = replace(capability, free_bytes=free_bytes)
+            return capability_reply(capability)
+        _check_base(content, worker)
+        if message_type == MessageType.TRAIN:
+            return _trained(content, worker, client_id, personal, drop)
+        jobs = [read_evaluate(content, client_id)]
+        if drop:
+            content.clear()
+        jobs = personal.attach_eval(jobs) if personal else jobs
+        return evaluate_reply(worker.evaluate(jobs)[0])
+    except Exception as error:
+        return failure(message_type, client_id, told(error))
+
+
+def _check_base(content: RecordDict, worker: Worker) -> None:
+    """Refuse factors that were made for another base, where the job says which it was."""
+    wanted = str(content.config_records["job"].get("fingerprint", ""))
+    held = worker.base.fingerprint
+    if wanted and wanted != held:
+        raise UserError(
+            f"the job is for the base {wanted}, this node holds {held} "
+            f"({worker.base.name}); use the run's base."
+        )
+
+
+def _trained(
+    content: RecordDict, worker: Worker, client_id: str, personal: PersonalStore | None, drop: bool
+) -> RecordDict:
+    job = read_train(content, client_id)
+    if drop:
+        content.clear()
+    try:
+        (job,) = personal.attach([job]) if personal else [job]
+        result = worker.train([job])[0]
+        if personal:
+            personal.keep([result], [job])
+    except Exception as error:
+        result = failed_training(job, told(error))
+    dtype = worker.config["wire.dtype"]
+    return train_reply(result, dtype=dtype, trainable=job.start.trainable)
+
+
+def cause_of(content: RecordDict) -> str:
+    """Why a reply holds nothing, "" where it holds what was asked for."""
+    record = content.config_records.get("report") or content.config_records.get("capability")
+    return str(record["cause"]) if record else "an empty reply"

@@ -1,0 +1,117 @@
+"""The ClientApp's side of the trainer's socket: passes a message's content on, imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+from flexlora.clients.trainer.contents import (
+    PART_BYTES,
+    ContentRefused,
+    data_parts,
+    describe,
+    rebuild,
+    write_entries,
+)
+from flexlora.clients.trainer.sockets import reach
+from flexlora.clients.trainer.trainer_pb2 import Answer, Call, HealthReply, HealthRequest, Question
+from flexlora.clients.trainer.trainer_pb2_grpc import TrainerStub
+from flwr.app import Context, Message, MessageType, RecordDict
+
+import flexlora
+from flexlora.errors import UserError
+
+__all__ = ["ask", "call_of", "health"]
+
+SECONDS = 10.0  # for an answer that needs no work
+_METHODS = {
+    MessageType.QUERY: "Capability",
+    MessageType.TRAIN: "Train",
+    MessageType.EVALUATE: "Evaluate",
+}
+
+
+def ask(path: Path, message: Message, context: Context) -> RecordDict:
+    """What the trainer on ``path`` answers to a message.
+
+    Raises:
+        UserError: no trainer there, one that refuses, or one that went away: why, in a sentence.
+    """
+    content = message.content
+    call = call_of(message, context)
+    with trainer_on(path) as stub:
+        method = getattr(stub, _METHODS[message.metadata.message_type])
+        answers: Iterator[Answer] = method(questions(call, content))
+        first = next(answers, None)
+        if first is None or first.WhichOneof("part") != "reply":
+            raise UserError(f"the trainer on '{path}' answers without a reply; update both sides.")
+        try:
+            return rebuild(first.reply.content, (answer.data for answer in answers))
+        except ContentRefused as error:
+            raise UserError(f"the reply of the trainer on '{path}' is damaged: {error}") from None
+
+
+def call_of(message: Message, context: Context) -> Call:
+    """The header of a message: who asks in which run, its configuration, what the content holds."""
+    job = message.content.config_records.get("job")
+    return Call(
+        version=flexlora.__version__,
+        fingerprint=str(job.get("fingerprint", "")) if job else "",
+        run_id=context.run_id,
+        node_id=context.node_id,
+        client_id=str(context.node_config.get("client-id", "")),
+        settings=write_entries(context.run_config),
+        content=describe(message.content),
+    )
+
+
+def questions(call: Call, content: RecordDict) -> Iterator[Question]:
+    """The parts of a request; gRPC asks for the next one when the trainer has taken the last."""
+    yield Question(call=call)
+    for part in data_parts(content):
+        yield Question(data=part)
+
+
+def health(path: Path) -> HealthReply:
+    """How the trainer on ``path`` is.
+
+    Raises:
+        UserError: no trainer there.
+    """
+    with trainer_on(path) as stub:
+        return stub.Health(HealthRequest(), timeout=SECONDS)
+
+
+@contextmanager
+def trainer_on(path: Path) -> Iterator[TrainerStub]:
+    """A stub for one call; gRPC's errors become sentences."""
+    why = reach(path)
+    if why:
+        raise UserError(
+            f"the trainer on '{path}' cannot be reached: {why}; start it with `flexlora client "
+            "serve`, or take trainer-socket out of the node config."
+        )
+    options = [
+        ("grpc.max_receive_message_length", 4 * PART_BYTES),
+        ("grpc.max_send_message_length", 4 * PART_BYTES),
+    ]
+    try:
+        with grpc.insecure_channel(f"unix:{path}", options=options) as channel:
+            yield TrainerStub(channel)
+    except grpc.RpcError as error:
+        raise UserError(_sentence(path, error)) from None
+
+
+def _sentence(path: Path, error: grpc.RpcError) -> str:
+    """What a failed call means for whoever reads ``clients.csv``."""
+    code, details = error.code(), error.details()  # type: ignore[attr-defined]
+    if code == grpc.StatusCode.UNAVAILABLE:
+        return (
+            f"the trainer on '{path}' went away while it was asked ({details}); a message that is "
+            "sent again is answered from its disk if it had finished."
+        )
+    if code == grpc.StatusCode.CANCELLED:
+        return f"the trainer on '{path}' broke off a request whose bytes did not come."
+    return f"the trainer on '{path}' refused: {details}"

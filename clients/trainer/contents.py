@@ -1,0 +1,200 @@
+"""The content of a Flower message as a header and a stream of bytes, and back; torch is not needed.
+
+    RecordDict  ->  Content (names, shapes, values, SHA-256 of the bytes)  +  parts of at most 1 MiB
+    RecordDict  <-  Content                                                +  the same parts
+
+Arrays follow each other without gaps, so that a thousand small ones are a few parts. A part is cut
+out of an array when its turn comes: what is held twice is one part, never the whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from flexlora.clients.trainer.trainer_pb2 import ArraySpec, Content, Entry, Record, Value
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+
+__all__ = [
+    "PART_BYTES",
+    "ContentRefused",
+    "data_bytes",
+    "data_parts",
+    "describe",
+    "read_entries",
+    "rebuild",
+    "write_entries",
+]
+
+PART_BYTES = 2**20
+# A whole number is not a flag here: bool comes before int, of which it is a kind.
+_SCALARS = {bool: "flag", int: "whole", float: "number", str: "text", bytes: "raw"}
+
+
+class ContentRefused(ValueError):
+    """A header or bytes that are not what they say; nothing was done with them."""
+
+
+def describe(content: Mapping[str, object]) -> Content:
+    """The header of a content; its arrays' bytes are read once, for the digest.
+
+    Raises:
+        ContentRefused: a record or a value that has no place in a header.
+    """
+    records = [_record(name, record) for name, record in content.items()]
+    digest = hashlib.sha256()
+    for array in _arrays(content):
+        digest.update(array.data)
+    return Content(records=records, digest=digest.digest())
+
+
+def data_bytes(header: Content) -> int:
+    """Bytes of all arrays that a header announces."""
+    return sum(spec.size for record in header.records for spec in record.arrays.items)
+
+
+def data_parts(content: Mapping[str, object]) -> Iterator[bytes]:
+    """The bytes of all arrays, end to end, cut every ``PART_BYTES``."""
+    waiting = bytearray()
+    for array in _arrays(content):
+        view, at = memoryview(array.data), 0
+        while at < len(view):
+            taken = view[at : at + PART_BYTES - len(waiting)]
+            waiting += taken
+            at += len(taken)
+            if len(waiting) == PART_BYTES:
+                yield bytes(waiting)
+                waiting.clear()
+    if waiting:
+        yield bytes(waiting)
+
+
+def rebuild(header: Content, parts: Iterable[bytes]) -> RecordDict:
+    """The content behind ``header``, its arrays filled from ``parts`` as they come.
+
+    Raises:
+        ContentRefused: more or fewer bytes than announced, other bytes than the digest's, a name
+            given twice.
+    """
+    feed, content = _Feed(parts), RecordDict()
+    for record in header.records:
+        if record.name in content:
+            raise ContentRefused(f"the record '{record.name}' comes twice.")
+        kind = record.WhichOneof("kind")
+        if kind == "arrays":
+            content[record.name] = ArrayRecord(_named_arrays(record, feed))
+        elif kind == "values":
+            content[record.name] = ConfigRecord(read_entries(record.values.entries))
+        else:
+            raise ContentRefused(f"the record '{record.name}' holds nothing.")
+    feed.end(header.digest)
+    return content
+
+
+def write_entries(values: Mapping[str, object]) -> list[Entry]:
+    """Keys and scalars, or lists of scalars of one type, as entries."""
+    return [Entry(key=key, value=_value(key, value)) for key, value in values.items()]
+
+
+def read_entries(entries: Iterable[Entry]) -> dict[str, Any]:
+    """The keys and values behind ``write_entries``.
+
+    Raises:
+        ContentRefused: a key given twice, or one without a value.
+    """
+    values: dict[str, Any] = {}
+    for entry in entries:
+        kind = entry.value.WhichOneof("kind")
+        if kind is None or entry.key in values:
+            raise ContentRefused(f"'{entry.key}' comes {'twice' if kind else 'without a value'}.")
+        held = getattr(entry.value, kind)
+        values[entry.key] = list(held.items) if hasattr(held, "items") else held
+    return values
+
+
+def _record(name: str, record: object) -> Record:
+    if isinstance(record, ConfigRecord):
+        made = Record(name=name)
+        made.values.entries.extend(write_entries(record))
+        made.values.SetInParent()  # a record without entries is a record all the same
+        return made
+    if isinstance(record, ArrayRecord):
+        made = Record(name=name)
+        made.arrays.items.extend(_spec(key, array) for key, array in record.items())
+        made.arrays.SetInParent()
+        return made
+    raise ContentRefused(
+        f"the record '{name}' is {type(record).__name__}, expected arrays or values."
+    )
+
+
+def _spec(key: str, array: Array) -> ArraySpec:
+    return ArraySpec(
+        key=key, dtype=array.dtype, shape=array.shape, stype=array.stype, size=len(array.data)
+    )
+
+
+def _value(key: str, value: object) -> Value:
+    """One value under the name of its type; a list is as its first item, an empty one as texts."""
+    made = Value()
+    if not isinstance(value, list):
+        if type(value) not in _SCALARS:
+            raise ContentRefused(f"'{key}' is {value!r}, expected a scalar or a list of them.")
+        setattr(made, _SCALARS[type(value)], value)
+        return made
+    kinds = {type(item) for item in value} or {str}
+    if len(kinds) > 1 or not kinds <= _SCALARS.keys():
+        raise ContentRefused(f"'{key}' is {value!r}, expected a list of one type of scalar.")
+    held = getattr(made, f"{_SCALARS[kinds.pop()]}s")
+    held.items.extend(value)
+    held.SetInParent()
+    return made
+
+
+def _arrays(content: Mapping[str, object]) -> Iterator[Array]:
+    for record in content.values():
+        if isinstance(record, ArrayRecord):
+            yield from record.values()
+
+
+def _named_arrays(record: Record, feed: _Feed) -> dict[str, Array]:
+    arrays: dict[str, Array] = {}
+    for spec in record.arrays.items:
+        if spec.key in arrays:
+            raise ContentRefused(f"the array '{spec.key}' comes twice.")
+        data = feed.take(spec.size)
+        arrays[spec.key] = Array(spec.dtype, tuple(spec.shape), spec.stype, data)
+    return arrays
+
+
+class _Feed:
+    """Parts handed out in pieces of other sizes; each byte is copied once, into its array."""
+
+    def __init__(self, parts: Iterable[bytes]) -> None:
+        self._parts, self._left = iter(parts), memoryview(b"")
+        self._digest = hashlib.sha256()
+
+    def take(self, size: int) -> bytes:
+        pieces = []
+        while size:
+            if not self._left:
+                self._left = self._next()
+            pieces.append(self._left[:size])
+            size -= len(pieces[-1])
+            self._left = self._left[len(pieces[-1]) :]
+        return b"".join(pieces)
+
+    def _next(self) -> memoryview:
+        for part in self._parts:
+            if not 0 < len(part) <= PART_BYTES:
+                raise ContentRefused(f"a part has {len(part)} bytes, expected 1 to {PART_BYTES}.")
+            self._digest.update(part)
+            return memoryview(part)
+        raise ContentRefused("the bytes end before the last array does.")
+
+    def end(self, digest: bytes) -> None:
+        if self._left or next(self._parts, None) is not None:
+            raise ContentRefused("there are more bytes than the arrays take.")
+        if self._digest.digest() != digest:
+            raise ContentRefused("the bytes are not those of the digest.")

@@ -1,0 +1,216 @@
+"""Adam's moments in 8 bits: a code per number and a float32 scale per block of 256 numbers.
+
+Dettmers and others, "8-bit Optimizers via Block-wise Quantization" (arXiv 2110.02861), through
+bitsandbytes' own kernels: 2.03 bytes a number in place of 8. A code is an index into a table of 256
+numbers whose distances grow with their size, in [-1, 1] for the first moment and [0, 1] for the
+second; a number is its block's scale times its table entry.
+
+A block's scale is its largest number, and what is far below it is lost, the second moment first,
+by which a step is divided. So a block holds one slot's own numbers, without the padding to the
+cohort's largest rank, and of one factor: the gradients of ``lora_A`` and ``lora_B`` differ in size.
+That is the layout of ``bnb.optim.AdamW8bit`` over the slot's factors, except that it keeps tensors
+under 4,096 numbers in 32 bits: here all are in 8.
+
+Paged moments lie in CUDA's managed memory, which the driver moves to the host when the card is
+full (QLoRA, arXiv 2305.14314, section 3).
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["BLOCK", "CHUNK", "BlockwiseMoments", "Live", "live_numbers"]
+
+BLOCK = 256  # numbers that share a scale, in bitsandbytes' kernels
+CHUNK = 2**20  # numbers in one call: on a CPU the kernel holds 20 bytes of each while it runs
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Live:
+    """A slot's own numbers: how many of each factor, and where in its row (None: all of it).
+
+    ``positions`` ascend, which is the order of the row that the slot has when it is alone.
+    """
+
+    sizes: tuple[int, ...]
+    positions: Tensor | None = None
+
+
+def live_numbers(leaves: Sequence[Tensor], labels: Sequence[str], ranks: Sequence[int]) -> Live:
+    """What is inside a slot's own ``ranks`` in a row, the leaves end to end.
+
+    A leaf is all slots' ``lora_A [K, R, in]`` or ``lora_B [K, out, R]``, zero beyond a slot's rank.
+    """
+    inside = []
+    for leaf, label, rank in zip(leaves, labels, ranks, strict=True):
+        own = torch.zeros(leaf.shape[1:], dtype=torch.bool, device=leaf.device)
+        (own[:rank] if label == "lora_A" else own[:, :rank]).fill_(True)
+        inside.append(own.flatten())
+    whole = torch.cat(inside)
+    sizes = tuple(int(own.sum()) for own in inside)
+    return Live(sizes=sizes, positions=None if bool(whole.all()) else whole.nonzero().flatten())
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Part:
+    """Moments of up to ``CHUNK`` of a slot's numbers, which lie at ``where`` in its row."""
+
+    where: slice | Tensor
+    first: Tensor
+    second: Tensor
+    first_scales: Tensor
+    second_scales: Tensor
+
+
+def _blocks(size: int) -> int:
+    return -(-size // BLOCK)
+
+
+def _runs(sizes: Sequence[int]) -> list[int]:
+    """Sizes of what one call can step: factors of whole blocks, and a last one of any size."""
+    runs = [0]
+    for size in sizes:
+        runs[-1] += size
+        if runs[-1] % BLOCK:
+            runs.append(0)
+    return [run for run in runs if run]
+
+
+class BlockwiseMoments:
+    """Both moments of K slots. ``live`` says which numbers of ``parameters [K, P]`` are whose.
+
+    Blocks are independent, so that calls in parts of whole blocks give the same bytes as one call.
+    """
+
+    def __init__(self, parameters: Tensor, live: Sequence[Live], *, paged: bool = False) -> None:
+        from bitsandbytes.functional import create_dynamic_map
+
+        self.paged = paged
+        self.signed = create_dynamic_map(signed=True).to(parameters.device)
+        self.unsigned = create_dynamic_map(signed=False).to(parameters.device)
+        counts = [2 * sum(map(_blocks, _runs(own.sizes))) for own in live]
+        ends = list(itertools.accumulate(counts))
+        self._codes = self._allocate(BLOCK * sum(counts), parameters.device)
+        self._scales = torch.zeros(sum(counts), device=parameters.device)
+        self._spans = [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
+        slots = zip(live, self._spans, strict=True)
+        self._parts = [list(self._split(own, span)) for own, span in slots]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the codes, their scales and the two tables."""
+        held = (self._codes, self._scales, self.signed, self.unsigned)
+        return sum(tensor.nbytes for tensor in held)
+
+    def step(
+        self,
+        row: int,
+        parameters: Tensor,
+        gradients: Tensor,
+        *,
+        step: int,
+        learning_rate: float,
+        betas: tuple[float, float],
+        epsilon: float,
+        weight_decay: float,
+    ) -> None:
+        """AdamW's step ``step`` (from 1) of one slot's ``parameters [P]``, in place."""
+        from bitsandbytes.functional import optimizer_update_8bit_blockwise
+
+        for part in self._parts[row]:
+            self._prefetch(part)
+            numbers = parameters[part.where]  # a view where ``where`` is a slice, else a copy
+            optimizer_update_8bit_blockwise(
+                "adam",
+                gradients[part.where],
+                numbers,
+                part.first,
+                part.second,
+                *betas,
+                beta3=0.0,
+                alpha=0.0,
+                eps=epsilon,
+                step=step,
+                lr=learning_rate,
+                qmap1=self.signed,
+                qmap2=self.unsigned,
+                absmax1=part.first_scales,
+                absmax2=part.second_scales,
+                weight_decay=weight_decay,
+            )
+            if isinstance(part.where, Tensor):
+                parameters[part.where] = numbers
+
+    def settle(self) -> None:
+        """Wait for steps on managed memory, which torch takes for the host's own."""
+        if self.paged:
+            torch.cuda.synchronize(self.signed.device)
+
+    def forget(self, row: int) -> None:
+        """Zero the moments of one slot."""
+        span = self._spans[row]
+        self._codes[BLOCK * span.start : BLOCK * span.stop].zero_()
+        self._scales[span].zero_()
+
+    def _allocate(self, count: int, device: torch.device) -> Tensor:
+        if not self.paged:
+            return torch.zeros(count, dtype=torch.uint8, device=device)
+        buffer = _borrow(count, device)
+        weakref.finalize(self, _unused.append, buffer)
+        torch.cuda.synchronize(device)  # a step that was broken off may still be writing to it
+        return buffer[:count].zero_()
+
+    def _split(self, live: Live, span: slice) -> Iterator[_Part]:
+        """The parts of one slot, whose first moments' blocks and then second's lie in ``span``."""
+        at, block, other = 0, span.start, (span.stop - span.start) // 2
+        for run in _runs(live.sizes):
+            for size in (min(CHUNK, run - done) for done in range(0, run, CHUNK)):
+                where, end = slice(at, at + size), block + _blocks(size)
+                yield _Part(
+                    where=where if live.positions is None else live.positions[where],
+                    first=self._coded(BLOCK * block, size),
+                    second=self._coded(BLOCK * (block + other), size),
+                    first_scales=self._scales[block:end],
+                    second_scales=self._scales[block + other : end + other],
+                )
+                at, block = at + size, end
+
+    def _coded(self, start: int, count: int) -> Tensor:
+        """A slice of the codes; bitsandbytes knows managed memory by marks on the tensor itself."""
+        codes = self._codes[start : start + count]
+        if self.paged:
+            codes.is_paged, codes.page_deviceid = True, self.signed.device.index  # type: ignore
+        return codes
+
+    def _prefetch(self, part: _Part) -> None:
+        """Send for what may have been moved to the host."""
+        if self.paged:
+            from bitsandbytes.functional import prefetch_tensor
+
+            prefetch_tensor(part.first)
+            prefetch_tensor(part.second)
+
+
+# Managed buffers that no optimizer uses now. bitsandbytes gives managed memory out and takes none
+# back, and a client makes an optimizer in every round.
+_unused: list[Tensor] = []
+
+
+def _borrow(count: int, device: torch.device) -> Tensor:
+    """An unused managed buffer of at least ``count`` bytes, or a new one of a power of two.
+
+    Sizes that double keep the sum of all that were outgrown below the one in use.
+    """
+    from bitsandbytes.functional import get_paged
+
+    for k, buffer in enumerate(_unused):
+        if buffer.numel() >= count and buffer.page_deviceid == device.index:  # type: ignore
+            return _unused.pop(k)
+    size = 1 << max(1, count - 1).bit_length()
+    return get_paged(size, dtype=torch.uint8, device=device)

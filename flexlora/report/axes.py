@@ -1,0 +1,68 @@
+"""Axes of a chart: which span, which ticks, and where a value lies on the picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+__all__ = ["Scale", "Span", "span_of", "ticks", "united"]
+
+Span = tuple[float, float]
+LEVEL = 2e-4  # relative: a finer axis would need more digits than its ticks show
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """The straight map of ``span`` onto the pixels from ``start`` to ``end``."""
+
+    span: Span
+    start: float
+    end: float
+
+    def __call__(self, value: float) -> float:
+        low, high = self.span
+        return self.start + (value - low) / (high - low) * (self.end - self.start)
+
+
+def span_of(values: Iterable[float], *, from_zero: bool = False) -> Span:
+    """A span that holds all values and is never empty.
+
+    It begins at 0 where 0 is near: an axis that does not, makes much of a small difference, and one
+    that does, hides it where all values are large and close. Values that differ by rounding only
+    (shares of 1 and of 1 - 2e-16) are one level, over an axis from 0.
+    """
+    found = list(values)
+    low, high = min(found), max(found)
+    level = high - low <= LEVEL * max(abs(low), abs(high))
+    if from_zero or level or 0 <= low <= 0.6 * high:
+        low, high = min(low, 0.0), max(high, 0.0)
+    return (low, high) if high > low else (0.0, 1.0)
+
+
+def ticks(span: Span, count: int = 5, *, whole: bool = False) -> list[float]:
+    """About ``count`` round values from below ``span`` to above it (``whole``: within it)."""
+    low, high = span
+    step = _round_step((high - low) / max(count - 1, 1))
+    if whole:
+        step = max(1.0, math.ceil(step))
+        first = math.ceil(low / step)
+        return [n * step for n in range(first, math.floor(high / step + 1e-9) + 1)]
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [_clean(n * step) for n in range(first, last + 1)]
+
+
+def _round_step(rough: float) -> float:
+    """The smallest of 1, 2, 2.5, 5 and 10 times a power of ten that is not below ``rough``."""
+    power = 10.0 ** math.floor(math.log10(rough))
+    return next(m * power for m in (1.0, 2.0, 2.5, 5.0, 10.0) if m * power >= rough * (1 - 1e-9))
+
+
+def _clean(value: float) -> float:
+    """Without the last bits of a multiplication: 0.30000000000000004 is 0.3."""
+    return float(f"{value:.12g}")
+
+
+def united(spans: Sequence[Span]) -> Span:
+    """The smallest span that holds all ``spans``."""
+    return min(low for low, _ in spans), max(high for _, high in spans)

@@ -1,0 +1,177 @@
+"""``flexlora compare RUN RUN ...``: runs side by side, in the terminal and on a page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import accumulate
+from pathlib import Path
+
+from rich.console import Console
+
+from flexlora.errors import UserError
+from flexlora.report.charts import Chart, Series, on_common_axes, with_points
+from flexlora.report.comparison import Cell, Comparison, compared, read_runs
+from flexlora.report.markup import Markup, data, document, element, name, table, text
+from flexlora.report.page import figures, section, write_page
+from flexlora.report.records import RunRecords
+from flexlora.report.run_charts import CHARTS, PERSONAL_CHARTS
+from flexlora.report.text_table import text_table
+from flexlora.report.words import spelling, tick_spelling
+
+__all__ = ["compare", "comparison_page"]
+
+
+def compare(paths: Sequence[str | Path], *, out: str | Path | None, console: Console) -> int:
+    """Print the table of the runs in ``paths`` and, with ``out``, write their page.
+
+    Raises:
+        UserError: see ``read_runs``; an ``out`` that is no HTML file or cannot be written.
+    """
+    file = None if out is None else Path(out)
+    if file is not None and file.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--out is '{out}', expected the name of a page that ends in .html.")
+    runs = read_runs(paths)
+    found = compared(runs)
+    for line in _lines(found, console.width):
+        console.print(line, soft_wrap=True)
+    for note in found.notes:
+        console.print(f"\n{note}", soft_wrap=True)
+    if file is not None:
+        page = write_page(file, comparison_page(runs, found))
+        console.print(f"\nPage: {page}", soft_wrap=True)
+    return 0
+
+
+def _lines(found: Comparison, width: int) -> Iterable[str]:
+    header = ["run", *(column.title for column in found.columns)]
+    rows = [
+        [own, *(column.cells[index].shown for column in found.columns)]
+        for index, own in enumerate(found.names)
+    ]
+    words = [True, *(column.words for column in found.columns)]
+    return text_table(header, rows, width=width, words=words)
+
+
+def comparison_page(runs: Sequence[RunRecords], found: Comparison) -> str:
+    """The table, the runs in one picture, and each picture of a run beside the others'."""
+    title = f"{len(runs)} runs side by side"
+    parts = [element("h1", text(title)), _results(found)]
+    parts += [element("p", text(note), class_="warn") for note in found.notes]
+    together = _together(runs, found.names)
+    parts += [section("In one picture", figures(together))] if together else []
+    parts += [section("Settings that differ", _settings(found))]
+    return document(f"FlexLoRA: {title}", *parts, *_side_by_side(runs, found.names))
+
+
+def _results(found: Comparison) -> Markup:
+    """A row per run."""
+    columns = [column for column in found.columns if not column.setting]
+    rows = [
+        [name(own), *(_cell(column.cells[index]) for column in columns)]
+        for index, own in enumerate(found.names)
+    ]
+    words = 1 + sum(column.words for column in columns)
+    return table(["run", *(column.title for column in columns)], rows, words=words)
+
+
+def _settings(found: Comparison) -> Markup:
+    """A row per key and a column per run: there are more keys than fit beside one another."""
+    columns = [column for column in found.columns if column.setting]
+    if not columns:
+        return element("p", text("None: these are runs of one configuration."))
+    rows = [
+        [element("code", text(column.title)), *(name(cell.shown) for cell in column.cells)]
+        for column in columns
+    ]
+    return table(["key", *found.names], rows, words=1 + len(found.names))
+
+
+def _cell(cell: Cell) -> Markup:
+    if cell.value is None:
+        return name(cell.shown)
+    return data(cell.value, cell.shown, derived=cell.derived)
+
+
+def _together(runs: Sequence[RunRecords], names: Sequence[str]) -> list[Chart]:
+    """One line per run: the loss by round, by bytes and by simulated time; exact match by round."""
+    loss = "Held-out loss, each client at its own rank"
+    made = [
+        _overlay(runs, names, "eval_loss", loss),
+        _overlay(runs, names, "eval_exact_match", "Exact match of generated answers"),
+        _overlay(runs, names, "eval_loss", loss, over=("bytes_down", "bytes_up")),
+        _overlay(runs, names, "eval_loss", loss, over=("simulated_seconds",)),
+    ]
+    return [chart for chart in made if chart is not None]
+
+
+_OVER = {
+    "bytes_down": ("by bytes, down and up together", "bytes so far"),
+    "simulated_seconds": ("by simulated time", "simulated seconds so far"),
+}
+
+
+def _overlay(
+    runs: Sequence[RunRecords],
+    names: Sequence[str],
+    key: str,
+    title: str,
+    *,
+    over: Sequence[str] = (),
+) -> Chart | None:
+    """``key`` of every run over its rounds, or over the running sum of the keys ``over``."""
+    series = []
+    for style, (run, own) in enumerate(zip(runs, names, strict=True)):
+        spent = _so_far(run, over)
+        points = tuple((spent.get(at, 0.0) if over else at, v) for at, v in run.points(key))
+        if spent or not over:
+            series.append(Series(name=own, points=points, style=style))
+    if not with_points(series):
+        return None
+    subtitle, x_name = _OVER[over[0]] if over else ("by round", "round")
+    return Chart(
+        key="-".join(("together", key, *over)).replace("_", "-"),
+        title=title,
+        subtitle=subtitle,
+        series=with_points(series),
+        shown=spelling(key),
+        tick=tick_spelling(key),
+        x_name=x_name,
+        x_tick=tick_spelling(over[0]) if over else None,
+        whole_x=not over,
+    )
+
+
+def _so_far(run: RunRecords, keys: Sequence[str]) -> dict[int, float]:
+    """The sum of ``keys`` up to and with every round that has the first of them."""
+    spent: dict[int, float] = {}
+    for key in keys:
+        for at, value in run.points(key):
+            spent[at] = spent.get(at, 0.0) + value
+    return dict(zip(spent, accumulate(spent.values()), strict=True))
+
+
+def _side_by_side(runs: Sequence[RunRecords], names: Sequence[str]) -> list[Markup]:
+    """Every chart of a run's page, the runs beside one another on the same axes."""
+    parts = []
+    for maker in (*CHARTS, *PERSONAL_CHARTS):
+        made = [(own, maker(run)) for run, own in zip(runs, names, strict=True)]
+        found = [(index, own, chart) for index, (own, chart) in enumerate(made) if chart]
+        charts = [
+            replace(chart, key=f"{chart.key}-{index}", title=own, subtitle="")
+            for index, own, chart in found
+        ]
+        if charts:
+            about = element("p", text(found[0][2].subtitle), class_="soft")
+            alike = on_common_axes(_alike_in_colour(charts))
+            parts.append(section(found[0][2].title, about, figures(alike)))
+    return parts
+
+
+def _alike_in_colour(charts: Sequence[Chart]) -> list[Chart]:
+    """One colour for one name in all charts: a rank class need not have the same place in each."""
+    known = [*dict.fromkeys(line.name for chart in charts for line in chart.series)]
+    return [
+        replace(chart, series=tuple(replace(s, style=known.index(s.name)) for s in chart.series))
+        for chart in charts
+    ]

@@ -1,0 +1,189 @@
+"""Runs beside one another as a table: what differs in their settings, and what came of it.
+
+Losses are comparable where the same base answered the same held-out rows. Whether it did is read
+from the settings that choose the rows and from ``evaluation.csv``: who was scored on how many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from flexlora.errors import UserError
+from flexlora.options import OPTIONS
+from flexlora.report.records import RunRecords, read_run
+from flexlora.report.words import SCORES, TOTALS, setting, spelled
+
+__all__ = ["Cell", "Column", "Comparison", "compared", "read_runs"]
+
+# What decides which held-out rows are scored, and how they read.
+ROW_KEYS = (
+    "seed",
+    "clients.count",
+    "data.path",
+    "data.tasks",
+    "data.name",
+    "data.partition",
+    "data.dirichlet-alpha",
+    "data.template",
+    "train.max-length",
+    "eval.split",
+    "eval.fraction",
+    "eval.max-examples",
+    "model.name",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """What is shown, and the number behind it; ``derived`` where it is a sum over the files."""
+
+    shown: str
+    value: float | None = None
+    derived: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    title: str
+    cells: tuple[Cell, ...]
+    words: bool = False
+    setting: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """A column per difference and per result, a row per run, and what to keep in mind."""
+
+    names: tuple[str, ...]
+    columns: tuple[Column, ...]
+    notes: tuple[str, ...]
+
+
+def read_runs(paths: Sequence[str | Path]) -> list[RunRecords]:
+    """The runs to compare.
+
+    Raises:
+        UserError: fewer than two, one named twice, a folder that is no run, or a run in which no
+            round of training is done.
+    """
+    if len(paths) < 2:
+        given = f"got one run, '{paths[0]}'" if paths else "got no run"
+        raise UserError(f"compare {given}, expected at least two run folders; name another.")
+    places = [Path(path).resolve() for path in paths]
+    for index, place in enumerate(places):
+        if place in places[:index]:
+            raise UserError(f"compare got '{paths[index]}' twice, expected different run folders.")
+    runs = [read_run(path) for path in paths]
+    for run in runs:
+        if run.last_round < 1:
+            raise UserError(
+                f"'{run.path}' has finished no round of training, expected at least one; "
+                "wait for it or leave it out."
+            )
+    return runs
+
+
+def compared(runs: Sequence[RunRecords]) -> Comparison:
+    """The table of ``runs``, in their order."""
+    settings = [_setting(runs, key) for key in _differing(runs)]
+    rows, notes = _held_out(runs)
+    results = [_rounds(runs), *(_score(runs, key, title) for key, title in SCORES.items())]
+    results += [_total(runs, key, title) for key, title in TOTALS.items()]
+    results += _class_losses(runs)
+    shown = [c for c in (*settings, *rows, *results) if any(cell.shown for cell in c.cells)]
+    return Comparison(
+        names=tuple(_names(runs)), columns=tuple(shown), notes=(*notes, *_unfinished(runs))
+    )
+
+
+def _names(runs: Sequence[RunRecords]) -> list[str]:
+    """The last parts of each path, as many as it takes to tell the runs apart."""
+    parts = [run.path.resolve().parts for run in runs]
+    for depth in range(1, max(len(own) for own in parts)):
+        names = ["/".join(own[-depth:]) for own in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(run.path) for run in runs]
+
+
+def _differing(runs: Sequence[RunRecords]) -> list[str]:
+    """Keys that the runs do not agree on, in the order of the options."""
+    known = [key for key in OPTIONS if key != "out"]
+    others = sorted({key for run in runs for key in run.config} - OPTIONS.keys())
+    keys = [*known, *others]
+    return [key for key in keys if len({_shown_setting(run, key) for run in runs}) > 1]
+
+
+def _setting(runs: Sequence[RunRecords], key: str) -> Column:
+    cells = tuple(Cell(shown=_shown_setting(run, key)) for run in runs)
+    return Column(title=key, cells=cells, words=True, setting=True)
+
+
+def _shown_setting(run: RunRecords, key: str) -> str:
+    return setting(run.setting(key) if key in OPTIONS else run.config.get(key, "(not set)"))
+
+
+def _rounds(runs: Sequence[RunRecords]) -> Column:
+    cells = []
+    for run in runs:
+        of = "" if run.finished else f" of {run.num_rounds}"
+        cells.append(Cell(shown=f"{run.last_round}{of}", value=run.last_round))
+    return Column(title="rounds", cells=tuple(cells))
+
+
+def _score(runs: Sequence[RunRecords], key: str, title: str) -> Column:
+    ends = [run.last(key) for run in runs]
+    values = [None if end is None else end[1] for end in ends]
+    return Column(title=title, cells=tuple(Cell(shown=spelled(key, v), value=v) for v in values))
+
+
+def _total(runs: Sequence[RunRecords], key: str, title: str) -> Column:
+    totals = [run.total(key) for run in runs]
+    cells = (Cell(shown=spelled(key, v), value=v, derived=True) for v in totals)
+    return Column(title=title, cells=tuple(cells))
+
+
+def _class_losses(runs: Sequence[RunRecords]) -> list[Column]:
+    """The loss of every rank class, where all runs have the same classes and more than one."""
+    classes = runs[0].rank_classes
+    if len(classes) < 2 or any(run.rank_classes != classes for run in runs):
+        return []
+    return [_score(runs, f"eval_loss/{own}", f"loss {own}") for own in classes]
+
+
+def _held_out(runs: Sequence[RunRecords]) -> tuple[list[Column], list[str]]:
+    """A letter per set of held-out rows and a note on what sets them apart; nothing if one."""
+    kinds = [_rows_of(run) for run in runs]
+    letters = {kind: _letter(index) for index, kind in enumerate(dict.fromkeys(kinds))}
+    if len(letters) == 1:
+        return [], []
+    keys = [key for key in ROW_KEYS if len({_shown_setting(run, key) for run in runs}) > 1]
+    told = ", ".join(keys) or "evaluation.csv names other clients or other numbers of rows"
+    note = (
+        f"Scored on other rows or over another base ({told}): "
+        "compare scores only within one letter of the column 'rows'."
+    )
+    cells = tuple(Cell(shown=letters[kind]) for kind in kinds)
+    return [Column(title="rows", cells=cells, words=True)], [note]
+
+
+def _rows_of(run: RunRecords) -> tuple[object, ...]:
+    """What tells one set of held-out rows from another."""
+    settings = tuple(_shown_setting(run, key) for key in ROW_KEYS)
+    scored: Mapping[str, str] = {row["client_id"]: row["rows"] for row in run.evaluations}
+    return settings, tuple(sorted(scored.items()))
+
+
+def _letter(index: int) -> str:
+    """A to Z, then A2 to Z2."""
+    return chr(ord("A") + index % 26) + (str(index // 26 + 1) if index >= 26 else "")
+
+
+def _unfinished(runs: Sequence[RunRecords]) -> list[str]:
+    """Runs whose scores are not those of the last round that their configuration asks for."""
+    names = [own for own, run in zip(_names(runs), runs, strict=True) if not run.finished]
+    if not names:
+        return []
+    return [f"Not finished, scores so far: {', '.join(names)}."]

@@ -1,0 +1,86 @@
+"""HTML as text that cannot be mixed up with other text.
+
+``Markup`` is what may go into a page as it is; everything else passes through ``text``, which
+escapes it. The type checker refuses a plain string where markup is expected.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Iterable, Sequence
+from typing import NewType
+
+from flexlora.report.style import CSS
+
+__all__ = ["Markup", "data", "document", "element", "joined", "name", "table", "text"]
+
+Markup = NewType("Markup", str)
+
+# What HTML has no way to say, and what turns the direction of the text around it.
+_UNSPEAKABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e]")
+
+
+def text(value: object) -> Markup:
+    """Any text, escaped for an element and for an attribute alike."""
+    return Markup(html.escape(_UNSPEAKABLE.sub("\ufffd", str(value)), quote=True))
+
+
+def joined(parts: Iterable[Markup], between: str = "") -> Markup:
+    return Markup(text(between).join(parts))
+
+
+def element(tag: str, *content: Markup, **attributes: str) -> Markup:
+    """``<tag attributes>content</tag>``; a trailing underscore of an attribute is dropped."""
+    spelled = "".join(
+        f' {key.rstrip("_").replace("_", "-")}="{text(value)}"' for key, value in attributes.items()
+    )
+    return Markup(f"<{tag}{spelled}>{''.join(content)}</{tag}>")
+
+
+def name(value: object) -> Markup:
+    """A name that somebody else chose: its letters may run the other way, ours stay."""
+    return element("bdi", text(value))
+
+
+def data(value: float | None, shown: str, *, derived: bool = False) -> Markup:
+    """A number as it is shown, with the exact one beside it for whoever reads the page by machine.
+
+    ``derived`` marks a sum or a count over the files; all others stand in a file as they are.
+    """
+    if value is None:
+        return Markup("")
+    kind = {"class_": "derived"} if derived else {}
+    return element("data", text(shown), value=repr(value), **kind)
+
+
+def table(
+    header: Sequence[str], rows: Sequence[Sequence[Markup]], *, words: int = 1, caption: str = ""
+) -> Markup:
+    """A table whose first ``words`` columns are text and whose others are numbers."""
+    kinds = ["words" if column < words else "number" for column in range(len(header))]
+    head = joined(
+        element("th", text(title), scope="col", class_=kind)
+        for title, kind in zip(header, kinds, strict=True)
+    )
+    body = joined(
+        element("tr", *(element("td", cell, class_=k) for cell, k in zip(row, kinds, strict=True)))
+        for row in rows
+    )
+    title = element("caption", text(caption)) if caption else Markup("")
+    whole = element("table", title, element("thead", element("tr", head)), element("tbody", body))
+    named = caption or f"table by {header[0]}"
+    return element("div", whole, class_="scroll", tabindex="0", role="region", aria_label=named)
+
+
+def document(title: str, *body: Markup) -> Markup:
+    """A whole page, which its own policy forbids to load anything or to run a script."""
+    policy = "default-src 'none'; style-src 'unsafe-inline'"
+    return Markup(
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{text(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n"
+        + "\n".join(body)
+        + "\n</main>\n</body>\n</html>\n"
+    )

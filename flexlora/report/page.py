@@ -1,0 +1,118 @@
+"""``flexlora report RUN``: one run on one page."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from flexlora.errors import UserError
+from flexlora.report import sections
+from flexlora.report.charts import Chart, drawn
+from flexlora.report.markup import Markup, document, element, joined, name, text
+from flexlora.report.records import RunRecords, read_run
+from flexlora.report.run_charts import PERSONAL_CHARTS, charts_of, clients_chart
+
+__all__ = ["figures", "run_page", "write_page", "write_report"]
+
+FILE = "report.html"
+
+
+def write_report(path: str | Path) -> Path:
+    """Write RUN/report.html from the other files of the run; the same files give the same bytes.
+
+    Raises:
+        UserError: it is no run folder, a file of it is damaged, or nothing can be written there.
+    """
+    run = read_run(path)
+    return write_page(run.path / FILE, run_page(run))
+
+
+def write_page(file: Path, page: str) -> Path:
+    """All of the page or none of it."""
+    partial = file.with_name(file.name + ".partial")
+    try:
+        partial.write_text(page, encoding="utf-8", newline="\n")
+        os.replace(partial, file)
+    except OSError as error:
+        raise UserError(f"'{file}' cannot be written: {error.strerror}.") from None
+    return file
+
+
+def run_page(run: RunRecords) -> str:
+    """The page of one run, whether it is finished or not."""
+    title = f"FlexLoRA run {run.path.resolve().name}"
+    parts = [element("h1", text("Run "), name(run.path.resolve().name)), _about(run), _state(run)]
+    if run.last_round >= 0:
+        parts += [
+            sections.headline(run),
+            section("Held-out rows", sections.scores_table(run)),
+            section("Round by round", figures(charts_of(run))),
+            *_personal(run),
+            *_clients(run),
+        ]
+    parts += [
+        section("Failures and notes", sections.failures(run)),
+        section("Rank classes", sections.classes_table(run)),
+        section("Configuration that is not the default", sections.changed_settings(run)),
+        section("Versions and machine", sections.versions(run)),
+        *_details(run),
+    ]
+    return document(title, *parts)
+
+
+def section(title: str, *content: Markup) -> Markup:
+    return element("section", element("h2", text(title)), *content)
+
+
+def figures(charts: list[Chart]) -> Markup:
+    return element("div", joined(drawn(chart) for chart in charts), class_="figures")
+
+
+def _about(run: RunRecords) -> Markup:
+    """Which method, on what, with which seed."""
+    data = next((run.setting(k) for k in ("data.path", "data.name") if run.setting(k)), "built-in")
+    said = [
+        text("Method "),
+        name(run.setting("method.name")),
+        text(" on base "),
+        name(run.setting("model.name")),
+        text(", data "),
+        name(data),
+        text(f" ({run.setting('eval.split')} rows), seed {run.setting('seed')}."),
+    ]
+    return element("p", *said, class_="soft")
+
+
+def _state(run: RunRecords) -> Markup:
+    """Nothing of a finished run; how far it is of any other."""
+    if run.finished:
+        return Markup("")
+    if run.last_round < 0:
+        told = "No round is done yet, not even the evaluation of the base."
+    else:
+        told = f"Not finished: round {run.last_round} of {run.num_rounds} is the last that is done."
+    return element("p", text(told), class_="warn")
+
+
+def _personal(run: RunRecords) -> list[Markup]:
+    """Global against personal factors, where clients keep some to themselves."""
+    charts = charts_of(run, PERSONAL_CHARTS)
+    return [section("Personal against global", figures(charts))] if charts else []
+
+
+def _clients(run: RunRecords) -> list[Markup]:
+    chart = clients_chart(run)
+    return [] if chart is None else [section("Client by client", figures([chart]))]
+
+
+def _details(run: RunRecords) -> list[Markup]:
+    """The long tables, folded away."""
+    found = [
+        ("All numbers by round", sections.rounds_table(run) if run.rounds else Markup("")),
+        ("The last sum, module by module", sections.modules_table(run)),
+    ]
+    return [
+        element("details", element("summary", text(title)), content)
+        for title, content in found
+        if content
+    ]

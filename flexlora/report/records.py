@@ -1,0 +1,194 @@
+"""What a run folder says, read without a model, without torch and without Flower.
+
+A run may still be going on, or may have been cut short at any byte: a last line that is not whole
+is left out, and so are rows of a round that ``metrics.jsonl`` does not know yet.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from flexlora.config import read_toml
+from flexlora.errors import UserError
+from flexlora.options import OPTIONS
+
+__all__ = ["SERIES_FILE", "RunRecords", "finite", "read_run"]
+
+SERIES_FILE = "seeds.json"
+PERSONAL = "personal"  # a client's own factors: a suffix of metrics that names no rank class
+
+
+def finite(value: object) -> float | None:
+    """``value`` where it is a number, None for everything else (a missing one is null)."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return value if math.isfinite(value) else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecords:
+    """One run: its rounds, its rows and its configuration under dotted keys.
+
+    ``classes`` is the rank class of every client that the checkpoint knows, by client id.
+    """
+
+    path: Path
+    config: Mapping[str, object]
+    environment: Mapping[str, object]
+    rounds: tuple[Mapping[str, object], ...]
+    clients: tuple[Mapping[str, str], ...]
+    evaluations: tuple[Mapping[str, str], ...]
+    classes: Mapping[str, Mapping[str, object]]
+
+    @property
+    def last_round(self) -> int:
+        """The last round that is done: 0 is the base, -1 stands for nothing at all."""
+        return max((at for at, _ in self.points("round")), default=-1)
+
+    @property
+    def num_rounds(self) -> int:
+        """How many rounds the configuration asks for."""
+        wanted = finite(self.setting("num-server-rounds"))
+        return int(wanted) if wanted is not None else max(self.last_round, 0)
+
+    @property
+    def finished(self) -> bool:
+        return self.last_round >= self.num_rounds
+
+    @property
+    def rank_classes(self) -> list[str]:
+        """The rank classes that any round names, the smaller rank first."""
+        keys = dict.fromkeys(key for row in self.rounds for key in row)
+        found = [k.partition("/")[2] for k in keys if k.startswith(("eval_loss/", "energy_kept/"))]
+        found += [row["rank_class"] for row in self.clients if row["rank_class"]]
+        return sorted(dict.fromkeys(name for name in found if name != PERSONAL), key=_natural)
+
+    def setting(self, key: str) -> object:
+        """The run's value of a key; the default where an older version wrote none."""
+        return self.config.get(key, OPTIONS[key].default)
+
+    def points(self, key: str) -> list[tuple[int, float]]:
+        """``(round, value)`` of every round that has a number under ``key``."""
+        found = ((int(str(row["round"])), finite(row.get(key))) for row in self.rounds)
+        return [(at, value) for at, value in found if value is not None]
+
+    def base(self, key: str) -> tuple[int, float] | None:
+        """``key`` before any training."""
+        return next((point for point in self.points(key) if point[0] == 0), None)
+
+    def last(self, key: str) -> tuple[int, float] | None:
+        """``key`` after the last round of training that has it."""
+        return next((point for point in reversed(self.points(key)) if point[0] > 0), None)
+
+    def total(self, key: str) -> float | None:
+        """The sum over all rounds; None where no round has it."""
+        values = [value for _, value in self.points(key)]
+        return sum(values) if values else None
+
+    def client_loss(self, server_round: int) -> dict[str, float]:
+        """Held-out loss of every client in one round, under the adapter of its own rank class."""
+        own = {client: str(given.get("name")) for client, given in self.classes.items()}
+        own |= {row["client_id"]: row["rank_class"] for row in self.clients if row["rank_class"]}
+        losses = {}
+        for row in self.evaluations:
+            if int(row["round"]) == server_round and row["rank_class"] in (
+                "base",
+                own.get(row["client_id"]),
+            ):
+                losses[row["client_id"]] = cell_number(row["eval_loss"])
+        return {client: loss for client, loss in losses.items() if loss is not None}
+
+
+def cell_number(text: str) -> float | None:
+    """A cell of a CSV table as a number, None where it is empty."""
+    try:
+        return finite(float(text))
+    except ValueError:
+        return None
+
+
+def read_run(path: str | Path) -> RunRecords:
+    """The run in the folder ``path``.
+
+    Raises:
+        UserError: it is no run folder (a series of seeds is told so), or a file of it is damaged.
+    """
+    path = Path(path)
+    if (path / SERIES_FILE).is_file():
+        runs = sorted((found.name for found in path.glob("seed-*")), key=_natural)
+        named = f", such as {path / runs[0]}" if runs else ""
+        raise UserError(f"'{path}' is a series of seeds, expected one run{named}.")
+    if not all((path / name).is_file() for name in ("config.toml", "environment.json")):
+        raise UserError(f"'{path}' is not a run folder: no config.toml and environment.json.")
+    rounds = tuple(_rounds(path / "metrics.jsonl"))
+    last = max((int(row["round"]) for row in rounds), default=-1)
+    return RunRecords(
+        path=path,
+        config=read_toml(path / "config.toml"),
+        environment=_json_object(path / "environment.json"),
+        rounds=rounds,
+        clients=tuple(_table(path / "clients.csv", last)),
+        evaluations=tuple(_table(path / "evaluation.csv", last)),
+        classes=_classes(path / "checkpoint" / "current.json"),
+    )
+
+
+def _rounds(file: Path) -> Iterator[dict]:
+    for line in _text(file).split("\n"):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            return
+        if not isinstance(row, dict) or type(row.get("round")) is not int:
+            return
+        yield row
+
+
+def _table(file: Path, last_round: int) -> Iterator[dict[str, str]]:
+    """Whole rows of rounds up to ``last_round``."""
+    try:
+        for row in csv.DictReader(io.StringIO(_text(file), newline="")):
+            whole = None not in row and None not in row.values()
+            if whole and row.get("round", "").isdigit() and int(row["round"]) <= last_round:
+                yield row
+    except csv.Error as error:
+        raise UserError(f"'{file}' cannot be read as a table: {error}.") from None
+
+
+def _classes(file: Path) -> dict[str, dict]:
+    """The rank class of each client in the checkpoint's index; none where there is none (yet)."""
+    if not file.is_file():
+        return {}
+    classes = _json_object(file).get("rank_classes")
+    if not isinstance(classes, dict):
+        return {}
+    return {str(client): given for client, given in classes.items() if isinstance(given, dict)}
+
+
+def _json_object(file: Path) -> dict[str, object]:
+    try:
+        found = json.loads(_text(file))
+    except json.JSONDecodeError as error:
+        raise UserError(f"'{file}' is damaged: {error}.") from None
+    if not isinstance(found, dict):
+        raise UserError(f"'{file}' holds {type(found).__name__}, expected an object of keys.")
+    return found
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_bytes().decode("utf-8", errors="replace") if file.is_file() else ""
+    except OSError as error:
+        raise UserError(f"'{file}' cannot be read: {error.strerror}.") from None
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sorts ``rank_2`` before ``rank_16``."""
+    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]

@@ -1,0 +1,252 @@
+"""The parts of a run's page that are words and tables."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+from flexlora.options import OPTIONS
+from flexlora.report.markup import Markup, data, element, joined, name, table, text
+from flexlora.report.records import PERSONAL, RunRecords, cell_number, finite
+from flexlora.report.words import SCORES, setting, spelled
+
+__all__ = [
+    "changed_settings",
+    "classes_table",
+    "failures",
+    "headline",
+    "modules_table",
+    "rounds_table",
+    "scores_table",
+    "versions",
+]
+
+MANY = 40  # rows of a table after which a file is the better place to look
+TILES = (
+    ("bytes_down", "Bytes down", "training, all rounds"),
+    ("bytes_up", "Bytes up", "training, all rounds"),
+    ("seconds", "Time", "here, all rounds"),
+    ("simulated_seconds", "Simulated time", "all rounds"),
+    ("joules", "Simulated energy", "all rounds"),
+)
+NOTHING = Markup("")
+
+
+def metric(key: str, value: float | None, *, derived: bool = False) -> Markup:
+    """A metric as its name wants it spelled."""
+    return data(value, spelled(key, value), derived=derived)
+
+
+def count(value: int) -> Markup:
+    return data(value, str(value), derived=True)
+
+
+def headline(run: RunRecords) -> Markup:
+    """A handful of tiles: how far the run is, what was learned, and what it cost."""
+    done, wanted = metric("round", run.last_round), metric("round", run.num_rounds)
+    rounds = joined([done, text(" of "), wanted])
+    tiles = [("Rounds", rounds, NOTHING)]
+    for key, title in (("eval_loss", "Held-out loss"), ("eval_exact_match", "Exact match")):
+        before, after = run.base(key), run.last(key)
+        if before is not None or after is not None:
+            said = text("each client at its rank")
+            tiles.append((title, _from_to(key, before, after), said))
+    for key, title, below in TILES:
+        if run.total(key) is not None:
+            tiles.append((title, metric(key, run.total(key), derived=True), text(below)))
+    failed = int(run.total("clients_failed") or 0)
+    trained = joined([count(int(run.total("clients_ok") or 0)), text(" updates counted")])
+    tiles.append(("Failures", count(failed), trained))
+    return element("dl", joined(_tile(*tile) for tile in tiles), class_="tiles")
+
+
+def _tile(title: str, value: Markup, below: Markup) -> Markup:
+    small = element("small", below) if below else NOTHING
+    return element("div", element("dt", text(title)), element("dd", value, small))
+
+
+def _from_to(key: str, before: tuple[int, float] | None, after: tuple[int, float] | None) -> Markup:
+    ends = [metric(key, point[1]) for point in (before, after) if point is not None]
+    return joined(ends, " \u2192 ")
+
+
+def scores_table(run: RunRecords) -> Markup:
+    """Base and last round of every score: all clients, each rank class, and with own factors."""
+    suffixes = [("all clients, each at its own rank", "")]
+    suffixes += [(own, f"/{own}") for own in run.rank_classes]
+    suffixes += [("all clients, with their own factors", f"/{PERSONAL}")]
+    shown = [(key, title) for key, title in SCORES.items() if run.points(key)]
+    after = {key: run.last(key) for key, _ in shown}
+    header = ["rank class"]
+    for key, title in shown:
+        last = after[key]
+        header += [f"{title}: base"] + ([f"after round {last[0]}"] if last else [])
+    rows = []
+    for title, suffix in suffixes:
+        cells = []
+        for key, _ in shown:
+            cells.append(_metric_at(run, key + suffix, 0))
+            if (last := after[key]) is not None:
+                cells.append(_metric_at(run, key + suffix, last[0]))
+        kept = run.last(f"energy_kept{suffix}")
+        cells.append(metric("energy_kept", kept[1] if kept else None))
+        if any(cells):
+            rows.append([text(title), *cells])
+    return table([*header, "energy kept"], rows)
+
+
+def _metric_at(run: RunRecords, key: str, server_round: int) -> Markup:
+    return metric(key, dict(run.points(key)).get(server_round))
+
+
+def classes_table(run: RunRecords) -> Markup:
+    """Who trained at which rank, on what: a row per rank class.
+
+    How many clients a class has is known from the checkpoint; rows, bases and devices only of
+    those that have trained so far.
+    """
+    seen = {row["client_id"]: row for row in run.clients if row["rank_class"]}
+    classes = {client: str(given.get("name")) for client, given in run.classes.items()}
+    classes |= {c: row["rank_class"] for c, row in seen.items() if c not in classes}
+    rows = []
+    for own in run.rank_classes:
+        members = [client for client, theirs in classes.items() if theirs == own]
+        rows_of = [seen[client] for client in members if client in seen]
+        ranks = Counter(row["rank"] for row in rows_of)
+        examples = sum(int(cell_number(row["num_examples"]) or 0) for row in rows_of)
+        rows.append(
+            [
+                text(own),
+                name(_counted(ranks)),
+                name(_counted(Counter(row["quantization"] for row in rows_of))),
+                name(_counted(Counter(row["device"] for row in rows_of))),
+                count(len(members)),
+                count(len(rows_of)),
+                count(examples),
+            ]
+        )
+    header = ["rank class", "trained rank", "base", "device", "clients", "trained so far"]
+    return table([*header, "their train rows"], rows, words=4)
+
+
+def _counted(kinds: Mapping[str, int]) -> str:
+    """``nf4 (3), none (1)``; the name alone where there is one kind."""
+    if len(kinds) < 2:
+        return "".join(kinds)
+    return ", ".join(f"{kind} ({number})" for kind, number in sorted(kinds.items()))
+
+
+def failures(run: RunRecords) -> Markup:
+    """Every status and cause that is not a plain success, the most frequent first."""
+    groups: dict[tuple[str, str], list[Mapping[str, str]]] = {}
+    for row in run.clients:
+        if row["status"] != "ok" or row["cause"]:
+            status = "ok, with a note" if row["status"] == "ok" else row["status"]
+            groups.setdefault((status, row["cause"]), []).append(row)
+    if not groups:
+        return element("p", text("None: every client that was asked sent an update that counted."))
+    ordered = sorted(groups.items(), key=lambda item: (item[0][0][:2] == "ok", -len(item[1])))
+    rows = [
+        [
+            text(status),
+            _long(_shortened(cause or "no cause was given", 400)),
+            name(_first(_shortened(row["client_id"], 40) for row in own)),
+            text(_first(row["round"] for row in own)),
+            count(len(own)),
+        ]
+        for (status, cause), own in ordered[:MANY]
+    ]
+    header = ["status", "cause", "clients", "rounds", "times"]
+    return joined([table(header, rows, words=4), _rest(len(ordered), "clients.csv")])
+
+
+def _long(words: str) -> Markup:
+    """Words of any length, broken wherever the cell ends."""
+    return element("span", name(words), class_="long")
+
+
+def _first(names: Iterable[str], most: int = 6) -> str:
+    distinct = [*dict.fromkeys(names)]
+    return ", ".join(distinct[:most]) + (", ..." if len(distinct) > most else "")
+
+
+def _shortened(words: str, most: int) -> str:
+    return words if len(words) <= most else words[:most] + "..."
+
+
+def _rest(number: int, file: str) -> Markup:
+    if number <= MANY:
+        return NOTHING
+    more = [text("And "), count(number - MANY), text(f" more in {file}.")]
+    return element("p", *more, class_="note")
+
+
+def changed_settings(run: RunRecords) -> Markup:
+    """The keys whose value is not the default of the version that writes the page."""
+    rows = []
+    for key, value in run.config.items():
+        default, meaning = "(no such key in this version)", ""
+        if key in OPTIONS:
+            default, meaning = setting(OPTIONS[key].default), OPTIONS[key].help
+        if setting(value) != default:
+            named = element("code", text(key))
+            own = element("span", name(setting(value)), class_="value")
+            rows.append([named, own, text(default), text(meaning)])
+    if not rows:
+        return element("p", text("Nothing: this is the default configuration."))
+    return table(["key", "value", "default", "meaning"], rows, words=4)
+
+
+def versions(run: RunRecords) -> Markup:
+    """What else the run depends on: ``environment.json``."""
+    flat: dict[str, object] = {}
+    for key, value in run.environment.items():
+        flat |= dict(value) if isinstance(value, Mapping) else {key: value}
+    rows = [
+        [text(key), _long("not known" if value is None else _plain(value))]
+        for key, value in flat.items()
+    ]
+    return table(["what", "value"], rows, words=2)
+
+
+def _plain(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def rounds_table(run: RunRecords) -> Markup:
+    """Every number that a round has as a whole, round by round."""
+    keys = dict.fromkeys(
+        key for row in run.rounds for key, v in row.items() if finite(v) is not None
+    )
+    shown = [key for key in keys if "/" not in key and key != "round"]
+    rows = [
+        [metric("round", finite(row["round"])), *(metric(k, finite(row.get(k))) for k in shown)]
+        for row in run.rounds
+    ]
+    return table(["round", *(key.replace("_", " ") for key in shown)], rows, words=0)
+
+
+def modules_table(run: RunRecords) -> Markup:
+    """How the last round's sum was decomposed, module by module; nothing where no round says."""
+    found = [
+        (row["round"], row["modules"])
+        for row in run.rounds
+        if isinstance(row.get("modules"), Mapping) and row["modules"]
+    ]
+    if not found:
+        return NOTHING
+    server_round, modules = found[-1]
+    assert isinstance(modules, Mapping)
+    keys = ("rank", "effective_rank", "tail_energy", "factor_gap", "error", "seconds")
+    rows: list[Sequence[Markup]] = [
+        [
+            name(module),
+            text(own.get("route", "")),
+            *(metric(key, finite(own.get(key))) for key in keys),
+        ]
+        for module, own in modules.items()
+        if isinstance(own, Mapping)
+    ]
+    header = ["module", "route", *(key.replace("_", " ") for key in keys)]
+    return table(header, rows, words=2, caption=f"Round {server_round}")
