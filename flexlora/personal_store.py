@@ -113,6 +113,8 @@ class PersonalStore:
         if self.folder is None:
             self._held.setdefault(kept.client_id, {})[kept.server_round] = kept
         else:
+            # What was learned from private rows is for this user's eyes only.
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             write_atomically(self._path(kept.client_id, kept.server_round), _bytes(kept))
 
     def _trim(self, client_id: str) -> None:
@@ -150,7 +152,7 @@ def _bytes(kept: Kept) -> bytes:
 def _read(path: Path, client_id: str) -> Kept:
     try:
         with safe_open(path, framework="pt") as file:
-            index: dict[str, Any] = json.loads(file.metadata()["personal"])
+            index: dict[str, Any] = json.loads((file.metadata() or {})["personal"])
             # Memory of its own: alignment decides which kernel runs, and so the last bit.
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
         if index["client_id"] != client_id:

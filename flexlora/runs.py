@@ -58,7 +58,7 @@ EVALUATION_COLUMNS = (
     "eval_rouge_l",
     "rows",
 )
-_OURS = ("config.toml", "metrics.jsonl", "clients.csv", "checkpoint", "adapters")
+_OURS = ("config.toml", "metrics.jsonl", "clients.csv", "checkpoint", "adapters", "personal")
 
 
 class RunFolder:

@@ -49,13 +49,22 @@ def pack(adapter: Adapter, dtype: str) -> Payload:
 
 
 def train_content(
-    start: Start, payloads: Mapping[str, Payload], *, server_round: int, num_server_rounds: int
+    start: Start,
+    payloads: Mapping[str, Payload],
+    *,
+    server_round: int,
+    num_server_rounds: int,
+    fingerprint: str = "",
 ) -> RecordDict:
-    """What a client of a rank class is sent; ``payloads`` has ``trained`` and maybe ``carried``."""
+    """What a client of a rank class is sent; ``payloads`` has ``trained`` and maybe ``carried``.
+
+    ``fingerprint`` names the base that the factors are for: a node with another refuses.
+    """
     job = ConfigRecord(
         {
             "server-round": server_round,
             "num-server-rounds": num_server_rounds,
+            "fingerprint": fingerprint,
             "base-round": start.base_round,
             "rank-class": json.dumps(start.rank_class.to_dict()),
             "trainable": list(start.trainable),
@@ -67,11 +76,16 @@ def train_content(
 
 
 def eval_content(
-    payloads: Mapping[str, Payload], *, server_round: int, generate: bool
+    payloads: Mapping[str, Payload], *, server_round: int, generate: bool, fingerprint: str = ""
 ) -> RecordDict:
     """What an evaluating client is sent: one adapter per rank class, none for the bare base."""
     job = ConfigRecord(
-        {"server-round": server_round, "generate": generate, "rank-classes": list(payloads)}
+        {
+            "server-round": server_round,
+            "generate": generate,
+            "rank-classes": list(payloads),
+            "fingerprint": fingerprint,
+        }
     )
     named = {f"adapter/{name}": payload for name, payload in payloads.items()}
     return RecordDict({"job": job, **_records(named)})

@@ -39,6 +39,11 @@ class Roster:
     fan_in_fan_out: bool = False
 
     @property
+    def fingerprint(self) -> str:
+        """Of the base that all members hold."""
+        return next((m.capability.fingerprint for m in self.members.values()), "")
+
+    @property
     def rank_classes(self) -> dict[str, RankClass]:
         """The classes in use by name, in ascending order of rank."""
         classes = {m.rank_class.name: m.rank_class for m in self.members.values()}

@@ -194,6 +194,7 @@ class FlexLoRAStrategy(Strategy):
                 self._payloads(start),
                 server_round=server_round,
                 num_server_rounds=self.num_rounds,
+                fingerprint=self.roster.fingerprint,
             )
             for name, start in starts.items()
         }
@@ -319,6 +320,7 @@ class FlexLoRAStrategy(Strategy):
             payloads,
             server_round=server_round,
             generate=settings.generates(server_round, self.num_rounds),
+            fingerprint=self.roster.fingerprint,
         )
         return [
             Message(

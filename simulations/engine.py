@@ -7,7 +7,7 @@ several through Ray. With a world (``world.py``) replies arrive when their clien
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from flexlora.clients.messages import (
@@ -28,6 +28,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from flexlora.adapters import Adapter
 from flexlora.jobs import Capability, EvalJob, EvalResult, TrainJob, TrainResult
+from flexlora.personal_store import PersonalStore
 from flexlora.schedule import num_steps, padded_tokens
 from flexlora.wire import DTYPES
 
@@ -35,6 +36,22 @@ __all__ = ["InProcessGrid"]
 
 LOST_NODE = 5  # Flower's code for a node that is gone
 EVALUATED_TOGETHER = 32  # clients; a constant, so that scores do not depend on the workers
+
+
+class _Cohort:
+    """Results to come; what its clients keep to themselves is put away when they first come."""
+
+    def __init__(
+        self, pending: Pending, jobs: Sequence[TrainJob] = (), personal: PersonalStore | None = None
+    ) -> None:
+        self.pending, self.jobs, self.personal = pending, jobs, personal
+
+    def results(self) -> Sequence[TrainResult | EvalResult]:
+        results = self.pending.result()
+        if self.personal is not None:
+            self.personal.keep(results, self.jobs)
+            self.personal, self.jobs = None, ()
+        return results
 
 
 class InProcessGrid(Grid):
@@ -48,13 +65,15 @@ class InProcessGrid(Grid):
         wire_dtype: str,
         pool: Pool | None = None,
         world: World | None = None,
+        personal: PersonalStore | None = None,
         late_rounds: int = 1,
     ) -> None:
         self.worker, self.limits, self.wire_dtype = worker, limits, wire_dtype
         self.pool, self.clock, self.late_rounds = pool or LocalPool(worker), world, late_rounds
+        self.personal = personal or PersonalStore()
         self._clients = dict(enumerate(worker.client_ids, start=1))
         self._messages: dict[str, Message] = {}
-        self._answers: dict[str, tuple[Pending, int]] = {}  # the cohort's results, and which
+        self._answers: dict[str, tuple[_Cohort, int]] = {}  # and the place in it
         self._jobs: dict[str, TrainJob] = {}
         self._pushed = 0
         self._met = False
@@ -149,16 +168,18 @@ class InProcessGrid(Grid):
             pass_key=self.worker.pass_key,
         )
         self._jobs |= jobs
-        for cohort in cohorts:
-            pending = self.pool.train([jobs[key] for key in cohort])
-            self._answers |= {key: (pending, k) for k, key in enumerate(cohort)}
+        for keys in cohorts:
+            attached = self.personal.attach([jobs[key] for key in keys])
+            cohort = _Cohort(self.pool.train(attached), attached, self.personal)
+            self._answers |= {key: (cohort, k) for k, key in enumerate(keys)}
 
     def _submit_evaluations(self, jobs: dict[str, EvalJob]) -> None:
         keys = list(jobs)
         for at in range(0, len(keys), EVALUATED_TOGETHER):
             group = keys[at : at + EVALUATED_TOGETHER]
-            pending = self.pool.evaluate([jobs[key] for key in group])
-            self._answers |= {key: (pending, k) for k, key in enumerate(group)}
+            attached = self.personal.attach_eval([jobs[key] for key in group])
+            cohort = _Cohort(self.pool.evaluate(attached))
+            self._answers |= {key: (cohort, k) for k, key in enumerate(group)}
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Replies to ``message_ids`` that have arrived, each given once; answering happens here."""
@@ -185,8 +206,8 @@ class InProcessGrid(Grid):
             return Message(Error(code=LOST_NODE, reason=lost), reply_to=message)
         if message_id not in self._answers:
             return encode_capability(self._capability(self._client(message)), reply_to=message)
-        pending, place = self._answers.pop(message_id)
-        result: TrainResult | EvalResult = pending.result()[place]
+        cohort, place = self._answers.pop(message_id)
+        result = cohort.results()[place]
         if isinstance(result, EvalResult):
             return encode_evaluate(result, reply_to=message)
         start = self._jobs.pop(message_id).start

@@ -62,8 +62,11 @@ class Dispatcher:
     for other threads, everything else runs in its own.
     """
 
-    def __init__(self, config: Config, workers: int, address: str, need: ray_start.Need) -> None:
+    def __init__(
+        self, config: Config, workers: int, address: str, need: ray_start.Need, here: int = 0
+    ) -> None:
         self.config, self.workers, self.address, self.need = config, workers, address, need
+        self.here = here  # workers in this process, which the caller counts too
         self.began, self.seconds = time.perf_counter(), dict[str, float]()
         self.events: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self.lock = threading.Lock()  # over these two, and over memory that ends with Ray
@@ -73,6 +76,8 @@ class Dispatcher:
         self.held: weakref.WeakSet[Cohort] = weakref.WeakSet()  # done, not taken
         self.payloads: weakref.WeakValueDictionary[int | str, _Payload]
         self.payloads = weakref.WeakValueDictionary()  # by identity and by digest
+        self.recent: deque[dict[Key, _Payload]]  # alive for the cohorts to come that share them
+        self.recent = deque(maxlen=AHEAD * workers)
         self.numbers = itertools.count()
         self.actors: set[Any] = set()  # Ray's word for workers
         self.placed: set[Any] = set()
@@ -97,14 +102,16 @@ class Dispatcher:
         None where all are in work, or enough are done and not taken.
         """
         with self.lock:
+            if self.ended is not None:
+                return None
             if wanted in self.queue:
                 self.queue.remove(wanted)
                 return wanted
             return self.queue.popleft() if self.queue and not self._full() else None
 
-    def done(self, cohort: Cohort, results: list[Any]) -> None:
+    def done(self, cohort: Cohort, answer: list[Any] | str) -> None:
         """What the caller made of a cohort that it had claimed."""
-        self._settle(cohort, results)
+        self._settle(cohort, answer)
 
     def close(self) -> None:
         self.events.put(None)
@@ -119,7 +126,9 @@ class Dispatcher:
                 ray_start.join(self.address) if self.address else ray_start.start(self.workers)
             )
             self.seconds["ray"] = time.perf_counter() - self.began
-            self.ask = ray_start.placement(self.config, session, self.workers, self.need)
+            self.ask = ray_start.placement(
+                self.config, session, self.workers, self.need, here=self.here
+            )
             for _ in range(self.workers):
                 self._spawn()
             while (event := self._next_event()) is not None:
@@ -138,12 +147,12 @@ class Dispatcher:
             session.end()
 
     def _next_event(self) -> Callable[[], None] | None:
-        seconds = self.config["server.wait-seconds"]
+        seconds, workers = self.config["server.wait-seconds"], self.workers + self.here
         try:
             return self.events.get(timeout=None if self.placed else seconds)
         except Empty:
             raise UserError(
-                f"engine.workers is {self.workers}, but Ray has placed no worker within "
+                f"engine.workers is {workers}, but Ray has placed no worker within "
                 f"{seconds:g} s (server.wait-seconds); is the cluster busy with other work?"
             ) from None
 
@@ -230,6 +239,7 @@ class Dispatcher:
             return payload.key
 
         cohort.slim = [swapped(job, Adapter, key) for job in cohort.jobs]
+        self.recent.append(cohort.payloads)
 
     def _payload(self, adapter: Adapter) -> _Payload:
         """One for all adapters that are the same object or hold the same bytes."""
@@ -296,10 +306,12 @@ class Dispatcher:
         self._check_idle()
 
     def _settle(self, cohort: Cohort, answer: list[Any] | str) -> None:
-        cohort.slim, cohort.payloads = [], {}
         with self.lock:
-            self.held.add(cohort)
+            if cohort not in self.unsettled:
+                return  # the pool has ended meanwhile, and it was told so
             self.unsettled.discard(cohort)
+            self.held.add(cohort)
+        cohort.slim, cohort.payloads = [], {}
         cohort.answer.set_result(answer)
 
 

@@ -21,6 +21,7 @@ from flexlora.simulations.ray_dispatch import Dispatcher
 from flexlora.simulations.ray_start import Need, import_ray
 
 from flexlora.config import Config, resolved
+from flexlora.errors import told
 
 if TYPE_CHECKING:
     from flexlora.clients.worker import Worker
@@ -55,9 +56,9 @@ class RayPool:
     ) -> None:
         config = resolved(config)
         import_ray(workers=workers, address=address)
-        others = workers - 1 if local is not None else workers
+        here = int(local is not None)
         self._local = local
-        self._dispatcher = Dispatcher(config, others, address, Need.of(config))
+        self._dispatcher = Dispatcher(config, workers - here, address, Need.of(config), here)
         self._close = weakref.finalize(self, _close, self._dispatcher)
         self._close.atexit = False
         atexit.register(self._dispatcher.close)  # before Ray's own: the last one in is the first
@@ -121,7 +122,11 @@ class Cohort:
             cohort = self.dispatcher.claim(self)
             if cohort is None:
                 return
-            self.dispatcher.done(cohort, getattr(self.local(), cohort.kind)(cohort.jobs))
+            try:
+                answer = getattr(self.local(), cohort.kind)(cohort.jobs)
+            except Exception as error:  # as in a worker elsewhere: the cause of this cohort alone
+                answer = told(error)
+            self.dispatcher.done(cohort, answer)
 
     def _received(self, answer: list[Any] | str) -> list[Any]:
         """The results in memory of this process: what Ray holds is gone when the pool closes."""

@@ -188,8 +188,12 @@ def join(address: str) -> Session:
     return Session()
 
 
-def placement(config: Config, session: Session, workers: int, need: Need) -> dict[str, Any]:
+def placement(
+    config: Config, session: Session, workers: int, need: Need, *, here: int = 0
+) -> dict[str, Any]:
     """What every worker asks Ray for: memory, a GPU where there are some, CPUs.
+
+    ``here`` is 1 where this process is a worker too, beside the ``workers`` that Ray places.
 
     Raises:
         UserError: there is not enough for all of them, and for how many there is.
@@ -211,13 +215,15 @@ def placement(config: Config, session: Session, workers: int, need: Need) -> dic
     if not ours:
         words.append(f"{ask['num_cpus']} CPUs (engine.threads)")
     # The main process holds a base too; what it will take beyond what it has taken is not free.
-    own = max(0, need.loaded_bytes - psutil.Process().memory_info().rss) if ours else 0
+    held = need.training_bytes if here else need.loaded_bytes
+    own = max(0, held - psutil.Process().memory_info().rss) if ours else 0
     room = sum(_places(node, ask, own) for node in nodes)
     if room < workers:
         where = "this machine" if ours else "the Ray cluster"
-        remedy = f"set engine.workers={room}" if room else "leave engine.workers at 1"
+        room += here
+        remedy = f"set engine.workers={room}" if room > 1 else "leave engine.workers at 1"
         raise UserError(
-            f"engine.workers is {workers}, but {where} has room for {room or 'none'}: each takes "
+            f"engine.workers is {workers + here}, but {where} has room for {room}: each takes "
             f"{', '.join(words)}; {remedy}, or lower engine.cohort-size."
         )
     return ask

@@ -19,6 +19,7 @@ from flexlora.simulations.populations import Population
 from flexlora.simulations.world import world_of
 
 from flexlora.config import Config, resolved
+from flexlora.personal_store import PersonalStore
 from flexlora.runs import RunFolder
 
 __all__ = ["make_grid", "resume", "simulate"]
@@ -34,7 +35,7 @@ def simulate(
     """
     config, out = resolved(config), Path(out)
     RunFolder.check_free(out, overwrite=overwrite)
-    with _ready(config) as (config, grid):
+    with _ready(config, out) as (config, grid):
         return federate(grid, config, out, observer=observer, overwrite=overwrite)
 
 
@@ -42,12 +43,12 @@ def resume(out: str | Path, *, observer: Observer | None = None) -> FlexLoRAStra
     """Go on with the run in ``out`` after its last whole round, with its own configuration."""
     run, config = RunFolder.open(out)
     run.load_checkpoint()  # refused before the base is loaded
-    with _ready(resolved(config)) as (config, grid):
+    with _ready(resolved(config), run.path) as (config, grid):
         return federate(grid, config, run.path, observer=observer, resume=True)
 
 
 @contextmanager
-def _ready(config: Config) -> Iterator[tuple[Config, InProcessGrid]]:
+def _ready(config: Config, out: Path) -> Iterator[tuple[Config, InProcessGrid]]:
     """The whole plan of the run and the grid that carries it out; its processes end with it."""
     ServerSettings.from_config(config)
     torch.set_num_threads(config["engine.threads"])
@@ -57,13 +58,18 @@ def _ready(config: Config) -> Iterator[tuple[Config, InProcessGrid]]:
     try:
         worker = worker_for(config)
         config = resolved_limits(config, worker)
-        yield config, make_grid(config, worker, pool)
+        yield config, make_grid(config, worker, pool, PersonalStore(out / "personal"))
     finally:
         if pool is not None:
             pool.close()
 
 
-def make_grid(config: Config, worker: Worker, pool: Pool | None = None) -> InProcessGrid:
+def make_grid(
+    config: Config,
+    worker: Worker,
+    pool: Pool | None = None,
+    personal: PersonalStore | None = None,
+) -> InProcessGrid:
     """The engine of a resolved configuration.
 
     Raises:
@@ -76,5 +82,6 @@ def make_grid(config: Config, worker: Worker, pool: Pool | None = None) -> InPro
         wire_dtype=config["wire.dtype"],
         pool=pool,
         world=world_of(config, population),
+        personal=personal,
         late_rounds=config["server.late-rounds"],
     )

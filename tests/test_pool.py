@@ -223,8 +223,11 @@ def test_too_little_memory_is_one_sentence_with_the_largest_number_that_fits(clu
     with pytest.raises(UserError, match=r"room for 2: .* 3 CPUs \(engine.threads\)"):
         placed(small(engine__threads=3), Session(), 3)
     cluster(node(0.5 * need))
-    with pytest.raises(UserError, match=r"this machine has room for none: .*engine.workers at 1"):
+    with pytest.raises(UserError, match=r"is 2, but this machine has room for 0: .* at 1"):
         placed(small(), Session(folder=tmp_path), 2)
+    cluster(node(2.5 * need))
+    with pytest.raises(UserError, match=r"is 4, but the Ray cluster has room for 3: .*workers=3"):
+        placement(small(), Session(), 3, Need.of(small()), here=1)
 
 
 def test_a_dead_machine_has_no_room(cluster):
