@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 from flexlora.clients.worker import Worker
 
@@ -74,7 +75,27 @@ def plan_cohorts(
             last.append(key)
         else:
             cohorts.append([key])
-    return cohorts
+    return _evened(cohorts, alike)
+
+
+def _evened(cohorts: list[list[str]], alike: Callable[[str], tuple]) -> list[list[str]]:
+    """As many cohorts of alike clients, of nearly equal sizes: workers end at the same time.
+
+    Full ones come first, so that no cohort gets wider rows or more clients than the first had.
+    """
+    even = []
+    for _, group in groupby(cohorts, key=lambda cohort: alike(cohort[0])):
+        parts = list(group)
+        keys = [key for part in parts for key in part]
+        if len({len(part) for part in parts[:-1]}) > 1:
+            even += parts  # the tokens set their sizes, and would not hold for others
+            continue
+        at = 0
+        for k in range(len(parts)):
+            size = len(keys) // len(parts) + (k < len(keys) % len(parts))
+            even.append(keys[at : at + size])
+            at += size
+    return even
 
 
 def _width(rows: Sequence[Example]) -> int:

@@ -44,6 +44,7 @@ def worker(tmp_path_factory):
         "train.max-steps": 5,
         "personal.rank": 4,
         "personal.max-steps": 8,
+        "personal.learning-rate": 5e-3,
         "eval.max-examples": 12,
         "engine.threads": 1,
     }

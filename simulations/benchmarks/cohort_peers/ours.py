@@ -46,7 +46,7 @@ class Rounds:
         self.stamps.mark()
         self.rounds.append(metrics)
         if len(self.rounds) == 2:
-            self.processes = 1 if self.workers == 1 else _actors()
+            self.processes = 1 if self.workers == 1 else 1 + _actors()  # this one trains too
 
 
 def _actors() -> int:
