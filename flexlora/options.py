@@ -206,7 +206,7 @@ def _options() -> tuple[Option, ...]:
             "personal.rank", 0, "rank of factors that each client keeps to itself (0: none)", (), 0
         ),
         option("personal.max-steps", 10, "steps a round on a client's own factors", minimum=1),
-        option("personal.learning-rate", 5e-3, "peak rate of a client's own factors", minimum=0.0),
+        option("personal.learning-rate", 2e-3, "peak rate of a client's own factors", minimum=0.0),
         option(
             "sampling.policy",
             "uniform",

@@ -25,7 +25,9 @@ def watched_run(
     Raises:
         UserError: see ``simulate`` and ``resume``.
     """
-    with TerminalObserver(console) as observer:
+    if go_on:
+        _, config = RunFolder.open(out)
+    with TerminalObserver(console, personal_rank=config["personal.rank"]) as observer:
         if go_on:
             resume(out, observer=observer)
         else:

@@ -256,7 +256,9 @@ def test_personal_and_simulated_numbers_are_shown_where_they_are(tmp_path):
     page = report_of(folder)
     for title in ("Personal against global", "Simulated seconds", "Joules"):
         assert title in page.said()
-    assert ["all clients, with their own factors", "", "0.876", ""] in page.table("Held-out rows")
+    assert ["clients with factors of their own, with them", "", "0.876", ""] in page.table(
+        "Held-out rows"
+    )
     shown = {shown: value for value, shown, kind in page.data if kind == "derived"}
     assert shown["2.0 h"] == 7200.0 and shown["2.5 kJ"] == 2468.0
     assert "personal" not in [row[0] for row in page.table("Rank classes")]

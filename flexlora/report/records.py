@@ -68,7 +68,8 @@ class RunRecords:
         keys = dict.fromkeys(key for row in self.rounds for key in row)
         found = [k.partition("/")[2] for k in keys if k.startswith(("eval_loss/", "energy_kept/"))]
         found += [row["rank_class"] for row in self.clients if row["rank_class"]]
-        return sorted(dict.fromkeys(name for name in found if name != PERSONAL), key=_natural)
+        others = (PERSONAL, f"global_of_{PERSONAL}")
+        return sorted(dict.fromkeys(name for name in found if name not in others), key=_natural)
 
     def setting(self, key: str) -> object:
         """The run's value of a key; the default where an older version wrote none."""

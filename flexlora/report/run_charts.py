@@ -104,13 +104,13 @@ CHARTS: tuple[Callable[[RunRecords], Chart | None], ...] = (
 PERSONAL_CHARTS: tuple[Callable[[RunRecords], Chart | None], ...] = (
     of_keys(
         "Held-out loss of each client",
-        ("global, at its own rank", "eval_loss"),
+        ("global, same clients", "eval_loss/global_of_personal"),
         ("with its own factors", "eval_loss/personal"),
         needs="eval_loss/personal",
     ),
     of_keys(
         "Exact match of each client",
-        ("global, at its own rank", "eval_exact_match"),
+        ("global, same clients", "eval_exact_match/global_of_personal"),
         ("with its own factors", "eval_exact_match/personal"),
         needs="eval_exact_match/personal",
         subtitle="share of the held-out rows",

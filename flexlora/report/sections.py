@@ -75,7 +75,10 @@ def scores_table(run: RunRecords) -> Markup:
     """Base and last round of every score: all clients, each rank class, and with own factors."""
     suffixes = [("all clients, each at its own rank", "")]
     suffixes += [(own, f"/{own}") for own in run.rank_classes]
-    suffixes += [("all clients, with their own factors", f"/{PERSONAL}")]
+    suffixes += [
+        ("clients with factors of their own, without them", f"/global_of_{PERSONAL}"),
+        ("clients with factors of their own, with them", f"/{PERSONAL}"),
+    ]
     shown = [(key, title) for key, title in SCORES.items() if run.points(key)]
     after = {key: run.last(key) for key, _ in shown}
     header = ["rank class"]
