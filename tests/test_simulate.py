@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import json
-import threading
+import os
+import subprocess
+import sys
 import time
 import tomllib
-from functools import partial
 
 import psutil
 import pytest
 import torch
 from federation import (
+    ONE_THREAD,
     SMOKE,
     adapter_bytes,
     as_sets,
@@ -29,7 +31,6 @@ from federation import (
 from flexlora.clients.worker import worker_for
 from flexlora.server.strategy import FlexLoRAStrategy
 from flexlora.simulations.engine import InProcessGrid
-from flexlora.simulations.ray_pool import RayPool
 from flexlora.simulations.simulate import simulate
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -236,10 +237,20 @@ def test_cohorts_of_1_4_and_16_agree(optim, dtype, num_rounds, bound, tmp_path):
         assert gap(deltas[size], deltas[1]) < bound
 
 
+# This process takes no part, so that there is something to kill however slow Ray is to start.
+TWO_ACTORS = """
+import sys
+from functools import partial
+import flexlora.simulations.simulate as module
+from flexlora.cli import main
+from flexlora.simulations.ray_pool import RayPool
+module.make_pool = partial(RayPool, workers=2)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 @pytest.mark.slow
-def test_one_process_and_two_give_the_same_bytes_also_where_one_of_them_is_killed(
-    tmp_path, monkeypatch
-):
+def test_one_process_and_two_give_the_same_bytes_also_where_one_of_them_is_killed(tmp_path):
     """The killed worker's cohort is trained again: every client is there in the end."""
     config = small(
         clients__count=16,
@@ -249,40 +260,31 @@ def test_one_process_and_two_give_the_same_bytes_also_where_one_of_them_is_kille
         personal__rank=2,
     )
     simulate(config, tmp_path / "alone")
-    # This process takes no part, so that there is something to kill however slow Ray is to start.
-    pool = partial(RayPool, workers=2)
-    monkeypatch.setattr("flexlora.simulations.simulate.make_pool", pool)
-    killed = []
-    killer = threading.Thread(target=kill_a_worker, args=(killed,), daemon=True)
-    killer.start()
-    simulate(config.replace(engine__workers=2), tmp_path / "together")
-    killer.join(timeout=1)
-    assert killed
-    assert adapter_bytes(tmp_path / "alone") == adapter_bytes(tmp_path / "together")
-    for read in (client_rows, rounds):
-        alone, together = (untimed(read(tmp_path / name)) for name in ("alone", "together"))
-        assert alone == together
+    two = as_sets(config.replace(engine__workers=2))
+    arguments = ["simulate", *two, "--out", str(tmp_path / "killed")]
+    environment = os.environ | ONE_THREAD
+    process = subprocess.Popen([sys.executable, "-c", TWO_ACTORS, *arguments], env=environment)
+    killed = kill_a_worker(process)
+    assert process.wait(timeout=300) == 0 and killed
+    status, _, _ = finished(command("simulate", *two, "--out", tmp_path / "together"))
+    assert status == 0
+    for name in ("killed", "together"):
+        assert adapter_bytes(tmp_path / "alone") == adapter_bytes(tmp_path / name)
+        for read in (client_rows, rounds):
+            assert untimed(read(tmp_path / "alone")) == untimed(read(tmp_path / name))
 
 
-def kill_a_worker(killed):
-    """SIGKILL for the first Ray actor that is seen at work; its process id goes into ``killed``."""
-    deadline = time.monotonic() + 200
-    while not killed and time.monotonic() < deadline:
-        for child in psutil.Process().children(recursive=True):
+def kill_a_worker(process):
+    """SIGKILL for the first Ray actor that is seen at work under ``process``: its process id."""
+    parent, deadline = psutil.Process(process.pid), time.monotonic() + 200
+    while process.poll() is None and time.monotonic() < deadline:
+        for child in parent.children(recursive=True):
             with contextlib.suppress(psutil.Error):
                 if "ray::CohortActor.train" in " ".join(child.cmdline()):
                     child.kill()
-                    killed.append(child.pid)
-                    return
+                    return child.pid
         time.sleep(0.01)
-
-
-@pytest.mark.slow
-def test_this_process_and_one_more_give_the_same_bytes(tmp_path):
-    config = small(clients__count=8, engine__cohort_size=2)
-    simulate(config, tmp_path / "alone")
-    simulate(config.replace(engine__workers=2), tmp_path / "together")
-    assert adapter_bytes(tmp_path / "alone") == adapter_bytes(tmp_path / "together")
+    return None
 
 
 def test_the_machines_threads_and_the_cohort_plan_stand_in_the_resolved_configuration(
