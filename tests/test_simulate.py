@@ -252,13 +252,8 @@ sys.exit(main(sys.argv[1:]))
 @pytest.mark.slow
 def test_one_process_and_two_give_the_same_bytes_also_where_one_of_them_is_killed(tmp_path):
     """The killed worker's cohort is trained again: every client is there in the end."""
-    config = small(
-        clients__count=16,
-        num_server_rounds=2,
-        engine__cohort_size=2,
-        train__max_steps=10,
-        personal__rank=2,
-    )
+    many = {"clients__count": 16, "engine__cohort_size": 2, "train__max_steps": 10}
+    config = small(num_server_rounds=2, personal__rank=2, **many)
     simulate(config, tmp_path / "alone")
     two = as_sets(config.replace(engine__workers=2))
     arguments = ["simulate", *two, "--out", str(tmp_path / "killed")]
