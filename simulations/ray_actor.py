@@ -99,9 +99,9 @@ class CohortActor:
         os.environ.update(dict.fromkeys(THREAD_VARIABLES, threads))
         self.adapters: dict[str, Adapter] = {}
 
-    def placed(self) -> str:
-        """Says that there is such a process, and which FlexLoRA it runs."""
-        return flexlora.__version__
+    def placed(self) -> tuple[str, int]:
+        """Says that there is such a process: which FlexLoRA it runs, and its number there."""
+        return flexlora.__version__, os.getpid()
 
     def load(self) -> tuple[str, tuple[str, ...]]:
         """Load base and data; the base's fingerprint and the clients, for all must have the same.

@@ -80,7 +80,7 @@ class Dispatcher:
         self.recent = deque(maxlen=AHEAD * workers)
         self.numbers = itertools.count()
         self.actors: set[Any] = set()  # Ray's word for workers
-        self.placed: set[Any] = set()
+        self.placed: dict[Any, int] = {}  # the number of each one's process, on its machine
         self.idle: deque[Any] = deque()
         self.busy: dict[Any, Cohort] = {}
         self.ask: dict[str, Any] = {}
@@ -176,10 +176,10 @@ class Dispatcher:
     def _placed(self, actor: Any, answer: Future) -> None:
         if answer.exception() is not None:
             return  # `_loaded` hears of it too
-        self.placed.add(actor)
-        if answer.result() != flexlora.__version__:
+        version, self.placed[actor] = answer.result()
+        if version != flexlora.__version__:
             raise UserError(
-                f"a Ray worker runs FlexLoRA {answer.result()}, this process "
+                f"a Ray worker runs FlexLoRA {version}, this process "
                 f"{flexlora.__version__}; install the same on every machine of the cluster."
             )
 
@@ -206,7 +206,7 @@ class Dispatcher:
     def _replace(self, actor: Any, lost: int = 0) -> None:
         self._kill(actor)
         self.actors.discard(actor)
-        self.placed.discard(actor)
+        self.placed.pop(actor, None)
         self._spawn(lost)
 
     def _check_idle(self) -> None:

@@ -5,6 +5,8 @@ Ray is started once, by the pool that most tests share; further pools of this pr
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from contextlib import closing, suppress
@@ -90,40 +92,39 @@ def ray_processes():
     return found
 
 
-def workers():
-    """The processes that hold a base."""
-    return [process for process, title in ray_processes() if title.startswith("ray::Cohort")]
+def processes(pool, doing="anything"):
+    """The numbers of a pool's worker processes as they told it: those that load, train, idle."""
+    dispatcher = pool._dispatcher
+    while True:
+        with suppress(RuntimeError):  # it has changed while it was read
+            placed, idle, busy = dict(dispatcher.placed), set(dispatcher.idle), set(dispatcher.busy)
+            break
+    now = {"anything": placed, "train": busy, "idle": idle, "load": set(placed) - idle - busy}
+    return [placed[actor] for actor in placed if actor in now[doing]]
 
 
 def wait_until(condition):
     deadline = time.monotonic() + PATIENCE
     while not condition():
-        assert time.monotonic() < deadline, "this never came to be"
+        assert time.monotonic() < deadline, f"this never came to be; {ray_processes()}"
         time.sleep(0.05)
 
 
-def both_idle():
-    """Two workers have loaded and do nothing."""
-    return [title for _, title in ray_processes()].count("ray::CohortActor") == 2
-
-
 class Killer(threading.Thread):
-    """Kills workers in the middle of what they are doing, ``times`` times, inside the block."""
+    """Kills a pool's workers in the middle of what they are doing, ``times`` times, in a block."""
 
-    def __init__(self, times, doing="train", spared=()):
+    def __init__(self, pool, times, doing="train"):
         super().__init__(daemon=True)
-        self.times, self.doing, self.killed = times, f"ray::CohortActor.{doing}", []
-        self.spared = {process.pid for process in spared}
+        self.pool, self.times, self.doing, self.killed = pool, times, doing, []
 
     def run(self):
         while len(self.killed) < self.times:
-            for process, title in ray_processes():
-                if title.startswith(self.doing) and process.pid not in {*self.spared, *self.killed}:
-                    time.sleep(0.05)  # well into the work
-                    with suppress(psutil.NoSuchProcess):
-                        process.kill()
-                    self.killed.append(process.pid)
-                    break
+            for number in set(processes(self.pool, self.doing)) - set(self.killed):
+                time.sleep(0.05)  # well into the work
+                with suppress(ProcessLookupError):
+                    os.kill(number, signal.SIGKILL)
+                self.killed.append(number)
+                break
             time.sleep(0.01)
 
     def __enter__(self):
@@ -164,7 +165,7 @@ def test_this_process_is_a_worker_too_and_from_the_start(pool, worker, cohorts):
         assert plain(pending[0].result()) == wanted[0] and not mixed.seconds.get("first worker")
         assert [plain(cohort.result()) for cohort in pending] == wanted
         wait_until(lambda: "first worker" in mixed.seconds)
-        assert len(workers()) == 3, "two of the shared pool, and one beside this process"
+        assert len(processes(mixed)) == 1 and os.getpid() not in processes(mixed)
         pending = [mixed.train(jobs) for jobs in cohorts]
         assert [plain(cohort.result()) for cohort in pending[::-1]][::-1] == wanted
 
@@ -208,7 +209,7 @@ def test_what_cohorts_share_crosses_once(pool, worker, cohorts, monkeypatch):
 def test_a_worker_killed_in_mid_training_is_replaced_without_a_trace(pool, cohorts):
     pool.train(cohorts[0]).result()  # Ray is there
     wanted = [plain(Worker(LONG).train(jobs)) for jobs in cohorts[:3]]
-    with closing(RayPool(LONG, workers=2)) as patient, Killer(times=1) as killer:
+    with closing(RayPool(LONG, workers=2)) as patient, Killer(patient, times=1) as killer:
         pending = [patient.train(jobs) for jobs in cohorts[:3]]
         assert [plain(cohort.result()) for cohort in pending] == wanted
         assert len(killer.killed) == 1 and not psutil.pid_exists(killer.killed[0])
@@ -217,7 +218,7 @@ def test_a_worker_killed_in_mid_training_is_replaced_without_a_trace(pool, cohor
 def test_a_cohort_that_kills_three_workers_fails_and_the_pool_goes_on(pool, cohorts):
     pool.train(cohorts[0]).result()
     with closing(RayPool(LONG, workers=2)) as patient:
-        with Killer(times=3) as killer:
+        with Killer(patient, times=3) as killer:
             results = patient.train(cohorts[0]).result()
             assert len(set(killer.killed)) == 3
         for job, result in zip(cohorts[0], results, strict=True):
@@ -230,11 +231,13 @@ def test_a_cohort_that_kills_three_workers_fails_and_the_pool_goes_on(pool, coho
 def test_an_idle_worker_that_died_costs_nobody_anything(pool, cohorts):
     pending = [pool.train(jobs) for jobs in cohorts]
     first = [plain(cohort.result()) for cohort in pending]
-    wait_until(both_idle)  # and not on their way to it
-    for process in workers():
-        process.kill()
+    wait_until(lambda: processes(pool, "idle"))
+    killed = processes(pool, "idle")
+    for number in killed:
+        os.kill(number, signal.SIGKILL)
     again = [pool.train(jobs) for jobs in cohorts]
     assert [plain(cohort.result()) for cohort in again] == first
+    assert not set(killed) & set(processes(pool))
 
 
 def test_what_a_worker_raises_is_the_cause_of_its_cohort_alone(pool, cohorts):
@@ -263,11 +266,10 @@ def test_a_worker_that_cannot_load_says_why(pool, cohorts):
 
 
 def test_workers_that_die_in_loading_end_the_pool_and_not_the_wait(pool, cohorts):
-    wait_until(both_idle)
-    killer, refused = Killer(times=3, doing="load", spared=workers()), pytest.raises(UserError)
-    with killer, closing(RayPool(CONFIG, workers=1)) as doomed, refused as raised:
+    pool.train(cohorts[0]).result()
+    refused = pytest.raises(UserError, match=r"cannot load base and data: 3 died in a row")
+    with closing(RayPool(CONFIG, workers=1)) as doomed, Killer(doomed, 3, doing="load"), refused:
         doomed.train(cohorts[0]).result()
-    assert "a Ray worker cannot load base and data: 3 died in a row" in str(raised.value)
     assert plain(pool.train(cohorts[0]).result())
 
 
@@ -295,8 +297,9 @@ def test_closing_leaves_no_process_no_file_and_no_one_waiting(pool, cohorts):
     ray = import_ray(workers=2, address="")
     pool.train(cohorts[0]).result()
     folder = Path(ray.get_runtime_context().get_temp_dir())
-    wait_until(both_idle)
-    assert len(workers()) == 2 and folder.is_dir()
+    wait_until(lambda: processes(pool, "idle"))
+    numbers = processes(pool)
+    assert numbers and folder.is_dir()
     assert 0 < pool.seconds["ray"] < pool.seconds["first worker"] <= pool.seconds["last worker"]
     guest, done, errors = RayPool(CONFIG, workers=1), pool.train(cohorts[1]), []
     assert plain(guest.train(cohorts[1]).result())
@@ -314,6 +317,7 @@ def test_closing_leaves_no_process_no_file_and_no_one_waiting(pool, cohorts):
     pool.close()
     asking.join(PATIENCE)
     assert errors == ["the pool is closed."]
+    assert not any(psutil.pid_exists(number) for number in numbers)
     assert ray_processes() == [] and not folder.exists() and not ray.is_initialized()
     with pytest.raises(RuntimeError, match="the pool is closed"):
         done.result()
