@@ -177,9 +177,13 @@ class Worker:
         ids = self.client_ids
         return ids[partition_id] if partition_id < len(ids) else None
 
-    def capability(self, client_id: str) -> Capability:
-        """What this client can say of itself; a client without rows says so in ``cause``."""
-        shapes, kernels = self.slots.shapes, probe(self.base.device)
+    def capability(self, client_id: str, *, probed: bool = True) -> Capability:
+        """What this client can say of itself; a client without rows says so in ``cause``.
+
+        ``probed`` runs the device's kernels: a second, in which bitsandbytes is imported.
+        """
+        shapes = self.slots.shapes
+        kernels = probe(self.base.device) if probed else None
         examples = self.data.examples(client_id, "train")
         dropped = self.data.num_dropped(client_id, "train")
         cause = ""
@@ -194,8 +198,8 @@ class Worker:
             fingerprint=self.base.fingerprint,
             quantization=self.quantization_of(client_id),
             device=device_name(self.base.device),
-            runs=kernels.runs,
-            absent=kernels.absent,
+            runs=kernels.runs if kernels else (),
+            absent=kernels.absent if kernels else (),
             free_bytes=self.free_bytes,
             modules=tuple(shapes),
             out_features=tuple(out for out, _ in shapes.values()),

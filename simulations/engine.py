@@ -216,7 +216,7 @@ class InProcessGrid(Grid):
 
     def _capability(self, client_id: str) -> Capability:
         """What the worker says of the client, on the device that the population gives it."""
-        own = self.worker.capability(client_id)
+        own = self.worker.capability(client_id, probed=False)
         if self.clock is None:
             return own
         client = self.clock.population.client(client_id)

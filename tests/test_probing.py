@@ -107,6 +107,15 @@ def test_kernels_run_once_however_many_clients_a_process_simulates(monkeypatch):
     assert 2**20 < reports[0].free_bytes < 2**50
 
 
+def test_in_simulation_no_kernel_is_run_for_clients_that_are_elsewhere(monkeypatch):
+    monkeypatch.setattr(worker_module, "probe", lambda device: pytest.fail("probed"))
+    grid = TamperingGrid(Worker(small(engine__device="cpu")))
+    query = Message(RecordDict(), dst_node_id=1, message_type="query")
+    (reply,) = grid.send_and_receive([query])
+    told = decode_capability(reply)
+    assert (told.runs, told.absent, told.cause) == ((), (), "") and told.num_examples > 0
+
+
 def test_what_was_run_travels_with_the_report(monkeypatch):
     monkeypatch.setitem(probing.KERNELS, "nf4", dies)
     worker = Worker(small(engine__device="cpu"))
