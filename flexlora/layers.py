@@ -5,9 +5,11 @@ the factors are zero-padded to the largest, ``A [K, R, in]`` and ``B [K, out, R]
 
     y_k = x_k W^T + s_k (drop(x_k) A_k^T) B_k^T  [+ c_k (x_k P_k^T) Q_k^T, the carried factors]
 
-A padded row of A meets a padded column of B, both zero, so both gradients are zero and stay so. The
-frozen linear is any module that maps ``[..., in]`` to ``[..., out]``: ``nn.Linear``, GPT-2's
-``Conv1D``, bitsandbytes' ``Linear4bit``.
+A padded row of A meets a padded column of B, both zero, so both gradients are zero and stay so. On
+a CPU a cohort goes through the small modules of a tiny base as ``W_k = W + s_k B_k A_k``, one
+product instead of three and their sum: there the passes over memory cost more than the larger
+gradient. The frozen linear is any module that maps ``[..., in]`` to ``[..., out]``: ``nn.Linear``,
+GPT-2's ``Conv1D``, bitsandbytes' ``Linear4bit``.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from flexlora.adapters import LoRAFactors
 from flexlora.seeds import derive_seed
 from flexlora.sketch import GradientSketch
 
-__all__ = ["DropoutStream", "LoRALinear", "SlotFactors"]
+__all__ = ["DropoutStream", "LoRALinear", "SlotFactors", "low_rank_cost"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,23 @@ class DropoutStream:
     rows: int
     length: int
     padded_length: int
+
+
+def low_rank_cost(
+    rows: int, in_features: int, out_features: int, rank: int, carried_rank: int = 0
+) -> tuple[float, float]:
+    """Nanoseconds beyond the frozen product that a slot's ``rows`` take on one core, both ways.
+
+    First through the factors: passes over the input and output, and narrow products. Then through
+    ``W + s B A``: a gradient ``[out, in]``, and building the matrix. The rates were measured; only
+    their order matters.
+    """
+    passes = 1.9 + 0.04 * rank
+    if carried_rank:
+        passes += 1.0 + 0.027 * carried_rank
+    size = in_features * out_features
+    low = rows * (in_features + out_features) * passes
+    return low, 1.1 * rows * size * 0.02 + 6 * size * rank * 0.02
 
 
 @dataclass(kw_only=True, eq=False)
@@ -74,6 +93,47 @@ class SlotFactors:
         return SlotFactors(A=A, B=B, scaling=scaling)
 
 
+class _SlotLinear(torch.autograd.Function):
+    """``x_k (W_k + s_k B_k A_k)^T + bias`` of ``x [K * b, T, in]``, one product a slot.
+
+    On the way back ``dB = s (g^T x) A^T`` and ``dA = s B^T (g^T x)`` come from one ``[out, in]``
+    matrix per slot.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        A: Tensor,
+        B: Tensor,
+        scaling: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+    ) -> Tensor:
+        K = A.shape[0]
+        whole = torch.baddbmm(weight.expand(K, -1, -1), B * scaling, A)
+        by_slot = x.reshape(K, -1, x.shape[-1])
+        out = torch.bmm(by_slot, whole.mT)
+        if bias is not None:
+            out += bias
+        ctx.save_for_backward(by_slot, A, B, scaling, whole)
+        return out.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple:
+        by_slot, A, B, scaling, whole = ctx.saved_tensors
+        (gradient,) = gradients
+        to_x = to_A = to_B = None
+        g = gradient.reshape(whole.shape[0], -1, gradient.shape[-1])
+        if ctx.needs_input_grad[0]:
+            to_x = torch.bmm(g, whole).view(*gradient.shape[:-1], -1)
+        if any(ctx.needs_input_grad[1:3]):
+            to_weight = torch.bmm(g.mT, by_slot) * scaling
+            to_A = torch.bmm(B.mT, to_weight) if ctx.needs_input_grad[1] else None
+            to_B = torch.bmm(to_weight, A.mT) if ctx.needs_input_grad[2] else None
+        return to_x, to_A, to_B, None, None, None
+
+
 class _Sketched(torch.autograd.Function):
     """``out`` itself; its gradient and ``x`` are folded into the sketch on the way back.
 
@@ -105,12 +165,15 @@ class LoRALinear(nn.Module):
         self.carried: SlotFactors | None = None
         self.frozen: list[SlotFactors] = []  # what earlier phases of this round trained
         self.merged: Tensor | None = None  # the weight with the carried factors added in
+        self.wholes: Tensor | None = None  # the same for every slot, [1 or K, out, in], once asked
         self.dropout = 0.0
         self.streams: tuple[DropoutStream | None, ...] = ()
         self.sketch: GradientSketch | None = None
         self.training = base.training
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        if self._one_product(x):
+            return self._sketched(self._slot_linear(x), x)
         out = self.base(x, *args, **kwargs) if self.merged is None else self._merged(x)
         if self.num_slots == 0:
             return out
@@ -120,10 +183,51 @@ class LoRALinear(nn.Module):
                 if factors is self.trained and self.dropout > 0 and self.streams:
                     inputs = inputs * self._mask(inputs)
                 out = out + factors.apply(inputs, self.num_slots).to(out.dtype)
-        if self.sketch is not None and out.requires_grad:
-            sketch, num_slots = self.sketch, self.num_slots
-            out = _Sketched.apply(out, x, sketch, num_slots)
-        return out
+        return self._sketched(out, x)
+
+    def _sketched(self, out: Tensor, x: Tensor) -> Tensor:
+        if self.sketch is None or not out.requires_grad:
+            return out
+        return _Sketched.apply(out, x, self.sketch, self.num_slots)
+
+    def _one_product(self, x: Tensor) -> bool:
+        """Whether ``W_k`` itself is what these rows should go through."""
+        trained, weight = self.trained, self.base.weight
+        if self.num_slots < 2 or trained is None or self.frozen:
+            return False
+        if (self.dropout > 0 and self.streams) or weight.requires_grad:
+            return False
+        plain = type(self.base).__name__ in ("Linear", "Conv1D") and x.device.type == "cpu"
+        exact = weight.dtype in (torch.float32, torch.float64)
+        if not (plain and exact and x.dtype == weight.dtype == trained.A.dtype):
+            return False
+        rows = x.numel() // (self.in_features * self.num_slots)
+        carried = self.carried.A.shape[1] if self.carried is not None else 0
+        low, whole = low_rank_cost(
+            rows, self.in_features, self.out_features, trained.A.shape[1], carried
+        )
+        return whole < low
+
+    def _slot_linear(self, x: Tensor) -> Tensor:
+        trained, base = self.trained, self.base
+        assert trained is not None
+        if self.wholes is None:
+            self.wholes = self._frozen_weights()
+        count = min(self.num_slots, trained.A.shape[0])
+        weight = self.wholes if self.wholes.shape[0] == 1 else self.wholes[:count]
+        A, B, scaling = trained.A[:count], trained.B[:count], trained.scaling[:count]
+        return _SlotLinear.apply(x, A, B, scaling, weight, base.bias)
+
+    @torch.no_grad()
+    def _frozen_weights(self) -> Tensor:
+        """``[1 or K, out, in]``: the weight, and what each slot carries, added in float64."""
+        base: Any = self.base
+        weight: Tensor = base.weight if self.merged is None else self.merged
+        weight = weight.T if type(base).__name__ == "Conv1D" else weight
+        if self.carried is None:
+            return weight[None]
+        A, B, scaling = (x.double() for x in vars(self.carried).values())
+        return torch.baddbmm(weight.double().expand(len(A), -1, -1), B * scaling, A).to(weight)
 
     def merge(self, factors: LoRAFactors) -> bool:
         """Add ``factors`` into a copy of a float weight; False where the base is quantized."""

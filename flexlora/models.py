@@ -6,7 +6,8 @@ bfloat16, float32 or float64, in 8 bits (LLM.int8(), arXiv 2208.07339), or as NF
 quantization (QLoRA, arXiv 2305.14314).
 
 Attention runs as the library would run it (``auto``: torch's fused ``sdpa`` where the model has
-it, else ``eager``, which keeps scores ``[heads, T, T]``), or as asked for.
+it, else ``eager``, which keeps scores ``[heads, T, T]``), or as asked for. On a CPU ``auto`` takes
+our own kernel for heads that are too narrow for torch's (``attention.py``).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 
+from flexlora.attention import prefer_narrow
 from flexlora.errors import UserError
 
 __all__ = ["EMBEDDED", "BaseModel", "load_base", "pick_device", "resolve_name"]
@@ -171,6 +173,8 @@ def _load(
     if quantization == "none":
         model.to(device)
     model.requires_grad_(False).eval()
+    if attention == "auto" and device.type == "cpu" and dtype != "bfloat16":
+        prefer_narrow(model)
     return BaseModel(
         name=name,
         model=model,

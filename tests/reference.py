@@ -240,3 +240,15 @@ def train_in_phases(model, starts, examples, recipe, carried=None, mu=0.0):
             ),
         ]
     return trained
+
+
+def causal_attention(query, key, value, scale):
+    """``softmax(scale Q K^T + causal) V``, head by head; a group shares a key head."""
+    group, tokens = query.shape[1] // key.shape[1], query.shape[2]
+    seen = torch.ones(tokens, tokens, dtype=torch.bool).tril()
+    heads = []
+    for head in range(query.shape[1]):
+        q, k, v = query[:, head], key[:, head // group], value[:, head // group]
+        scores = (scale * q @ k.transpose(1, 2)).masked_fill(~seen, float("-inf"))
+        heads.append(torch.softmax(scores, dim=-1) @ v)
+    return torch.stack(heads, dim=1)

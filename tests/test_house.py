@@ -40,6 +40,7 @@ FLOORS = {
     "flexlora.aggregation": 1,
     "flexlora.blockwise": 0,
     "flexlora.sketch": 0,
+    "flexlora.attention": 0,
     "flexlora.layers": 1,
     "flexlora.data": 1,
     "flexlora.optim": 1,

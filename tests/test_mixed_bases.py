@@ -141,7 +141,8 @@ def test_each_client_trains_as_it_would_in_a_run_of_its_own_kind():
         for job, result in zip(jobs, results, strict=True)
     ]
     for job, gap in zip(jobs, gaps, strict=True):
-        assert gap > 1e-3 if mixed.quantization_of(job.client_id) == "nf4" else gap < 1e-5
+        # One client alone is another plan than two together: AdamW amplifies rounding to 1e-4.
+        assert gap > 0.1 if mixed.quantization_of(job.client_id) == "nf4" else gap < 1e-4
 
 
 def test_the_bases_are_one_model_to_the_server(tmp_path):
