@@ -16,7 +16,7 @@ energies, certificates, cores and final factors are float64; the large products 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +26,7 @@ from flexlora.gram import svd_by_gram
 from flexlora.linalg import FactoredSVD, finished_svd, stack_products, svds_of_products
 from flexlora.routes import Solved, choose_route, top_of_dense
 
-__all__ = ["Decomposition", "MatrixSum", "Term", "decompose", "dense_pays", "fold"]
+__all__ = ["Decomposition", "LazySums", "MatrixSum", "Term", "decompose", "dense_pays", "fold"]
 
 Term = tuple[float, Tensor, Tensor]
 
@@ -77,6 +77,24 @@ class MatrixSum:
         else:
             start = torch.zeros(m, n, dtype=dtype or _accumulator(m, n), device=self.device)
         return fold(start, self.terms, self.shape)
+
+
+class LazySums(Mapping[str, MatrixSum]):
+    """Sums by name that are made anew when they are asked for: none of them stays in memory."""
+
+    def __init__(self, names: Iterable[str], make: Callable[[str], MatrixSum]) -> None:
+        self._names, self._make = dict.fromkeys(names), make
+
+    def __getitem__(self, name: str) -> MatrixSum:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._make(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -20,6 +20,7 @@ from flexlora.aggregation.products import ProductSums
 from flexlora.aggregation.rounds import OpenRound
 from flexlora.aggregation.state import GlobalChange
 from flexlora.aggregation.steps import ServerStep, next_state
+from flexlora.decompose import LazySums
 from flexlora.linalg import FactoredSVD
 from flexlora.ranks import RankClass
 from flexlora.seeds import derive_seed
@@ -85,7 +86,7 @@ def begin_sum(
     products = ProductSums(state.change.shapes)
 
     def close() -> State:
-        return next_state(state, {name: products.take(name) for name in state.change}, step)
+        return next_state(state, LazySums(state.change, products.mean), step)
 
     return OpenRound(state, sent, clients, products=products, close=close)
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from numbers import Integral
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -74,7 +74,8 @@ class State:
 class Update:
     """What a client sends back: trained factors, its number of examples, where it started.
 
-    ``rank_class`` names the start among those of the round; ``late`` is one of an earlier round.
+    ``rank_class`` names the start among those of the round; ``late`` is one of an earlier round,
+    whose examples count ``discount`` times: ``p_k = d_k n_k / sum_j d_j n_j``.
     """
 
     client_id: str
@@ -84,6 +85,14 @@ class Update:
     base_round: int = 0
     digest: str = ""
     late: bool = False
+    discount: float = 1.0
+
+    def weighed(self) -> Update:
+        """The update as the sums of a round take it: its discount is in ``num_examples``."""
+        if self.discount == 1.0:
+            return self
+        examples: Any = self.discount * self.num_examples  # only here it is no whole number
+        return replace(self, num_examples=examples, discount=1.0)
 
     @property
     def key(self) -> str:

@@ -20,6 +20,7 @@ from flexlora.aggregation.products import ProductSums
 from flexlora.aggregation.rounds import OpenRound
 from flexlora.aggregation.steps import ServerStep, next_state
 from flexlora.aggregation.truncated import StartedFrom, remember_rows, truncated_start
+from flexlora.decompose import LazySums, MatrixSum
 from flexlora.ranks import RankClass
 
 __all__ = ["FlexLoRA"]
@@ -47,14 +48,16 @@ class FlexLoRA:
         products, started = ProductSums(state.change.shapes), StartedFrom(sent)
 
         def close() -> State:
-            sums = {name: products.take(name) for name in state.change}
-            if self.step.error_feedback:
-                sums = {
-                    name: replace(total, terms=total.terms + started.terms(name, -1.0))
-                    for name, total in sums.items()
-                }
+            feedback = self.step.error_feedback
+
+            def total(name: str) -> MatrixSum:
+                mean = products.mean(name)
+                sent_away = started.terms(name, -1.0) if feedback else ()
+                return replace(mean, terms=mean.terms + sent_away)
+
+            sums = LazySums(state.change, total)
             last = remember_rows(state, sent) if self.realign else state
-            return next_state(last, sums, self.step, target=not self.step.error_feedback)
+            return next_state(last, sums, self.step, target=not feedback)
 
         return OpenRound(
             state,

@@ -28,7 +28,7 @@ from flexlora.aggregation.steps import (
     tail_of,
     unpack_svd,
 )
-from flexlora.decompose import MatrixSum, decompose
+from flexlora.decompose import LazySums, MatrixSum, decompose
 from flexlora.ranks import RankClass
 
 __all__ = ["FLoRIST", "rank_for_energy"]
@@ -60,10 +60,11 @@ class FLoRIST:
         products = ProductSums(state.change.shapes)
 
         def close() -> State:
-            sums = {name: products.take(name) for name in state.change}
             extra, changes, notes = dict(state.extra), {}, {}
+            sums = LazySums(state.change, products.mean)
             if self.step.error_feedback:
-                sums = {name: _with_last_cut(state, name, total) for name, total in sums.items()}
+                means = sums
+                sums = LazySums(means, lambda name: _with_last_cut(state, name, means[name]))
             dtype = next(iter(state.change.values())).U.dtype
             for name, found in decompose(sums, max_rank=UNCAPPED, dtype=dtype).items():
                 rank = rank_for_energy(found.svd.S, self.energy_threshold)

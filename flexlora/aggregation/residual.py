@@ -17,6 +17,7 @@ from flexlora.aggregation.products import ProductSums
 from flexlora.aggregation.rounds import OpenRound
 from flexlora.aggregation.steps import ServerStep, next_state
 from flexlora.aggregation.truncated import StartedFrom, remember_rows, truncated_start
+from flexlora.decompose import LazySums, MatrixSum
 from flexlora.ranks import RankClass
 
 __all__ = ["Residual"]
@@ -42,12 +43,12 @@ class Residual:
         products, started = ProductSums(state.change.shapes), StartedFrom(sent)
 
         def close() -> State:
-            changes = {}
-            for name in state.change:
-                total = products.take(name)
-                changes[name] = replace(total, terms=total.terms + started.terms(name, -1.0))
+            def change(name: str) -> MatrixSum:
+                total = products.mean(name)
+                return replace(total, terms=total.terms + started.terms(name, -1.0))
+
             last = remember_rows(state, sent) if self.realign else state
-            return next_state(last, changes, self.step)
+            return next_state(last, LazySums(state.change, change), self.step)
 
         return OpenRound(
             state,

@@ -22,7 +22,7 @@ from flexlora.errors import UpdateRefused
 
 __all__ = ["OpenRound"]
 
-WAITING_BYTES = 1 << 28
+WAITING_BYTES = 1 << 27
 
 
 class OpenRound:
@@ -102,6 +102,8 @@ class OpenRound:
         self._waiting.close()
         gaps = self._gap.report()
         state = self._after(self._close())
+        if self._products is not None:
+            self._products.clear()
         modules = {name: {**state.modules.get(name, {}), **gap} for name, gap in gaps.items()}
         return replace(state, modules=modules)
 
@@ -115,6 +117,7 @@ class OpenRound:
         self._then.append(further)
 
     def _fold(self, update: Update) -> None:
+        update = update.weighed()
         self._gap.add(update, rows_of(update, self.sent))
         if self._products is not None:
             self._products.add(update.adapter, update.num_examples)

@@ -21,7 +21,7 @@ import torch
 from flexlora.aggregation.base import State
 from flexlora.aggregation.products import svd_term
 from flexlora.aggregation.state import GlobalChange
-from flexlora.decompose import Decomposition, MatrixSum, decompose
+from flexlora.decompose import Decomposition, LazySums, MatrixSum, decompose
 from flexlora.errors import UserError, nearest
 from flexlora.linalg import FactoredSVD
 
@@ -86,8 +86,11 @@ def next_state(
     if step.optimizer == "sgd":
         eta = step.learning_rate
         keep = 1.0 - eta if target else 1.0
-        sums = {name: _scaled(changes[name], eta) for name in state.change}
-        sums = {name: _plus(s, keep, state.change[name]) for name, s in sums.items()}
+
+        def moved(name: str) -> MatrixSum:
+            return _plus(_scaled(changes[name], eta), keep, state.change[name])
+
+        sums: Mapping[str, MatrixSum] = LazySums(state.change, moved)
     else:
         if target:
             changes = {name: _plus(changes[name], -1.0, svd) for name, svd in state.change.items()}
@@ -110,8 +113,9 @@ def capped(
     extra, modules, reports = dict(state.extra), {}, {}
     kept = total = 0.0
     if step.error_feedback:
-        dropped = {name: unpack_svd(extra, "dropped", name) for name in sums}
-        sums = {name: _plus(total, 1.0, dropped[name]) for name, total in sums.items()}
+        asked = sums
+        dropped = {name: unpack_svd(extra, "dropped", name) for name in asked}
+        sums = LazySums(asked, lambda name: _plus(asked[name], 1.0, dropped[name]))
     limit = UNCAPPED if step.error_feedback else step.max_rank
     dtype = next(iter(state.change.values())).U.dtype
     for name, result in decompose(sums, max_rank=limit, dtype=dtype).items():

@@ -1,0 +1,87 @@
+"""Tensors in memory up to a number of bytes, the others in one file on disk that has no name.
+
+What lies on disk comes back into memory of its own, with the same bits and aligned as torch aligns.
+The file goes with the shelf, or with the process, however that ends; a place that was given up is
+used again by a tensor of the same size.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Shelf", "Shelved"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shelved:
+    """A tensor on disk."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    at: int
+    nbytes: int
+
+
+class Shelf:
+    """Keeps tensors, which must not change while they are kept.
+
+    Args:
+        held_bytes: of those that stay in memory: the first ones, as far as they fit.
+    """
+
+    def __init__(self, held_bytes: int) -> None:
+        self.held_bytes, self._held = held_bytes, 0
+        self._file: int | None = None
+        self._end = 0
+        self._free: dict[int, list[int]] = {}
+
+    def put(self, tensor: Tensor) -> Tensor | Shelved:
+        """The tensor itself where it fits or lies on another device, else where it is on disk."""
+        if tensor.device.type != "cpu" or self._held + tensor.nbytes <= self.held_bytes:
+            self._held += tensor.nbytes
+            return tensor
+        return self._write(tensor)
+
+    def read(self, kept: Tensor | Shelved) -> Tensor:
+        """What was put."""
+        if isinstance(kept, Tensor):
+            return kept
+        assert self._file is not None
+        tensor = torch.empty(kept.shape, dtype=kept.dtype)
+        view, done = _bytes_of(tensor), 0
+        while done < kept.nbytes:
+            count = os.preadv(self._file, [view[done:]], kept.at + done)
+            if count == 0:
+                raise OSError("a temporary file of this round ends early.")
+            done += count
+        return tensor
+
+    def forget(self, kept: Tensor | Shelved) -> None:
+        """Its memory, or its place in the file, is for others."""
+        if isinstance(kept, Tensor):
+            self._held -= kept.nbytes
+        else:
+            self._free.setdefault(kept.nbytes, []).append(kept.at)
+
+    def _write(self, tensor: Tensor) -> Shelved:
+        if self._file is None:
+            self._file, path = tempfile.mkstemp(prefix="flexlora-sums-")
+            os.unlink(path)
+            weakref.finalize(self, os.close, self._file)
+        places = self._free.get(tensor.nbytes)
+        at = places.pop() if places else self._end
+        self._end = max(self._end, at + tensor.nbytes)
+        view, done = _bytes_of(tensor.contiguous()), 0
+        while done < tensor.nbytes:
+            done += os.pwrite(self._file, view[done:], at + done)
+        return Shelved(shape=tensor.shape, dtype=tensor.dtype, at=at, nbytes=tensor.nbytes)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
