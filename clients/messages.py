@@ -8,7 +8,7 @@ which is what reaches a resident trainer. Nothing is pickled.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping
 from dataclasses import asdict
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
@@ -65,25 +65,26 @@ def read_train(content: Mapping, client_id: str, memo: Memo | None = None) -> Tr
 
 
 def encode_train(
-    result: TrainResult, *, dtype: str, reply_to: Message, trainable: Sequence[str] = FACTORS
+    result: TrainResult, *, dtype: str, reply_to: Message, start: Start | None = None
 ) -> Message:
     """The reply to a train message: the trained factors and a report, or the cause of neither.
 
-    A factor that was not trained stays where it came from.
+    A factor that was not trained stays where it came from; int8 may send changes of the others.
+    ``start`` is this one client's.
     """
-    return Message(train_reply(result, dtype=dtype, trainable=trainable), reply_to=reply_to)
+    return Message(train_reply(result, dtype=dtype, start=start), reply_to=reply_to)
 
 
-def train_reply(
-    result: TrainResult, *, dtype: str, trainable: Sequence[str] = FACTORS
-) -> RecordDict:
+def train_reply(result: TrainResult, *, dtype: str, start: Start | None = None) -> RecordDict:
     """``encode_train`` without the message around it."""
     # Factors travel as arrays, and personal ones not at all.
     told = {key: value for key, value in vars(result).items() if key not in ("adapter", "personal")}
     report = {key.replace("_", "-"): value for key, value in told.items()}
     content: dict = {"report": ConfigRecord(report)}
     if result.adapter is not None:
-        arrays, values = encode_adapter(result.adapter, dtype, trainable)
+        labels = start.trainable if start is not None else FACTORS
+        held = start.trained if start is not None else None
+        arrays, values = encode_adapter(result.adapter, dtype, labels, held)
         content["update"] = ArrayRecord({k: Array(**vars(array)) for k, array in arrays.items()})
         content["update.values"] = ConfigRecord(values)
     return RecordDict(content)

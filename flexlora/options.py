@@ -270,7 +270,7 @@ def _options() -> tuple[Option, ...]:
             "wire.dtype",
             "float32",
             "factors between server and client",
-            ("float32", "bfloat16", "float64"),
+            ("float32", "bfloat16", "float64", "int8"),
         ),
         option("server.min-nodes", 1, "nodes to wait for before round 1", minimum=1),
         option("server.wait-seconds", 300.0, "how long to wait for them", minimum=0.0),
@@ -278,6 +278,29 @@ def _options() -> tuple[Option, ...]:
         option("server.over-selection", 0.0, "ask this share of clients more", (), 0.0, 4.0),
         option("server.quorum", 1, "updates below which a round changes nothing", minimum=1),
         option("server.late-rounds", 1, "rounds after which a late update still counts", minimum=0),
+        option("server.late-weight", 1.0, "weight of an update per round it is late", (), 0.0, 1.0),
+        option("server.resends", 2, "times a lost message is sent again in its round", minimum=0),
+        option(
+            "server.silence-seconds",
+            0.0,
+            "silence after which a message counts as lost (0: half the round's time)",
+            minimum=0.0,
+        ),
+        option(
+            "server.message-ttl-seconds",
+            0.0,
+            "how long a message may live (0: its round and server.late-rounds more)",
+            minimum=0.0,
+        ),
+        option(
+            "server.backoff-rounds",
+            8,
+            "rounds that a node which keeps failing sits out, 1, 2, 4 ... at most (0: none)",
+            minimum=0,
+        ),
+        option("server.metrics-port", 0, "port of the Prometheus endpoint (0: none)", (), 0, 65535),
+        option("server.metrics-host", "127.0.0.1", "address that the endpoint listens on"),
+        option("resume", "", "run folder that `flwr run` goes on with (as its `out`)"),
         option("out", "", "run folder of `flwr run` (default: runs/RUN_ID where the server runs)"),
     )
 

@@ -46,12 +46,16 @@ class PersonalStore:
     """Own factors by client, in ``folder``, or in memory where that is None.
 
     A folder is one run's: its rounds are counted from 1, and a later run would take them for its
-    own. It is made when there is something to keep.
+    own. It is made when there is something to keep. ``what`` lies there is for what is told.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path | None = None, *, what: str = "personal factors") -> None:
+        self.folder, self.what = folder, what
         self._held: dict[str, dict[int, Kept]] = {}
+
+    def beside(self, name: str, what: str) -> PersonalStore:
+        """A store for other factors of the same clients, which goes where this one goes."""
+        return PersonalStore(self.folder and self.folder / name, what=what)
 
     def attach(self, jobs: Sequence[TrainJob]) -> list[TrainJob]:
         """The jobs with what each client had before the job's round."""
@@ -86,8 +90,7 @@ class PersonalStore:
                 rank_class=job.start.rank_class.name,
                 adapter=result.personal,
             )
-            self._put(kept)
-            self._trim(job.client_id)
+            self.put(kept)
 
     def before(self, client_id: str, server_round: int) -> Kept | None:
         """The last that this client kept in a round before ``server_round``.
@@ -100,7 +103,7 @@ class PersonalStore:
             return None
         if self.folder is None:
             return self._held[client_id][max(earlier)]
-        return _read(self._path(client_id, max(earlier)), client_id)
+        return _read(self._path(client_id, max(earlier)), client_id, self.what)
 
     def _rounds(self, client_id: str) -> list[int]:
         if self.folder is None:
@@ -109,13 +112,15 @@ class PersonalStore:
         names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
         return [int(found[1]) for name in names if (found := _FILE.fullmatch(name))]
 
-    def _put(self, kept: Kept) -> None:
+    def put(self, kept: Kept) -> None:
+        """Keep these, and of this client's others the last round before them."""
         if self.folder is None:
             self._held.setdefault(kept.client_id, {})[kept.server_round] = kept
         else:
             # What was learned from private rows is for this user's eyes only.
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             write_atomically(self._path(kept.client_id, kept.server_round), _bytes(kept))
+        self._trim(kept.client_id)
 
     def _trim(self, client_id: str) -> None:
         """Drop all but the last rounds; a late round does not drop those that came after it."""
@@ -149,7 +154,7 @@ def _bytes(kept: Kept) -> bytes:
     return save(tensors, metadata={"personal": json.dumps(index)})
 
 
-def _read(path: Path, client_id: str) -> Kept:
+def _read(path: Path, client_id: str, what: str) -> Kept:
     try:
         with safe_open(path, framework="pt") as file:
             index: dict[str, Any] = json.loads((file.metadata() or {})["personal"])
@@ -174,6 +179,6 @@ def _read(path: Path, client_id: str) -> Kept:
         )
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"client {client_id}: the personal factors in '{path}' cannot be read ({error}); "
+            f"client {client_id}: the {what} in '{path}' cannot be read ({error}); "
             "remove the file, and the client goes on from an older one or begins anew."
         ) from None

@@ -1,6 +1,7 @@
 """The run folder (DESIGN.md, section 4): what a run leaves, and what it goes on from.
 
 config.toml  metrics.jsonl  clients.csv  evaluation.csv  environment.json  adapters/  checkpoint/
+live.json is where the run is at this moment (``live_state.py``)
 """
 
 from __future__ import annotations
@@ -14,12 +15,16 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import tomli_w
+from safetensors import SafetensorError
 
+from flexlora.aggregation.base import State
 from flexlora.checkpoints import (
     load_checkpoint,
     load_notes,
@@ -28,6 +33,8 @@ from flexlora.checkpoints import (
 )
 from flexlora.config import Config
 from flexlora.errors import UserError
+from flexlora.live_state import LIVE_FILE
+from flexlora.ranks import RankClass
 
 __all__ = ["CLIENT_COLUMNS", "RunFolder"]
 
@@ -72,16 +79,17 @@ class RunFolder:
         """A fresh folder with ``config.toml`` and ``environment.json``; see ``check_free``."""
         run = cls(path)
         cls.check_free(run.path, overwrite=overwrite)
-        for name in (*_OURS, "evaluation.csv", "environment.json", "report.html"):
+        for name in (*_OURS, "evaluation.csv", "environment.json", "report.html", LIVE_FILE):
             _remove(run.path / name)
+        nested = {k: v for k, v in config.nested().items() if k != "out"}
+        environment = json.dumps(_environment(config), indent=1, sort_keys=True) + "\n"
         try:
             run.path.mkdir(parents=True, exist_ok=True)
+            write_atomically(run.path / "config.toml", tomli_w.dumps(nested).encode())
+            write_atomically(run.path / "environment.json", environment.encode())
         except OSError as error:
+            _remove(run.path / "config.toml")  # half a run would be in the way of the next
             raise UserError(f"output folder '{path}' cannot be made: {error.strerror}.") from None
-        nested = {k: v for k, v in config.nested().items() if k != "out"}
-        write_atomically(run.path / "config.toml", tomli_w.dumps(nested).encode())
-        environment = json.dumps(_environment(config), indent=1, sort_keys=True) + "\n"
-        write_atomically(run.path / "environment.json", environment.encode())
         return run
 
     @staticmethod
@@ -125,12 +133,17 @@ class RunFolder:
         clients: Sequence[Mapping[str, object]],
         evaluations: Sequence[Mapping[str, object]],
     ) -> None:
-        """One line of ``metrics.jsonl`` and the rows of the two tables."""
-        self._append_csv("clients.csv", CLIENT_COLUMNS, clients)
-        self._append_csv("evaluation.csv", EVALUATION_COLUMNS, evaluations)
+        """One line of ``metrics.jsonl`` and the rows of the two tables.
+
+        Raises:
+            UserError: they cannot be written; a resume forgets what there is of them.
+        """
         line = json.dumps({k: _json_number(v) for k, v in metrics.items()})
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        with self.writing(f"round {metrics['round']}"):
+            self._append_csv("clients.csv", CLIENT_COLUMNS, clients)
+            self._append_csv("evaluation.csv", EVALUATION_COLUMNS, evaluations)
+            with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
 
     def metrics(self) -> list[dict]:
         """The rounds so far; a last line that a crash cut short is left out."""
@@ -145,7 +158,15 @@ class RunFolder:
         return rows
 
     def rewind(self, last_round: int) -> None:
-        """Forget rows after ``last_round``: a crash between a round's rows and its checkpoint."""
+        """Forget rows after ``last_round``: a crash between a round's rows and its checkpoint.
+
+        Raises:
+            UserError: the folder cannot be written to.
+        """
+        with self.writing("what is left of an unfinished round"):
+            self._rewind(last_round)
+
+    def _rewind(self, last_round: int) -> None:
         kept = [row for row in self.metrics() if row["round"] <= last_round]
         text = "".join(json.dumps(row) + "\n" for row in kept)
         write_atomically(self.path / "metrics.jsonl", text.encode())
@@ -161,7 +182,36 @@ class RunFolder:
             kept = [r for r in rows if int(r["round"]) <= last_round and None not in r.values()]
             write_atomically(file, _csv_text(columns, kept, header=True).encode())
 
-    save_checkpoint = staticmethod(save_checkpoint)
+    def save_checkpoint(
+        self,
+        folder: Path,
+        state: State,
+        rank_classes: Mapping[str, RankClass],
+        notes: Mapping[str, Any] | None = None,
+    ) -> None:
+        """The server's state after a round, in the place of the one before (see ``checkpoints``).
+
+        Raises:
+            UserError: it cannot be written; the one before is still there.
+        """
+        with self.writing(f"the state after round {state.round}"):
+            save_checkpoint(folder, state, rank_classes, notes)
+
+    @contextmanager
+    def writing(self, what: str) -> Iterator[None]:
+        """The system's refusal to write (a full disk, most of the time) in a sentence.
+
+        Raises:
+            UserError: in the place of the error that came.
+        """
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(
+                f"{what} cannot be written to '{self.path}': {reason}; the rounds before are "
+                "whole: make room on that disk, then resume the run."
+            ) from None
 
     @property
     def checkpoint(self) -> Path:

@@ -10,6 +10,8 @@ import shutil
 from pathlib import Path
 
 from flexlora.server.observer import LogObserver, Observer
+from flexlora.server.observers import observed
+from flexlora.server.resuming import destination_of, settle
 from flexlora.server.settings import ServerSettings
 from flexlora.server.strategy import FlexLoRAStrategy
 from flwr.app import Context
@@ -27,12 +29,19 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run the federation of the run's configuration and leave a run folder."""
-    config = resolved(Config(context.run_config))
+    """Run the federation of the run's configuration, or go on with it, in a run folder."""
+    to = destination_of(resolved(Config(context.run_config)), context.run_id)
     logger = logging.getLogger("flwr")
-    out = Path(config["out"] or f"runs/{context.run_id}")
-    logger.info("run folder: %s", out.resolve())
-    federate(grid, config, out, observer=LogObserver(logger))
+    logger.info("run folder: %s%s", to.folder.resolve(), ", going on" if to.resume else "")
+    federate(
+        grid,
+        to.config,
+        to.folder,
+        observer=LogObserver(logger),
+        overwrite=to.overwrite,
+        resume=to.resume,
+        run_id=context.run_id,
+    )
 
 
 def federate(
@@ -43,10 +52,12 @@ def federate(
     observer: Observer | None = None,
     overwrite: bool = False,
     resume: bool = False,
+    run_id: int | None = None,
 ) -> FlexLoRAStrategy:
     """Rounds over ``grid`` into the folder ``out``, which is made once there is somebody to train.
 
     Whatever ends the rounds, the adapters of the last one that was written down whole are left.
+    ``run_id`` is Flower's: a folder that is marked with it is known again (``resuming.py``).
 
     Raises:
         UserError: a setting that cannot be, too few nodes, no client that can train, a folder in
@@ -54,19 +65,23 @@ def federate(
     """
     settings = ServerSettings.from_config(config)
     state, classes = RunFolder(out).load_checkpoint() if resume else (None, None)
-    strategy = FlexLoRAStrategy(settings, observer=observer, state=state, rank_classes=classes)
-    strategy.meet(grid)
-    if state is None:
-        strategy.run = RunFolder.create(out, config, overwrite=overwrite)
-    else:
-        strategy.run = RunFolder(out)
-        strategy.run.rewind(state.round)
-        strategy.go_on(strategy.run.load_notes(), grid)
-    try:
-        strategy.start(grid)
-    finally:
-        if strategy.closed is not None:
-            write_adapters(strategy, config, strategy.run)
+    with observed(out, config, observer, resumed=resume) as told:
+        strategy = FlexLoRAStrategy(settings, observer=told, state=state, rank_classes=classes)
+        strategy.meet(grid)
+        if state is None:
+            strategy.run = RunFolder.create(out, config, overwrite=overwrite)
+        else:
+            strategy.run = RunFolder(out)
+            strategy.run.rewind(state.round)
+            strategy.go_on(strategy.run.load_notes(), grid)
+        if run_id is not None:
+            strategy.origin = settle(strategy.run, config, run_id)
+        try:
+            strategy.start(grid)
+        finally:
+            if strategy.closed is not None:
+                with strategy.run.writing("the adapters"):
+                    write_adapters(strategy, config, strategy.run)
     return strategy
 
 

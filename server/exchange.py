@@ -1,4 +1,4 @@
-"""Messages out, replies in one at a time, until all have come or the time is up.
+"""Letters out, replies in one at a time, until all have come or the time is up.
 
 Replies are pulled one by one and dropped once read, so that the memory of a round is that of one
 reply, not of all (FIELD.md: 675 MB instead of 1,763 MB for 40 replies of 32 MB).
@@ -6,61 +6,85 @@ reply, not of all (FIELD.md: 675 MB instead of 1,763 MB for 40 replies of 32 MB)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 
 from flexlora.server.clocks import clock_of
+from flexlora.server.resending import Letter, Post, Resending
+from flexlora.server.settings import ServerSettings
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-__all__ = ["exchange"]
+__all__ = ["ask", "exchange", "resending_of"]
+
+ONCE = Resending()
+
+
+def resending_of(grid: Grid, settings: ServerSettings, timeout: float) -> Resending:
+    """What the settings say of a round that lasts ``timeout``.
+
+    On a simulated clock nothing is sent twice: what a client does in a round is a function of the
+    seed, so that a second message would fare as the first did.
+    """
+    return ONCE if clock_of(grid).simulated else settings.resending(timeout)
+
+
+def ask(
+    grid: Grid, letters: Sequence[Letter], settings: ServerSettings, timeout: float
+) -> Iterator[tuple[Letter, Message | None]]:
+    """``exchange`` of questions: a node that has gone is not waited for."""
+    resending = replace(resending_of(grid, settings, timeout), patience_seconds=0.0)
+    return exchange(grid, letters, timeout=timeout, resending=resending)
 
 
 def exchange(
     grid: Grid,
-    messages: Iterable[Message],
+    letters: Iterable[Letter],
     *,
     timeout: float,
-    overdue: Mapping[str, int] | None = None,
-    unanswered: dict[str, int] | None = None,
+    resending: Resending = ONCE,
+    overdue: Sequence[Letter] = (),
     enough: Callable[[], bool] = lambda: False,
-) -> Iterator[tuple[int, Message | None]]:
-    """``(node_id, reply)`` as replies come; ``None`` for a node that did not answer in time.
+    told: Callable[[Letter, str], None] = lambda letter, cause: None,
+    forward: Callable[[Letter], int | None] = lambda letter: None,
+) -> Iterator[tuple[Letter, Message | None]]:
+    """``(letter, reply)`` as replies come, each letter once; ``None`` for one that got no answer.
 
     Args:
-        overdue: message id to node id of earlier messages: answers to them are handed on too, but
-            nobody waits for them.
-        unanswered: filled with the messages of this call that were not answered.
+        resending: what is done about copies that are lost; nothing by default.
+        overdue: letters of earlier rounds: answers to them are handed on too, but nobody waits.
         enough: asked before every wait: whether the others need not answer any more.
+        told: called with every letter that is sent again, and why.
+        forward: where a letter's node is to be found when its id is gone.
     """
-    messages, late, clock = list(messages), dict(overdue or {}), clock_of(grid)
+    clock = clock_of(grid)
     deadline = clock.now() + timeout
-    ids = list(grid.push_messages(messages))
-    waiting = {
-        message_id: message.metadata.dst_node_id
-        for message_id, message in zip(ids, messages, strict=True)
-        if message_id
-    }
-    for message_id, message in zip(ids, messages, strict=True):
-        if not message_id:  # Flower gives no id to a message for a node that is gone
-            yield message.metadata.dst_node_id, None
-    del messages
-    while waiting and not enough():
+    post = Post(
+        grid, list(letters), resending=resending, deadline=deadline, told=told, forward=forward
+    )
+    for letter in post.begin():
+        yield letter, letter.error
+    while post.waiting and not enough():
         arrived = False
-        for message_id in [*late, *waiting]:
+        for letter, message_id in _open_copies([*overdue, *post.waiting]):
             if enough():
                 break
-            for reply in list(grid.pull_messages([message_id]))[:1]:  # a second copy is dropped
+            if message_id not in letter.open:  # another copy was answered in this very pass
+                continue
+            for reply in list(grid.pull_messages([message_id]))[:1]:  # a second one is dropped
                 arrived = True
-                node = late.pop(message_id, None) or waiting.pop(message_id)
-                # Flower's own error replies (node lost, message expired) name the SuperLink.
-                reply.metadata.__dict__["_src_node_id"] = node
-                reply.metadata.__dict__["_reply_to_message_id"] = message_id
-                yield node, reply
-        if waiting and not arrived:
+                if post.take(letter, message_id, reply):
+                    yield letter, reply
+        if post.waiting and not arrived:
             if clock.now() >= deadline:
                 break
-            clock.wait(deadline)
-    if unanswered is not None:
-        unanswered |= waiting
-    for node_id in waiting.values():
-        yield node_id, None
+            for letter in post.resend():
+                yield letter, letter.error
+            clock.wait(min(deadline, post.next_due))
+    needless = enough()
+    for letter in post.waiting:
+        yield letter, None if needless else letter.error
+
+
+def _open_copies(letters: Iterable[Letter]) -> list[tuple[Letter, str]]:
+    return [(letter, message_id) for letter in letters for message_id in letter.open]

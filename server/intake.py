@@ -1,16 +1,18 @@
 """What a round takes in: each reply decoded, checked against what its client was sent, folded in.
 
 A reply that comes after its round has closed still counts, a round or so later: it names the start
-that it was trained from, and that start, not this round's, is what a residual form subtracts.
+that it was trained from, and that start, not this round's, is what a residual form subtracts. Its
+examples count ``late_weight`` times for every round that it is late.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from flexlora.server.ledger import RoundLedger
 from flexlora.server.messages import content_bytes, decode_train
+from flexlora.server.resending import Letter
 from flexlora.server.roster import Member
 from flwr.app import Message
 
@@ -24,9 +26,10 @@ __all__ = ["Intake", "Overdue", "OverdueBook"]
 
 @dataclass(frozen=True, kw_only=True)
 class Overdue:
-    """A message that was not answered in its round, and what was in it."""
+    """A letter that was not answered in its round, and what was in it."""
 
-    node_id: int
+    letter: Letter
+    client_id: str
     server_round: int
     start: Start
 
@@ -37,37 +40,40 @@ class Overdue:
 
 
 class OverdueBook:
-    """Messages of earlier rounds that may still be answered, by message id."""
+    """Letters of earlier rounds that may still be answered, each once."""
 
     def __init__(self, late_rounds: int) -> None:
         self.late_rounds = late_rounds
-        self._open: dict[str, Overdue] = {}
-
-    def __contains__(self, message_id: object) -> bool:
-        return message_id in self._open
+        self._open: list[Overdue] = []
 
     @property
-    def nodes(self) -> dict[str, int]:
-        return {message_id: late.node_id for message_id, late in self._open.items()}
+    def letters(self) -> list[Letter]:
+        return [overdue.letter for overdue in self._open]
 
     @property
     def starts(self) -> dict[str, Start]:
-        return {late.name: late.start for late in self._open.values()}
+        return {overdue.name: overdue.start for overdue in self._open}
 
     def take(self, message_id: str) -> Overdue | None:
-        return self._open.pop(message_id, None)
+        """The letter that ``message_id`` is a copy of; from now on it is answered."""
+        for overdue in self._open:
+            if overdue.letter.wrote(message_id):
+                self._open.remove(overdue)
+                return overdue
+        return None
 
-    def keep(self, more: Mapping[str, Overdue], server_round: int) -> None:
+    def keep(self, more: Iterable[Overdue], server_round: int) -> None:
         """After ``server_round``: take in ``more``, forget what is too old for the next round."""
         oldest = server_round + 1 - self.late_rounds
-        self._open = {k: v for k, v in {**self._open, **more}.items() if v.server_round >= oldest}
+        self._open = [late for late in (*self._open, *more) if late.server_round >= oldest]
 
 
 @dataclass(kw_only=True)
 class Intake:
     """One open round and its rows; ``tell`` is called with each client and its cause, if any.
 
-    ``lowered`` collects the clients that came back at a lower rank than they were sent.
+    ``lowered`` collects the clients that came back at a lower rank than they were sent. What is
+    noted beside a cause, as the copies that were sent, is in the row alone.
     """
 
     opened: Round
@@ -76,12 +82,20 @@ class Intake:
     ledger: RoundLedger
     max_norm: float
     tell: Callable[[str, str], None]
+    late_weight: float = 1.0
     lowered: dict[str, RankClass] = field(default_factory=dict)
     counted: int = 0  # updates of this round in the sum
     late: int = 0  # updates of earlier rounds in it
 
-    def take(self, member: Member, reply: Message, overdue: Overdue | None = None) -> None:
-        """Fold in one reply; the row of ``clients.csv`` says what became of it."""
+    def take(
+        self,
+        member: Member,
+        reply: Message,
+        overdue: Overdue | None = None,
+        *,
+        letter: Letter | None = None,
+    ) -> None:
+        """Fold in one reply, to ``letter``; the row of ``clients.csv`` says what became of it."""
         client_id, name = member.capability.client_id, member.rank_class.name
         start = self.sent[overdue.name if overdue is not None else name].for_client(client_id)
         result, status, cause = None, "ok", ""
@@ -101,17 +115,36 @@ class Intake:
         elif status != "ok":
             self.opened.skip(client_id)
         bytes_up = content_bytes(reply.content) if result is not None else 0
-        self._record(member, status, cause, result, bytes_up=bytes_up, late=overdue is not None)
+        note, copies = self._copies(letter) if overdue is None else ("", 0)
+        if overdue is not None and status == "ok":
+            note = self._weighed(overdue)
+        told = cause, note
+        self._record(member, status, told, result, bytes_up=bytes_up, copies=copies)
 
-    def missing(self, member: Member, cause: str) -> None:
+    def missing(self, member: Member, cause: str, *, letter: Letter | None = None) -> None:
         """A client that sent nothing at all."""
-        self.opened.skip(member.capability.client_id)
-        self._record(member, "failed", cause, None)
+        self._none(member, "failed", cause, letter)
 
-    def unneeded(self, member: Member, cause: str) -> None:
+    def unneeded(self, member: Member, cause: str, *, letter: Letter | None = None) -> None:
         """A client that was asked to be on the safe side, and need not have been."""
+        self._none(member, "not needed", cause, letter)
+
+    def _none(self, member: Member, status: str, cause: str, letter: Letter | None) -> None:
         self.opened.skip(member.capability.client_id)
-        self._record(member, "not needed", cause, None)
+        note, copies = self._copies(letter)
+        self._record(member, status, (cause, note), None, copies=copies)
+
+    @staticmethod
+    def _copies(letter: Letter | None) -> tuple[str, int]:
+        """What there is to say of the copies, and how many went out."""
+        return (letter.story, max(1, letter.sent)) if letter is not None else ("", 1)
+
+    def _weight(self, overdue: Overdue) -> float:
+        return self.late_weight ** (self.ledger.server_round - overdue.server_round)
+
+    def _weighed(self, overdue: Overdue) -> str:
+        weight = self._weight(overdue)
+        return f"its examples count {weight:g} times" if weight < 1.0 else ""
 
     def _fold_in(
         self, member: Member, start: Start, result: TrainResult, overdue: Overdue | None
@@ -138,7 +171,11 @@ class Intake:
         )
         if overdue is not None:
             self._check_plan(client_id, overdue)
-            self.opened.add(replace(update, rank_class=overdue.name, late=True))
+            weight = self._weight(overdue)
+            if weight == 0.0:
+                raise UpdateRefused("dropped, as server.late-weight is 0")
+            late = replace(update, rank_class=overdue.name, late=True, discount=weight)
+            self.opened.add(late)
             self.late += 1
             return
         self.opened.add(update)
@@ -173,18 +210,20 @@ class Intake:
         self,
         member: Member,
         status: str,
-        cause: str,
+        told: tuple[str, str],
         result: TrainResult | None,
         *,
         bytes_up: int = 0,
-        late: bool = False,
+        copies: int = 1,
     ) -> None:
+        """``told`` is the cause and what is noted beside it, which observers are not told."""
+        cause, _ = told
         self.ledger.record(
             member,
-            bytes_down=0 if late else self.class_bytes[member.rank_class.name],
+            bytes_down=copies * self.class_bytes[member.rank_class.name] if copies else 0,
             bytes_up=bytes_up,
             result=result,
             status=status,
-            cause=cause,
+            cause="; ".join(filter(None, told)),
         )
         self.tell(member.capability.client_id, "" if status == "not needed" else cause)

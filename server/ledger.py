@@ -35,6 +35,7 @@ class RoundLedger:
     bytes_down: int = 0
     bytes_up: int = 0
     bytes_carried: int = 0
+    resent: int = 0
     skipped: str = ""
 
     def record(
@@ -72,6 +73,18 @@ class RoundLedger:
             }
         self.rows.append(row)
 
+    def sit_out(self, roster: Roster, causes: Mapping[str, str]) -> None:
+        """The clients that could be reached and are not asked, as their messages were lost."""
+        for client_id, cause in causes.items():
+            member = roster.members[client_id]
+            self.record(
+                member, bytes_down=0, bytes_up=0, result=None, status="backing off", cause=cause
+            )
+
+    def leave_out(self, causes: Mapping[str, str]) -> None:
+        """The nodes that came later and cannot take part."""
+        self.rows += _left_out(self.server_round, causes)
+
     def metrics(self) -> dict[str, object]:
         """Counts, bytes, and the mean training loss weighted by examples, over those that count."""
         counted = [row for row in self.rows if row["status"] == "ok"]
@@ -89,6 +102,9 @@ class RoundLedger:
     def account(self, clock: Clock, seconds: float) -> dict[str, object]:
         """What the round took on a simulated clock, and each client of it; why it was skipped."""
         told: dict[str, object] = {"skipped": self.skipped} if self.skipped else {}
+        resting = sum(row["status"] == "backing off" for row in self.rows)
+        told |= {"resent": self.resent} if self.resent else {}
+        told |= {"backing_off": resting} if resting else {}
         if not clock.simulated:
             return told
         for row in self.rows:
@@ -101,10 +117,12 @@ class RoundLedger:
 
 def left_out_rows(roster: Roster) -> list[dict[str, object]]:
     """The clients that take no part at all, as rows of round 0."""
-    return [
-        {"round": 0, "client_id": client_id, "status": "left out", "cause": cause}
-        for client_id, cause in sorted(roster.left_out.items())
-    ]
+    return _left_out(0, roster.left_out)
+
+
+def _left_out(server_round: int, causes: Mapping[str, str]) -> list[dict[str, object]]:
+    row = {"round": server_round, "status": "left out"}
+    return [{**row, "client_id": name, "cause": cause} for name, cause in sorted(causes.items())]
 
 
 def class_metrics(state: State, served: Mapping[str, Adapter]) -> dict[str, float]:

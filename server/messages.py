@@ -55,16 +55,20 @@ def train_content(
     server_round: int,
     num_server_rounds: int,
     fingerprint: str = "",
+    origin: str = "",
 ) -> RecordDict:
     """What a client of a rank class is sent; ``payloads`` has ``trained`` and maybe ``carried``.
 
     ``fingerprint`` names the base that the factors are for: a node with another refuses.
+    ``origin`` is Flower's id of the run that this one goes on with, if any: what a node keeps of
+    it is kept on.
     """
     job = ConfigRecord(
         {
             "server-round": server_round,
             "num-server-rounds": num_server_rounds,
             "fingerprint": fingerprint,
+            "origin": origin,
             "base-round": start.base_round,
             "rank-class": json.dumps(start.rank_class.to_dict()),
             "trainable": list(start.trainable),
@@ -76,7 +80,12 @@ def train_content(
 
 
 def eval_content(
-    payloads: Mapping[str, Payload], *, server_round: int, generate: bool, fingerprint: str = ""
+    payloads: Mapping[str, Payload],
+    *,
+    server_round: int,
+    generate: bool,
+    fingerprint: str = "",
+    origin: str = "",
 ) -> RecordDict:
     """What an evaluating client is sent: one adapter per rank class, none for the bare base."""
     job = ConfigRecord(
@@ -85,6 +94,7 @@ def eval_content(
             "generate": generate,
             "rank-classes": list(payloads),
             "fingerprint": fingerprint,
+            "origin": origin,
         }
     )
     named = {f"adapter/{name}": payload for name, payload in payloads.items()}

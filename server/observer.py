@@ -12,7 +12,11 @@ __all__ = ["LogObserver", "Observer"]
 
 
 class Observer(Protocol):
-    """Called by the strategy; every call returns quickly and changes nothing."""
+    """Called by the strategy; every call returns quickly and changes nothing.
+
+    An observer with a method ``resent(client_id, attempt, cause)`` is told of every message that
+    was lost and goes out for the ``attempt``-th time; one without is not.
+    """
 
     def met(self, roster: Roster) -> None:
         """Who takes part, at which rank, and who was left out."""
@@ -49,6 +53,9 @@ class LogObserver:
     def replied(self, client_id: str, cause: str) -> None:
         if cause:
             self.logger.warning("client %s: %s", client_id, cause)
+
+    def resent(self, client_id: str, attempt: int, cause: str) -> None:
+        self.logger.warning("client %s: sent again (%d), %s", client_id, attempt, cause)
 
     def round_finished(self, metrics: Mapping[str, object]) -> None:
         shown = {k: v for k, v in metrics.items() if isinstance(v, int | float) and v == v}

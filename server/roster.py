@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import flexlora
 from flexlora.errors import UserError
@@ -96,6 +96,60 @@ class Roster:
             for client_id, (node_id, report) in fit.items()
         }
         return roster
+
+    def take_in(
+        self,
+        reports: Mapping[int, Capability],
+        policy: RankPolicy,
+        known: Mapping[str, RankClass] | None = None,
+    ) -> list[str]:
+        """Take in nodes that have come later, and clients that are back under another node id.
+
+        Newcomers are dealt their rank classes one by one, by client id, as if all had come with
+        them; nobody else's changes. One that does not fit is left out with its cause. Returns who
+        is new.
+        """
+        base = (self.fingerprint, tuple(self.shapes))
+        joined = []
+        for node_id, report in sorted(
+            reports.items(), key=lambda item: (item[1].client_id, item[0])
+        ):
+            client_id = report.client_id
+            cause = _unfit(report, base) or policy.too_small(report)
+            if not cause and report.shapes != self.shapes:
+                cause = "its modules have other shapes"
+            if not cause and client_id in self.members:
+                member = self.members[client_id]
+                self.members[client_id] = replace(member, node_id=node_id, capability=report)
+            elif not cause:
+                cause = self._join(node_id, report, policy, known or {})
+                joined += [] if cause else [client_id]
+            self.left_out.pop(f"node_{node_id}", None)
+            if cause:
+                name = f"{client_id} (node {node_id})" if client_id in self.members else client_id
+                self.left_out[name] = cause
+            else:
+                self.left_out.pop(client_id, None)
+        return joined
+
+    def _join(
+        self, node_id: int, report: Capability, policy: RankPolicy, known: Mapping[str, RankClass]
+    ) -> str:
+        """Make one more member; why not, where the policy has no class for it."""
+        client_id = report.client_id
+        reports = {k: member.capability for k, member in self.members.items()}
+        try:
+            dealt = policy.assign(
+                [*self.members, client_id],
+                others=None,
+                capabilities={**reports, client_id: report},
+            )
+        except UserError as error:
+            return str(error)
+        rank_class = known.get(client_id, dealt[client_id])
+        member = Member(node_id=node_id, capability=report, rank_class=rank_class)
+        self.members[client_id] = member
+        return ""
 
 
 def _most_common_base(reports: Iterable[Capability]) -> tuple:

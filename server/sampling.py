@@ -47,6 +47,7 @@ class History:
     rounds: int = 0
     seen: dict[str, int] = field(default_factory=dict)  # rounds in which it could be reached
     last: dict[str, tuple[int, float, float]] = field(default_factory=dict)  # round, loss, seconds
+    lost: dict[str, tuple[int, int]] = field(default_factory=dict)  # times in a row, last round
 
     def see(self, client_ids: Sequence[str]) -> None:
         self.rounds += 1
@@ -57,13 +58,22 @@ class History:
         """A training that counted."""
         self.last[client_id] = (server_round, loss, seconds)
 
+    def lose(self, client_id: str, server_round: int) -> None:
+        """What it was sent was lost (``backoff.py``)."""
+        self.lost[client_id] = (self.lost.get(client_id, (0, 0))[0] + 1, server_round)
+
+    def hear(self, client_id: str) -> None:
+        """A reply, whatever is in it."""
+        self.lost.pop(client_id, None)
+
     def to_dict(self) -> dict:
-        return {"rounds": self.rounds, "seen": self.seen, "last": self.last}
+        return {"rounds": self.rounds, "seen": self.seen, "last": self.last, "lost": self.lost}
 
     @staticmethod
     def from_dict(values: Mapping) -> History:
         last = {k: (int(t), float(loss), float(s)) for k, (t, loss, s) in values["last"].items()}
-        return History(rounds=values["rounds"], seen=dict(values["seen"]), last=last)
+        lost = {k: (int(n), int(t)) for k, (n, t) in values.get("lost", {}).items()}
+        return History(rounds=values["rounds"], seen=dict(values["seen"]), last=last, lost=lost)
 
 
 def choose(

@@ -7,8 +7,10 @@ real one would.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
+from flexlora.server.backoff import awake
 from flexlora.server.clocks import clock_of
 from flexlora.server.roster import Roster
 from flexlora.server.sampling import History, Reachable, choose
@@ -22,11 +24,12 @@ __all__ = ["Selected", "Selector", "too_few", "wait_for_nodes"]
 
 @dataclass(frozen=True, kw_only=True)
 class Selected:
-    """Who is asked, how many updates are enough, or why nobody is asked."""
+    """Who is asked, how many updates are enough, who sits out, or why nobody is asked."""
 
     client_ids: tuple[str, ...] = ()
     needed: int = 0
     cause: str = ""
+    resting: Mapping[str, str] = field(default_factory=dict)
 
 
 class Selector:
@@ -49,15 +52,23 @@ class Selector:
             return Selected(
                 cause=too_few(len(reachable), settings.quorum, "clients can be reached")
             )
+        able, resting = awake(
+            reachable,
+            self.history.lost,
+            server_round,
+            least=count,
+            most_rounds=settings.backoff_rounds,
+        )
         asked = choose(
             settings.sampling_policy,
-            reachable,
+            able,
             math.ceil(count * (1.0 + settings.over_selection) - 1e-9),
             history=self.history,
             server_round=server_round,
             seed=settings.seed,
         )
-        return Selected(client_ids=tuple(asked), needed=min(count, len(asked)))
+        needed = min(count, len(asked))
+        return Selected(client_ids=tuple(asked), needed=needed, resting=resting)
 
     def _wait(self, grid: Grid, roster: Roster) -> list[Reachable]:
         """Those that can be reached once they are a quorum, or when the wait is over."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from flexlora.server.resending import Resending
+
 from flexlora.aggregation import MethodOptions, check_options
 from flexlora.aggregation.base import Factoring
 from flexlora.config import Config
@@ -11,6 +13,7 @@ from flexlora.errors import UserError
 from flexlora.memory_ranks import run_plan
 from flexlora.rank_policies import RankPolicy
 from flexlora.rank_tables import read_rank_table
+from flexlora.wire_feedback import check_wire
 
 __all__ = ["ServerSettings", "method_options"]
 
@@ -41,12 +44,27 @@ class ServerSettings:
     round_timeout_seconds: float
     late_rounds: int
     seed: int
+    late_weight: float = 1.0
+    resends: int = 0
+    silence_seconds: float = 0.0
+    message_ttl_seconds: float = 0.0
+    backoff_rounds: int = 0
 
     @classmethod
     def from_config(cls, config: Config) -> ServerSettings:
-        """Raises ``UserError`` for a method, a rank or shares that cannot be."""
+        """Raises ``UserError`` for a method, a rank or shares that cannot be, or ``resume``."""
+        if config["resume"]:
+            raise UserError(
+                f"resume is '{config['resume']}', which is for `flwr run`; with `flexlora "
+                "simulate` use --resume DIR."
+            )
         options = method_options(config)
         check_options(config["method.name"], _given(config), _given(Config()))
+        check_wire(
+            config["wire.dtype"],
+            config["method.name"],
+            error_feedback=config["method.error-feedback"],
+        )
         policy = RankPolicy(
             policy=config["ranks.policy"],
             fixed=config["ranks.fixed"],
@@ -84,6 +102,11 @@ class ServerSettings:
             round_timeout_seconds=config["server.round-timeout-seconds"],
             late_rounds=config["server.late-rounds"],
             seed=config["seed"],
+            late_weight=config["server.late-weight"],
+            resends=config["server.resends"],
+            silence_seconds=config["server.silence-seconds"],
+            message_ttl_seconds=config["server.message-ttl-seconds"],
+            backoff_rounds=config["server.backoff-rounds"],
         )
 
     def evaluates(self, server_round: int, num_rounds: int) -> bool:
@@ -91,6 +114,16 @@ class ServerSettings:
         if server_round in (0, num_rounds):
             return True
         return self.eval_every > 0 and server_round % self.eval_every == 0
+
+    def resending(self, timeout: float) -> Resending:
+        """What is done about lost messages of a round that lasts ``timeout``."""
+        return Resending(
+            resends=self.resends,
+            silence_seconds=self.silence_seconds or timeout / 2,
+            patience_seconds=self.wait_seconds,
+            ttl_seconds=self.message_ttl_seconds,
+            late_seconds=self.late_rounds * timeout,
+        )
 
     def generates(self, server_round: int, num_rounds: int) -> bool:
         """Whether an evaluated round generates answers too."""

@@ -1,8 +1,9 @@
 """FlexLoRA as a Flower strategy: the steps of a round, top to bottom.
 
-    meet the nodes     what can each train; a rank class for each client; a table
+    meet the nodes     what can each train; a rank class for each client; a table; later ones too
     configure_train    T_r(G) per rank class, one payload each; sampled by client id
-    aggregate_train    replies are read as they come, checked, folded in; a bad one is left out
+    aggregate_train    replies are read as they come, checked, folded in; a bad one is left out,
+                       a message that is lost is sent again, a node that loses them sits out
     configure_evaluate every class's adapter to the clients that evaluate
     aggregate_evaluate loss, exact match, ROUGE-L per class; then rows on disk, then the checkpoint
 
@@ -11,12 +12,13 @@ Never Flower's own averaging: it adds factors of unequal rank by broadcasting, w
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from flexlora.server.clocks import clock_of
-from flexlora.server.exchange import exchange
+from flexlora.server.exchange import ask, exchange, resending_of
 from flexlora.server.intake import Intake, Overdue, OverdueBook
 from flexlora.server.ledger import (
     RoundLedger,
@@ -26,21 +28,17 @@ from flexlora.server.ledger import (
     left_out_rows,
     module_metrics,
 )
-from flexlora.server.messages import (
-    Payload,
-    content_bytes,
-    decode_capability,
-    decode_evaluate,
-    eval_content,
-    pack,
-    train_content,
-)
+from flexlora.server.membership import Membership
+from flexlora.server.messages import content_bytes, pack
 from flexlora.server.observer import Observer
-from flexlora.server.roster import Roster, sample
+from flexlora.server.opening import Opening
+from flexlora.server.resending import Letter
+from flexlora.server.roster import Roster
 from flexlora.server.sampling import History
-from flexlora.server.selection import Selected, Selector, too_few, wait_for_nodes
+from flexlora.server.scoring import evaluation_messages, evaluation_results
+from flexlora.server.selection import Selected, Selector, too_few
 from flexlora.server.settings import ServerSettings
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
@@ -49,12 +47,14 @@ from flexlora.aggregation import make_method
 from flexlora.aggregation.base import Start, State
 from flexlora.aggregation.state import GlobalChange
 from flexlora.evaluation import BASE
-from flexlora.jobs import Capability, EvalResult
+from flexlora.jobs import EvalResult
 from flexlora.ranks import RankClass
 from flexlora.runs import RunFolder
-from flexlora.wire import DTYPES, over_the_wire
+from flexlora.wire import DTYPES
 
 __all__ = ["FlexLoRAStrategy"]
+
+LOG = logging.getLogger(__name__)
 
 
 class FlexLoRAStrategy(Strategy):
@@ -78,11 +78,14 @@ class FlexLoRAStrategy(Strategy):
     ) -> None:
         self.settings, self.run, self.observer = settings, run, observer
         self.method = make_method(settings.method, **vars(settings.method_options))
-        self.state, self.known_classes = state, rank_classes or {}
+        self.state = state
         self.closed = state  # the state of the last round that was written down whole
+        self.origin = ""  # Flower's id of the first run in this folder
         self.num_rounds = settings.num_server_rounds
-        self.roster, self.selector = Roster(), Selector(settings)
+        self.membership = Membership(settings, rank_classes or {})
+        self.selector = Selector(settings)
         self._selected = Selected()
+        self._letters: dict[Letter, str] = {}  # and the client that each was written to
         self._sent: dict[str, Start] = {}
         self._asked: dict[str, str] = {}
         self._overdue = OverdueBook(settings.late_rounds)
@@ -126,9 +129,10 @@ class FlexLoRAStrategy(Strategy):
             self._ledger = RoundLedger(server_round=server_round)
             metrics: dict[str, object] = {"round": server_round}
             if server_round > 0:
+                self._welcome(grid, server_round, limit)
                 messages = self.configure_train(server_round, ArrayRecord(), config, grid)
                 self._tell("round_started", server_round, rounds, len(messages))
-                replies = self._replies(grid, messages, limit)
+                replies = self._replies(grid, limit)
                 _, trained = self.aggregate_train(server_round, replies)
                 metrics |= trained or {}
                 metrics |= self._ledger.account(clock, clock.now() - then)
@@ -138,9 +142,9 @@ class FlexLoRAStrategy(Strategy):
                 metrics["eval_bytes_down"] = sum(content_bytes(m.content) for m in messages)
                 if server_round == 0:
                     self._tell("round_started", server_round, rounds, len(messages))
-                scores = self.aggregate_evaluate(
-                    server_round, (r for _, r in exchange(grid, messages, timeout=limit) if r)
-                )
+                letters = [Letter(message) for message in messages]
+                scored = ask(grid, letters, self.settings, limit)
+                scores = self.aggregate_evaluate(server_round, (r for _, r in scored if r))
                 metrics |= scores or {}
                 result.evaluate_metrics_clientapp[server_round] = scores or MetricRecord()
             if evaluate_fn is not None:
@@ -158,121 +162,117 @@ class FlexLoRAStrategy(Strategy):
         if notes.get("simulated_now") is not None:
             clock_of(grid).set(notes["simulated_now"])
 
+    @property
+    def roster(self) -> Roster:
+        """Who takes part, at which rank."""
+        return self.membership.roster
+
     def meet(self, grid: Grid, timeout: float | None = None) -> None:
         """Wait for nodes, ask what each can train, and give every client its rank class."""
-        timeout = timeout or self.settings.round_timeout_seconds
-        nodes = wait_for_nodes(grid, self.settings)
-        queries = [
-            Message(RecordDict(), dst_node_id=node, message_type=MessageType.QUERY)
-            for node in nodes
-        ]
-        reports = {
-            node: decode_capability(reply)
-            if reply is not None
-            else Capability.failed(f"node_{node}", "no answer to the query")
-            for node, reply in exchange(grid, queries, timeout=timeout)
-        }
-        self.roster = Roster.meet(reports, self.settings.rank_policy, self.known_classes)
+        self.membership.meet(grid, timeout or self.settings.round_timeout_seconds)
         self._tell("met", self.roster)
+
+    def _welcome(self, grid: Grid, server_round: int, timeout: float) -> None:
+        joined, left_out = self.membership.welcome(grid, server_round, timeout)
+        if joined:
+            self._tell("met", self.roster)
+        self._ledger.leave_out(left_out)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         """One message per sampled client; clients of a class share one payload."""
-        settings, state = self.settings, self.state
         self._selected = self.selector.select(grid, self.roster, server_round)
-        chosen = self._selected.client_ids
-        members = [self.roster.members[client_id] for client_id in chosen]
-        classes = {m.rank_class.name: m.rank_class for m in members}
-        starts = {
-            name: self.method.start(state, rank_class, settings.factoring)
-            for name, rank_class in sorted(classes.items())
-        }
-        contents = {
-            name: train_content(
-                start,
-                self._payloads(start),
-                server_round=server_round,
-                num_server_rounds=self.num_rounds,
-                fingerprint=self.roster.fingerprint,
-            )
-            for name, start in starts.items()
-        }
-        self._sent = {name: self._as_received(start) for name, start in starts.items()}
-        self._asked = {m.capability.client_id: m.rank_class.name for m in members}
-        self._ledger.bytes_carried = sum(
-            self._sent[name].carried_bytes for name in self._asked.values()
+        opening = Opening.of(
+            self.method,
+            self.state,
+            [self.roster.members[client_id] for client_id in self._selected.client_ids],
+            self.settings,
+            server_round=server_round,
+            num_rounds=self.num_rounds,
+            fingerprint=self.roster.fingerprint,
+            origin=self.origin,
         )
-        self._class_bytes = {name: content_bytes(content) for name, content in contents.items()}
-        self._ledger.bytes_down = sum(self._class_bytes[m.rank_class.name] for m in members)
-        return [
-            Message(
-                contents[member.rank_class.name],
-                dst_node_id=member.node_id,
-                message_type=MessageType.TRAIN,
-                group_id=str(server_round),
-            )
-            for member in members
-        ]
+        self._sent, self._asked = opening.sent, opening.asked
+        self._class_bytes = opening.class_bytes
+        self._ledger.bytes_carried = opening.bytes_carried
+        self._ledger.bytes_down = sum(self._class_bytes[name] for name in self._asked.values())
+        self._ledger.sit_out(self.roster, self._selected.resting)
+        for client_id, cause in self._selected.resting.items():
+            LOG.warning("client %s, round %d: %s", client_id, server_round, cause)
+        messages = opening.messages()
+        self._letters = {Letter(message): client_id for client_id, message in messages.items()}
+        return list(messages.values())
 
-    def _payloads(self, start: Start) -> dict[str, Payload]:
-        dtype = self.settings.wire_dtype
-        payloads = {"trained": pack(start.trained, dtype)}
-        if start.carried is not None:
-            payloads["carried"] = pack(start.carried, start.carried_dtype or dtype)
-        return payloads
-
-    def _as_received(self, start: Start) -> Start:
-        """The start as the client decodes it: what a residual form must subtract."""
-        dtype = self.settings.wire_dtype
-        carried = start.carried
-        if carried is not None:
-            carried = over_the_wire(carried, start.carried_dtype or dtype)
-        trained = over_the_wire(start.trained, dtype)
-        return replace(start, trained=trained, carried=carried).sealed()
-
-    def _replies(self, grid: Grid, messages: list[Message], timeout: float) -> Iterable[Message]:
+    def _replies(self, grid: Grid, timeout: float) -> Iterable[Message]:
         """Replies as they come, overdue ones among them; who sends none gets its row here."""
-        silent = {m.metadata.dst_node_id for m in messages}
-        unanswered: dict[str, int] = {}
-        needed = self._selected.needed
-        for node, reply in exchange(
+        silent: list[tuple[Letter, str]] = []
+        needed, clock = self._selected.needed, clock_of(grid)
+
+        def enough() -> bool:
+            return bool(self._letters) and self._intake.counted >= needed
+
+        for letter, reply in exchange(
             grid,
-            messages,
+            self._letters,
             timeout=timeout,
-            overdue=self._overdue.nodes,
-            unanswered=unanswered,
-            enough=lambda: bool(messages) and self._intake.counted >= needed,
+            resending=resending_of(grid, self.settings, timeout),
+            overdue=self._overdue.letters,
+            enough=enough,
+            told=self._resent,
+            forward=lambda letter: self.membership.forward(
+                grid, letter, self._letters[letter], self._ledger.server_round
+            ),
         ):
             if reply is not None:
-                if reply.metadata.reply_to_message_id not in self._overdue:
-                    silent.discard(node)
                 yield reply
-        satisfied = bool(messages) and self._intake.counted >= needed
-        self._keep_overdue({} if satisfied else unanswered)
-        for member in self.roster.members.values():
-            if member.node_id not in silent:
-                continue
-            if satisfied:
-                self._intake.unneeded(member, f"{needed} updates came first")
             else:
-                self._intake.missing(member, f"no reply within {timeout:g} s")
+                silent.append((letter, self._letters[letter]))
+        satisfied = enough()
+        for letter, client_id in silent:
+            member = self.roster.members[client_id]
+            if satisfied:
+                self._intake.unneeded(member, f"{needed} updates came first", letter=letter)
+            else:
+                self._intake.missing(member, f"no reply within {timeout:g} s", letter=letter)
+        self._overdue.keep(self._unanswered() if not satisfied else [], self._ledger.server_round)
+        for letter in self._letters:
+            letter.forget()
+        if not clock.simulated:
+            self._remember_losses(satisfied)
 
-    def _keep_overdue(self, unanswered: Mapping[str, int]) -> None:
-        """Messages of this round without an answer join those that are waited for in the next."""
-        server_round = self._ledger.server_round
-        by_node = {member.node_id: member for member in self.roster.members.values()}
-        more = {}
-        for message_id, node in unanswered.items():
-            start = self._sent[by_node[node].rank_class.name]
-            more[message_id] = Overdue(node_id=node, server_round=server_round, start=start)
-        self._overdue.keep(more, server_round)
+    def _resent(self, letter: Letter, cause: str) -> None:
+        client_id = self._letters[letter]
+        self._ledger.resent += 1
+        self._ledger.bytes_down += self._class_bytes[self._asked[client_id]]
+        if hasattr(self.observer, "resent"):
+            self._tell("resent", client_id, letter.sent, cause)
+
+    def _remember_losses(self, satisfied: bool) -> None:
+        """For back-off: silence is a loss unless enough others came first."""
+        for letter, client_id in self._letters.items():
+            if letter.answered:
+                self.selector.history.hear(client_id)
+            elif letter.error is not None or not satisfied:
+                self.selector.history.lose(client_id, self._ledger.server_round)
+
+    def _unanswered(self) -> list[Overdue]:
+        """Messages of this round that are waited for in the next ones."""
+        return [
+            Overdue(
+                letter=letter,
+                client_id=client_id,
+                server_round=self._ledger.server_round,
+                start=self._sent[self._asked[client_id]],
+            )
+            for letter, client_id in self._letters.items()
+            if letter.open
+        ]
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Fold in the replies one by one and close the round's sum; ``state`` is the next one."""
-        by_node = {member.node_id: member for member in self.roster.members.values()}
         starts = self._sent | self._overdue.starts
         self._intake = Intake(
             opened=self.method.begin(self.state, starts, self._asked),
@@ -281,12 +281,11 @@ class FlexLoRAStrategy(Strategy):
             ledger=self._ledger,
             max_norm=self.settings.max_update_norm,
             tell=lambda client_id, cause: self._tell("replied", client_id, cause),
+            late_weight=self.settings.late_weight,
         )
+        done: set[Letter] = set()
         for reply in replies:
-            member = by_node.get(reply.metadata.src_node_id)
-            if member is not None:
-                late = self._overdue.take(reply.metadata.reply_to_message_id)
-                self._intake.take(member, reply, late)
+            self._take(server_round, reply, done)
         began = time.perf_counter()
         quorum, counted = self.settings.quorum, self._intake.counted + self._intake.late
         cause = self._selected.cause
@@ -304,33 +303,35 @@ class FlexLoRAStrategy(Strategy):
             self._tell("replied", f"round {server_round}", cause)
         return None, MetricRecord(metrics)
 
+    def _take(self, server_round: int, reply: Message, done: set[Letter]) -> None:
+        """One reply: to a letter of this round, to an overdue one, or to nothing at all."""
+        message_id, members = reply.metadata.reply_to_message_id, self.roster.members
+        letter = next((own for own in self._letters if own.wrote(message_id)), None)
+        overdue = None if letter is not None else self._overdue.take(message_id)
+        if letter is not None and letter not in done:
+            done.add(letter)
+            self._intake.take(members[self._letters[letter]], reply, letter=letter)
+        elif overdue is not None:
+            if not reply.has_error():
+                self.selector.history.hear(overdue.client_id)
+            self._intake.take(members[overdue.client_id], reply, overdue)
+        else:
+            what = "a second reply" if letter is not None else "a reply to nothing that was sent"
+            sender = self._letters[letter] if letter else f"node {reply.metadata.src_node_id}"
+            LOG.warning("%s: %s in round %d, dropped", sender, what, server_round)
+
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         """The same clients every time, each with every class's adapter (round 0: none)."""
-        settings = self.settings
-        count = max(1, round(settings.eval_fraction * len(self.roster.members)))
-        chosen = sample(self.roster.members, count, seed=settings.seed, purpose=("evaluate",))
-        payloads = {
-            name: pack(adapter, settings.wire_dtype)
-            for name, adapter in self.served(self.state).items()
-            if server_round > 0
-        }
-        content = eval_content(
-            payloads,
+        return evaluation_messages(
+            self.served(self.state),
+            self.roster,
+            self.settings,
             server_round=server_round,
-            generate=settings.generates(server_round, self.num_rounds),
-            fingerprint=self.roster.fingerprint,
+            num_rounds=self.num_rounds,
+            origin=self.origin,
         )
-        return [
-            Message(
-                content,
-                dst_node_id=self.roster.members[client_id].node_id,
-                message_type=MessageType.EVALUATE,
-                group_id=str(server_round),
-            )
-            for client_id in chosen
-        ]
 
     def served(
         self, state: State, rank_classes: Mapping[str, RankClass] | None = None
@@ -346,20 +347,13 @@ class FlexLoRAStrategy(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """Sums over clients, then means: per rank class, and each client at its own class."""
-        self._eval_results = []
-        by_node = {member.node_id: member for member in self.roster.members.values()}
-        for reply in replies:
-            result = decode_evaluate(reply)
-            member = by_node.get(reply.metadata.src_node_id)
-            if member is None:
-                continue
-            client_id = member.capability.client_id
-            if not result.cause and result.client_id != client_id:
-                result = EvalResult(client_id=client_id, cause=f"replied as '{result.client_id}'")
+
+        def told(result: EvalResult) -> None:
             if result.cause or server_round == 0:
                 cause = f"evaluation: {result.cause}" if result.cause else ""
-                self._tell("replied", client_id, cause)
-            self._eval_results.append(result)
+                self._tell("replied", result.client_id, cause)
+
+        self._eval_results = evaluation_results(replies, self.roster, told=told)
         return MetricRecord(eval_metrics(self._eval_results, self.roster, base=BASE))
 
     def _close_round(self, metrics: dict[str, object], simulated: float | None = None) -> None:

@@ -30,7 +30,8 @@ from flexlora.adapters import Adapter
 from flexlora.jobs import Capability, EvalJob, EvalResult, TrainJob, TrainResult
 from flexlora.personal_store import PersonalStore
 from flexlora.schedule import num_steps, padded_tokens
-from flexlora.wire import DTYPES
+from flexlora.uplink import Uplink, feedback_beside
+from flexlora.wire import encoded_bytes
 
 __all__ = ["InProcessGrid"]
 
@@ -71,6 +72,7 @@ class InProcessGrid(Grid):
         self.worker, self.limits, self.wire_dtype = worker, limits, wire_dtype
         self.pool, self.clock, self.late_rounds = pool or LocalPool(worker), world, late_rounds
         self.personal = personal or PersonalStore()
+        self.feedback = feedback_beside(self.personal)
         self._clients = dict(enumerate(worker.client_ids, start=1))
         self._messages: dict[str, Message] = {}
         self._answers: dict[str, tuple[_Cohort, int]] = {}  # and the place in it
@@ -134,12 +136,7 @@ class InProcessGrid(Grid):
         """Whether the client will answer; on a simulated clock it may leave before."""
         if self.clock is None:
             return True
-        rows = self.worker.train_rows(job)
-        numbers = sum(
-            getattr(factors, label).numel()
-            for factors in job.start.trained.values()
-            for label in job.start.trainable
-        )
+        rows, start = self.worker.train_rows(job), job.start
         effort = Effort(
             client_id=job.client_id,
             server_round=job.server_round,
@@ -148,7 +145,7 @@ class InProcessGrid(Grid):
             tokens=padded_tokens(job, rows, self.worker.settings) if rows else 0,
             steps=num_steps(len(rows), self.worker.settings) if rows else 0,
             bytes_down=_array_bytes(message.content),
-            bytes_up=numbers * DTYPES[self.wire_dtype].itemsize,
+            bytes_up=encoded_bytes(start.trained, self.wire_dtype, start.trainable),
         )
         return self.clock.send(message.metadata.message_id, effort)
 
@@ -210,12 +207,20 @@ class InProcessGrid(Grid):
         result = cohort.results()[place]
         if isinstance(result, EvalResult):
             return encode_evaluate(result, reply_to=message)
-        start = self._jobs.pop(message_id).start
-        dtype, trainable = self.wire_dtype, start.trainable
-        return encode_train(result, dtype=dtype, reply_to=message, trainable=trainable)
+        job = self._jobs.pop(message_id)
+        uplink = Uplink.of(self.worker.config, self.feedback, dtype=self.wire_dtype)
+        return encode_train(
+            uplink.ready(result, job),
+            dtype=self.wire_dtype,
+            reply_to=message,
+            start=job.start.for_client(job.client_id),
+        )
 
     def _capability(self, client_id: str) -> Capability:
-        """What the worker says of the client, on the device that the population gives it."""
+        """What the worker says of the client, on the device that the population gives it.
+
+        Nobody asks what kernels this machine runs: it is none of the clients' machines.
+        """
         own = self.worker.capability(client_id, probed=False)
         if self.clock is None:
             return own

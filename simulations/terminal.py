@@ -109,6 +109,9 @@ class TerminalObserver:
         if cause:
             self._causes.append(f"  {client_id}: {cause}")
 
+    def resent(self, client_id: str, attempt: int, cause: str) -> None:
+        self._causes.append(f"  {client_id}: sent again ({attempt}), {cause}")
+
     def round_finished(self, metrics: Mapping[str, object]) -> None:
         """One line per round under a header that names the rank classes once."""
         columns = [

@@ -1,11 +1,14 @@
 """Updates that come after their round has closed: what they started from is what is subtracted."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import reference
 import torch
 from builders import random_adapter
+from faulty_grid import SILENT, Fate, FaultyGrid, people, settings
+from faulty_grid import run as faulty_run
 from federation import client_rows, federation, same_bytes, small
 from flexlora.clients.worker import Worker
 from flexlora.simulations.cohorts import CohortLimits
@@ -18,6 +21,7 @@ from flexlora.ranks import RankClass
 
 VICTIM = "client_02"
 SHAPES = {"attn.q": (12, 12), "mlp.up": (20, 12)}
+LATE = Fate(seconds=105.0)  # the round lasts 100
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +143,65 @@ def test_residual_subtracts_the_start_that_the_late_update_was_trained_from():
         assert reference.relative_error(result.delta_weight(name), expected) < 1e-12
         wrong = reference.residual_form(G, clients, [sent[1], sent[1]], name)
         assert reference.relative_error(result.delta_weight(name), wrong) > 0.05
+
+
+@pytest.mark.parametrize("name", ["residual", "flexlora", "carried"])
+def test_a_discount_scales_the_late_updates_share_and_nothing_else(name):
+    """``p_k = d_k n_k / sum_j d_j n_j``, against the dense equations in float64."""
+    method, state, starts, (late, prompt) = late_round(name)
+    late = replace(late, late=True, discount=0.25)
+    opened = method.begin(state, starts, {"c1": "rank_3"})
+    for update in (late, prompt):
+        opened.add(update)
+    result = opened.finish().change
+
+    def dense(weight, module):
+        clients = [(late.adapter, weight * late.num_examples), (prompt.adapter, 30)]
+        if name == "flexlora":
+            return reference.flexlora_average(clients, module)
+        sent = [starts[update.rank_class].trained for update in (late, prompt)]
+        return reference.residual_form(state.change.delta_weight(module), clients, sent, module)
+
+    for module in SHAPES:
+        got = result.delta_weight(module)
+        assert reference.relative_error(got, dense(0.25, module)) < 1e-12
+        assert reference.relative_error(got, dense(1.0, module)) > 0.01
+
+
+def late_run(weight, *, fate=LATE, rounds_late=1):
+    """Three clients, one of which answers round 1 in a later round."""
+    slow = {(t, "client_0"): [Fate(seconds=20.0)] for t in range(2, rounds_late + 1)}
+    slow[rounds_late + 1, "client_0"] = [Fate(seconds=30.0)]
+    grid, rows = FaultyGrid(people(3), {(1, "client_1"): [fate], **slow}), []
+    changes = {"num_server_rounds": rounds_late + 1, "server__late_rounds": rounds_late}
+    config = settings(**changes, server__resends=0, server__late_weight=weight)
+    strategy = faulty_run(grid, config, rows=rows)
+    late = [row for row in rows if row["cause"].startswith("late")]
+    return strategy.state, late[0] if late else None
+
+
+@pytest.mark.parametrize(
+    ("weight", "rounds_late", "seconds", "note"),
+    [
+        (0.5, 1, 105.0, "; its examples count 0.5 times"),
+        (1.0, 1, 105.0, ""),
+        (0.5, 2, 125.0, "; its examples count 0.25 times"),
+    ],
+)
+def test_a_late_updates_row_says_what_it_counts(weight, rounds_late, seconds, note):
+    _, row = late_run(weight, fate=Fate(seconds=seconds), rounds_late=rounds_late)
+    assert (row["status"], row["round"]) == ("ok", rounds_late + 1)
+    assert row["cause"] == f"late: trained from round 0{note}"
+
+
+def test_at_weight_zero_it_is_dropped_with_its_cause_and_the_round_is_the_round_without_it():
+    dropped, row = late_run(0.0)
+    assert row["status"] == "refused"
+    assert row["cause"] == "late: trained from round 0; dropped, as server.late-weight is 0"
+    without, _ = late_run(1.0, fate=SILENT)
+    assert same_bytes(dropped, without)
+    assert not same_bytes(dropped, late_run(0.5)[0])
+    assert not same_bytes(late_run(0.5)[0], late_run(1.0)[0])
 
 
 @pytest.mark.parametrize("method", ["rolora", "slora"])

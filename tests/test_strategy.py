@@ -215,7 +215,7 @@ def test_a_client_that_never_answers_is_told_when_the_time_is_up(worker, tmp_pat
     grid = TamperingGrid(worker, tamper=lambda reply, message: [], victims=[VICTIM])
     strategy, run = federation(grid, config, tmp_path / "run")
     (row,) = [row for row in client_rows(run.path, 1) if row["client_id"] == VICTIM]
-    assert (row["status"], row["cause"]) == ("failed", "no reply within 0.3 s")
+    assert row["status"] == "failed" and row["cause"].startswith("no reply within 0.3 s")
     assert same_bytes(strategy.state, expected_state(grid, config))
 
 

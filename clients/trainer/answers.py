@@ -20,7 +20,9 @@ from flexlora.clients.worker import Worker, failed_training
 from flwr.app import MessageType, RecordDict
 
 from flexlora.errors import UserError, told
+from flexlora.jobs import TrainJob, TrainResult
 from flexlora.personal_store import PersonalStore
+from flexlora.uplink import Uplink, noted
 
 __all__ = ["answer", "cause_of"]
 
@@ -32,6 +34,7 @@ def answer(
     client_id: str,
     *,
     personal: PersonalStore | None = None,
+    feedback: PersonalStore | None = None,
     free_bytes: int | None = None,
     drop: bool = False,
 ) -> RecordDict:
@@ -39,6 +42,7 @@ def answer(
 
     Args:
         personal: where the factors lie that this client keeps to itself; None keeps none.
+        feedback: where that lies which rounding took from its uploads; None keeps none.
         free_bytes: what is said to be free, where the worker was made with the base in memory.
         drop: empty ``content`` once it is decoded, so that the arrays' bytes do not stay in memory
             beside the factors while they are trained.
@@ -51,7 +55,10 @@ def answer(
             return capability_reply(capability)
         _check_base(content, worker)
         if message_type == MessageType.TRAIN:
-            return _trained(content, worker, client_id, personal, drop)
+            job = read_train(content, client_id)
+            if drop:
+                content.clear()
+            return _trained(job, worker, personal, feedback)
         jobs = [read_evaluate(content, client_id)]
         if drop:
             content.clear()
@@ -73,20 +80,38 @@ def _check_base(content: RecordDict, worker: Worker) -> None:
 
 
 def _trained(
-    content: RecordDict, worker: Worker, client_id: str, personal: PersonalStore | None, drop: bool
+    job: TrainJob, worker: Worker, personal: PersonalStore | None, feedback: PersonalStore | None
 ) -> RecordDict:
-    job = read_train(content, client_id)
-    if drop:
-        content.clear()
+    """The reply to a train job; what a client keeps to itself must not cost it its update."""
+    attached, trouble = _attached(job, personal)
     try:
-        (job,) = personal.attach([job]) if personal else [job]
-        result = worker.train([job])[0]
-        if personal:
-            personal.keep([result], [job])
+        result = worker.train([attached])[0]
     except Exception as error:
         result = failed_training(job, told(error))
-    dtype = worker.config["wire.dtype"]
-    return train_reply(result, dtype=dtype, trainable=job.start.trainable)
+    if personal is not None and not trouble:
+        trouble = _not_kept(result, job, personal)
+    if trouble:
+        result = noted(result, f"personal factors: {trouble}")
+    config, start = worker.config, job.start.for_client(job.client_id)
+    result = Uplink.of(config, feedback).ready(result, job)
+    return train_reply(result, dtype=config["wire.dtype"], start=start)
+
+
+def _attached(job: TrainJob, personal: PersonalStore | None) -> tuple[TrainJob, str]:
+    """The job with what its client kept to itself, or why it has to do without."""
+    try:
+        return (personal.attach([job])[0] if personal is not None else job), ""
+    except Exception as error:
+        return job, told(error)
+
+
+def _not_kept(result: TrainResult, job: TrainJob, personal: PersonalStore) -> str:
+    """Why what was trained for the client itself could not be put away; "" where it was."""
+    try:
+        personal.keep([result], [job])
+    except Exception as error:
+        return f"not kept: {told(error)}"
+    return ""
 
 
 def cause_of(content: RecordDict) -> str:

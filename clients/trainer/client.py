@@ -54,7 +54,11 @@ def ask(path: Path, message: Message, context: Context) -> RecordDict:
 
 
 def call_of(message: Message, context: Context) -> Call:
-    """The header of a message: who asks in which run, its configuration, what the content holds."""
+    """The header of a message: who asks in which run, its configuration, what the content holds.
+
+    The settings are sorted: Flower hands every process the same ones in another order, and a
+    trainer knows a message that was sent again by the header's bytes.
+    """
     job = message.content.config_records.get("job")
     return Call(
         version=flexlora.__version__,
@@ -62,7 +66,7 @@ def call_of(message: Message, context: Context) -> Call:
         run_id=context.run_id,
         node_id=context.node_id,
         client_id=str(context.node_config.get("client-id", "")),
-        settings=write_entries(context.run_config),
+        settings=write_entries(dict(sorted(context.run_config.items()))),
         content=describe(message.content),
     )
 

@@ -22,7 +22,15 @@ __all__ = ["ALONE", "Node", "data_state", "job_config", "owned"]
 # The one client of a folder, with all of its rows.
 ALONE = {"data.name": "", "data.partition": "iid", "clients.count": 1, "clients.quantization": ""}
 # Keys of the run that name a place: for a server or a simulation, never for a trainer.
-_PLACES = ("out", "ranks.file", "population.trace", "population.clock-model", "engine.ray-address")
+_PLACES = (
+    "out",
+    "resume",
+    "ranks.file",
+    "population.trace",
+    "population.clock-model",
+    "engine.ray-address",
+    "server.metrics-host",
+)
 
 
 def owned(key: str) -> bool:

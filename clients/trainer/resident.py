@@ -19,7 +19,7 @@ from flexlora.clients.trainer.contents import data_parts, describe, read_entries
 from flexlora.clients.trainer.failures import failure
 from flexlora.clients.trainer.node import Node, data_state, job_config
 from flexlora.clients.trainer.store import KeptReplies, KeptReply
-from flexlora.clients.trainer.trainer_pb2 import Call, Reply
+from flexlora.clients.trainer.trainer_pb2 import Call, Reply, Value
 from flexlora.clients.worker import Worker, worker_for
 from flwr.app import MessageType, RecordDict
 
@@ -27,6 +27,7 @@ import flexlora
 from flexlora.errors import UserError, told
 from flexlora.personal_store import PersonalStore
 from flexlora.probing import device_name, probe
+from flexlora.uplink import feedback_beside
 
 __all__ = ["Answered", "ResidentTrainer", "Tally"]
 
@@ -145,15 +146,26 @@ class ResidentTrainer:
             worker = self._worker(read_entries(call.settings), client_id)
         except Exception as error:
             return failure(message_type, client_id, told(error))
-        own = self._personal(call) if worker.config["personal.rank"] else None
-        free = self.free_bytes
+        own = self._personal(call)
         return answer(
-            message_type, content, worker, client_id, personal=own, free_bytes=free, drop=True
+            message_type,
+            content,
+            worker,
+            client_id,
+            personal=own if worker.config["personal.rank"] else None,
+            feedback=feedback_beside(own),
+            free_bytes=self.free_bytes,
+            drop=True,
         )
 
     def _personal(self, call: Call) -> PersonalStore:
-        """Where this node's own factors of a run lie; unlike replies they are not removed."""
-        return PersonalStore(self.kept.folder / "personal" / f"run-{call.run_id}")
+        """Where what this node keeps of a run lies; unlike replies it is not removed.
+
+        A run that goes on with another names it as its origin.
+        """
+        origin = _job_value(call, "origin").text
+        number = origin if origin.isascii() and origin.isdigit() else call.run_id
+        return PersonalStore(self.kept.folder / "personal" / f"run-{number}")
 
     def _lasts(self, message_type: str, call: Call) -> bool:
         """Whether a reply may be given again: it depends on nothing that its name does not hold."""
@@ -190,11 +202,16 @@ def _from_disk(kept: KeptReply, line: str, *, new: bool = False) -> Answered:
 
 def server_round(call: Call) -> int:
     """The round that a call's job names, 0 where it names none."""
+    return max(0, _job_value(call, "server-round").whole)
+
+
+def _job_value(call: Call, key: str) -> Value:
+    """What a call's job says under ``key``; an empty value where it says nothing."""
     for record in call.content.records:
         for entry in record.values.entries if record.name == "job" else ():
-            if entry.key == "server-round":
-                return max(0, entry.value.whole)
-    return 0
+            if entry.key == key:
+                return entry.value
+    return Value()
 
 
 def what(message_type: str, call: Call) -> str:

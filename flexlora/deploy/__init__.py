@@ -1,0 +1,1 @@
+"""What ``flexlora client init`` and ``flexlora server init`` share: keys, certificates, folders."""

@@ -1,0 +1,222 @@
+"""``flexlora server init``: a ready folder for the machine that a federation meets on.
+
+An authority and a server certificate, start scripts, systemd units, a proxy that lets sites reach
+Flower's Fleet API and nothing else, a Dockerfile, the run's own ``pyproject.toml`` (no code: Flower
+ships what is in it to the nodes), and a README of the steps.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from ipaddress import IPv6Address
+from pathlib import Path
+from string import Template
+
+import tomli_w
+
+import flexlora
+from flexlora.config import Config
+from flexlora.deploy.certificates import Issued, alternative_names, make_authority, make_server
+from flexlora.deploy.folder import SECRET, File, check_free, fill_tree, write_folder
+from flexlora.deploy.hosts import Host, parse_host, parse_port, plain
+from flexlora.deploy.machine import flower_version, programs, requirements
+from flexlora.deploy.node_keys import make_secret
+from flexlora.errors import UserError, nearest
+
+__all__ = ["ServerInit", "server_init"]
+
+TEMPLATES = Path(__file__).parent / "templates"
+DASHBOARD = TEMPLATES / "grafana-dashboard.json"
+PROXIES = ("nginx", "none")
+AUTHORITY_DAYS = 3650
+EMPTY = {"state": 0o700, "nodes/registered": 0o755, "docker/wheels": 0o755}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerInit:
+    """The command line of ``server init``."""
+
+    folder: str
+    host: Sequence[str]
+    port: int = 9092
+    days: int = 825
+    proxy: str = "nginx"
+
+    def __post_init__(self) -> None:
+        if not self.host:
+            raise UserError(
+                "--host is missing, expected the name or address by which nodes reach this "
+                "machine, such as --host fl.example.org; it may be given several times."
+            )
+        if not 1 <= self.days <= AUTHORITY_DAYS:
+            raise UserError(
+                f"--days is {self.days}, expected 1 to {AUTHORITY_DAYS}, the authority's own life."
+            )
+        if self.proxy not in PROXIES:
+            raise UserError(
+                f"--proxy is '{self.proxy}', expected one of {', '.join(PROXIES)}."
+                f"{nearest(self.proxy, PROXIES)}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listening:
+    """Where the SuperLink listens, and how this machine's own programs reach it."""
+
+    bind: str
+    port: int
+
+    @property
+    def local(self) -> str:
+        """``HOST:PORT`` on this machine."""
+        return f"[::1]:{self.port}" if ":" in self.bind else f"127.0.0.1:{self.port}"
+
+    @classmethod
+    def of(cls, asked: ServerInit, hosts: Sequence[Host]) -> Listening:
+        """On loopback behind a proxy; without one, where the named hosts are."""
+        port = parse_port(asked.port, "--port")
+        if asked.proxy != "none":
+            behind = port + 1 if port < 65535 else port - 1
+            return cls(bind="127.0.0.1", port=behind)
+        outside = [host for host in hosts if not host.is_loopback]
+        if not outside:
+            return cls(bind="127.0.0.1", port=port)
+        only_v6 = all(isinstance(host.address, IPv6Address) for host in outside)
+        return cls(bind="::" if only_v6 else "0.0.0.0", port=port)
+
+
+def server_init(asked: ServerInit) -> int:
+    """Write the folder and say where to go on; exit status 0.
+
+    Raises:
+        UserError: a host that is none, a port or a number of days out of range, a folder that is
+            taken.
+    """
+    hosts = [parse_host(text, "--host") for text in asked.host]
+    listening = Listening.of(asked, hosts)
+    folder = check_free(asked.folder)
+    plain(folder, "the folder")
+    authority = make_authority(f"FlexLoRA federation of {hosts[0].text}"[:64], days=AUTHORITY_DAYS)
+    server = make_server(authority, hosts, days=asked.days)
+    values = _values(asked, hosts, listening, folder, authority, server)
+    write_folder(folder, _files(asked, values, authority, server), empty=EMPTY)
+    print(f"{folder} is ready; follow {folder}/README.md.")
+    print(f"Give {folder}/ca.crt to every node, and take {folder}/private/ca.key off this machine.")
+    return 0
+
+
+def _files(
+    asked: ServerInit, values: dict[str, str], authority: Issued, server: Issued
+) -> list[File]:
+    def wanted(path: str) -> bool:
+        of_nginx = path.startswith("nginx/") or path == "bin/start-proxy"
+        return asked.proxy == "nginx" or not of_nginx
+
+    return [
+        *fill_tree(TEMPLATES / "folder", values, wanted=wanted),
+        File(path="grafana-dashboard.json", content=DASHBOARD.read_bytes()),
+        File(path="app/pyproject.toml", content=_app()),
+        File(path="ca.crt", content=authority.certificate_pem),
+        File(path="private/ca.key", content=authority.key_pem, mode=SECRET),
+        File(path="server.crt", content=server.certificate_pem),
+        File(path="tls/server.key", content=server.key_pem, mode=SECRET),
+        File(path="tls/superexec.secret", content=make_secret(), mode=SECRET),
+    ]
+
+
+def _values(
+    asked: ServerInit,
+    hosts: Sequence[Host],
+    listening: Listening,
+    folder: Path,
+    authority: Issued,
+    server: Issued,
+) -> dict[str, str]:
+    named = alternative_names(server.certificate)
+    values = {
+        "folder": str(folder),
+        "programs": programs(),
+        "python": f"{sys.version_info.major}.{sys.version_info.minor}",
+        "version": flexlora.__version__,
+        "flwr": flower_version(),
+        "requirements": requirements(),
+        "uid": str(os.geteuid()),
+        "gid": str(os.getegid()),
+        "host": hosts[0].text,
+        "hosts": ", ".join(f"`{host.text}`" for host in hosts),
+        "port": str(asked.port),
+        "superlink_port": str(listening.port),
+        "bind": listening.bind,
+        "local": listening.local,
+        "days": str(asked.days),
+        "expires": _day(server.certificate.not_valid_after_utc),
+        "authority_expires": _day(authority.certificate.not_valid_after_utc),
+        "listen": "\n".join(f"    listen {where} ssl;" for where in _outside(asked.port, hosts)),
+        "server_names": " ".join(_server_name(host) for host in hosts),
+        "alternative_names": ", ".join(_openssl_name(name) for name in named),
+        "superlink_addresses": "# Nodes connect from anywhere: no address is shut out.",
+    }
+    behind = asked.proxy == "nginx"
+    if behind:
+        values["superlink_addresses"] = "IPAddressDeny=any\nIPAddressAllow=localhost"
+    return values | {
+        "exposed": _part(f"exposed-{asked.proxy}.md", values),
+        "start_proxy": _part("start-nginx.md", values) if behind else "",
+        "systemd_proxy": _part("systemd-nginx.md", values) if behind else "",
+        "proxy_service": _part("proxy-service.yaml", values) if behind else "",
+    }
+
+
+def _part(name: str, values: dict[str, str]) -> str:
+    return Template((TEMPLATES / "parts" / name).read_text(encoding="utf-8")).substitute(values)
+
+
+def _app() -> bytes:
+    """The app that ``flwr run`` submits: two names of installed modules and the configuration."""
+    table = {
+        "project": {
+            "name": "flexlora",
+            "version": flexlora.__version__,
+            "description": "A federation of one's own",
+            "license": "Apache-2.0",
+        },
+        "tool": {
+            "flwr": {
+                "app": {
+                    "publisher": "flexlora",
+                    "fab-include": ["pyproject.toml"],
+                    "components": {
+                        "serverapp": "flexlora.server.app:app",
+                        "clientapp": "flexlora.clients.app:app",
+                    },
+                    "config": Config().nested(),
+                }
+            }
+        },
+    }
+    return tomli_w.dumps(table).encode()
+
+
+def _outside(port: int, hosts: Sequence[Host]) -> list[str]:
+    """Where the proxy listens: on loopback where no other host is named."""
+    if all(host.is_loopback for host in hosts):
+        return [f"127.0.0.1:{port}"]
+    wants_v6 = any(isinstance(host.address, IPv6Address) for host in hosts)
+    return [str(port), *([f"[::]:{port}"] if wants_v6 else [])]
+
+
+def _server_name(host: Host) -> str:
+    return f"[{host.text}]" if isinstance(host.address, IPv6Address) else host.text
+
+
+def _openssl_name(name: str) -> str:
+    is_address = parse_host(name, "--host").address is not None
+    return f"{'IP' if is_address else 'DNS'}:{name}"
+
+
+def _day(moment: datetime) -> str:
+    return f"{moment:%Y-%m-%d}"

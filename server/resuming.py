@@ -1,0 +1,108 @@
+"""Which folder a ServerApp writes to, and whether it goes on with what is there.
+
+A run under Flower goes on in two ways. A ServerApp that Flower starts again for the same run finds
+its own folder, by the run's id. A new ``flwr run`` names the folder with ``resume``: since clients
+read the configuration of the new run, it must be the folder's own, in all that clients read.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import tomli_w
+
+from flexlora.checkpoints import write_atomically
+from flexlora.config import Config
+from flexlora.errors import UserError
+from flexlora.runs import RunFolder
+
+__all__ = ["Destination", "destination_of", "settle"]
+
+RUN_ID, ORIGIN = "flower_run_id", "first_flower_run_id"  # in environment.json
+RESUME_FILE = "resume.toml"  # in the run folder: what `flwr run --run-config` is given
+
+
+@dataclass(frozen=True, kw_only=True)
+class Destination:
+    """Where a run is written; ``overwrite`` is for one that stopped before its first round."""
+
+    folder: Path
+    config: Config
+    resume: bool = False
+    overwrite: bool = False
+
+
+def destination_of(config: Config, run_id: int) -> Destination:
+    """What a run with this configuration and Flower's id does with the disk.
+
+    Raises:
+        UserError: ``resume`` names no run, none that has finished a round, or one that was
+            configured differently.
+    """
+    if config["resume"]:
+        return _resumed(config)
+    folder = Path(config["out"] or f"runs/{run_id}")
+    if not (RunFolder.is_run(folder) and _run_id(folder) == str(run_id)):
+        return Destination(folder=folder, config=config)
+    finished = (RunFolder(folder).checkpoint / "current.json").is_file()
+    return Destination(folder=folder, config=config, resume=finished, overwrite=not finished)
+
+
+def _resumed(config: Config) -> Destination:
+    run, own = RunFolder.open(config["resume"])
+    if config["out"] and Path(config["out"]).resolve() != run.path.resolve():
+        raise UserError(
+            f"resume is '{run.path}' and out is '{config['out']}', expected one of the two: "
+            "a resumed run goes on in its own folder."
+        )
+    for key, value in config.items():
+        if value != own[key] and not _may_differ(key, value, own[key]):
+            raise UserError(
+                f"{key} is {value!r}, expected {own[key]!r} as in '{run.path}', which resume goes "
+                f"on with; give {_whole(run.path)} as the only --run-config."
+            )
+    run.load_checkpoint()  # refused before anybody is asked
+    return Destination(folder=run.path, config=config.replace(resume="", out=""), resume=True)
+
+
+def _may_differ(key: str, value: object, own: object) -> bool:
+    """What no client reads, and a run that is to be longer."""
+    if key == "num-server-rounds":
+        return int(str(value)) >= int(str(own))
+    return key in ("out", "resume") or key.startswith("server.")
+
+
+def _whole(folder: Path) -> str:
+    """The file that repeats a run's configuration; Flower takes one file or pairs, never both."""
+    if (folder / RESUME_FILE).is_file():
+        return f"'{folder / RESUME_FILE}'"
+    return f"a copy of '{folder / 'config.toml'}' with resume = \"{folder}\" in it"
+
+
+def settle(run: RunFolder, config: Config, run_id: int) -> str:
+    """Write down what a later ServerApp needs to know of a folder that is this run's now.
+
+    Returns Flower's id of the first run in it, by which nodes keep what they keep.
+    """
+    nested = {k: v for k, v in config.replace(resume="").nested().items() if k != "out"}
+    write_atomically(run.path / "config.toml", tomli_w.dumps(nested).encode())
+    resumed = config.replace(resume=str(run.path.resolve()), out="").nested()
+    write_atomically(run.path / RESUME_FILE, tomli_w.dumps(resumed).encode())
+    environment = {ORIGIN: str(run_id)} | _environment(run.path) | {RUN_ID: str(run_id)}
+    text = json.dumps(environment, indent=1, sort_keys=True) + "\n"
+    write_atomically(run.path / "environment.json", text.encode())
+    return str(environment[ORIGIN])
+
+
+def _environment(folder: Path) -> dict:
+    try:
+        read = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return read if isinstance(read, dict) else {}
+
+
+def _run_id(folder: Path) -> str:
+    return str(_environment(folder).get(RUN_ID, ""))
