@@ -9,8 +9,9 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
+from flexlora.cli_nodes import add_node_commands
 from flexlora.config import OPTIONS, Config
 from flexlora.errors import UserError, nearest
 
@@ -106,6 +107,11 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("target", metavar="RUN", help="a run folder, finished or not")
     report.set_defaults(run=_report)
 
+    watch = commands.add_parser("watch", help="follow a run in progress, from its folder")
+    watch.add_argument("target", metavar="RUN", nargs="?", help="run folder (default: the newest)")
+    watch.add_argument("--once", action="store_true", help="print one picture and end")
+    watch.set_defaults(run=_watch)
+
     compare = commands.add_parser("compare", help="runs side by side, and what differs in them")
     compare.add_argument("targets", metavar="RUN", nargs="+", help="two run folders or more")
     compare.add_argument("--out", metavar="FILE.html", help="write a page with the figures too")
@@ -147,10 +153,16 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument(
         "--superlink", metavar="HOST:PORT", action="append", default=[], help="try to reach it"
     )
+    for name, metavar, told in (
+        ("--root-certificates", "CA", "who signed the SuperLink's certificate"),
+        ("--node-key", "KEY", "this node's private key: is it registered?"),
+        ("--trainer-socket", "PATH", "ask the resident trainer how it is"),
+    ):
+        doctor.add_argument(name, metavar=metavar, default="", help=told)
     doctor.add_argument("--format", default="text", help="text or json (default: text)")
     doctor.set_defaults(run=_doctor)
 
-    _client(commands)
+    add_node_commands(commands)
 
     reproduce = commands.add_parser("reproduce", help="run a named experiment, several seeds")
     reproduce.add_argument("name", metavar="NAME", nargs="?", help="none: list the experiments")
@@ -163,34 +175,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     reproduce.set_defaults(run=_reproduce)
     return parser
-
-
-def _client(commands: Any) -> None:
-    """``flexlora client serve`` and ``flexlora client health``."""
-    client = commands.add_parser("client", help="what runs on an edge node")
-    does = client.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    serve = does.add_parser("serve", help="keep the base loaded and train for ClientApps here")
-    serve.add_argument("--model", metavar="MODEL", required=True, help="folder, hub name, embedded")
-    serve.add_argument("--data", metavar="DIR", required=True, help="this node's data folder")
-    serve.add_argument("--socket", metavar="PATH", default="", help="Unix socket to listen on")
-    serve.add_argument("--group", default="", help="group that may open the socket too")
-    serve.add_argument("--client-id", metavar="NAME", default="", help="this node's name")
-    serve.add_argument("--quantization", default="none", help="none, 8bit or nf4 (default: none)")
-    serve.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
-    serve.add_argument("--memory-limit", metavar="SIZE", default="", help="bytes to use, like 6GiB")
-    serve.add_argument("--state", metavar="DIR", default="", help="where finished replies are kept")
-    serve.add_argument("--keep", metavar="SIZE", default="2GiB", help="bytes of them at most")
-    serve.add_argument("--keep-hours", type=float, default=24.0, metavar="N", help="and how long")
-    serve.add_argument("--max-request", metavar="SIZE", default="2GiB", help="largest request")
-    serve.add_argument("--wait", type=float, default=600.0, metavar="SECONDS", help="for a turn")
-    serve.add_argument("--grace", type=float, default=120.0, metavar="SECONDS", help="to finish")
-    serve.add_argument(
-        "--set", metavar="KEY=VALUE", action="append", default=[], help="a model or engine key"
-    )
-    serve.set_defaults(run=_serve)
-    health = does.add_parser("health", help="how the trainer on this machine is")
-    health.add_argument("--socket", metavar="PATH", default="", help="Unix socket it listens on")
-    health.set_defaults(run=_health)
 
 
 def _configuration(parser: argparse.ArgumentParser) -> None:
@@ -268,6 +252,13 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
+def _watch(options: argparse.Namespace) -> int:
+    from flexlora.simulations.terminal import make_console
+    from flexlora.watch import watch
+
+    return watch(options.target, once=options.once, console=make_console())
+
+
 def _compare(options: argparse.Namespace) -> int:
     from flexlora.report import compare
     from flexlora.simulations.terminal import make_console
@@ -313,30 +304,16 @@ def _tune(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from functools import partial
-
+    from flexlora.clients.superlink_checks import node_checks
     from flexlora.doctor import CHECKS, check_format, diagnose, report
-    from flexlora.simulations.flower_checks import check_flower, check_superlink, parse_address
+    from flexlora.simulations.flower_checks import check_flower
 
     check_format(options.format)
-    for address in options.superlink:
-        parse_address(address)
-    superlinks = [("superlink", partial(check_superlink, given)) for given in options.superlink]
-    findings = diagnose([*CHECKS, ("flower", check_flower), *superlinks])
+    asked = node_checks(
+        options.superlink, options.root_certificates, options.node_key, options.trainer_socket
+    )
+    findings = diagnose([*CHECKS, ("flower", check_flower), *asked])
     return report(findings, format=options.format)
-
-
-def _serve(options: argparse.Namespace) -> int:
-    from flexlora.clients.trainer.command import ServeOptions, serve
-
-    values = {key: value for key, value in vars(options).items() if key != "run"}
-    return serve(ServeOptions(**values))
-
-
-def _health(options: argparse.Namespace) -> int:
-    from flexlora.clients.trainer.command import health_command
-
-    return health_command(options.socket)
 
 
 def _reproduce(options: argparse.Namespace) -> int:

@@ -2,7 +2,8 @@
 
 A check returns what it saw, or what is wrong in one sentence with the command that mends it. What a
 run cannot do without fails; what only some runs need (NF4, a card) warns. The checks that need
-Flower are in ``simulations/flower_checks.py``.
+Flower are in ``simulations/flower_checks.py``, those of a node's SuperLink and trainer in
+``clients/superlink_checks.py``.
 """
 
 from __future__ import annotations
@@ -37,32 +38,34 @@ class Finding:
     mend: str = ""
 
 
-Check = tuple[str, Callable[[], Finding]]
+Check = tuple[str, Callable[[], Finding | Sequence[Finding]]]
 
 
-def ok(told: str) -> Finding:
-    return Finding(name="", status="ok", told=told)
+def ok(told: str, *, name: str = "") -> Finding:
+    return Finding(name=name, status="ok", told=told)
 
 
-def warning(told: str, mend: str) -> Finding:
-    return Finding(name="", status="warning", told=told, mend=mend)
+def warning(told: str, mend: str, *, name: str = "") -> Finding:
+    return Finding(name=name, status="warning", told=told, mend=mend)
 
 
-def failed(told: str, mend: str) -> Finding:
-    return Finding(name="", status="failed", told=told, mend=mend)
+def failed(told: str, mend: str, *, name: str = "") -> Finding:
+    return Finding(name=name, status="failed", told=told, mend=mend)
 
 
 def diagnose(checks: Sequence[Check]) -> list[Finding]:
-    """Run every check; one that raises has failed, and keeps none of the others from running."""
-    findings = []
+    """Run every check; one that raises has failed, and keeps none of the others from running.
+
+    A finding without a name has its check's.
+    """
+    findings: list[Finding] = []
     for name, check in checks:
         try:
-            finding = check()
+            seen = check()
         except Exception as error:  # what is broken may break in any way
-            finding = failed(
-                f"{told(error).rstrip('.')}.", "pip install --force-reinstall flexlora"
-            )
-        findings.append(replace(finding, name=name))
+            seen = failed(f"{told(error).rstrip('.')}.", "pip install --force-reinstall flexlora")
+        several = [seen] if isinstance(seen, Finding) else seen
+        findings += [replace(finding, name=finding.name or name) for finding in several]
     return findings
 
 

@@ -1,22 +1,18 @@
-"""The part of ``flexlora doctor`` that needs Flower: its version, a message, a SuperLink."""
+"""The part of ``flexlora doctor`` that needs Flower itself: its version, and a message."""
 
 from __future__ import annotations
 
-import http.client
-import socket
-import ssl
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
+from flexlora.config import Config
 from flexlora.doctor import Finding, failed, ok
-from flexlora.errors import UserError, told
+from flexlora.errors import told
 
 if TYPE_CHECKING:
     from flexlora.jobs import Capability
 
-__all__ = ["check_flower", "check_superlink", "parse_address"]
-
-TIMEOUT = 5.0
+__all__ = ["check_flower"]
 
 
 def check_flower() -> Finding:
@@ -61,8 +57,9 @@ class _Answering:
     """What an ``InProcessGrid`` asks of a worker that is only queried."""
 
     client_ids = ("doctor",)
+    config = Config()
 
-    def capability(self, client_id: str) -> Capability:
+    def capability(self, client_id: str, *, probed: bool = True) -> Capability:
         return _asked()
 
 
@@ -77,50 +74,3 @@ def _round_trip() -> Capability:
     query = Message(RecordDict(), dst_node_id=1, message_type=MessageType.QUERY)
     (reply,) = grid.pull_messages(grid.push_messages([query]))
     return decode_capability(reply)
-
-
-def parse_address(text: str) -> tuple[str, int]:
-    """``HOST:PORT``, or ``[::1]:PORT``.
-
-    Raises:
-        UserError: no host, or a port that is none.
-    """
-    host, _, port = text.rpartition(":")
-    if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
-        raise UserError(f"--superlink is '{text}', expected HOST:PORT such as '10.0.0.1:8000'.")
-    return host.strip("[]"), int(port)
-
-
-def check_superlink(address: str) -> Finding:
-    """A connection, and an answer to ``GET /health`` with or without TLS.
-
-    The certificate is not checked here: nothing is sent that anybody could want.
-    """
-    host, port = parse_address(address)
-    try:
-        socket.create_connection((host, port), timeout=TIMEOUT).close()
-    except OSError as error:
-        reason = error.strerror or str(error) or type(error).__name__
-        return failed(f"{address} cannot be reached: {reason}.", f"nc -vz {host} {port}")
-    unchecked = ssl.create_default_context()
-    unchecked.check_hostname, unchecked.verify_mode = False, ssl.CERT_NONE
-    told = []
-    for scheme, connection in (
-        ("TLS", http.client.HTTPSConnection(host, port, timeout=TIMEOUT, context=unchecked)),
-        ("plain HTTP", http.client.HTTPConnection(host, port, timeout=TIMEOUT)),
-    ):
-        try:
-            connection.request("GET", "/health")
-            status = connection.getresponse().status
-        except (OSError, http.client.HTTPException) as error:
-            told.append(f"{scheme}: {str(error) or type(error).__name__}")
-            continue
-        finally:
-            connection.close()
-        if status == 200:
-            return ok(f"{address} answers over {scheme}")
-        told.append(f"{scheme}: status {status}")
-    return failed(
-        f"{address} takes connections and does not answer as a SuperLink does ({'; '.join(told)}).",
-        "flower-superlink --help (is this its --host and --port?)",
-    )

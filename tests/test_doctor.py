@@ -1,12 +1,9 @@
 """The doctor finds out by doing: each failure is one sentence with the command that mends it."""
 
 import builtins
-import http.server
 import json
-import socket
 import subprocess
 import sys
-import threading
 from collections import namedtuple
 
 import pytest
@@ -15,7 +12,6 @@ from flexlora.simulations import flower_checks
 
 from flexlora import doctor, probing
 from flexlora.cli import main
-from flexlora.errors import UserError
 
 VERSION = namedtuple("VERSION", "major minor micro releaselevel serial")
 
@@ -76,6 +72,14 @@ def test_a_check_that_raises_has_failed_and_the_others_go_on():
     found = doctor.diagnose([("a", raises), ("b", lambda: doctor.ok("fine"))])
     assert [(f.name, f.status) for f in found] == [("a", "failed"), ("b", "ok")]
     assert found[0].told == "OSError: no such luck."
+
+
+def test_a_check_may_find_several_things_and_name_them():
+    def several():
+        return [doctor.ok("a", name="own"), doctor.failed("b.", "c")]
+
+    found = doctor.diagnose([("given", several), ("none", lambda: [])])
+    assert [(f.name, f.status) for f in found] == [("own", "ok"), ("given", "failed")]
 
 
 def test_an_old_python(monkeypatch):
@@ -209,57 +213,3 @@ def test_a_message_that_comes_back_changed_or_not_at_all(monkeypatch):
 
     monkeypatch.setattr(flower_checks, "_round_trip", raises)
     assert "no TaskIdentity" in flower_checks.check_flower().told
-
-
-@pytest.mark.parametrize(
-    ("text", "address"),
-    [("10.0.0.1:8000", ("10.0.0.1", 8000)), ("[::1]:80", ("::1", 80)), ("host:1", ("host", 1))],
-)
-def test_addresses(text, address):
-    assert flower_checks.parse_address(text) == address
-
-
-@pytest.mark.parametrize("text", ["host", ":80", "host:", "host:x", "host:-1", "host:70000"])
-def test_what_is_no_address_is_refused(text):
-    with pytest.raises(UserError, match="expected HOST:PORT"):
-        flower_checks.parse_address(text)
-
-
-@pytest.fixture
-def server():
-    """An HTTP server that knows ``/health``, or not."""
-    servers = []
-
-    def start(status):
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self):
-                self.send_response(status if self.path == "/health" else 404)
-                self.end_headers()
-
-            def log_message(self, *_):
-                pass
-
-        made = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=made.serve_forever, daemon=True).start()
-        servers.append(made)
-        return f"127.0.0.1:{made.server_port}"
-
-    yield start
-    for made in servers:
-        made.shutdown()
-        made.server_close()
-
-
-def test_a_superlink_is_one_that_answers_for_its_health(server, capsys):
-    address = server(200)
-    finding = flower_checks.check_superlink(address)
-    assert (finding.status, finding.told) == ("ok", f"{address} answers over plain HTTP")
-    odd = flower_checks.check_superlink(server(404))
-    assert odd.status == "failed" and "does not answer as a SuperLink does" in odd.told
-
-
-def test_a_superlink_that_is_not_there():
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    finding = flower_checks.check_superlink(address)
-    assert told(finding)[0] == "failed" and f"{address} cannot be reached" in finding.told

@@ -17,7 +17,7 @@ FOLDERS = {
     "flexlora/simulations": "simulations",
     "flexlora": "flexlora",
 }
-NOT_CODE = ("**/*.proto", "assets/**/*", "**/*.md", "**/*.csv", "**/*.toml")
+NOT_CODE = ("**/*.proto", "templates/**/*", "assets/**/*", "**/*.md", "**/*.csv", "**/*.toml")
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +65,7 @@ def test_the_wheel_holds_the_tree_file_by_file(wheel):
         "flexlora/data/tasks/__init__.py",
         "flexlora/simulations/scenarios/smoke.toml",
         "flexlora/simulations/benchmarks/aggregation.py",
+        "flexlora/clients/templates/folder/bin/start-trainer",
         "flexlora/clients/app.py",
         "flexlora/server/app.py",
     ):
