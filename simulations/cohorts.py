@@ -65,37 +65,38 @@ def plan_cohorts(
         steps = -(-widths[key] // LENGTH_STEP)
         return (*alike(key), steps, jobs[key].start.rank_class.largest, jobs[key].client_id)
 
+    def fits(keys: Sequence[str]) -> bool:
+        tokens = len(keys) * batch_size * max(widths[key] for key in keys)
+        return len(keys) <= limits.clients and tokens <= limits.tokens
+
     cohorts: list[list[str]] = []
     for key in sorted(jobs, key=order):
         last = cohorts[-1] if cohorts else []
-        widest = max((widths[k] for k in (*last, key)), default=0)
-        tokens = (len(last) + 1) * batch_size * widest
-        fits = len(last) < limits.clients and tokens <= limits.tokens
-        if last and fits and alike(last[0]) == alike(key):
+        if last and fits([*last, key]) and alike(last[0]) == alike(key):
             last.append(key)
         else:
             cohorts.append([key])
-    return _evened(cohorts, alike)
-
-
-def _evened(cohorts: list[list[str]], alike: Callable[[str], tuple]) -> list[list[str]]:
-    """As many cohorts of alike clients, of nearly equal sizes: workers end at the same time.
-
-    Full ones come first, so that no cohort gets wider rows or more clients than the first had.
-    """
-    even = []
+    even: list[list[str]] = []
     for _, group in groupby(cohorts, key=lambda cohort: alike(cohort[0])):
         parts = list(group)
-        keys = [key for part in parts for key in part]
-        if len({len(part) for part in parts[:-1]}) > 1:
-            even += parts  # the tokens set their sizes, and would not hold for others
-            continue
-        at = 0
-        for k in range(len(parts)):
-            size = len(keys) // len(parts) + (k < len(keys) % len(parts))
-            even.append(keys[at : at + size])
-            at += size
+        evened = _evened(parts)
+        # Where tokens set the sizes they would not hold for others, and the widest rows may have
+        # had a small cohort to themselves.
+        alike_sizes = len({len(part) for part in parts[:-1]}) <= 1
+        holds = all(len(part) == 1 or fits(part) for part in evened)
+        even += evened if alike_sizes and holds else parts
     return even
+
+
+def _evened(parts: Sequence[Sequence[str]]) -> list[list[str]]:
+    """As many cohorts of the same clients, of nearly equal sizes: workers end at the same time."""
+    keys = [key for part in parts for key in part]
+    evened, at = [], 0
+    for k in range(len(parts)):
+        size = len(keys) // len(parts) + (k < len(keys) % len(parts))
+        evened.append(keys[at : at + size])
+        at += size
+    return evened
 
 
 def _width(rows: Sequence[Example]) -> int:

@@ -9,7 +9,7 @@ from federation import small
 from flexlora.clients.worker import worker_for
 from flexlora.simulations.cohorts import CohortLimits, limits_of, plan_cohorts, resolved_limits
 from flexlora.simulations.tune import Measured, fastest, first_round, measured, tune
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from flexlora.config import Config, resolved
@@ -43,6 +43,7 @@ some_clients = st.lists(
 
 
 @settings(max_examples=60, deadline=None)
+@example(clients=[(1, 2)] * 5 + [(1, 5)], most=4, tokens=24)
 @given(clients=some_clients, most=st.integers(1, 8), tokens=st.integers(10, 1000))
 def test_everybody_once_and_within_the_limits(clients, most, tokens):
     jobs, plan = planned(clients, CohortLimits(clients=most, tokens=tokens))
