@@ -2,6 +2,7 @@
 
     python -m flexlora.simulations.benchmarks.resident [--model MODEL] [--data DIR]
         [--rounds 5] [--steps 2] [--rank 8] [--threads 1] [--json FILE]
+        [--adapter llama-2-7b [--wire-dtype bfloat16]]
 
 Flower starts a process for every message; here each is a fresh interpreter that imports the app and
 answers one message made as the server makes it (``resident_case.py``). Both ways answer the same
@@ -10,6 +11,9 @@ sides: they are the same work. ``whole`` is the ratio with them.
 
     ratio = median seconds without a trainer / median seconds with one
     error = the largest difference between the numbers of the two replies
+
+With ``--adapter`` nothing is trained: factors of that model's shapes go through the socket and come
+back (``resident_adapter.py``).
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ import numpy as np
 from flexlora.clients.trainer.sockets import reach
 from flexlora.clients.worker import Worker
 from flexlora.server.messages import eval_content, pack, train_content
+from flexlora.simulations.benchmarks.resident_adapter import AdapterRow, adapter_rows
 from flexlora.simulations.benchmarks.resident_case import read_content, write_content
 from flexlora.simulations.terminal import make_console
 from flwr.app import Array, RecordDict
@@ -259,18 +264,13 @@ def run(options: argparse.Namespace) -> list[Row]:
         return rows_of(kept)
 
 
-def main(arguments: Sequence[str] | None = None) -> list[Row]:
+def main(arguments: Sequence[str] | None = None) -> list[Row] | list[AdapterRow]:
     """Print the table and write its rows with ``--json``."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default="embedded", help="model folder, or embedded")
-    parser.add_argument("--data", default="", help="data folder (default: built-in rows)")
-    parser.add_argument("--rounds", type=int, default=5, help="messages of each kind")
-    parser.add_argument("--steps", type=int, default=2, help="optimizer steps of a training")
-    parser.add_argument("--rank", type=int, default=8, help="trained rank")
-    parser.add_argument("--threads", type=int, default=1, help="torch's threads on both sides")
-    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser = _parser()
     options = parser.parse_args(arguments)
     try:
+        if options.adapter:
+            return _adapter(options)
         rows = run(options)
     except UserError as error:
         parser.error(str(error))
@@ -283,10 +283,47 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
         cells = [f"{value:.2f}" for value in seconds]
         table.add_row(row.name, *cells, f"{row.error:.0e}", "yes" if row.met else "no")
     make_console().print(table)
+    _write(options, rows)
+    return rows
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="embedded", help="model folder, or embedded")
+    parser.add_argument("--data", default="", help="data folder (default: built-in rows)")
+    parser.add_argument("--rounds", type=int, default=5, help="messages of each kind")
+    parser.add_argument("--steps", type=int, default=2, help="optimizer steps of a training")
+    parser.add_argument("--rank", type=int, default=8, help="trained rank")
+    parser.add_argument("--threads", type=int, default=1, help="torch's threads on both sides")
+    parser.add_argument("--adapter", default="", help="a model whose factors go there and back")
+    parser.add_argument("--wire-dtype", default="bfloat16", help="of those factors")
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    return parser
+
+
+def _adapter(options: argparse.Namespace) -> list[AdapterRow]:
+    """The table of ``--adapter``."""
+    with tempfile.TemporaryDirectory(prefix="flexlora-") as name:
+        data = Path(options.data) if options.data else write_built_in(Path(name) / "rows")
+        rows = adapter_rows(options.adapter, options.rank, options.wire_dtype, data)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("name")
+    for column in ("message MB", "grown MB", "ratio", "target", "seconds", "error", "met"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        cells = (row.message_megabytes, row.megabytes, row.ratio, row.target, row.seconds)
+        digits = (0, 0, 2, 2, 1)
+        told = [f"{value:.{places}f}" for value, places in zip(cells, digits, strict=True)]
+        table.add_row(row.name, *told, f"{row.error:.0e}", "yes" if row.met else "no")
+    make_console().print(table)
+    _write(options, rows)
+    return rows
+
+
+def _write(options: argparse.Namespace, rows: Sequence[Row] | Sequence[AdapterRow]) -> None:
     if options.json:
         written = [{**asdict(row), "met": row.met} for row in rows]
         options.json.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
-    return rows
 
 
 if __name__ == "__main__":
