@@ -44,7 +44,7 @@ def run_of(**changes):
     return small(
         method__name="carried",
         clients__count=0,
-        train__max_steps=150,
+        train__max_steps=100,
         eval__max_examples=4,
         eval__every=0,
         server__wait_seconds=float(SLOWLY),
@@ -93,7 +93,17 @@ def break_and_survive(processes, trainers, data, told):
     told["round 2"] = time.monotonic()
     run.finished(3, LONG, federation.logs)
     told["superlinks"] = federation.superlink.ended
-    told["statuses"] = [listed["status"] for listed in federation.flwr("list")["runs"]]
+    told["statuses"] = list(ended_runs(federation).values())
+
+
+def ended_runs(federation):
+    """How each run ended, by its id; its folder is whole a moment before Flower says so."""
+
+    def ended():
+        runs = {listed["run-id"]: listed["status"] for listed in federation.flwr("list")["runs"]}
+        return runs if all(status.startswith("finished") for status in runs.values()) else None
+
+    return until(ended, LONG, federation.logs)
 
 
 def start_odd_nodes(federation, data):
@@ -168,7 +178,7 @@ def break_and_resume(processes, trainers, told):
     federation.lose("south")
     told["after 3"] = keep_delta(first.folder, federation.folder / "after 3")
     second.finished(4, LONG, federation.logs)
-    told["statuses"] = {r["run-id"]: r["status"] for r in federation.flwr("list")["runs"]}
+    told["statuses"] = ended_runs(federation)
 
 
 def keep_delta(run, folder):
