@@ -216,7 +216,8 @@ def test_every_reader_sees_a_whole_file_and_few_writes(tmp_path, monkeypatch):
     live = LiveObserver(tmp_path)
     live.round_started(1, 2, 10**6)
     texts, began = set(), time.monotonic()
-    while time.monotonic() - began < 1.0:
+    # The writer has the time that this loop leaves it: a busy machine takes longer.
+    while time.monotonic() - began < (1.0 if len(texts) >= 3 else 30.0):
         for number in range(50):
             live.replied(f"client_{number}", "")
         if (tmp_path / LIVE_FILE).exists():
