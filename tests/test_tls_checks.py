@@ -124,7 +124,7 @@ def test_a_server_that_speaks_something_else(greeting, words, monkeypatch):
     with listening(greeting) as port:
         started = time.monotonic()
         only(asked(port), "failed", "superlink", words)
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 4.5  # one whole SECONDS is 5
 
 
 def test_nobody_else_is_contacted(monkeypatch, ca, good, tmp_path):
