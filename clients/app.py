@@ -13,6 +13,7 @@ from flexlora.clients.trainer.sockets import socket_of
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from flexlora import collector
 from flexlora.errors import told
 
 __all__ = ["app"]
@@ -51,6 +52,7 @@ def _reply(message: Message, context: Context) -> Message:
 def _answer(message: Message, context: Context) -> RecordDict:
     socket = socket_of(context.node_config)
     if socket is None:
+        collector.loading()
         from flexlora.clients.trainer.in_process import answer_here  # loads torch
 
         return answer_here(message, context)

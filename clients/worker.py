@@ -15,6 +15,7 @@ import torch
 from flexlora.clients.passes import TrainPasses, failed_training
 
 import flexlora
+from flexlora import collector
 from flexlora.base_shares import deal_quantizations, parse_base_shares
 from flexlora.config import Config
 from flexlora.data.caps import capped_rows
@@ -42,6 +43,7 @@ def worker_for(config: Config) -> Worker:
     if key not in _workers:
         _workers.clear()  # one configuration at a time: another one's data need not stay
         _workers[key] = Worker(config)
+        collector.loaded()
     return _workers[key]
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from flexlora import collector
 from flexlora.cli_nodes import add_node_commands
 from flexlora.config import OPTIONS, Config
 from flexlora.errors import UserError, nearest
@@ -35,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    if arguments is None:  # the process is this command's alone
+        collector.loading()
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.run is None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import flexlora
+from flexlora import collector
 from flexlora.config import Config
 
 if TYPE_CHECKING:
@@ -97,6 +98,7 @@ class CohortActor:
         self.config = Config(values)
         threads = str(self.config["engine.threads"])
         os.environ.update(dict.fromkeys(THREAD_VARIABLES, threads))
+        collector.loading()
         self.adapters: dict[str, Adapter] = {}
 
     def placed(self) -> tuple[str, int]:

@@ -19,6 +19,7 @@ from flexlora.server.roster import Roster
 from flexlora.simulations.benchmarks.cohort_peers.work import Stamps, write_report
 from flexlora.simulations.simulate import simulate
 
+from flexlora import collector
 from flexlora.config import Config
 
 
@@ -83,4 +84,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    collector.loading()  # as the command does
     main()
