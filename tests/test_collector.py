@@ -47,7 +47,7 @@ worker_for(Config())
 
 
 def measured(begin: str, load: str) -> list[bool]:
-    """Unchanged at first, as before at the end, something kept, the old loop gone, a new one too."""
+    """Same at first, as before at the end, something kept, the old loop gone, a new one too."""
     script = MEASURED.format(begin=begin, load=load)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
