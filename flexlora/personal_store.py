@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -34,12 +35,17 @@ _FILE = re.compile(r"round-(\d+)\.safetensors")
 
 @dataclass(frozen=True, kw_only=True)
 class Kept:
-    """A client's own factors after ``server_round``, which it trained in ``rank_class``."""
+    """A client's own factors after ``server_round``, which it trained in ``rank_class``.
+
+    ``since`` is when it has them on a simulated clock: they are kept when the clock knows that they
+    will be there, which is before.
+    """
 
     client_id: str
     server_round: int
     rank_class: str
     adapter: Adapter
+    since: float = 0.0
 
 
 class PersonalStore:
@@ -65,21 +71,23 @@ class PersonalStore:
         kept = self.before(job.client_id, job.server_round)
         return job if kept is None else replace(job, personal=kept.adapter)
 
-    def attach_eval(self, jobs: Sequence[EvalJob]) -> list[EvalJob]:
-        """The jobs with what each client has by the job's round, over its own rank class.
+    def attach_eval(self, jobs: Sequence[EvalJob], *, now: float = math.inf) -> list[EvalJob]:
+        """The jobs with what each client has by the job's round and ``now``, over its own class.
 
         A client whose class is not among the adapters has moved to another since it trained: it is
         scored without its factors until it trains there.
         """
         attached = []
         for job in jobs:
-            kept = self.before(job.client_id, job.server_round + 1)
+            kept = self.before(job.client_id, job.server_round + 1, now=now)
             if kept is not None and kept.rank_class in job.adapters:
                 job = replace(job, personal=kept.adapter, personal_over=kept.rank_class)
             attached.append(job)
         return attached
 
-    def keep(self, results: Sequence[TrainResult], jobs: Sequence[TrainJob]) -> None:
+    def keep(
+        self, results: Sequence[TrainResult], jobs: Sequence[TrainJob], *, since: float = 0.0
+    ) -> None:
         """Keep what was trained; who trained nothing of its own keeps what it had."""
         for result, job in zip(results, jobs, strict=True):
             if result.personal is None:
@@ -89,21 +97,27 @@ class PersonalStore:
                 server_round=job.server_round,
                 rank_class=job.start.rank_class.name,
                 adapter=result.personal,
+                since=since,
             )
             self.put(kept)
 
-    def before(self, client_id: str, server_round: int) -> Kept | None:
-        """The last that this client kept in a round before ``server_round``.
+    def before(self, client_id: str, server_round: int, *, now: float = math.inf) -> Kept | None:
+        """The last that this client kept in a round before ``server_round``, and has ``now``.
 
         Raises:
             UserError: a file that is not what was written.
         """
         earlier = [at for at in self._rounds(client_id) if at < server_round]
-        if not earlier:
-            return None
+        for at in sorted(earlier, reverse=True):
+            kept = self._kept(client_id, at)
+            if kept.since <= now:
+                return kept
+        return None
+
+    def _kept(self, client_id: str, server_round: int) -> Kept:
         if self.folder is None:
-            return self._held[client_id][max(earlier)]
-        return _read(self._path(client_id, max(earlier)), client_id, self.what)
+            return self._held[client_id][server_round]
+        return _read(self._path(client_id, server_round), client_id, self.what)
 
     def _rounds(self, client_id: str) -> list[int]:
         if self.folder is None:
@@ -149,6 +163,7 @@ def _bytes(kept: Kept) -> bytes:
         "client_id": kept.client_id,
         "server_round": kept.server_round,
         "rank_class": kept.rank_class,
+        "since": kept.since,
         "modules": {name: [f.alpha, f.rslora] for name, f in kept.adapter.items()},
     }
     return save(tensors, metadata={"personal": json.dumps(index)})
@@ -176,6 +191,7 @@ def _read(path: Path, client_id: str, what: str) -> Kept:
             server_round=int(index["server_round"]),
             rank_class=str(index["rank_class"]),
             adapter=Adapter(modules),
+            since=float(index.get("since", 0.0)),
         )
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(

@@ -35,6 +35,8 @@ from flexlora.config import Config
 from flexlora.errors import UserError
 from flexlora.live_state import LIVE_FILE
 from flexlora.ranks import RankClass
+from flexlora.round_rows import missing_files, read_rounds
+from flexlora.run_lock import check_idle
 
 __all__ = ["CLIENT_COLUMNS", "RunFolder"]
 
@@ -95,20 +97,22 @@ class RunFolder:
     @staticmethod
     def is_run(path: Path) -> bool:
         """Whether ``path`` is a run folder of ours, not just any folder with a config.toml."""
-        return all((path / name).is_file() for name in ("config.toml", "environment.json"))
+        return not missing_files(path)
 
     @staticmethod
     def check_free(path: Path, *, overwrite: bool) -> None:
         """Whether a run may be written to ``path``.
 
         Raises:
-            UserError: the folder is in use and ``overwrite`` is off, or it holds something that is
-                not a run, which is never removed.
+            UserError: the folder holds rounds and ``overwrite`` is off, or another process writes
+                it, or it holds something that is not a run, which is never removed.
         """
         if not path.exists() or (path.is_dir() and not any(path.iterdir())):
             return
         is_run = RunFolder.is_run(path)
-        if overwrite and is_run:
+        unbegun = is_run and not (path / "metrics.jsonl").exists()  # refused before its first round
+        if is_run and (overwrite or unbegun):
+            check_idle(path)
             return
         kind, advice = "something that is not a run", "give another --out"
         if is_run:
@@ -124,7 +128,7 @@ class RunFolder:
         """
         run = cls(path)
         if not cls.is_run(run.path):
-            raise UserError(f"'{path}' is not a run folder: no config.toml and environment.json.")
+            raise UserError(f"'{path}' is not a run folder: {missing_files(run.path)}.")
         return run, Config.resolve(file=run.path / "config.toml")
 
     def append_round(
@@ -146,16 +150,12 @@ class RunFolder:
                 file.write(line + "\n")
 
     def metrics(self) -> list[dict]:
-        """The rounds so far; a last line that a crash cut short is left out."""
-        file = self.path / "metrics.jsonl"
-        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-        rows = []
-        for line in lines:
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-        return rows
+        """The rounds so far; a last line that a crash cut short is left out.
+
+        Raises:
+            UserError: a line that is whole and cannot be read.
+        """
+        return read_rounds(self.path / "metrics.jsonl")
 
     def rewind(self, last_round: int) -> None:
         """Forget rows after ``last_round``: a crash between a round's rows and its checkpoint.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 
 from flexlora.server.observer import LogObserver, Observer
@@ -20,6 +21,7 @@ from flwr.serverapp import Grid, ServerApp
 from flexlora.config import Config, resolved
 from flexlora.models import resolve_name
 from flexlora.peft_folder import save_adapter
+from flexlora.run_lock import alone
 from flexlora.runs import RunFolder
 
 __all__ = ["app", "federate", "write_adapters"]
@@ -65,12 +67,14 @@ def federate(
     """
     settings = ServerSettings.from_config(config)
     state, classes = RunFolder(out).load_checkpoint() if resume else (None, None)
-    with observed(out, config, observer, resumed=resume) as told:
+    with ExitStack() as held, observed(out, config, observer, resumed=resume) as told:
         strategy = FlexLoRAStrategy(settings, observer=told, state=state, rank_classes=classes)
         strategy.meet(grid)
         if state is None:
             strategy.run = RunFolder.create(out, config, overwrite=overwrite)
+            held.enter_context(alone(out))
         else:
+            held.enter_context(alone(out))
             strategy.run = RunFolder(out)
             strategy.run.rewind(state.round)
             strategy.go_on(strategy.run.load_notes(), grid)

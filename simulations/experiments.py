@@ -78,7 +78,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     ),
     "heavy-tail": Experiment(
         about="the gap between everybody weak and strong that a method closes, two distributions",
-        expected="carried > aligned > 0 > fedex-lora, residual > flexlora > fedit, to 0.25",
+        expected="carried > aligned, 0 > fedex-lora, residual > flexlora > fedit; aligned > -0.25",
         minutes=60,
         run=heavy_tail,
     ),

@@ -103,7 +103,16 @@ class Series:
 
 
 def with_gap_closed(arms: Sequence[Arm], rows: Sequence[Row]) -> list[dict]:
-    """Each row with the part of the gap in loss that it closes, between the ends of its part."""
+    """Each row with what its seed adds to the part of the gap in loss that its arm closes.
+
+        closed = mean(weak - loss) / mean(weak - strong)
+
+    A row holds ``(weak - loss) / mean(weak - strong)``: its own seed's numerator over the mean gap
+    of all seeds that have both ends. The mean of an arm's rows is the ratio of means, which a seed
+    with hardly a gap cannot turn over as it can a mean of ratios. Their deviation is that of
+    ``weak - loss`` over seeds in units of the mean gap: at the strong end, how the gap itself
+    varies.
+    """
     part = {arm.title: arm.part for arm in arms}
     end = {arm.title: arm.end for arm in arms if arm.end}
     ends = {
@@ -111,13 +120,17 @@ def with_gap_closed(arms: Sequence[Arm], rows: Sequence[Row]) -> list[dict]:
         for row in rows
         if row["arm"] in end
     }
+    gaps: dict[str, list[float]] = {}
+    for (own, kind, seed), weak in ends.items():
+        if kind == WEAK and (own, STRONG, seed) in ends:
+            gaps.setdefault(own, []).append(weak - ends[own, STRONG, seed])
     result = []
     for row in rows:
-        own = part.get(row["arm"], "")
-        weak, strong = (ends.get((own, kind, row["seed"])) for kind in (WEAK, STRONG))
+        own, seed = part.get(row["arm"], ""), row["seed"]
+        gap = statistics.fmean(gaps.get(own, [0.0]))
         result.append(dict(row))
-        if "loss" in row and weak is not None and strong is not None and weak != strong:
-            result[-1]["gap closed"] = (weak - row["loss"]) / (weak - strong)
+        if "loss" in row and gap and {(own, WEAK, seed), (own, STRONG, seed)} <= ends.keys():
+            result[-1]["gap closed"] = (ends[own, WEAK, seed] - row["loss"]) / gap
     return result
 
 

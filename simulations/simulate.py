@@ -19,7 +19,9 @@ from flexlora.simulations.populations import Population
 from flexlora.simulations.world import world_of
 
 from flexlora.config import Config, resolved
+from flexlora.errors import UserError
 from flexlora.personal_store import PersonalStore
+from flexlora.run_lock import check_idle
 from flexlora.runs import RunFolder
 
 __all__ = ["make_grid", "resume", "simulate"]
@@ -42,6 +44,7 @@ def simulate(
 def resume(out: str | Path, *, observer: Observer | None = None) -> FlexLoRAStrategy:
     """Go on with the run in ``out`` after its last whole round, with its own configuration."""
     run, config = RunFolder.open(out)
+    check_idle(run.path)
     run.load_checkpoint()  # refused before the base is loaded
     with _ready(resolved(config), run.path) as (config, grid):
         return federate(grid, config, run.path, observer=observer, resume=True)
@@ -57,11 +60,26 @@ def _ready(config: Config, out: Path) -> Iterator[tuple[Config, InProcessGrid]]:
     pool = make_pool(config) if several else None
     try:
         worker = worker_for(config)
+        _check_enough(config, len(worker.client_ids))
         config = resolved_limits(config, worker)
         yield config, make_grid(config, worker, pool, PersonalStore(out / "personal"))
     finally:
         if pool is not None:
             pool.close()
+
+
+def _check_enough(config: Config, count: int) -> None:
+    """Nobody comes in here who is not there: what can never be met is not waited for.
+
+    Raises:
+        UserError: more clients are asked for than the data makes.
+    """
+    for key in ("server.quorum", "server.min-nodes"):
+        if config[key] > count:
+            raise UserError(
+                f"{key} is {config[key]}, but the data makes {count} clients, so that it can never "
+                "be met; lower it, or raise clients.count."
+            )
 
 
 def make_grid(

@@ -3,6 +3,7 @@
     is            |seen - expected| <= tolerance
     at least      seen >= expected - tolerance
     at most       seen <= expected + tolerance
+    more than     seen > expected - tolerance
 
 A sentence is made of the numbers alone, so it turns when they do.
 """
@@ -17,12 +18,12 @@ from rich.console import Console
 
 __all__ = ["Check", "tell"]
 
-SENSES = ("is", "at least", "at most")
+SENSES = ("is", "at least", "at most", "more than")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One expected figure beside the one that was seen; a figure that is not there never holds.
+    """One expected figure beside the one that was seen; where either is missing it never holds.
 
     ``any_scale``: true of a small run too; other figures are those of scale 1 and are told below
     it without a judgement.
@@ -42,13 +43,17 @@ class Check:
     @property
     def short(self) -> float:
         """How far ``seen`` is on the wrong side of ``expected``; 0 on the right one."""
-        if not math.isfinite(self.seen):
+        if not math.isfinite(self.seen) or not math.isfinite(self.expected):
             return math.inf
         over = self.seen - self.expected
-        return {"is": abs(over), "at least": max(0.0, -over), "at most": max(0.0, over)}[self.sense]
+        if self.sense == "is":
+            return abs(over)
+        return max(0.0, over if self.sense == "at most" else -over)
 
     @property
     def holds(self) -> bool:
+        if self.sense == "more than":
+            return self.seen - self.expected > -self.tolerance and math.isfinite(self.short)
         return self.short <= self.tolerance
 
     def judged(self, scale: float) -> bool:
@@ -64,6 +69,8 @@ class Check:
 
     def _word(self) -> str:
         allowed = _number(self.tolerance)
+        if not math.isfinite(self.short):
+            return "DOES NOT HOLD"
         if not self.holds:
             beyond = _number(self.short - self.tolerance)
             return f"DOES NOT HOLD, {beyond} beyond the tolerance of {allowed}"

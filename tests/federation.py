@@ -52,6 +52,13 @@ def small(**changes):
     return Config(SMALL).replace(**changes)
 
 
+def nobody_joins(config, out, **more):
+    """The run of a federation whose nodes do not come; ``simulate`` would refuse it beforehand."""
+    grid = InProcessGrid(Worker(config), limits=CohortLimits(clients=4), wire_dtype="float32")
+    waiting = config.replace(server__min_nodes=9, server__wait_seconds=0.0)
+    return federate(grid, waiting, out, **more)
+
+
 def as_sets(config):
     """The values of ``config`` that are not defaults, as arguments of the command."""
     defaults = Config()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 from pathlib import Path
 
 import pytest
@@ -235,8 +236,25 @@ def test_the_gap_is_that_of_the_own_part_and_seed():
     losses = {"weak a": 2.0, "strong a": 1.0, "method a": 1.25}
     losses |= {"weak b": 8.0, "strong b": 4.0, "method b": 9.0}
     rows = [{"arm": k, "seed": s, "loss": v + s} for k, v in losses.items() for s in (0, 1)]
-    rows += [{"arm": "method a", "seed": 2, "loss": 1.0}]
+    rows += [{"arm": "method a", "seed": 2, "loss": 1.0}, {"arm": "weak b", "seed": 2, "loss": 99}]
     closed = {(r["arm"], r["seed"]): r.get("gap closed") for r in with_gap_closed(arms, rows)}
     assert closed["method a", 0] == closed["method a", 1] == pytest.approx(0.75)
     assert closed["method b", 0] == pytest.approx(-0.25) and closed["method a", 2] is None
     assert closed["weak b", 1] == 0.0 and closed["strong b", 1] == 1.0
+
+
+def test_the_gap_closed_is_a_ratio_of_means_and_its_deviation_that_of_the_gains():
+    ends = [Arm(title=end, end=end) for end in ("weak", "strong")]
+    losses = {"weak": (4.0, 4.2, 3.9), "strong": (3.6, 4.0, 3.8), "own": (3.8, 4.0, 4.0)}
+    rows = [
+        {"arm": k, "seed": s, "loss": v} for k, own in losses.items() for s, v in enumerate(own)
+    ]
+    closed = with_gap_closed([*ends, Arm(title="own")], rows)
+    values = [row["gap closed"] for row in closed if row["arm"] == "own"]
+    mean = {title: statistics.fmean(own) for title, own in losses.items()}
+    gap = mean["weak"] - mean["strong"]
+    assert statistics.fmean(values) == pytest.approx((mean["weak"] - mean["own"]) / gap)
+    gains = [weak - own for weak, own in zip(losses["weak"], losses["own"], strict=True)]
+    assert statistics.stdev(values) == pytest.approx(statistics.stdev(gains) / gap)
+    level = [{**row, "loss": 1.0} for row in rows]
+    assert all("gap closed" not in row for row in with_gap_closed([*ends, Arm(title="own")], level))

@@ -50,6 +50,7 @@ FLOORS = {
     "flexlora.training": 2,
     "flexlora.evaluation": 3,
     "flexlora.report": 1,
+    "flexlora.round_rows": 0,
     "flexlora.clients": 4,
     "flexlora.server": 4,
     "flexlora.simulations": 5,

@@ -12,6 +12,7 @@ from federation import (
     StopAt,
     Stopped,
     adapter_bytes,
+    nobody_joins,
     rounds,
     small,
     untimed,
@@ -144,9 +145,8 @@ def test_a_run_that_ends_early_says_why_and_a_resume_takes_it_back(error, state,
 
 
 def test_a_run_that_nobody_joins_leaves_no_folder(tmp_path):
-    config = small(server__min_nodes=9, server__wait_seconds=0.0)
     with pytest.raises(UserError, match="4 nodes are connected"):
-        simulate(config, tmp_path / "run")
+        nobody_joins(RUN, tmp_path / "run")
     assert not (tmp_path / "run").exists() and no_thread_is_left()
 
 
@@ -154,9 +154,8 @@ def test_the_folder_of_an_older_run_is_not_written_to_before_it_is_ours(watched,
     """A run that would overwrite another and finds no clients leaves the other's last word."""
     run = RunFolder.create(tmp_path / "run", RUN)
     write_live(run.path, LiveState(state="finished", round=7))
-    config = small(server__min_nodes=9, server__wait_seconds=0.0)
     with pytest.raises(UserError, match="4 nodes are connected"):
-        simulate(config, run.path, overwrite=True)
+        nobody_joins(RUN, run.path, overwrite=True)
     assert read_live(run.path).round == 7
     RunFolder.create(run.path, RUN, overwrite=True)
     assert read_live(run.path) is None

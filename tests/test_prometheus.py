@@ -10,7 +10,7 @@ import urllib.request
 from collections import Counter
 
 import pytest
-from federation import ROOT, TamperingGrid, client_rows, federation, rounds, small
+from federation import ROOT, TamperingGrid, client_rows, federation, nobody_joins, rounds, small
 from flexlora.clients.worker import worker_for
 from flexlora.server.causes import KINDS
 from flexlora.server.prometheus import PrometheusObserver, metrics_endpoint
@@ -146,9 +146,8 @@ def test_the_endpoint_ends_with_the_run(run):
 
 def test_a_run_that_fails_closes_its_endpoint_too(tmp_path):
     port = free_port()
-    config = small(server__metrics_port=port, server__min_nodes=9, server__wait_seconds=0.0)
     with pytest.raises(UserError, match="nodes are connected"):
-        simulate(config, tmp_path / "run")
+        nobody_joins(small(server__metrics_port=port), tmp_path / "run")
     with pytest.raises(urllib.error.URLError, match="refused"):
         scraped(port)
     with socket.socket() as listener:

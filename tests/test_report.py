@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from federation import as_sets, small
@@ -27,6 +28,7 @@ from flexlora.cli import main
 from flexlora.errors import UserError
 from flexlora.options import OPTIONS
 from flexlora.report import write_report
+from flexlora.report.records import RunRecords
 from flexlora.runs import CLIENT_COLUMNS, RunFolder
 
 TRIED = {"eval__generate": "ends", "eval__max_new_tokens": 4, "eval__max_examples": 2}
@@ -337,3 +339,35 @@ def test_a_report_needs_neither_torch_nor_flower():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_client_is_shown_in_the_class_that_its_rows_were_scored_in(tmp_path):
+    """c0 trains at rank 8 in round 1 and is granted rank 4 for it, and rank 2 after round 3."""
+
+    def trained(server_round, client, name):
+        return {"round": str(server_round), "client_id": client, "rank_class": name}
+
+    losses = {"rank_2": "3.0", "rank_4": "2.0", "rank_8": "1.0"}
+    run = RunRecords(
+        path=tmp_path,
+        config={},
+        environment={},
+        rounds=tuple({"round": at} for at in range(4)),
+        clients=(
+            trained(1, "c0", "rank_8"),
+            trained(1, "c1", "rank_8"),
+            trained(2, "c0", "rank_4"),
+            trained(3, "c0", "rank_4"),
+        ),
+        evaluations=tuple(
+            {**trained(at, client, name), "eval_loss": loss}
+            for at in (1, 2, 3)
+            for client in ("c0", "c1")
+            for name, loss in losses.items()
+        ),
+        classes={"c0": {"name": "rank_2"}, "c1": {"name": "rank_8"}},
+    )
+    seen = [run.client_loss(at) for at in (1, 2, 3)]
+    assert [own["c0"] for own in seen] == [2.0, 2.0, 3.0]
+    assert [own["c1"] for own in seen] == [1.0, 1.0, 1.0]
+    assert replace(run, classes={}).client_loss(3) == {"c0": 2.0, "c1": 1.0}

@@ -23,12 +23,31 @@ from flexlora.simulations.verdicts import Check, tell
         ("at least", math.nan, False),
         ("at most", math.nan, False),
         ("is", math.inf, False),
+        ("more than", 0.9, True),
+        ("more than", 0.8, False),
+        ("more than", math.nan, False),
+        ("more than", math.inf, False),
     ],
 )
 def test_a_check_turns_with_its_number(sense, seen, holds):
     check = Check(claim="it is so", expected=1.0, seen=seen, tolerance=0.1001, sense=sense)
     assert check.holds is holds
     assert ("DOES NOT HOLD" in check.sentence()) is not holds
+
+
+@pytest.mark.parametrize("sense", ["is", "at least", "at most", "more than"])
+@pytest.mark.parametrize("missing", [math.nan, math.inf, -math.inf])
+def test_nothing_holds_against_a_figure_that_is_not_there(sense, missing):
+    for seen in (-5.0, 0.1, 5.0, missing):
+        check = Check(claim="it is so", expected=missing, seen=seen, tolerance=9.0, sense=sense)
+        assert not check.holds and check.sentence().endswith(": DOES NOT HOLD.")
+
+
+def test_more_than_is_not_met_by_the_figure_itself():
+    assert Check(claim="", expected=1.0, seen=1.0, sense="at least").holds
+    assert not Check(claim="", expected=1.0, seen=1.0, sense="more than").holds
+    assert Check(claim="", expected=1.0, seen=1.001, sense="more than").holds
+    assert not Check(claim="", expected=1.0, seen=0.5, tolerance=0.5, sense="more than").holds
 
 
 def test_a_sentence_says_what_was_expected_what_was_seen_and_by_how_much():
@@ -39,7 +58,8 @@ def test_a_sentence_says_what_was_expected_what_was_seen_and_by_how_much():
     assert close.sentence().endswith("seen 0.25: holds within the tolerance of 0.1.")
     exact = Check(claim="a keeps", expected=0.2, seen=0.3, sense="at least")
     assert exact.sentence() == "a keeps: expected at least 0.2, seen 0.3: holds."
-    with pytest.raises(ValueError, match="sense is 'about', expected one of is, at least, at most"):
+    expected = "sense is 'about', expected one of is, at least, at most, more than"
+    with pytest.raises(ValueError, match=expected):
         Check(claim="", expected=0.0, seen=0.0, sense="about")
 
 

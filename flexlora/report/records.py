@@ -18,6 +18,7 @@ from pathlib import Path
 from flexlora.config import read_toml
 from flexlora.errors import UserError
 from flexlora.options import OPTIONS
+from flexlora.round_rows import missing_files, read_rounds
 
 __all__ = ["SERIES_FILE", "RunRecords", "finite", "read_run"]
 
@@ -95,8 +96,7 @@ class RunRecords:
 
     def client_loss(self, server_round: int) -> dict[str, float]:
         """Held-out loss of every client in one round, under the adapter of its own rank class."""
-        own = {client: str(given.get("name")) for client, given in self.classes.items()}
-        own |= {row["client_id"]: row["rank_class"] for row in self.clients if row["rank_class"]}
+        own = self._classes_after(server_round)
         losses = {}
         for row in self.evaluations:
             if int(row["round"]) == server_round and row["rank_class"] in (
@@ -105,6 +105,18 @@ class RunRecords:
             ):
                 losses[row["client_id"]] = cell_number(row["eval_loss"])
         return {client: loss for client, loss in losses.items() if loss is not None}
+
+    def _classes_after(self, server_round: int) -> dict[str, str]:
+        """Each client's rank class at the end of a round, when its rows were scored.
+
+        Clients go on in the class that they train in next; one that has not trained since is in
+        the checkpoint's. Its last row would name the class it had before it was granted another.
+        """
+        rows = [row for row in self.clients if row["rank_class"]]
+        own = {row["client_id"]: row["rank_class"] for row in rows}
+        own |= {client: str(given.get("name")) for client, given in self.classes.items()}
+        later = [row for row in rows if int(row["round"]) > server_round]
+        return own | {row["client_id"]: row["rank_class"] for row in reversed(later)}
 
 
 def cell_number(text: str) -> float | None:
@@ -126,9 +138,9 @@ def read_run(path: str | Path) -> RunRecords:
         runs = sorted((found.name for found in path.glob("seed-*")), key=_natural)
         named = f", such as {path / runs[0]}" if runs else ""
         raise UserError(f"'{path}' is a series of seeds, expected one run{named}.")
-    if not all((path / name).is_file() for name in ("config.toml", "environment.json")):
-        raise UserError(f"'{path}' is not a run folder: no config.toml and environment.json.")
-    rounds = tuple(_rounds(path / "metrics.jsonl"))
+    if missing := missing_files(path):
+        raise UserError(f"'{path}' is not a run folder: {missing}.")
+    rounds = tuple(read_rounds(path / "metrics.jsonl"))
     last = max((int(row["round"]) for row in rounds), default=-1)
     return RunRecords(
         path=path,
@@ -139,17 +151,6 @@ def read_run(path: str | Path) -> RunRecords:
         evaluations=tuple(_table(path / "evaluation.csv", last)),
         classes=_classes(path / "checkpoint" / "current.json"),
     )
-
-
-def _rounds(file: Path) -> Iterator[dict]:
-    for line in _text(file).split("\n"):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            return
-        if not isinstance(row, dict) or type(row.get("round")) is not int:
-            return
-        yield row
 
 
 def _table(file: Path, last_round: int) -> Iterator[dict[str, str]]:
