@@ -7,17 +7,15 @@ training and a planner can pack it before anybody trains.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from flexlora.data.collation import Example, batch_plan
+from flexlora.data.collation import batch_plan
 from flexlora.jobs import TrainJob
 
 __all__ = [
     "TrainSettings",
     "learning_rate_at",
     "num_steps",
-    "padded_tokens",
     "planned_rows",
 ]
 
@@ -83,19 +81,3 @@ def planned_rows(
         steps=num_steps(num_examples, settings) + ahead,
         seed_parts=(settings.seed, "batches", job.server_round, job.client_id),
     )
-
-
-def padded_tokens(job: TrainJob, examples: Sequence[Example], settings: TrainSettings) -> int:
-    """Tokens that a device alone puts through the model: each pass as wide as its longest row.
-
-    Batches looked at before the first step (an aligned start) count once each.
-    """
-    size = settings.rows_per_pass
-    plan = planned_rows(job, len(examples), settings)
-    plan += plan[: job.start.local.gradient_batches]
-    total = 0
-    for rows in plan:
-        for at in range(0, len(rows), size):
-            lengths = [len(examples[i].input_ids) for i in rows[at : at + size]]
-            total += len(lengths) * max(lengths)
-    return total

@@ -24,6 +24,7 @@ class Clock(Protocol):
     """``simulated`` says whether its seconds are anybody's but ours."""
 
     simulated: bool
+    busy_until: dict[str, float]  # by client that is at work, on a simulated clock
 
     def now(self) -> float:
         """Seconds since some beginning, never backwards."""
@@ -37,6 +38,9 @@ class Clock(Protocol):
     def spent(self, client_id: str) -> Spent | None:
         """What this client's last training took, if the clock knows."""
 
+    def downloaded(self, client_id: str) -> float:
+        """The share of its last message that this client had when it answered or left."""
+
 
 class WallClock:
     """The machine's own time; waiting is polling."""
@@ -45,6 +49,7 @@ class WallClock:
 
     def __init__(self, poll_seconds: float = 0.1) -> None:
         self.poll_seconds = poll_seconds
+        self.busy_until: dict[str, float] = {}
 
     def now(self) -> float:
         return time.monotonic()
@@ -57,6 +62,9 @@ class WallClock:
 
     def spent(self, client_id: str) -> Spent | None:
         return None
+
+    def downloaded(self, client_id: str) -> float:
+        return 1.0
 
 
 def clock_of(grid: Any) -> Clock:

@@ -6,8 +6,10 @@ reply, not of all (FIELD.md: 675 MB instead of 1,763 MB for 40 replies of 32 MB)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 from flexlora.server.clocks import clock_of
 from flexlora.server.resending import Letter, Post, Resending
@@ -15,7 +17,7 @@ from flexlora.server.settings import ServerSettings
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-__all__ = ["ask", "exchange", "resending_of"]
+__all__ = ["ask", "exchange", "resending_of", "send"]
 
 ONCE = Resending()
 
@@ -37,6 +39,20 @@ def ask(
     return exchange(grid, letters, timeout=timeout, resending=resending)
 
 
+def send(grid: Grid, letters: Iterable[Letter]) -> None:
+    """Letters out, once, without waiting for anything."""
+    post = Post(
+        grid,
+        list(letters),
+        resending=ONCE,
+        deadline=math.inf,
+        told=lambda letter, cause: None,
+        forward=lambda letter: None,
+    )
+    for letter in [*post.begin(), *post.waiting]:
+        letter.forget()
+
+
 def exchange(
     grid: Grid,
     letters: Iterable[Letter],
@@ -47,6 +63,7 @@ def exchange(
     enough: Callable[[], bool] = lambda: False,
     told: Callable[[Letter, str], None] = lambda letter, cause: None,
     forward: Callable[[Letter], int | None] = lambda letter: None,
+    turns: Mapping[Letter, int] = MappingProxyType({}),
 ) -> Iterator[tuple[Letter, Message | None]]:
     """``(letter, reply)`` as replies come, each letter once; ``None`` for one that got no answer.
 
@@ -56,6 +73,8 @@ def exchange(
         enough: asked before every wait: whether the others need not answer any more.
         told: called with every letter that is sent again, and why.
         forward: where a letter's node is to be found when its id is gone.
+        turns: of answers that are there at the same time the lowest is read first; by default they
+            are read in the order of the letters.
     """
     clock = clock_of(grid)
     deadline = clock.now() + timeout
@@ -66,7 +85,7 @@ def exchange(
         yield letter, letter.error
     while post.waiting and not enough():
         arrived = False
-        for letter, message_id in _open_copies([*overdue, *post.waiting]):
+        for letter, message_id in _open_copies([*overdue, *_in_turn(post.waiting, turns)]):
             if enough():
                 break
             if message_id not in letter.open:  # another copy was answered in this very pass
@@ -84,6 +103,10 @@ def exchange(
     needless = enough()
     for letter in post.waiting:
         yield letter, None if needless else letter.error
+
+
+def _in_turn(letters: Iterable[Letter], turns: Mapping[Letter, int]) -> list[Letter]:
+    return sorted(letters, key=lambda letter: turns.get(letter, 0))
 
 
 def _open_copies(letters: Iterable[Letter]) -> list[tuple[Letter, str]]:

@@ -6,8 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from flexlora.server.clocks import Clock
+from flexlora.server.clocks import Clock, Spent
 from flexlora.server.roster import Member, Roster
+from flexlora.server.sampling import History
 
 from flexlora.adapters import Adapter
 from flexlora.aggregation.base import State
@@ -25,12 +26,19 @@ __all__ = [
     "module_metrics",
 ]
 
+ALIKE_SECONDS = 1.0  # of every training where nobody's time is told: nobody is slow
+
 
 @dataclass(kw_only=True)
 class RoundLedger:
-    """The clients of one round: a row each, and what their replies add up to."""
+    """The clients of one round: a row each, and what their replies add up to.
+
+    ``measured`` says that clients train on machines of their own, so that the seconds they report
+    are theirs. Where one process trains for all, they are its own, other ones in every run.
+    """
 
     server_round: int
+    measured: bool = True
     rows: list[dict[str, object]] = field(default_factory=list)
     bytes_down: int = 0
     bytes_up: int = 0
@@ -73,6 +81,18 @@ class RoundLedger:
             }
         self.rows.append(row)
 
+    def came_late(self, spent: Spent | None) -> None:
+        """The last row is of an earlier round's message, whose joules that round has counted."""
+        seconds = {"simulated_seconds": spent.seconds} if spent is not None else {}
+        self.rows[-1] |= {"late": True, **seconds}
+
+    def teach(self, history: History) -> None:
+        """What sampling remembers of who counted; of two updates the one that was asked for now."""
+        counted = [row for row in self.rows if row["status"] == "ok"]
+        for row in sorted(counted, key=lambda row: "late" not in row):
+            took = row["seconds"] if self.measured else row.get("simulated_seconds", ALIKE_SECONDS)
+            history.learn(row["client_id"], self.server_round, row["train_loss"], took)
+
     def sit_out(self, roster: Roster, causes: Mapping[str, str]) -> None:
         """The clients that could be reached and are not asked, as their messages were lost."""
         for client_id, cause in causes.items():
@@ -108,11 +128,20 @@ class RoundLedger:
         if not clock.simulated:
             return told
         for row in self.rows:
-            spent = clock.spent(str(row["client_id"]))
-            if spent is not None and "late" not in str(row["cause"]):
-                row |= {"simulated_seconds": spent.seconds, "joules": spent.joules}
+            if "late" not in row:
+                self._as_it_went(row, clock)
         joules = sum(float(row.get("joules", 0.0)) for row in self.rows)
+        told |= {"bytes_down": sum(int(row.get("bytes_down", 0)) for row in self.rows)}
         return {**told, "simulated_seconds": seconds, "joules": joules}
+
+    def _as_it_went(self, row: dict, clock: Clock) -> None:
+        """Seconds, joules, and of what was sent the share that had come before the client left."""
+        client_id = str(row["client_id"])
+        spent = clock.spent(client_id)
+        if spent is not None:
+            row |= {"simulated_seconds": spent.seconds, "joules": spent.joules}
+        if row.get("bytes_down"):
+            row["bytes_down"] = round(clock.downloaded(client_id) * row["bytes_down"])
 
 
 def left_out_rows(roster: Roster) -> list[dict[str, object]]:

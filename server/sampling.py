@@ -10,9 +10,12 @@
 Oort's utility of a client that has trained is ``n_k * loss_k``, its examples times its last mean
 training loss (the paper's root mean square of per-example losses is not sent here), plus a bonus
 ``sqrt(0.1 log(t) / t_k)`` of the largest utility, with ``t_k`` the round in which it last trained,
-and times ``(T / seconds_k)^2`` where it took longer than ``T``, which four fifths do not. Nine
-clients in ten of the first round are new ones, drawn alike; that share falls by 2 % a round down to
-a fifth.
+and times ``(T / seconds_k)^2`` where it took longer than ``T``, which four fifths do not. These are
+the seconds that clients on machines of their own report, or a simulated clock's; where one process
+trains for all, they would be its own, and nobody is slow.
+
+Nine clients in ten of the first round are new ones, drawn alike; that share falls by 2 % a round
+down to a fifth. Of few clients it is no whole number: rounded by chance, it holds in the mean.
 """
 
 from __future__ import annotations
@@ -140,7 +143,8 @@ def _by_utility(
     known = [client for client in clients if client.client_id in history.last]
     new = [client for client in clients if client.client_id not in history.last]
     explored = max(LEAST, EXPLORATION * DECAY ** (server_round - 1))
-    fresh = min(len(new), max(round(explored * count), count - len(known)))
+    chance = numpy_generator(seed, "sample", server_round, "new").random()
+    fresh = min(len(new), max(math.floor(explored * count + chance), count - len(known)))
     utilities = _utilities(known, history, server_round)
     cut = (
         CUT_OFF * sorted(utilities, reverse=True)[count - fresh - 1] if count > fresh else math.inf

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from flexlora.server.clocks import clock_of
 from flexlora.server.exchange import ask, exchange, resending_of
-from flexlora.server.intake import Intake, Overdue, OverdueBook
+from flexlora.server.intake import Intake, OverdueBook
 from flexlora.server.ledger import (
     RoundLedger,
     class_metrics,
@@ -33,11 +33,12 @@ from flexlora.server.messages import content_bytes, pack
 from flexlora.server.observer import Observer
 from flexlora.server.opening import Opening
 from flexlora.server.resending import Letter
-from flexlora.server.roster import Roster
+from flexlora.server.roster import Member, Roster
 from flexlora.server.sampling import History
 from flexlora.server.scoring import evaluation_messages, evaluation_results
 from flexlora.server.selection import Selected, Selector, too_few
 from flexlora.server.settings import ServerSettings
+from flexlora.server.underway import UnderWay, moment_of, return_to, unanswered
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
@@ -50,6 +51,7 @@ from flexlora.evaluation import BASE
 from flexlora.jobs import EvalResult
 from flexlora.ranks import RankClass
 from flexlora.runs import RunFolder
+from flexlora.seeds import derive_seed
 from flexlora.wire import DTYPES
 
 __all__ = ["FlexLoRAStrategy"]
@@ -88,7 +90,7 @@ class FlexLoRAStrategy(Strategy):
         self._letters: dict[Letter, str] = {}  # and the client that each was written to
         self._sent: dict[str, Start] = {}
         self._asked: dict[str, str] = {}
-        self._overdue = OverdueBook(settings.late_rounds)
+        self._late = UnderWay(OverdueBook(settings.late_rounds))
         self._class_bytes: dict[str, int] = {}
         self._ledger = RoundLedger(server_round=0)
         self._eval_results: list[EvalResult] = []
@@ -124,9 +126,10 @@ class FlexLoRAStrategy(Strategy):
             dtype = DTYPES["float64" if self.settings.wire_dtype == "float64" else "float32"]
             self.state = State(round=0, change=GlobalChange.zero(self.roster.shapes, dtype))
         clock = clock_of(grid)
+        measured = not (clock.simulated or getattr(grid, "in_process", False))
         for server_round in range(0 if first else self.state.round + 1, rounds + 1):
             began, then = time.perf_counter(), clock.now()
-            self._ledger = RoundLedger(server_round=server_round)
+            self._ledger = RoundLedger(server_round=server_round, measured=measured)
             metrics: dict[str, object] = {"round": server_round}
             if server_round > 0:
                 self._welcome(grid, server_round, limit)
@@ -151,7 +154,7 @@ class FlexLoRAStrategy(Strategy):
                 extra = evaluate_fn(server_round, self.global_arrays())
                 result.evaluate_metrics_serverapp[server_round] = extra or MetricRecord()
             metrics["seconds"] = time.perf_counter() - began
-            self._close_round(metrics, clock.now() if clock.simulated else None)
+            self._close_round(metrics, moment_of(clock))
         result.arrays = self.global_arrays()
         return result
 
@@ -159,8 +162,10 @@ class FlexLoRAStrategy(Strategy):
         """Take up what an earlier process of this run had come to know."""
         if notes.get("history"):
             self.selector.history = History.from_dict(notes["history"])
-        if notes.get("simulated_now") is not None:
-            clock_of(grid).set(notes["simulated_now"])
+        waited = notes.get("under_way", {})
+        if self.state is not None and self.state.round < self.num_rounds and waited:
+            self._late.send_again(self.run, waited, grid, self.roster, opening=self._opening)
+        return_to(notes, clock_of(grid))
 
     @property
     def roster(self) -> Roster:
@@ -183,16 +188,10 @@ class FlexLoRAStrategy(Strategy):
     ) -> list[Message]:
         """One message per sampled client; clients of a class share one payload."""
         self._selected = self.selector.select(grid, self.roster, server_round)
-        opening = Opening.of(
-            self.method,
-            self.state,
-            [self.roster.members[client_id] for client_id in self._selected.client_ids],
-            self.settings,
-            server_round=server_round,
-            num_rounds=self.num_rounds,
-            fingerprint=self.roster.fingerprint,
-            origin=self.origin,
-        )
+        asked = [self.roster.members[client_id] for client_id in self._selected.client_ids]
+        opening = self._opening(self.state, asked, server_round)
+        if getattr(grid, "sends_again", False):
+            self._late.opened(self.state, asked, clock_of(grid))
         self._sent, self._asked = opening.sent, opening.asked
         self._class_bytes = opening.class_bytes
         self._ledger.bytes_carried = opening.bytes_carried
@@ -203,6 +202,18 @@ class FlexLoRAStrategy(Strategy):
         messages = opening.messages()
         self._letters = {Letter(message): client_id for client_id, message in messages.items()}
         return list(messages.values())
+
+    def _opening(self, state: State, asked: Sequence[Member], server_round: int) -> Opening:
+        return Opening.of(
+            self.method,
+            state,
+            asked,
+            self.settings,
+            server_round=server_round,
+            num_rounds=self.num_rounds,
+            fingerprint=self.roster.fingerprint,
+            origin=self.origin,
+        )
 
     def _replies(self, grid: Grid, timeout: float) -> Iterable[Message]:
         """Replies as they come, overdue ones among them; who sends none gets its row here."""
@@ -217,12 +228,13 @@ class FlexLoRAStrategy(Strategy):
             self._letters,
             timeout=timeout,
             resending=resending_of(grid, self.settings, timeout),
-            overdue=self._overdue.letters,
+            overdue=self._late.book.letters,
             enough=enough,
             told=self._resent,
             forward=lambda letter: self.membership.forward(
                 grid, letter, self._letters[letter], self._ledger.server_round
             ),
+            turns=self._turns(needed),
         ):
             if reply is not None:
                 yield reply
@@ -235,7 +247,9 @@ class FlexLoRAStrategy(Strategy):
                 self._intake.unneeded(member, f"{needed} updates came first", letter=letter)
             else:
                 self._intake.missing(member, f"no reply within {timeout:g} s", letter=letter)
-        self._overdue.keep(self._unanswered() if not satisfied else [], self._ledger.server_round)
+        starts = {client_id: self._sent[name] for client_id, name in self._asked.items()}
+        late = unanswered(self._letters, starts, self._ledger.server_round)
+        self._late.keep(late if not satisfied else (), self._ledger.server_round, clock)
         for letter in self._letters:
             letter.forget()
         if not clock.simulated:
@@ -256,24 +270,17 @@ class FlexLoRAStrategy(Strategy):
             elif letter.error is not None or not satisfied:
                 self.selector.history.lose(client_id, self._ledger.server_round)
 
-    def _unanswered(self) -> list[Overdue]:
-        """Messages of this round that are waited for in the next ones."""
-        return [
-            Overdue(
-                letter=letter,
-                client_id=client_id,
-                server_round=self._ledger.server_round,
-                start=self._sent[self._asked[client_id]],
-            )
-            for letter, client_id in self._letters.items()
-            if letter.open
-        ]
+    def _turns(self, needed: int) -> dict[Letter, int]:
+        """Drawn where more are asked than needed: by id, the last ones would never count."""
+        purpose = (self.settings.seed, "arrival", self._ledger.server_round)
+        letters = self._letters.items() if needed < len(self._letters) else ()
+        return {letter: derive_seed(*purpose, client_id) for letter, client_id in letters}
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Fold in the replies one by one and close the round's sum; ``state`` is the next one."""
-        starts = self._sent | self._overdue.starts
+        starts = self._sent | self._late.book.starts
         self._intake = Intake(
             opened=self.method.begin(self.state, starts, self._asked),
             sent=starts,
@@ -307,7 +314,7 @@ class FlexLoRAStrategy(Strategy):
         """One reply: to a letter of this round, to an overdue one, or to nothing at all."""
         message_id, members = reply.metadata.reply_to_message_id, self.roster.members
         letter = next((own for own in self._letters if own.wrote(message_id)), None)
-        overdue = None if letter is not None else self._overdue.take(message_id)
+        overdue = None if letter is not None else self._late.book.take(message_id)
         if letter is not None and letter not in done:
             done.add(letter)
             self._intake.take(members[self._letters[letter]], reply, letter=letter)
@@ -315,6 +322,7 @@ class FlexLoRAStrategy(Strategy):
             if not reply.has_error():
                 self.selector.history.hear(overdue.client_id)
             self._intake.take(members[overdue.client_id], reply, overdue)
+            self._ledger.came_late(self._late.spent(overdue))
         else:
             what = "a second reply" if letter is not None else "a reply to nothing that was sent"
             sender = self._letters[letter] if letter else f"node {reply.metadata.src_node_id}"
@@ -356,13 +364,10 @@ class FlexLoRAStrategy(Strategy):
         self._eval_results = evaluation_results(replies, self.roster, told=told)
         return MetricRecord(eval_metrics(self._eval_results, self.roster, base=BASE))
 
-    def _close_round(self, metrics: dict[str, object], simulated: float | None = None) -> None:
+    def _close_round(self, metrics: dict[str, object], moment: Mapping) -> None:
         """Rows first, then the checkpoint: what a crash between them leaves is rewound."""
         server_round, history = self._ledger.server_round, self.selector.history
-        for row in self._ledger.rows:
-            if row["status"] == "ok":
-                took = row.get("simulated_seconds") or row["seconds"]
-                history.learn(row["client_id"], server_round, row["train_loss"], took)
+        self._ledger.teach(history)
         if self.run is not None:
             rows = left_out_rows(self.roster) if server_round == 0 else self._ledger.rows
             rows = sorted(rows, key=lambda row: str(row["client_id"]))
@@ -371,8 +376,10 @@ class FlexLoRAStrategy(Strategy):
                 metrics["modules"] = module_metrics(self.state, self.roster.rank_classes)
             self.run.append_round(metrics, rows, evaluations)
             classes = {k: member.rank_class for k, member in self.roster.members.items()}
-            notes = {"history": history.to_dict(), "simulated_now": simulated}
+            waited = self._late.write(self.run)
+            notes = {"history": history.to_dict(), "under_way": waited, **moment}
             self.run.save_checkpoint(self.run.checkpoint, self.state, classes, notes)
+            self._late.tidy(self.run, waited)
         self._eval_results, self.closed = [], self.state
         self._tell("round_finished", metrics)
 

@@ -1,12 +1,13 @@
 """What a training would take on the client's own device and link, and whether it ends at all.
 
-    seconds = download + slowdown * training + upload
+    seconds = download + slowdown * (training + training of own factors) + upload
     joules  = the board's watts * training seconds + the radio's watts * transfer seconds
 
 The training's seconds are a roofline of the model's shape (``step_costs.py``) over the device's
 rates (``rates.py``), the transfers' of the link (``links.py``); stragglers and drop-outs come from
 the population. The rest of the machine (a card's host, a phone's screen), what a board draws while
-it waits, and a radio's tail after a transfer are not counted.
+it waits, a radio's tail after a transfer, and the looks at the loss before and after a training are
+not counted.
 
 With ``population.clock-model`` the shape is another model's: steps, rows and tokens are those that
 were trained, and the bytes of factors are scaled by the ratio of the numbers in both models'
@@ -30,7 +31,16 @@ from flexlora.memory_ranks import run_plan
 from flexlora.ranks import RankClass
 from flexlora.shapes import ModelShape, TrainingPlan
 
-__all__ = ["Clock", "Price"]
+__all__ = ["Clock", "OwnTraining", "Price"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnTraining:
+    """What a client trains for itself before it answers (``personal.py``)."""
+
+    rank: int
+    tokens: int
+    steps: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +50,7 @@ class Price:
     download_seconds: float
     train_seconds: float
     upload_seconds: float
+    latency_seconds: float = 0.0  # of the download, before its first byte
     leaves_after: float | None = None
     train_watts: float = 0.0
     radio_watts: float = 0.0
@@ -53,6 +64,13 @@ class Price:
     def joules(self) -> float:
         """What the whole of it takes; see ``joules_until`` for a client that leaves."""
         return self.joules_until(self.seconds)
+
+    def downloaded_until(self, seconds: float) -> float:
+        """The share of the bytes down that had come by then."""
+        if seconds >= self.download_seconds:
+            return 1.0
+        arriving = self.download_seconds - self.latency_seconds
+        return max(0.0, seconds - self.latency_seconds) / arriving
 
     def joules_until(self, seconds: float) -> float:
         """What was spent up to ``seconds`` after the start."""
@@ -107,11 +125,13 @@ class Clock:
         steps: int,
         bytes_down: int,
         bytes_up: int,
+        looks: int = 0,
+        own: OwnTraining | None = None,
     ) -> Price:
         """What this client's training takes: ``steps`` steps over ``tokens`` padded tokens in all.
 
         Bytes are those of the messages that were really sent, with the trained model's factors.
-        Passes before the first step (an aligned start) count where the caller adds them.
+        ``looks`` are batches whose gradient turns ``lora_A``, their tokens among ``tokens``.
 
         Raises:
             UserError: a client that is not in the population, or whose device is not simulated.
@@ -119,13 +139,24 @@ class Clock:
         client = self.population.client(client_id)
         if client.device is None:
             raise UserError(f"client '{client_id}' has no simulated device to price a training on.")
-        seconds = self._train_seconds(client.device, rank_class, quantization, tokens, steps)
+        carried = self._carried(self.shape, rank_class)
+        seconds = self._train_seconds(
+            client.device, rank_class, quantization, carried, tokens, steps, looks
+        )
+        if own is not None:
+            # All that the client was sent lies frozen beside its own factors.
+            carried += self._numbers(self.shape, rank_class)
+            kind = RankClass.of(own.rank)
+            seconds += self._train_seconds(
+                client.device, kind, quantization, carried, own.tokens, own.steps
+            )
         down, up = self._scales(rank_class)
         link = client.link
         price = Price(
             download_seconds=link.download_seconds(down * bytes_down) if link else 0.0,
             train_seconds=self.population.slowdown(client_id, server_round) * seconds,
             upload_seconds=link.upload_seconds(up * bytes_up) if link else 0.0,
+            latency_seconds=link.latency_seconds if link and bytes_down else 0.0,
             train_watts=rates_of(client.device).watts,
             radio_watts=link.watts if link else 0.0,
         )
@@ -133,7 +164,14 @@ class Clock:
         return price if part is None else replace(price, leaves_after=part * price.seconds)
 
     def _train_seconds(
-        self, device: Device, rank_class: RankClass, quantization: str, tokens: int, steps: int
+        self,
+        device: Device,
+        rank_class: RankClass,
+        quantization: str,
+        carried: int,
+        tokens: int,
+        steps: int,
+        looks: int = 0,
     ) -> float:
         dtype = self.plan.dtype
         if self.shape is not self.trained_shape:
@@ -146,10 +184,11 @@ class Clock:
             self.shape,
             plan,
             trained=self._numbers(self.shape, rank_class),
-            carried=self._carried(self.shape, rank_class),
+            carried=carried,
             tokens=tokens,
             steps=steps,
             accumulation=self.accumulation,
+            looks=looks,
         )
         return train_seconds(work, rates_of(device), dtype)
 

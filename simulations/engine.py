@@ -3,12 +3,16 @@
 The messages are the ones that deployment sends, encoded and decoded as there. Train messages of a
 round are packed into cohorts (``cohorts.py``) and handed to a pool (``pool.py``): this process, or
 several through Ray. With a world (``world.py``) replies arrive when their clients would send them.
+
+What a client keeps to itself is a matter between it and the world, not of who shares its pass or
+whose answers the server takes: all that stay to the end of their training keep what they trained.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from flexlora.clients.messages import (
     decode_evaluate,
@@ -19,8 +23,9 @@ from flexlora.clients.messages import (
 )
 from flexlora.clients.worker import Worker
 from flexlora.simulations.cohorts import CohortLimits, plan_cohorts
+from flexlora.simulations.efforts import effort_of
 from flexlora.simulations.pool import LocalPool, Pending, Pool
-from flexlora.simulations.world import Effort, World
+from flexlora.simulations.world import World
 from flwr.app import Error, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
@@ -29,9 +34,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from flexlora.adapters import Adapter
 from flexlora.jobs import Capability, EvalJob, EvalResult, TrainJob, TrainResult
 from flexlora.personal_store import PersonalStore
-from flexlora.schedule import num_steps, padded_tokens
 from flexlora.uplink import Uplink, feedback_beside
-from flexlora.wire import encoded_bytes
 
 __all__ = ["InProcessGrid"]
 
@@ -39,24 +42,28 @@ LOST_NODE = 5  # Flower's code for a node that is gone
 EVALUATED_TOGETHER = 32  # clients; a constant, so that scores do not depend on the workers
 
 
-class _Cohort:
-    """Results to come; what its clients keep to themselves is put away when they first come."""
+@dataclass(kw_only=True)
+class _Held:
+    """A message that was taken and not answered yet; its results are at ``place`` in a cohort."""
 
-    def __init__(
-        self, pending: Pending, jobs: Sequence[TrainJob] = (), personal: PersonalStore | None = None
-    ) -> None:
-        self.pending, self.jobs, self.personal = pending, jobs, personal
+    message: Message
+    server_round: int
+    job: TrainJob | None = None
+    cohort: Pending[Sequence[TrainResult | EvalResult]] | None = None
+    place: int = 0
+    since: float = 0.0  # when its client has what it keeps to itself, and whether that is put away
+    put_away: bool = False
 
-    def results(self) -> Sequence[TrainResult | EvalResult]:
-        results = self.pending.result()
-        if self.personal is not None:
-            self.personal.keep(results, self.jobs)
-            self.personal, self.jobs = None, ()
-        return results
+    @property
+    def result(self) -> TrainResult | EvalResult:
+        assert self.cohort is not None
+        return self.cohort.result()[self.place]
 
 
 class InProcessGrid(Grid):
     """Nodes 1 to N are the worker's clients in order; all of them have registered beforehand."""
+
+    in_process = True  # the server is told: seconds of training are this machine's, not a client's
 
     def __init__(
         self,
@@ -74,14 +81,17 @@ class InProcessGrid(Grid):
         self.personal = personal or PersonalStore()
         self.feedback = feedback_beside(self.personal)
         self._clients = dict(enumerate(worker.client_ids, start=1))
-        self._messages: dict[str, Message] = {}
-        self._answers: dict[str, tuple[_Cohort, int]] = {}  # and the place in it
-        self._jobs: dict[str, TrainJob] = {}
-        self._pushed = 0
+        self._held: dict[str, _Held] = {}
+        self._pushed = self._round = 0
         self._met = False
         self._run = Run.create_empty(run_id=1)
         # Flower's Message reads its sender from the process it is made in.
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 0
+
+    @property
+    def sends_again(self) -> bool:
+        """Whether a round can be sent again: its clients keep nothing from the rounds before."""
+        return self.worker.personal is None and self.wire_dtype != "int8"
 
     def set_run(self, run: Run) -> None:
         self._run = run
@@ -116,19 +126,21 @@ class InProcessGrid(Grid):
             message_id = f"message-{self._pushed}"
             message.metadata.__dict__["_message_id"] = message_id
             ids.append(message_id)
-            self._messages[message_id] = message
             kind, client_id = message.metadata.message_type, self._client(message)
             if kind == MessageType.TRAIN:
                 job = decode_train(message, client_id, memo)
+                self._round = max(self._round, job.server_round)
                 if self._send(message, job):
                     trained[message_id] = job
             elif kind == MessageType.EVALUATE:
                 evaluated[message_id] = decode_evaluate(message, client_id, memo)
+                self._round = max(self._round, evaluated[message_id].server_round)
             else:
                 self._met = True
-        if trained:
-            self._forget(min(job.server_round for job in trained.values()))
-            self._submit(trained)
+            self._held[message_id] = _Held(message=message, server_round=self._round)
+        self._put_away()  # before those who are asked again go on from it
+        self._forget()
+        self._submit(trained)
         self._submit_evaluations(evaluated)
         return ids
 
@@ -136,25 +148,39 @@ class InProcessGrid(Grid):
         """Whether the client will answer; on a simulated clock it may leave before."""
         if self.clock is None:
             return True
-        rows, start = self.worker.train_rows(job), job.start
-        effort = Effort(
-            client_id=job.client_id,
-            server_round=job.server_round,
-            rank_class=job.start.rank_class,
-            quantization=self.worker.quantization_of(job.client_id),
-            tokens=padded_tokens(job, rows, self.worker.settings) if rows else 0,
-            steps=num_steps(len(rows), self.worker.settings) if rows else 0,
+        effort = effort_of(
+            job,
+            self.worker,
+            wire_dtype=self.wire_dtype,
             bytes_down=_array_bytes(message.content),
-            bytes_up=encoded_bytes(start.trained, self.wire_dtype, start.trainable),
         )
         return self.clock.send(message.metadata.message_id, effort)
 
-    def _forget(self, server_round: int) -> None:
-        """Messages of rounds so old that nobody pulls their answers any more."""
-        oldest = server_round - self.late_rounds
-        for key in [key for key, job in self._jobs.items() if job.server_round < oldest]:
-            for held in (self._jobs, self._answers, self._messages):
-                held.pop(key, None)
+    @property
+    def _oldest(self) -> int:
+        """The first round whose answers may still be asked for."""
+        return self._round - self.late_rounds
+
+    def _put_away(self) -> None:
+        """What is trained out there is its client's own, whether or not its answer is taken."""
+        if self.worker.personal is not None:
+            for held in self._held.values():
+                self._keep(held)
+
+    def _keep(self, held: _Held) -> None:
+        if held.job is not None and not held.put_away:
+            result = held.result
+            assert isinstance(result, TrainResult)
+            self.personal.keep([result], [held.job], since=held.since)
+            held.put_away = True
+
+    def _forget(self) -> None:
+        """Whatever is held of rounds so old that nobody pulls their answers any more."""
+        old = [key for key, held in self._held.items() if held.server_round < self._oldest]
+        for message_id in old:
+            del self._held[message_id]
+            if self.clock is not None:
+                self.clock.forget(message_id)
 
     def _submit(self, jobs: dict[str, TrainJob]) -> None:
         cohorts = plan_cohorts(
@@ -164,27 +190,48 @@ class InProcessGrid(Grid):
             batch_size=self.worker.settings.per_device_train_batch_size,
             pass_key=self.worker.pass_key,
         )
-        self._jobs |= jobs
         for keys in cohorts:
             attached = self.personal.attach([jobs[key] for key in keys])
-            cohort = _Cohort(self.pool.train(attached), attached, self.personal)
-            self._answers |= {key: (cohort, k) for k, key in enumerate(keys)}
+            cohort = self.pool.train(attached)
+            for k, (key, job) in enumerate(zip(keys, attached, strict=True)):
+                self._hold(key, cohort, k, job)
 
     def _submit_evaluations(self, jobs: dict[str, EvalJob]) -> None:
         keys = list(jobs)
         for at in range(0, len(keys), EVALUATED_TOGETHER):
             group = keys[at : at + EVALUATED_TOGETHER]
-            attached = self.personal.attach_eval([jobs[key] for key in group])
-            cohort = _Cohort(self.pool.evaluate(attached))
-            self._answers |= {key: (cohort, k) for k, key in enumerate(group)}
+            now = math.inf if self.clock is None else self.clock.now()
+            attached = self.personal.attach_eval([jobs[key] for key in group], now=now)
+            cohort = self.pool.evaluate(attached)
+            for k, key in enumerate(group):
+                self._hold(key, cohort, k)
+
+    def _hold(
+        self,
+        message_id: str,
+        cohort: Pending[Sequence[TrainResult | EvalResult]],
+        place: int,
+        job: TrainJob | None = None,
+    ) -> None:
+        held = self._held[message_id]
+        held.cohort, held.place, held.job = cohort, place, job
+        if job is not None and self.clock is not None:
+            held.since = self.clock.arrives(message_id)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Replies to ``message_ids`` that have arrived, each given once; answering happens here."""
+        if self._leaves_some:
+            self._put_away()  # a run that is resumed finds what nobody asked for, too
         replies = []
         for message_id in message_ids:
-            if message_id in self._messages and self._arrived(message_id):
-                replies.append(self._answer(self._messages.pop(message_id), message_id))
+            if message_id in self._held and self._arrived(message_id):
+                replies.append(self._answer(self._held.pop(message_id), message_id))
         return replies
+
+    @property
+    def _leaves_some(self) -> bool:
+        """Whether trainings may end whose answers nobody takes."""
+        return self.clock is not None or self.worker.config["server.over-selection"] > 0
 
     def _arrived(self, message_id: str) -> bool:
         return self.clock is None or self.clock.arrived(message_id)
@@ -197,17 +244,18 @@ class InProcessGrid(Grid):
     def _client(self, message: Message) -> str:
         return self._clients[message.metadata.dst_node_id]
 
-    def _answer(self, message: Message, message_id: str) -> Message:
+    def _answer(self, held: _Held, message_id: str) -> Message:
+        message, job = held.message, held.job
         lost = self.clock.take(message_id) if self.clock is not None else ""
         if lost:
             return Message(Error(code=LOST_NODE, reason=lost), reply_to=message)
-        if message_id not in self._answers:
+        if held.cohort is None:
             return encode_capability(self._capability(self._client(message)), reply_to=message)
-        cohort, place = self._answers.pop(message_id)
-        result = cohort.results()[place]
+        result = held.result
         if isinstance(result, EvalResult):
             return encode_evaluate(result, reply_to=message)
-        job = self._jobs.pop(message_id)
+        assert job is not None
+        self._keep(held)
         uplink = Uplink.of(self.worker.config, self.feedback, dtype=self.wire_dtype)
         return encode_train(
             uplink.ready(result, job),

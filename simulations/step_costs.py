@@ -2,7 +2,8 @@
 
 With N numbers in the linears of the layers, one pass of n tokens in rows of T takes
 
-    forward             2 N n, and 2 T q n L in causal attention (q the width of all heads)
+    forward             2 N n, and 4 k q n L in attention: q the width of all heads, k the keys that
+                        a token sees in the mean, T / 2 or w - w^2 / 2T in a window of w < T
     backward            2 N n for the gradients of inputs: frozen weights have none of their own;
                         2.5 times the forward's attention, whose kernel computes the scores again
     LoRA factors        6 a number and token: forward, input's gradient, own gradient
@@ -73,15 +74,17 @@ def training_work(
     tokens: int,
     steps: int,
     accumulation: int = 1,
+    looks: int = 0,
 ) -> Work:
     """The work of ``steps`` steps of ``accumulation`` passes over ``tokens`` tokens in all.
 
+    ``looks`` are batches of a step's size of which only the gradient is taken, among the tokens.
     ``plan`` says how one pass trains; its ``max_length`` is not read, since the mean length of the
     padded rows follows from the tokens. ``trained`` and ``carried`` are numbers in factors.
     """
     if not tokens or not steps:
         return Work(flops=0.0, bytes_moved=0.0, dequantized_bytes=0.0, layer_passes=0)
-    passes = steps * accumulation
+    passes = (steps + looks) * accumulation
     length = max(1, math.ceil(tokens / (passes * plan.batch)))
     moved = passes * _pass_bytes(shape, replace(plan, max_length=length), trained, carried)
     layer_passes = passes * _traversals(plan) * shape.num_layers
@@ -113,8 +116,9 @@ def flops_per_token(
 ) -> float:
     """Operations a token of one pass, forward and backward."""
     again = 1 if plan.gradient_checkpointing else 0
-    seen = min(length, shape.sliding_window or length)
-    attention = 2 * seen * shape.query_size * shape.num_layers
+    window = min(length, shape.sliding_window or length)
+    keys = window - window**2 / (2 * length)
+    attention = 4 * keys * shape.query_size * shape.num_layers
     return (
         (4 + 2 * again) * shape.linear_numbers
         + (1 + 2.5 + again) * attention

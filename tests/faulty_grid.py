@@ -81,6 +81,9 @@ class Moments:
     def spent(self, client_id):
         return None
 
+    def downloaded(self, client_id):
+        return 1.0
+
 
 def capability(client_id, num_examples=10, **changes):
     names = tuple(SHAPES)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from flexlora.simulations.clock import Clock, Price
+from flexlora.simulations.clock import Clock, OwnTraining, Price
 from flexlora.simulations.clock_models import CLOCK_MODELS, clock_shape
 from flexlora.simulations.links import LINKS
 from flexlora.simulations.populations import Population
@@ -64,6 +64,17 @@ def test_energy_until_a_client_leaves():
     assert spent == [0, 0, 1, 2, 27, 52, 54, 56, 56] and paid.joules == 56
 
 
+def test_bytes_come_after_the_latency_and_then_evenly():
+    paid = Price(download_seconds=3.0, train_seconds=10.0, upload_seconds=4.0, latency_seconds=1.0)
+    times = (0, 0.5, 1, 1.5, 2, 3, 99)
+    assert [paid.downloaded_until(t) for t in times] == [0, 0, 0, 0.25, 0.5, 1, 1]
+    link = LINKS["lte"]
+    paid = price(clock(**{"population.links": "lte:1", "population.link-sigma": 0.0}))
+    until = link.latency_seconds + 8 * 250_000 / (1e6 * link.down_mbps)
+    assert paid.downloaded_until(until) == pytest.approx(0.25)
+    assert price(clock()).downloaded_until(0.0) == 1.0, "without links it is there at once"
+
+
 def test_stragglers_train_longer_and_transfer_as_before():
     links = {"population.links": "lte:1"}
     slow = {**links, "population.straggler-share": 1.0, "population.straggler-slowdown": 4.0}
@@ -117,6 +128,28 @@ def test_short_rows_on_a_fast_card_take_the_time_of_starting_kernels():
     floor = 20 * 2 * 24 * LAYER_SECONDS
     assert price(made).train_seconds == pytest.approx(floor)
     assert price(made, rank=64).train_seconds == pytest.approx(floor)
+
+
+@pytest.mark.parametrize(("looks", "own"), [(0, 0), (5, 0), (0, 30), (5, 30)])
+def test_every_pass_has_its_time(looks, own):
+    """Batches looked at and own steps are passes as any: on a fast card each takes as long."""
+    made = clock(**{"population.clock-model": QWEN})
+    extra = OwnTraining(rank=4, tokens=50 * own, steps=own) if own else None
+    paid = price(made, looks=looks, own=extra)
+    assert paid.train_seconds == pytest.approx((20 + looks + own) * 2 * 24 * LAYER_SECONDS)
+
+
+def test_own_factors_are_trained_over_all_that_the_client_was_sent():
+    """A second training at the same rank costs more than the first: the first one's lie frozen."""
+    made = clock(**{"population.clock-model": QWEN})
+    tokens = 10**6
+    own = OwnTraining(rank=64, tokens=tokens, steps=20)
+    first = price(made, rank=64, tokens=tokens).train_seconds
+    both = price(made, rank=64, tokens=tokens, own=own).train_seconds
+    assert 2.01 * first < both < 2.5 * first
+    slow = {"population.straggler-share": 1.0, "population.straggler-slowdown": 4.0}
+    late = price(clock(**{"population.clock-model": QWEN, **slow}), 64, tokens=tokens, own=own)
+    assert late.train_seconds == pytest.approx(4 * both)
 
 
 def test_a_card_without_bfloat16_units_computes_in_float32():

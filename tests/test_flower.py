@@ -66,6 +66,7 @@ class ClientAppGrid(InProcessGrid):
         super().__init__(worker_for(config), limits=limits, wire_dtype=wire_dtype)
         self.config = config
         self._clients = dict(enumerate(node_configs, start=1))
+        self.waiting = {}
 
     def push_messages(self, messages):
         ids = []
@@ -73,10 +74,13 @@ class ClientAppGrid(InProcessGrid):
             self._pushed += 1
             ids.append(f"message-{self._pushed}")
             message.metadata.__dict__["_message_id"] = ids[-1]
-            self._messages[ids[-1]] = message
+            self.waiting[ids[-1]] = message
         return ids
 
-    def _answer(self, message, message_id):
+    def pull_messages(self, message_ids):
+        return [self.answer(self.waiting.pop(key)) for key in message_ids if key in self.waiting]
+
+    def answer(self, message):
         node = message.metadata.dst_node_id
         return client_app(message, context_of(self.config, node, **self._clients[node]))
 

@@ -69,6 +69,21 @@ def test_what_is_kept_is_found_bit_by_bit(store, shapes, dtype):
     assert (kept.client_id, kept.server_round, kept.rank_class) == ("a", 1, "rank_3")
 
 
+def test_factors_that_a_client_will_have_are_not_scored_before_it_has_them(store, shapes):
+    """On a simulated clock: those of round 1 from the start, those of round 2 from 90.5 s on."""
+    first = keep(store, shapes, "a", 1)
+    job = job_of(shapes, "a", 2)
+    second = random_adapter(shapes, 2, seed=2)
+    store.keep([result_of(job, second)], [job], since=90.5)
+    classes = {"rank_3": random_adapter(shapes, 3)}
+    asked = EvalJob(client_id="a", server_round=2, adapters=classes)
+    for now, own in ((0.0, first), (90.4, first), (90.5, second), (1e9, second)):
+        (attached,) = store.attach_eval([asked], now=now)
+        assert attached.personal.digest() == own.digest()
+    assert store.attach_eval([asked])[0].personal.digest() == second.digest()
+    assert found(store, shapes, "a", 3) == second.digest(), "what is trained next goes on from them"
+
+
 def test_a_job_is_given_what_its_client_had_before_the_round(store, shapes):
     assert found(store, shapes, "a", 1) is None
     first = keep(store, shapes, "a", 1)

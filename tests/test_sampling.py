@@ -111,6 +111,22 @@ def test_utility_without_anything_known_draws_alike():
     assert all(abs(count - 200) < 5 * math.sqrt(200) for count in counts.values())
 
 
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_utility_explores_its_fifth_in_the_mean_also_of_few_clients(count):
+    """Rounded alike in every round, a fifth of two clients would be nobody for ever."""
+    clients = crowd(40)
+    history = seen_by(clients)
+    for client in clients[:10]:
+        history.learn(client.client_id, 1, 1.0, 1.0)
+    new = []
+    for server_round in range(80, 80 + 1000):  # where the share has come down to its least
+        args = {"history": history, "server_round": server_round, "seed": 0}
+        chosen = choose("utility", clients, count, **args)
+        new.append(sum(int(client_id[1:]) >= 10 for client_id in chosen))
+    assert abs(sum(new) / 1000 - count / 5) < 5 * math.sqrt(0.25 / 1000)
+    assert set(new) == {math.floor(count / 5), math.ceil(count / 5)}
+
+
 def test_stratified_gives_every_class_its_share():
     clients = crowd(20, rank_class=lambda k: "rank_16" if k < 5 else "rank_2")
     history = seen_by(clients)

@@ -101,6 +101,29 @@ def test_operations_are_those_that_torch_counts(checkpointing):
         assert fewer < 0.95 * ours
 
 
+@pytest.mark.parametrize("length", [512, 4096, 6000, 32768])
+def test_attention_in_a_window_is_counted_by_the_keys_that_tokens_see(length):
+    """An oracle by enumeration: token t sees min(t, window) keys, 3.5 passes of 4 operations."""
+    shape = clock_shape("mistralai/Mistral-7B-v0.1")
+    plan = TrainingPlan(rank=8, max_length=length, answer_fraction=0.0)
+    linears = 4 * shape.linear_numbers
+    counted = flops_per_token(shape, plan, trained=0, carried=0, length=length) - linears
+    keys = sum(min(t, shape.sliding_window) for t in range(1, length + 1)) / length
+    expected = 3.5 * 4 * keys * shape.query_size * shape.num_layers
+    assert counted == pytest.approx(expected, rel=2 / min(length, shape.sliding_window))
+
+
+def test_a_look_is_a_pass_without_a_step():
+    shape, plan = clock_shape(QWEN), TrainingPlan(rank=8, max_length=128)
+    counts = {"trained": 10**6, "carried": 0, "accumulation": 2}
+    looked = training_work(shape, plan, tokens=1200, steps=4, looks=2, **counts)
+    stepped = training_work(shape, plan, tokens=1200, steps=6, **counts)
+    assert looked.layer_passes == stepped.layer_passes == 6 * 2 * 2 * shape.num_layers
+    assert looked.flops == stepped.flops
+    moved = 2 * STEP_BYTES[plan.optim] * 10**6
+    assert stepped.bytes_moved - looked.bytes_moved == pytest.approx(moved)
+
+
 # Seconds an optimizer step of LoRA at rank 64 on an A100 80GB, 8 passes of one row, by row length:
 # the README of QwenLM/Qwen, "Profiling of Memory and Speed".
 QWEN_LENGTHS = (256, 512, 1024, 2048, 4096, 8192)

@@ -64,6 +64,22 @@ def test_who_drops_out_is_known_a_minute_later():
     assert here.take("m") == f"the client left after {left:.0f} s"
 
 
+def test_who_leaves_early_has_only_a_part_of_what_it_was_sent():
+    keys = {"population__devices": "h100-sxm:1.0", "population__links": "3g:1.0"}
+    here = world(population__dropout=1.0, **keys)
+    shares = {}
+    for client_id in IDS:
+        here.send(client_id, effort(client_id, bytes_down=10**6))
+        link = here.population.client(client_id).link
+        came = (here.spent(client_id).seconds - link.latency_seconds) * 1e6 * link.down_mbps / 8
+        shares[client_id] = here.downloaded(client_id)
+        assert shares[client_id] == pytest.approx(min(1.0, max(0.0, came / 10**6)))
+    assert {0.0, 1.0} < set(shares.values()), "before the first byte, in the middle, after the last"
+    stays = world(**keys)
+    stays.send("m", effort("client_00"))
+    assert stays.downloaded("client_00") == 1.0
+
+
 def test_who_goes_offline_in_the_middle_sends_nothing():
     here = world(population__availability="markov", population__online_hours=0.02)
     changes = here.population.availability.changes_at
@@ -77,6 +93,101 @@ def test_waiting_without_anybody_on_the_way_goes_on_to_the_next_change():
     changes = [here.population.availability.changes_at(c, 0.0) for c in IDS]
     here.wait(math.inf)
     assert here.now() == min(changes)
+
+
+def test_waiting_for_nodes_misses_nobody_while_a_reply_is_on_its_way():
+    here = world(population__availability="markov", population__straggler_share=1.0)
+    online = next(c for c in IDS if here.online(c))
+    here.send("slow", effort(online))
+    first = min(here.population.availability.changes_at(c, 0.0) for c in IDS)
+    arrives = min(t.arrives for t in here._trips.values())
+    for until in (first / 2, first, arrives, 10 * arrives):
+        assert world_after(here, until) == min(until, first, arrives)
+
+
+def world_after(here, until):
+    """Where a wait for nodes from the beginning ends."""
+    here.set(0.0)
+    here.wait_for_nodes(until)
+    return here.now()
+
+
+def test_a_quorum_that_comes_together_while_a_late_reply_is_awaited_is_a_round(tmp_path):
+    """client_01 can be reached from 160 to 300 s, client_00's reply of round 1 comes at 1,200 s."""
+    lines = ["client_id,start_seconds,end_seconds", "client_00,0,5000", "client_01,0,50"]
+    lines += ["client_01,160,300", "client_02,4000,5000", "client_03,4000,5000"]
+    (tmp_path / "trace.csv").write_text("\n".join(lines))
+    config = small(
+        num_server_rounds=2,
+        population__availability="trace",
+        population__trace=str(tmp_path / "trace.csv"),
+        population__straggler_share=1.0,
+        population__straggler_slowdown=20.0,
+        server__quorum=2,
+        server__wait_seconds=300.0,
+        server__round_timeout_seconds=100.0,
+    )
+    simulate(config, tmp_path / "run")
+    first, second = rounds(tmp_path / "run")[1:]
+    assert first["simulated_seconds"] == pytest.approx(100.0)
+    asked = {row["client_id"] for row in client_rows(tmp_path / "run", 2)}
+    assert asked == {"client_00", "client_01"} and "updates came" in second["skipped"]
+    assert second["simulated_seconds"] == pytest.approx(160.0 - 100.0 + 100.0)
+
+
+def test_a_client_does_one_thing_at_a_time():
+    """Two trainings of 240 s, sent at 0 and at 90 s: the second ends at 480 s, not at 330 s."""
+    slow = {"population__straggler_share": 1.0, "population__straggler_slowdown": 4.0}
+    here, took = world(**slow), 4 * NOMINAL_SECONDS
+    assert here.send("first", effort("client_00", 1))
+    here.set(90.0)
+    assert here.send("second", effort("client_00", 2))
+    assert here.send("other", effort("client_01", 2))
+    arrivals = {}
+    while len(arrivals) < 3:
+        here.wait(1e9)
+        arrivals |= {
+            name: here.now()
+            for name in ("first", "second", "other")
+            if name not in arrivals and here.arrived(name)
+        }
+    assert arrivals == {"first": took, "other": 90.0 + took, "second": 2 * took}
+    assert here.spent("client_00").seconds == took, "waiting for its turn is not work"
+    here.set(1000.0)
+    assert here.send("idle again", effort("client_00", 3))
+    here.wait(1e9)
+    assert here.now() == 1000.0 + took
+
+
+def test_a_client_whose_answer_is_given_up_is_busy_all_the_same():
+    here = world(population__straggler_share=1.0, population__straggler_slowdown=4.0)
+    here.send("first", effort("client_00", 1))
+    here.forget("first")
+    here.send("second", effort("client_00", 2))
+    here.wait(1e9)
+    assert here.now() == 8 * NOMINAL_SECONDS
+
+
+def test_a_client_that_has_left_is_not_busy_any_more():
+    here = world(population__dropout=1.0)
+    here.send("first", effort("client_00", 1))
+    here.send("second", effort("client_00", 2))
+    parts = [here.population.leaves_at("client_00", at) * NOMINAL_SECONDS for at in (1, 2)]
+    here.wait(1e9)
+    assert here.now() == pytest.approx(parts[0] + LOST_AFTER)
+    here.wait(1e9)
+    assert here.now() == pytest.approx(sum(parts) + LOST_AFTER)
+
+
+def test_who_goes_offline_does_not_begin_what_waits_for_its_turn():
+    here = world(population__availability="markov", population__online_hours=0.04)
+    ends = {c: here.population.availability.changes_at(c, 0.0) for c in IDS if here.online(c)}
+    once = [c for c in ends if NOMINAL_SECONDS <= ends[c] < 2 * NOMINAL_SECONDS]
+    assert once, "nobody stays for one training and not for two"
+    for client_id in once:
+        assert here.send(f"{client_id} 1", effort(client_id, 1))
+        assert not here.send(f"{client_id} 2", effort(client_id, 2))
+        assert here.spent(client_id).seconds == pytest.approx(ends[client_id] - NOMINAL_SECONDS)
 
 
 def test_devices_decide_who_comes_first(tmp_path):
