@@ -6,24 +6,24 @@ come from a cost model, from ``flexlora tune`` or from the configuration, and st
 configuration: the plan is a function of the round's clients, never of arrival or timing.
 
 The cost model. On a CPU a pass of a few thousand tokens is as fast per token as any wider one, and
-its activations stay near the caches. A GPU is filled: as many rows as its memory holds beside the
-base, by the term-by-term prediction of ``flexlora/memory.py``.
+its activations stay near the caches. A GPU is filled: as many clients' rows as its memory holds
+beside the base, their factors, gradients and optimizers among them (``cohort_memory.py``).
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 
 from flexlora.clients.worker import Worker
+from flexlora.simulations.cohort_memory import CohortMemory
 
 from flexlora.config import Config
 from flexlora.data.collation import Example
 from flexlora.errors import UserError
 from flexlora.jobs import TrainJob
-from flexlora.memory import training_memory
-from flexlora.memory_ranks import run_plan
 
 __all__ = ["CohortLimits", "limits_of", "plan_cohorts", "resolved_limits"]
 
@@ -110,44 +110,72 @@ def limits_of(config: Config) -> CohortLimits:
 
 def resolved_limits(config: Config, worker: Worker) -> Config:
     """The configuration with the cost model's limits in the place of zeros."""
-    tokens = config["engine.cohort-tokens"] or _tokens(config, worker)
+    asked = config["engine.cohort-size"], config["engine.cohort-tokens"]
+    try:
+        room = _Room.of(config, worker)
+    except UserError:  # another architecture, or targets by an expression
+        room = None
+    tokens = asked[1] or _tokens(config, worker, room)
     # Who sets the number of clients alone means it.
-    if config["engine.cohort-size"] and not config["engine.cohort-tokens"]:
-        tokens = max(tokens, config["engine.cohort-size"] * _largest_pass(config))
-    return config.replace(
-        engine__cohort_size=config["engine.cohort-size"] or MOST_CLIENTS,
-        engine__cohort_tokens=tokens,
-    )
+    if asked[0] and not asked[1]:
+        tokens = max(tokens, asked[0] * _largest_pass(config))
+    clients = MOST_CLIENTS if room is None else room.clients(tokens)
+    return config.replace(engine__cohort_size=asked[0] or clients, engine__cohort_tokens=tokens)
 
 
 def _largest_pass(config: Config) -> int:
     return config["train.per-device-train-batch-size"] * config["train.max-length"]
 
 
-def _tokens(config: Config, worker: Worker) -> int:
-    kind = worker.base.device.type
-    wanted = CPU_TOKENS if kind == "cpu" else CUDA_TOKENS
-    per_row, held = _row_and_held_bytes(config)
-    if not per_row:
+def _tokens(config: Config, worker: Worker, room: _Room | None) -> int:
+    wanted = CPU_TOKENS if worker.base.device.type == "cpu" else CUDA_TOKENS
+    if room is None:
         return min(wanted, 8 * _largest_pass(config))
-    room = (1.0 - KEPT_FREE[kind]) * worker.free_bytes - held
-    rows = max(1, int(room / per_row))
-    return max(config["train.max-length"], min(wanted, rows * config["train.max-length"]))
+    return max(config["train.max-length"], room.tokens(wanted))
 
 
-def _row_and_held_bytes(config: Config) -> tuple[int, int]:
-    """Bytes that one more row of a pass takes, and those that the first pass takes beside it.
+@dataclass(frozen=True, kw_only=True)
+class _Room:
+    """``free_bytes`` of a device, which bases and the largest pass are to fit into."""
 
-    Nothing where the model's memory cannot be predicted. A row of a cohort brings its share of a
-    client's factors and optimizer with it; the rank is the largest of the tiers, or 64.
-    """
-    try:
-        shape, plan = run_plan(config)
-    except UserError:
-        return 0, 0
-    tiers = config["ranks.tiers"].replace(",", " ").split()
-    ranks = [int(tier) for tier in tiers if tier.isdigit()]
-    largest = max(ranks) if config["ranks.policy"] == "tiers" and ranks else 64
-    plan = replace(plan, rank=largest, quantization=config["model.quantization"])
-    one, two = (training_memory(shape, replace(plan, batch=rows)).total for rows in (1, 2))
-    return two - one, 2 * one - two
+    memory: CohortMemory
+    free_bytes: float
+
+    @staticmethod
+    def of(config: Config, worker: Worker) -> _Room:
+        kind = worker.base.device.type
+        memory = CohortMemory.of(config, unified=kind == "cpu")
+        return _Room(memory=memory, free_bytes=(1.0 - KEPT_FREE[kind]) * worker.free_bytes)
+
+    def tokens(self, wanted: int) -> int:
+        """The most tokens up to ``wanted`` that fit, of clients that each fill their rows."""
+        batch, length = self.memory.plan.batch, self.memory.plan.max_length
+
+        def fits(rows: int) -> bool:
+            return self._fits(slots=-(-rows // batch), rows=rows)
+
+        most = -(-wanted // length)
+        return wanted if fits(most) else length * _largest(fits, most - 1)
+
+    def clients(self, tokens: int) -> int:
+        """The most clients that fit in a pass of ``tokens``: shorter rows are of more of them.
+
+        Not fewer than fill it with their rows, where that was asked for and is too much.
+        """
+        batch, length = self.memory.plan.batch, self.memory.plan.max_length
+        rows = -(-tokens // length)
+
+        def fits(slots: int) -> bool:
+            return self._fits(slots=slots, rows=rows)
+
+        full = min(MOST_CLIENTS, -(-rows // batch))
+        return max(full, _largest(fits, MOST_CLIENTS))
+
+    def _fits(self, *, slots: int, rows: int) -> bool:
+        needed = self.memory.base_bytes + self.memory.step_bytes(slots=slots, rows=rows)
+        return needed <= self.free_bytes
+
+
+def _largest(fits: Callable[[int], bool], most: int) -> int:
+    """The largest number up to ``most`` that fits, 1 where none does; what fits, fits with less."""
+    return max(1, bisect_left(range(1, most + 1), True, key=lambda number: not fits(number)))

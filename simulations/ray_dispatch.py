@@ -1,8 +1,11 @@
 """The dealing of cohorts to Ray's actors, in one thread.
 
 Cohorts go to free workers in the order in which they came. A worker that dies, killed or out of
-memory, is replaced, and its cohort is tried again by whoever is free next; Ray's own restarts would
-leave it waiting for a machine that is lost.
+memory, is replaced, and its cohort is tried again by the next that is free; Ray's own restarts
+would leave it waiting for a machine that is lost. It may die of one client, so this process, which
+would take the run with it, leaves such a cohort to the workers, and after three deaths each client
+is tried by itself: only those that kill a worker alone fail. Every death counts towards a limit, so
+a round ends even where every worker dies.
 
 The thread that starts Ray is the one that ends it: the kernel ends Ray's processes together with
 the thread that started them. The rest of the program goes on meanwhile.
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
 __all__ = ["Dispatcher"]
 
 TRIES = 3  # of one cohort; of one worker to load
+TRIES_ALONE = 2  # of a client whose cohort died so often: one of them may be an accident
 AHEAD = 3  # cohorts per worker that are in work, or done and not taken: their factors are held
 
 
@@ -99,15 +103,19 @@ class Dispatcher:
     def claim(self, wanted: Cohort) -> Cohort | None:
         """A cohort for the caller to train itself: ``wanted``, or the next that nobody has begun.
 
-        None where all are in work, or enough are done and not taken.
+        None where all are in work, or enough are done and not taken. A cohort of which a worker
+        has died is never given: there is always a worker for it, or the pool ends.
         """
         with self.lock:
             if self.ended is not None:
                 return None
-            if wanted in self.queue:
-                self.queue.remove(wanted)
-                return wanted
-            return self.queue.popleft() if self.queue and not self._full() else None
+            harmless = [cohort for cohort in self.queue if not cohort.suspect]
+            chosen = wanted if wanted in harmless else None
+            if chosen is None and harmless and not self._full():
+                chosen = harmless[0]
+            if chosen is not None:
+                self.queue.remove(chosen)
+            return chosen
 
     def done(self, cohort: Cohort, answer: list[Any] | str) -> None:
         """What the caller made of a cohort that it had claimed."""
@@ -252,7 +260,8 @@ class Dispatcher:
 
     def want(self, cohort: Cohort) -> None:
         """Somebody waits for it: it goes first, however many are done and not taken."""
-        cohort.wanted = True
+        for wanted in (cohort, *cohort.parts):
+            wanted.wanted = True
         self._deal()
 
     def release(self, cohort: Cohort) -> None:
@@ -292,27 +301,35 @@ class Dispatcher:
             self._deal()
             self._settle(cohort, answer.result() if cause is None else told(cause))
             return
-        cohort.tries += 1
-        if cohort.tries < TRIES:
-            with self.lock:
-                self.queue.appendleft(cohort)
-        else:
-            self._settle(
-                cohort,
-                f"the worker process died {cohort.tries} times in a cohort of {len(cohort.jobs)} "
-                f"with this client ({_death(error)}); lower engine.cohort-size if memory ran out",
-            )
+        self._died(cohort, error)
         self._replace(actor)
         self._check_idle()
+
+    def _died(self, cohort: Cohort, error: BaseException) -> None:
+        """A worker died of ``cohort``: it is tried again, then its clients one by one."""
+        cohort.tries, cohort.suspect = cohort.tries + 1, True
+        again = [cohort]
+        if cohort.tries == (TRIES if cohort.whole is None else TRIES_ALONE):
+            again = cohort.split() if len(cohort.jobs) > 1 else []
+        with self.lock:
+            self.unsettled.update(again)
+            self.queue.extendleft(reversed(again))
+        if not again:
+            cause = f"the worker process died {cohort.tries} times with this client alone in it"
+            remedy = "if memory ran out, lower train.per-device-train-batch-size or its rank"
+            self._settle(cohort, f"{cause} ({_death(error)}); {remedy}")
 
     def _settle(self, cohort: Cohort, answer: list[Any] | str) -> None:
         with self.lock:
             if cohort not in self.unsettled:
                 return  # the pool has ended meanwhile, and it was told so
             self.unsettled.discard(cohort)
-            self.held.add(cohort)
+            if cohort.whole is None:
+                self.held.add(cohort)
         cohort.slim, cohort.payloads = [], {}
         cohort.answer.set_result(answer)
+        if cohort.whole is not None and (joined := cohort.whole.joined()) is not None:
+            self._settle(cohort.whole, joined)
 
 
 def _check_connected() -> None:

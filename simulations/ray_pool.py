@@ -103,6 +103,9 @@ class Cohort:
         self.payloads: dict[Key, Any] = {}
         self.slim: list[Any] = []  # the jobs with keys in the place of adapters
         self.wanted, self.tries = False, 0
+        self.suspect = False  # a worker died of it, or of the cohort that it was a part of
+        self.whole: Cohort | None = None
+        self.parts: list[Cohort] = []  # where it was split, each with one job
         self.answer: Future[list[Any] | str] = Future()  # results, or why there are none
         self._results: list[Any] | None = None
 
@@ -115,6 +118,25 @@ class Cohort:
             self.answer, self.jobs = Future(), []
             self.dispatcher.events.put(partial(self.dispatcher.release, self))
         return self._results
+
+    def split(self) -> list[Cohort]:
+        """Each client by itself; whoever wanted all of them wants each."""
+        for job in self.jobs:
+            part = Cohort(self.kind, [job], self.dispatcher, None)
+            part.whole, part.suspect, part.wanted = self, True, self.wanted
+            self.parts.append(part)
+        return self.parts
+
+    def joined(self) -> list[Any] | None:
+        """What its parts came to, a failure where one failed; None while some are not done."""
+        if not all(part.answer.done() for part in self.parts):
+            return None
+        results = []
+        for part in self.parts:
+            answer = part.answer.result()
+            results += [_failed(part.jobs[0], answer)] if isinstance(answer, str) else answer
+        self.parts = []
+        return results
 
     def _help(self) -> None:
         """Train here what nobody has begun, until this cohort is done or nothing is left."""

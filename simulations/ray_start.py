@@ -16,22 +16,18 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import psutil
+from flexlora.simulations.cohort_memory import CohortMemory
 
-from flexlora.base_shares import parse_base_shares
 from flexlora.config import Config
 from flexlora.errors import UserError, told
-from flexlora.memory import training_memory, weight_bytes
-from flexlora.memory_ranks import run_plan
 from flexlora.plan_command import EMBEDDED, human_bytes
-from flexlora.planner import MARGIN, USUAL_RANK
-from flexlora.rank_policies import paper_types
-from flexlora.ranks import parse_tiers
+from flexlora.planner import MARGIN
 
 __all__ = ["Need", "Session", "import_ray", "join", "placement", "start"]
 
@@ -251,22 +247,15 @@ class Need:
     @staticmethod
     def of(config: Config) -> Need:
         try:
-            shape, plan = run_plan(config)
+            memory = CohortMemory.of(config, unified=True)
         except UserError:  # another architecture, or targets by an expression
             weights = _file_bytes(config["model.name"])
             return Need(
                 loaded_bytes=RUNTIME_BYTES + weights, training_bytes=RUNTIME_BYTES + 2 * weights
             )
-        own = config["model.quantization"]
-        kinds = {own, *parse_base_shares(config["clients.quantization"])}
-        bases = {kind: sum(weight_bytes(shape, replace(plan, quantization=kind))) for kind in kinds}
-        loaded = RUNTIME_BYTES + sum(bases.values())
-        slots = _largest_cohort(config, plan.tokens)
-        plan = replace(plan, rank=_largest_rank(config), quantization=own, unified_memory=True)
-        terms = training_memory(shape, replace(plan, batch=plan.batch * slots))
-        factors = terms.trained_factors
-        per_slot = factors + terms.gradients + terms.optimizer_state + factors  # those that go back
-        step = terms.total - bases[own] + (slots - 1) * per_slot
+        loaded = RUNTIME_BYTES + memory.base_bytes
+        slots = _largest_cohort(config, memory.plan.tokens)
+        step = memory.step_bytes(slots=slots, rows=slots * memory.plan.batch)
         return Need(loaded_bytes=loaded, training_bytes=loaded + round(step * (1 + MARGIN)))
 
 
@@ -275,16 +264,6 @@ def _largest_cohort(config: Config, tokens: int) -> int:
     asked, limit = config["engine.cohort-size"], config["engine.cohort-tokens"]
     fitting = max(1, (limit or max(USUAL_TOKENS, asked * tokens)) // tokens)
     return min(asked, fitting) if asked else fitting
-
-
-def _largest_rank(config: Config) -> int:
-    """The largest rank that ``ranks.policy`` may give; a usual one where clients decide."""
-    policy = config["ranks.policy"]
-    if policy.startswith("paper:"):
-        return max(rank_class.largest for rank_class in paper_types(config["ranks.scale"]))
-    if policy == "tiers":
-        return max(parse_tiers(config["ranks.tiers"]))
-    return config["ranks.fixed"] if policy == "fixed" else USUAL_RANK
 
 
 def _file_bytes(name: str) -> int:

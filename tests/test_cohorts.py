@@ -122,6 +122,15 @@ def test_tuning_measures_real_cohorts_and_takes_the_smallest_of_the_fastest(tmp_
         tune(small(), out=str(tmp_path / "tuned.toml"))
 
 
+def test_a_file_that_cannot_be_written_is_told_before_anything_is_measured(tmp_path, monkeypatch):
+    import flexlora.simulations.tune as module
+
+    monkeypatch.setattr(module, "measured", lambda *_: pytest.fail("measured first"))
+    with pytest.raises(UserError, match="cannot be written: No such file"):
+        tune(small(), out=str(tmp_path / "nowhere" / "tuned.toml"))
+    assert not list(tmp_path.iterdir())
+
+
 def test_tuning_stops_at_the_memory_and_says_so_where_nothing_fits(monkeypatch):
     import flexlora.simulations.tune as module
 

@@ -187,6 +187,48 @@ def test_in_a_cohort_only_the_client_that_is_short_pays(worker, tmp_path, monkey
     assert tries[0][0] == 4 and all(count == 1 for count, _, _ in tries[1:])
     assert sum(row["status"] == "ok" for row in rows.values()) == 3
     assert "asks for rank 2" in rows[VICTIM]["cause"]
+    assert not any(row["cause"] for row in rows.values() if row["client_id"] != VICTIM)
+
+
+def test_a_cohort_that_is_too_large_for_the_memory_is_told_once(worker, tmp_path, monkeypatch):
+    """It runs out in every round, its clients one by one do not."""
+    import flexlora.clients.worker as module
+
+    honest, sizes = module.train, []
+
+    def train(slots, jobs, *rest, **options):
+        sizes.append(len(jobs))
+        if len(jobs) > 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return honest(slots, jobs, *rest, **options)
+
+    monkeypatch.setattr(module, "train", train)
+    grid = InProcessGrid(worker, limits=CohortLimits(clients=4), wire_dtype="float32")
+    _, run = federation(grid, small(num_server_rounds=2), tmp_path / "run")
+    assert sizes == [4, 1, 1, 1, 1] * 2
+    rows = client_rows(run.path)
+    assert all(row["status"] == "ok" for row in rows)
+    (told,) = (row for row in rows if row["cause"])
+    assert told["round"] == "1" and told["cause"] == (
+        "out of memory with 4 clients in a pass: trained one by one, which takes longer in every "
+        "round; lower engine.cohort-size"
+    )
+
+
+def test_another_error_of_a_cohort_is_no_lack_of_memory(worker, tmp_path, monkeypatch):
+    import flexlora.clients.worker as module
+
+    honest = module.train
+
+    def train(slots, jobs, *rest, **options):
+        if len(jobs) > 1:
+            raise ValueError("shapes differ")
+        return honest(slots, jobs, *rest, **options)
+
+    monkeypatch.setattr(module, "train", train)
+    grid = InProcessGrid(worker, limits=CohortLimits(clients=4), wire_dtype="float32")
+    _, run = federation(grid, small(), tmp_path / "run")
+    assert {(row["status"], row["cause"]) for row in client_rows(run.path)} == {("ok", "")}
 
 
 def test_below_rank_one_there_is_nothing_to_ask_for(worker, tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ from builders import random_adapter, train_job
 from federation import small, untimed
 from flexlora.clients.worker import Worker, worker_for
 from flexlora.simulations.pool import LocalPool, make_pool
+from flexlora.simulations.ray_dispatch import TRIES, TRIES_ALONE
 from flexlora.simulations.ray_pool import RayPool
 from flexlora.simulations.ray_start import import_ray
 
@@ -215,16 +216,19 @@ def test_a_worker_killed_in_mid_training_is_replaced_without_a_trace(pool, cohor
         assert len(killer.killed) == 1 and not psutil.pid_exists(killer.killed[0])
 
 
-def test_a_cohort_that_kills_three_workers_fails_and_the_pool_goes_on(pool, cohorts):
+def test_a_cohort_that_kills_three_workers_is_trained_client_by_client(pool, cohorts):
+    """The first of them kills two more by itself and fails; the second is what K = 1 gives."""
     pool.train(cohorts[0]).result()
-    with closing(RayPool(LONG, workers=2)) as patient:
-        with Killer(patient, times=3) as killer:
-            results = patient.train(cohorts[0]).result()
-            assert len(set(killer.killed)) == 3
-        for job, result in zip(cohorts[0], results, strict=True):
-            assert (result.client_id, result.digest) == (job.client_id, job.start.digest)
-            assert result.adapter is None
-            assert "the worker process died 3 times in a cohort of 2 with this" in result.cause
+    wanted = plain(Worker(LONG).train(cohorts[0][1:]))
+    with closing(RayPool(LONG, workers=1)) as patient:
+        with Killer(patient, times=TRIES + TRIES_ALONE) as killer:
+            failed, trained = patient.train(cohorts[0]).result()
+            assert len(set(killer.killed)) == TRIES + TRIES_ALONE
+        job = cohorts[0][0]
+        assert (failed.client_id, failed.digest) == (job.client_id, job.start.digest)
+        assert failed.adapter is None
+        assert "the worker process died 2 times with this client alone" in failed.cause
+        assert plain([trained]) == wanted
         assert plain(patient.train(cohorts[1]).result())
 
 
