@@ -64,17 +64,23 @@ class _Parser(argparse.ArgumentParser):
         wrong = re.search(r"invalid choice: '([^']*)'|unrecognized arguments: (\S*)", message)
         word = (wrong[1] or wrong[2] or "") if wrong else ""
         message = message.split(" (choose from")[0]
-        known = self._known()
-        hint = nearest(word, known) if word and word not in known else ""
+        extra = message.startswith("unrecognized") and not word.startswith("-")
+        known = [name for name in self._known() if name.startswith("-") == word.startswith("-")]
+        hint = nearest(word, known) if word and word not in known and not extra else ""
+        if "invalid choice" in message and not hint:
+            hint = f" Expected one of {', '.join(self._commands())}."
         raise UserError(f"{message}.{hint} `{self.prog} --help` shows what there is.")
+
+    def _commands(self) -> list[str]:
+        choices = [a.choices for a in self._actions if isinstance(a.choices, dict)]
+        return [name for found in choices for name in found]
 
     def _known(self) -> list[str]:
         """Commands and flags, those of the commands too."""
-        known: list[str] = []
+        known = self._commands()
         for action in self._actions:
             known += action.option_strings
             if isinstance(action.choices, dict):
-                known += [*action.choices]
                 known += [flag for parser in action.choices.values() for flag in parser._known()]
         return known
 

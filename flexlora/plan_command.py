@@ -120,12 +120,17 @@ def _config_file(name: str) -> Path:
 
 def _from_hub(name: str) -> Path:
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import logging
 
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # every retry is told otherwise; what came of them is told below
     try:
         return Path(hf_hub_download(name, "config.json"))
     except Exception as error:  # whatever a hub, a proxy or no network makes the client raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"config.json of '{name}' cannot be fetched: {reason}") from None
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _device(question: Question) -> Device:

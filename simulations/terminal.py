@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from flexlora.ranks import RankClass
+from flexlora.report.words import spelling
 
 if TYPE_CHECKING:
     from flexlora.server.roster import Roster
@@ -47,6 +48,7 @@ class TerminalObserver:
         self.classes: list[str] = []
         self._causes: list[str] = []
         self._header_done = False
+        self.loading = console.status("loading the base and the clients' data")
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=30),
@@ -59,14 +61,18 @@ class TerminalObserver:
         self._task: TaskID | None = None
 
     def __enter__(self) -> TerminalObserver:
-        self.progress.start()
+        if self.console.is_terminal:
+            self.loading.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.loading.stop()
         self.progress.stop()
 
     def met(self, roster: Roster) -> None:
         """The rank table: what each class trains, module by module where a cap or pattern bites."""
+        self.loading.stop()
+        self.progress.start()
         self.classes = list(roster.rank_classes)
         table = Table(title="Rank classes", title_justify="left", box=None, pad_edge=False)
         for column in ("class", "clients", "rows", "trained ranks (modules)", "base", "device"):
@@ -142,7 +148,7 @@ class TerminalObserver:
             f"{metrics['seconds']:.1f}",
         ]
         line = "  ".join(f"{c:>{w}}" for c, (_, w) in zip(cells, columns, strict=True))
-        self.console.print(line, soft_wrap=True)
+        self.console.print(line + _out_there(metrics), soft_wrap=True)
         for cause in self._causes:
             self.console.print(cause, style="yellow", soft_wrap=True, markup=False)
 
@@ -204,6 +210,13 @@ def counted(kinds: Iterable[str]) -> str:
     if len(counts) == 1:
         return next(iter(counts))
     return ", ".join(f"{kind} ({count})" for kind, count in sorted(counts.items()))
+
+
+def _out_there(metrics: Mapping[str, object]) -> str:
+    """What the round would have taken in the simulated world, where there is one."""
+    found = [(key, metrics.get(key)) for key in ("simulated_seconds", "joules")]
+    spelled = [spelling(key)(value) for key, value in found if isinstance(value, int | float)]
+    return f"  out there {', '.join(spelled)}" if spelled else ""
 
 
 def _number(value: object) -> str:

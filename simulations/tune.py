@@ -51,8 +51,8 @@ def tune(config: Config, *, out: str | None = None) -> int:
     Raises:
         UserError: a configuration that cannot run, or ``out`` is in use.
     """
-    if out is not None and Path(out).exists():
-        raise UserError(f"'{out}' already exists; give another --out.")
+    if out is not None:
+        _check_writable(Path(out))
     ServerSettings.from_config(config)
     run = resolved(config)
     torch.set_num_threads(run["engine.threads"])
@@ -169,6 +169,21 @@ def _table(sizes: Sequence[Measured], best: Measured) -> Table:
         mark = "chosen" if size == best else ""
         table.add_row(str(size.clients), f"{size.steps_per_second:.2f}", f"{ratio:.2f}", mark)
     return table
+
+
+def _check_writable(out: Path) -> None:
+    """Told before minutes of measuring, not after.
+
+    Raises:
+        UserError: the file is there, or cannot be made.
+    """
+    try:
+        out.touch(exist_ok=False)
+        out.unlink()
+    except FileExistsError:
+        raise UserError(f"'{out}' already exists; give another --out.") from None
+    except OSError as error:
+        raise UserError(f"'{out}' cannot be written: {error.strerror}.") from None
 
 
 def _write(config: Config, out: Path) -> None:

@@ -64,6 +64,14 @@ KEYS = {
     "no rounds": ("num-server-rounds=0", r"num-server-rounds is 0, expected at least 1"),
     "a negative count": ("clients.count=-1", r"clients.count is -1, expected at least 0"),
     "more than all": ("fraction-train=1.5", r"fraction-train is 1.5, expected at most 1"),
+    "a quorum of more than all": (
+        "server.quorum=100",
+        r"server.quorum is 100, but the data makes \d+ clients, so that it can never be met",
+    ),
+    "more nodes than clients": (
+        "server.min-nodes=50",
+        r"server.min-nodes is 50, but the data makes \d+ clients",
+    ),
     "an unknown choice": ("model.dtype=float16", r"'float16', expected one of float32.*Did you"),
     "an unknown method": ("method.name=flexlorra", r"'flexlorra' is unknown.*mean 'flexlora'"),
     "an option of another method": (
@@ -258,6 +266,8 @@ def test_resume_takes_no_other_settings(more, run_folder, capsys):
 COMMANDS = {
     "an unknown command": (["simulat"], r"simulat.*Did you mean 'simulate'"),
     "another unknown command": (["exprot"], r"exprot.*Did you mean 'export'"),
+    "no command at all like it": (["frobnicate"], r"Expected one of simulate, .*tune.*reproduce\."),
+    "a word too many": (["report", "x", "extra"], r"unrecognized arguments: extra\."),
     "an unknown flag": (["simulate", "--rezume", "x"], r"--rezume.*Did you mean '--resume'"),
     "a flag of another command": (["eval", "x", "--rank", "3"], r"unrecognized .*--rank"),
     "nothing to evaluate": (["eval"], r"ADAPTER_OR_RUN"),

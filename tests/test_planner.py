@@ -369,17 +369,20 @@ def test_a_folder_without_a_readable_config_is_refused(tmp_path):
 
 def test_a_hub_name_without_a_connection_is_one_sentence(monkeypatch):
     import huggingface_hub
+    from huggingface_hub.utils import logging
 
-    asked = []
+    asked, usual = [], logging.get_verbosity()
 
     def refuse(*arguments):
         asked.append(arguments)
+        assert logging.get_verbosity() == logging.ERROR, "or every retry is a line"
         raise OSError("no route to host")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
     with pytest.raises(UserError, match=r"'owner/model' cannot be fetched: no route to host"):
         read_shape("owner/model")
     assert asked == [("owner/model", "config.json")]
+    assert logging.get_verbosity() == usual
 
 
 def test_the_answer_takes_under_a_second_of_work():

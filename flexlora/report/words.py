@@ -27,8 +27,8 @@ def setting(value: object) -> str:
 
 
 def plain(value: float) -> str:
-    """A whole number as such, any other with up to six digits."""
-    return str(int(value)) if float(value).is_integer() else f"{value:.6g}"
+    """A whole number as such, any other with two decimals."""
+    return str(int(value)) if float(value).is_integer() else f"{value:.2f}"
 
 
 def fixed(value: float) -> str:

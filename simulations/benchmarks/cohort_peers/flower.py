@@ -85,7 +85,7 @@ def superlink() -> Iterator[tuple[Mapping[str, str], Path]]:
             f'address = "127.0.0.1:{port}"\ninsecure = true\n'
         )
         path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
-        own = {"FLWR_HOME": folder, "RAY_TMPDIR": folder, "PATH": path}
+        own = {"FLWR_HOME": folder, "RAY_TMPDIR": folder, "TMPDIR": folder, "PATH": path}
         environment = {**os.environ, **QUIET, **own}
         command = [str(BIN / "flower-superlink"), "--insecure", "--simulation"]
         host = ("--host", "127.0.0.1", "--port", str(port))
