@@ -58,6 +58,7 @@ class _Answering:
 
     client_ids = ("doctor",)
     config = Config()
+    personal = None
 
     def capability(self, client_id: str, *, probed: bool = True) -> Capability:
         return _asked()
