@@ -140,7 +140,8 @@ class InProcessGrid(Grid):
             self._held[message_id] = _Held(message=message, server_round=self._round)
         self._put_away()  # before those who are asked again go on from it
         self._forget()
-        self._submit(trained)
+        if trained:
+            self._submit(trained)
         self._submit_evaluations(evaluated)
         return ids
 
