@@ -17,11 +17,13 @@ __all__ = ["loaded", "loading"]
 
 RARELY = (100_000, 50, 1000)
 _usual: list[tuple[int, int, int]] = []  # the thresholds to go back to, between the two calls
+_begun: list[bool] = []  # a process loads once, however many messages it answers
 
 
 def loading() -> None:
-    """This process is ours, and is about to load."""
-    if not _usual:
+    """This process is ours, and is about to load; only the first call means anything."""
+    if not _begun:
+        _begun.append(True)
         _usual.append(gc.get_threshold())
         gc.set_threshold(*RARELY)
         atexit.register(gc.freeze)

@@ -51,7 +51,7 @@ def _lock(number: int, folder: Path) -> None:
         fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         live = read_live(folder)
-        who = f"process {live.pid} on {live.host.split()[0]}" if live and live.pid else "a process"
+        who = f"process {live.pid}" if live is not None and live.pid else "a process"
         raise UserError(
             f"'{folder}' is a run that {who} is still writing; wait for it (`flexlora watch "
             f"{folder}`), stop it, or give another --out."

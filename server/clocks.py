@@ -32,6 +32,9 @@ class Clock(Protocol):
     def wait(self, until: float) -> None:
         """Let some time pass: until the next thing that can happen, at most to ``until``."""
 
+    def wait_for_nodes(self, until: float) -> None:
+        """The same, until somebody may have come or gone, whatever replies are on their way."""
+
     def set(self, seconds: float) -> None:
         """Go on from ``seconds``, where an earlier process of the same run had come to."""
 
@@ -56,6 +59,9 @@ class WallClock:
 
     def wait(self, until: float) -> None:
         time.sleep(max(0.0, min(self.poll_seconds, until - time.monotonic())))
+
+    def wait_for_nodes(self, until: float) -> None:
+        self.wait(until)
 
     def set(self, seconds: float) -> None:
         """The wall's time goes on by itself."""

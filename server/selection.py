@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from flexlora.server.backoff import awake
-from flexlora.server.clocks import Clock, clock_of
+from flexlora.server.clocks import clock_of
 from flexlora.server.roster import Roster
 from flexlora.server.sampling import History, Reachable, choose
 from flexlora.server.settings import ServerSettings
@@ -87,7 +87,7 @@ class Selector:
             ]
             if len(found) >= self.settings.quorum or clock.now() >= deadline:
                 return found
-            _wait_for_nodes(clock, deadline)
+            clock.wait_for_nodes(deadline)
 
 
 def wait_for_nodes(grid: Grid, settings: ServerSettings) -> list[int]:
@@ -104,13 +104,8 @@ def wait_for_nodes(grid: Grid, settings: ServerSettings) -> list[int]:
                 f"{len(nodes)} nodes are connected after {settings.wait_seconds:g} s, "
                 f"expected {settings.min_nodes}; start more or lower server.min-nodes."
             )
-        _wait_for_nodes(clock, deadline)
+        clock.wait_for_nodes(deadline)
     return sorted(nodes)
-
-
-def _wait_for_nodes(clock: Clock, until: float) -> None:
-    """A simulated clock knows when somebody comes or goes, whatever replies are on their way."""
-    getattr(clock, "wait_for_nodes", clock.wait)(until)
 
 
 def too_few(count: int, quorum: int, what: str) -> str:

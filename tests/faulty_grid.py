@@ -75,6 +75,9 @@ class Moments:
     def wait(self, until):
         self.seconds = max(min(until, self.seconds + 0.5), math.nextafter(self.seconds, math.inf))
 
+    def wait_for_nodes(self, until):
+        self.wait(until)
+
     def set(self, seconds):
         self.seconds = seconds
 

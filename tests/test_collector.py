@@ -64,6 +64,11 @@ def test_loading_twice_goes_back_to_the_usual_thresholds():
     assert measured(begin, "collector.loaded()")[:3] == [False, True, True]
 
 
+def test_a_process_that_answers_again_with_what_it_has_loaded_keeps_its_thresholds():
+    again = "collector.loaded(); collector.loading()"
+    assert measured("collector.loading()", again) == [False, True, True, False, True]
+
+
 def test_a_process_that_never_said_that_it_loads_is_left_alone():
     assert measured("", "collector.loaded()") == [True, True, False, True, True]
 
@@ -82,5 +87,5 @@ def test_a_caller_of_the_command_keeps_its_collector(capsys: pytest.CaptureFixtu
     before = gc.get_threshold(), gc.get_freeze_count()
     assert cli.main(["simulate", "--help-config"]) == 0
     assert (gc.get_threshold(), gc.get_freeze_count()) == before
-    assert not collector._usual
+    assert not collector._usual and not collector._begun
     assert capsys.readouterr().out
