@@ -11,8 +11,8 @@ smoke: .venv/.installed
 	$(BIN)/flexlora simulate --config simulations/scenarios/smoke.toml
 
 test: .venv/.installed-test
-	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=15 --ignore=tests/test_ray_pool.py
-	$(BIN)/python -m pytest tests/test_ray_pool.py  # counts processes: nothing else may be there
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=15 --ignore=tests/simulations/test_ray_pool.py
+	$(BIN)/python -m pytest tests/simulations/test_ray_pool.py  # counts processes: nothing else may be there
 
 test-fast: .venv/.installed-test
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"

@@ -8,13 +8,13 @@ be reached says so: it never falls back to loading data that the trainer was to 
 
 from __future__ import annotations
 
-from flexlora.clients.trainer.failures import failure
-from flexlora.clients.trainer.sockets import socket_of
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from flexlora import collector
+from flexlora.clients.trainer.failures import failure
+from flexlora.clients.trainer.sockets import socket_of
 from flexlora.errors import told
+from flexlora.training import collector
 
 __all__ = ["app"]
 

@@ -13,11 +13,11 @@ from dataclasses import asdict
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
-from flexlora.adapters import Adapter
-from flexlora.aggregation.base import LocalPlan, Start
-from flexlora.jobs import Capability, EvalJob, EvalResult, TrainJob, TrainResult
-from flexlora.ranks import RankClass
-from flexlora.wire import FACTORS, decode_adapter, encode_adapter
+from flexlora.aggregation.engine.method import LocalPlan, Start
+from flexlora.lora.adapters import Adapter
+from flexlora.lora.ranks import RankClass
+from flexlora.wire.encoding import FACTORS, decode_adapter, encode_adapter
+from flexlora.wire.jobs import Capability, EvalJob, EvalResult, TrainJob, TrainResult
 
 __all__ = [
     "capability_reply",

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from flexlora.errors import told
-from flexlora.jobs import TrainJob, TrainResult
-from flexlora.out_of_memory import free_memory, is_out_of_memory, train_within_memory
-from flexlora.schedule import TrainSettings
+from flexlora.training.out_of_memory import free_memory, is_out_of_memory, train_within_memory
+from flexlora.training.schedule import TrainSettings
+from flexlora.wire.jobs import TrainJob, TrainResult
 
 __all__ = ["TrainPasses", "failed_training"]
 

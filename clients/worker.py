@@ -12,25 +12,25 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from flexlora.clients.passes import TrainPasses, failed_training
 
 import flexlora
-from flexlora import collector
-from flexlora.base_shares import deal_quantizations, parse_base_shares
-from flexlora.config import Config
+from flexlora.clients.passes import TrainPasses, failed_training
+from flexlora.config.resolve import Config
 from flexlora.data.caps import capped_rows
 from flexlora.data.clients import ClientData, client_rows
 from flexlora.data.collation import Example
 from flexlora.errors import UserError, nearest, told
 from flexlora.evaluation import evaluate
-from flexlora.jobs import Capability, EvalJob, EvalResult, TrainJob, TrainResult
-from flexlora.models import BaseModel, load_base, pick_device
-from flexlora.out_of_memory import within_memory
-from flexlora.personal import PersonalPlan, personalised
-from flexlora.probing import device_name, free_bytes, probe, require, require_optimizer
+from flexlora.planning.base_shares import deal_quantizations, parse_base_shares
+from flexlora.planning.probing import device_name, free_bytes, probe, require, require_optimizer
 from flexlora.seeds import derive_seed
-from flexlora.slots import SlotModel, slot_model
-from flexlora.training import TrainSettings, train
+from flexlora.training import collector
+from flexlora.training.local import TrainSettings, train
+from flexlora.training.models import BaseModel, load_base, pick_device
+from flexlora.training.out_of_memory import within_memory
+from flexlora.training.personal import PersonalPlan, personalised
+from flexlora.training.slots import SlotModel, slot_model
+from flexlora.wire.jobs import Capability, EvalJob, EvalResult, TrainJob, TrainResult
 
 __all__ = ["Worker", "failed_training", "personal_plan", "train_settings", "worker_for"]
 

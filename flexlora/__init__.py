@@ -11,26 +11,26 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _HOME = {
-    "Adapter": "flexlora.adapters",
-    "GlobalChange": "flexlora.aggregation.state",
-    "LoRAFactors": "flexlora.adapters",
-    "RankClass": "flexlora.ranks",
+    "Adapter": "flexlora.lora.adapters",
+    "GlobalChange": "flexlora.aggregation.engine.state",
+    "LoRAFactors": "flexlora.lora.adapters",
+    "RankClass": "flexlora.lora.ranks",
     "UpdateRefused": "flexlora.errors",
     "UserError": "flexlora.errors",
     "aggregate": "flexlora.aggregation",
-    "load_adapter": "flexlora.peft_folder",
-    "save_adapter": "flexlora.peft_folder",
+    "load_adapter": "flexlora.lora.peft_folder",
+    "save_adapter": "flexlora.lora.peft_folder",
 }
 
 __all__ = [*sorted(_HOME), "__version__"]
 
 if TYPE_CHECKING:
-    from flexlora.adapters import Adapter, LoRAFactors
     from flexlora.aggregation import aggregate
-    from flexlora.aggregation.state import GlobalChange
+    from flexlora.aggregation.engine.state import GlobalChange
     from flexlora.errors import UpdateRefused, UserError
-    from flexlora.peft_folder import load_adapter, save_adapter
-    from flexlora.ranks import RankClass
+    from flexlora.lora.adapters import Adapter, LoRAFactors
+    from flexlora.lora.peft_folder import load_adapter, save_adapter
+    from flexlora.lora.ranks import RankClass
 
 
 def __getattr__(name: str) -> object:

@@ -10,19 +10,19 @@ import shutil
 from contextlib import ExitStack
 from pathlib import Path
 
-from flexlora.server.observer import LogObserver, Observer
-from flexlora.server.observers import observed
-from flexlora.server.resuming import destination_of, settle
-from flexlora.server.settings import ServerSettings
-from flexlora.server.strategy import FlexLoRAStrategy
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from flexlora.config import Config, resolved
-from flexlora.models import resolve_name
-from flexlora.peft_folder import save_adapter
-from flexlora.run_lock import alone
-from flexlora.runs import RunFolder
+from flexlora.config.resolve import Config, resolved
+from flexlora.lora.peft_folder import save_adapter
+from flexlora.runs.folder import RunFolder
+from flexlora.runs.lock import alone
+from flexlora.server.observing.observer import LogObserver, Observer
+from flexlora.server.observing.observers import observed
+from flexlora.server.resuming import destination_of, settle
+from flexlora.server.settings import ServerSettings
+from flexlora.server.strategy import FlexLoRAStrategy
+from flexlora.training.models import resolve_name
 
 __all__ = ["app", "federate", "write_adapters"]
 

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import tomli_w
 
-from flexlora.checkpoints import write_atomically
-from flexlora.config import Config
+from flexlora.config.resolve import Config
 from flexlora.errors import UserError
-from flexlora.runs import RunFolder
+from flexlora.runs.folder import RunFolder
+from flexlora.wire.files import write_atomically
 
 __all__ = ["Destination", "destination_of", "settle"]
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flexlora.server.resending import Resending
-
 from flexlora.aggregation import MethodOptions, check_options
-from flexlora.aggregation.base import Factoring
-from flexlora.config import Config
+from flexlora.aggregation.engine.method import Factoring
+from flexlora.config.resolve import Config
 from flexlora.errors import UserError
-from flexlora.memory_ranks import run_plan
-from flexlora.rank_policies import RankPolicy
-from flexlora.rank_tables import read_rank_table
-from flexlora.wire_feedback import check_wire
+from flexlora.planning.memory_ranks import run_plan
+from flexlora.planning.rank_policies import RankPolicy
+from flexlora.planning.rank_tables import read_rank_table
+from flexlora.server.transport.resending import Resending
+from flexlora.wire.feedback import check_wire
 
 __all__ = ["ServerSettings", "method_options"]
 
@@ -22,7 +21,7 @@ OWN_CARRIED_RANK = ("aligned", "carried")  # methods in which a rank class may n
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
-    """What ``FlexLoRAStrategy`` needs to know; the defaults live in ``flexlora.config``."""
+    """What ``FlexLoRAStrategy`` needs to know; the defaults live in ``flexlora.config.resolve``."""
 
     method: str
     method_options: MethodOptions

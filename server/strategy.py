@@ -17,10 +17,25 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from flexlora.server.clocks import clock_of
-from flexlora.server.exchange import ask, exchange, resending_of
-from flexlora.server.intake import Intake, OverdueBook
-from flexlora.server.ledger import (
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+
+from flexlora.aggregation import make_method
+from flexlora.aggregation.engine.method import Start, State
+from flexlora.aggregation.engine.state import GlobalChange
+from flexlora.evaluation.evaluate import BASE
+from flexlora.lora.adapters import Adapter
+from flexlora.lora.ranks import RankClass
+from flexlora.runs.folder import RunFolder
+from flexlora.seeds import derive_seed
+from flexlora.server.members.membership import Membership
+from flexlora.server.members.roster import Member, Roster
+from flexlora.server.members.sampling import History
+from flexlora.server.members.selection import Selected, Selector, too_few
+from flexlora.server.observing.observer import Observer
+from flexlora.server.rounds.intake import Intake, OverdueBook
+from flexlora.server.rounds.ledger import (
     RoundLedger,
     class_metrics,
     eval_metrics,
@@ -28,31 +43,16 @@ from flexlora.server.ledger import (
     left_out_rows,
     module_metrics,
 )
-from flexlora.server.membership import Membership
-from flexlora.server.messages import content_bytes, pack
-from flexlora.server.observer import Observer
-from flexlora.server.opening import Opening
-from flexlora.server.resending import Letter
-from flexlora.server.roster import Member, Roster
-from flexlora.server.sampling import History
-from flexlora.server.scoring import evaluation_messages, evaluation_results
-from flexlora.server.selection import Selected, Selector, too_few
+from flexlora.server.rounds.opening import Opening
+from flexlora.server.rounds.scoring import evaluation_messages, evaluation_results
+from flexlora.server.rounds.underway import UnderWay, moment_of, return_to, unanswered
 from flexlora.server.settings import ServerSettings
-from flexlora.server.underway import UnderWay, moment_of, return_to, unanswered
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
-from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Result, Strategy
-
-from flexlora.adapters import Adapter
-from flexlora.aggregation import make_method
-from flexlora.aggregation.base import Start, State
-from flexlora.aggregation.state import GlobalChange
-from flexlora.evaluation import BASE
-from flexlora.jobs import EvalResult
-from flexlora.ranks import RankClass
-from flexlora.runs import RunFolder
-from flexlora.seeds import derive_seed
-from flexlora.wire import DTYPES
+from flexlora.server.transport.clocks import clock_of
+from flexlora.server.transport.exchange import ask, exchange, resending_of
+from flexlora.server.transport.messages import content_bytes, pack
+from flexlora.server.transport.resending import Letter
+from flexlora.wire.encoding import DTYPES
+from flexlora.wire.jobs import EvalResult
 
 __all__ = ["FlexLoRAStrategy"]
 

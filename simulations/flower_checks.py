@@ -5,12 +5,12 @@ from __future__ import annotations
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from flexlora.config import Config
-from flexlora.doctor import Finding, failed, ok
+from flexlora.config.resolve import Config
+from flexlora.deploy.doctor import Finding, failed, ok
 from flexlora.errors import told
 
 if TYPE_CHECKING:
-    from flexlora.jobs import Capability
+    from flexlora.wire.jobs import Capability
 
 __all__ = ["check_flower"]
 
@@ -41,7 +41,7 @@ def check_flower() -> Finding:
 
 
 def _asked() -> Capability:
-    from flexlora.jobs import Capability
+    from flexlora.wire.jobs import Capability
 
     return Capability(
         client_id="doctor",
@@ -65,10 +65,11 @@ class _Answering:
 
 
 def _round_trip() -> Capability:
-    from flexlora.server.messages import decode_capability
-    from flexlora.simulations.cohorts import CohortLimits
-    from flexlora.simulations.engine import InProcessGrid
     from flwr.app import Message, MessageType, RecordDict
+
+    from flexlora.server.transport.messages import decode_capability
+    from flexlora.simulations.engine.cohorts import CohortLimits
+    from flexlora.simulations.engine.grid import InProcessGrid
 
     worker: Any = _Answering()
     grid = InProcessGrid(worker, limits=CohortLimits(clients=1), wire_dtype="float32")

@@ -7,20 +7,20 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from rich.table import Table
+
 from flexlora.clients.worker import Worker, worker_for
+from flexlora.config.resolve import Config, resolved
+from flexlora.errors import UserError, nearest
+from flexlora.evaluation.evaluate import BASE
+from flexlora.lora.adapters import Adapter
+from flexlora.lora.peft_folder import load_adapter, save_adapter
+from flexlora.runs.folder import RunFolder
 from flexlora.server.settings import ServerSettings
 from flexlora.server.strategy import FlexLoRAStrategy
 from flexlora.simulations.terminal import make_console
-from rich.table import Table
-
-from flexlora.adapters import Adapter
-from flexlora.config import Config, resolved
-from flexlora.errors import UserError, nearest
-from flexlora.evaluation import BASE
-from flexlora.jobs import EvalJob, Score
-from flexlora.models import load_base, resolve_name
-from flexlora.peft_folder import load_adapter, save_adapter
-from flexlora.runs import RunFolder
+from flexlora.training.models import load_base, resolve_name
+from flexlora.wire.jobs import EvalJob, Score
 
 __all__ = ["evaluate_target", "export_run", "score_adapters"]
 

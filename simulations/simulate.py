@@ -7,22 +7,22 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+
 from flexlora.clients.worker import Worker, worker_for
+from flexlora.config.resolve import Config, resolved
+from flexlora.errors import UserError
+from flexlora.runs.folder import RunFolder
+from flexlora.runs.lock import check_idle
 from flexlora.server.app import federate
-from flexlora.server.observer import Observer
+from flexlora.server.observing.observer import Observer
 from flexlora.server.settings import ServerSettings
 from flexlora.server.strategy import FlexLoRAStrategy
-from flexlora.simulations.cohorts import limits_of, resolved_limits
-from flexlora.simulations.engine import InProcessGrid
-from flexlora.simulations.pool import Pool, make_pool
-from flexlora.simulations.populations import Population
-from flexlora.simulations.world import world_of
-
-from flexlora.config import Config, resolved
-from flexlora.errors import UserError
-from flexlora.personal_store import PersonalStore
-from flexlora.run_lock import check_idle
-from flexlora.runs import RunFolder
+from flexlora.simulations.engine.cohorts import limits_of, resolved_limits
+from flexlora.simulations.engine.grid import InProcessGrid
+from flexlora.simulations.engine.pool import Pool, make_pool
+from flexlora.simulations.world.populations import Population
+from flexlora.simulations.world.simulated_time import world_of
+from flexlora.training.personal_store import PersonalStore
 
 __all__ = ["make_grid", "resume", "simulate"]
 

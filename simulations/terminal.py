@@ -13,11 +13,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from flexlora.ranks import RankClass
+from flexlora.lora.ranks import RankClass
 from flexlora.report.words import spelling
 
 if TYPE_CHECKING:
-    from flexlora.server.roster import Roster
+    from flexlora.server.members.roster import Roster
 
 __all__ = ["TerminalObserver", "human_bytes", "make_console"]
 
@@ -41,7 +41,7 @@ def human_bytes(count: float) -> str:
 
 
 class TerminalObserver:
-    """Implements ``flexlora.server.observer.Observer`` on a terminal or a pipe."""
+    """Implements ``flexlora.server.observing.observer.Observer`` on a terminal or a pipe."""
 
     def __init__(self, console: Console, *, personal_rank: int = 0) -> None:
         self.console, self.personal_rank = console, personal_rank

@@ -14,21 +14,21 @@ from pathlib import Path
 
 import tomli_w
 import torch
-from flexlora.clients.worker import Worker, worker_for
-from flexlora.server.settings import ServerSettings
-from flexlora.server.strategy import FlexLoRAStrategy
-from flexlora.simulations.cohorts import MOST_CLIENTS, resolved_limits
-from flexlora.simulations.simulate import make_grid
-from flexlora.simulations.terminal import make_console
 from rich.table import Table
 
-from flexlora.aggregation.base import State
-from flexlora.aggregation.state import GlobalChange
-from flexlora.config import OPTIONS, Config, resolved
+from flexlora.aggregation.engine.method import State
+from flexlora.aggregation.engine.state import GlobalChange
+from flexlora.clients.worker import Worker, worker_for
+from flexlora.config.resolve import OPTIONS, Config, resolved
 from flexlora.errors import UserError
-from flexlora.jobs import TrainJob
-from flexlora.out_of_memory import free_memory, is_out_of_memory
-from flexlora.training import train
+from flexlora.server.settings import ServerSettings
+from flexlora.server.strategy import FlexLoRAStrategy
+from flexlora.simulations.engine.cohorts import MOST_CLIENTS, resolved_limits
+from flexlora.simulations.simulate import make_grid
+from flexlora.simulations.terminal import make_console
+from flexlora.training.local import train
+from flexlora.training.out_of_memory import free_memory, is_out_of_memory
+from flexlora.wire.jobs import TrainJob
 
 __all__ = ["Measured", "fastest", "measured", "tune"]
 

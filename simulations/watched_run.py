@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from flexlora.simulations.simulate import resume, simulate
-from flexlora.simulations.terminal import TerminalObserver
 from rich.console import Console
 
-from flexlora.config import Config
+from flexlora.config.resolve import Config
 from flexlora.errors import told
 from flexlora.report import write_report
-from flexlora.runs import RunFolder
+from flexlora.runs.folder import RunFolder
+from flexlora.simulations.simulate import resume, simulate
+from flexlora.simulations.terminal import TerminalObserver
 
 __all__ = ["leave_report", "watched_run"]
 

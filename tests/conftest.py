@@ -2,9 +2,10 @@
 
 import os
 
-import builders
 import pytest
 import torch
+
+import builders
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-from flexlora.adapters import Adapter, LoRAFactors
+from flexlora.lora.adapters import Adapter, LoRAFactors
 
 
 def scaling(factors):

@@ -14,49 +14,14 @@ FOLDERS = {
     "server": "flexlora.server",
     "simulations": "flexlora.simulations",
 }
-# Imports point from a higher floor to the same or a lower one. A module that is not listed stands
-# on the floor of the first listed package above it, or on floor 2 (whatever uses all of flexlora/).
-FLOORS = {
-    "flexlora": 9,  # the package itself resolves names lazily and imports nothing
-    "flexlora.errors": 0,
-    "flexlora.seeds": 0,
-    "flexlora.config": 0,
-    "flexlora.options": 0,
-    "flexlora.linalg": 0,
-    "flexlora.gram": 0,
-    "flexlora.krylov": 0,
-    "flexlora.routes": 0,
-    "flexlora.decompose": 0,
-    "flexlora.shapes": 0,
-    "flexlora.architectures": 0,
-    "flexlora.activations": 0,
-    "flexlora.memory": 0,
-    "flexlora.devices": 0,
-    "flexlora.planner": 1,
-    "flexlora.adapters": 0,
-    "flexlora.ranks": 1,
-    "flexlora.peft_folder": 1,
-    "flexlora.wire": 1,
-    "flexlora.aggregation": 1,
-    "flexlora.blockwise": 0,
-    "flexlora.sketch": 0,
-    "flexlora.attention": 0,
-    "flexlora.layers": 1,
-    "flexlora.data": 1,
-    "flexlora.optim": 1,
-    "flexlora.slots": 1,
-    "flexlora.models": 1,
-    "flexlora.jobs": 2,
-    "flexlora.training": 2,
-    "flexlora.evaluation": 3,
-    "flexlora.report": 1,
-    "flexlora.round_rows": 0,
-    "flexlora.clients": 4,
-    "flexlora.server": 4,
-    "flexlora.simulations": 5,
-    "flexlora.cli": 6,
-    "flexlora.cli_nodes": 6,
-}
+# The rooms of flexlora/ from the ground up: a room imports from itself and from those before it.
+# What lies at the root (errors, seeds, units) is the ground. `algebra` knows matrices, not LoRA.
+ROOMS = (
+    *("root", "lora", "algebra", "aggregation", "data", "config", "wire", "training"),
+    *("evaluation", "planning", "runs", "report", "deploy", "commands"),
+)
+NOT_EVEN_BELOW = {("algebra", "lora")}
+ROOT_FILES = {"__init__", "errors", "seeds", "units"}
 
 
 def modules():
@@ -90,13 +55,10 @@ def imports(name, tree, *, top_only=False):
                 yield full if full in MODULES else base
 
 
-def floor(name):
-    while name not in FLOORS:
-        parent = name.rpartition(".")[0]
-        if parent in ("", "flexlora"):
-            return 2 if parent else None
-        name = parent
-    return FLOORS[name]
+def room(name):
+    """``flexlora.training.slots`` -> ``training``; errors, seeds and units are ``root``."""
+    part = name.split(".")[1]
+    return "root" if part in ROOT_FILES else part
 
 
 def package(name):
@@ -111,17 +73,20 @@ def flwr_imports(name, tree):
 
 def wrong_imports(name, tree):
     """What ``name`` imports and may not."""
-    wrong = []
+    wrong, eager = [], set(imports(name, tree, top_only=True))
     for used in imports(name, tree):
-        if used.split(".")[0] != "flexlora" or used == "flexlora":
+        if used.split(".")[0] != "flexlora" or used == "flexlora" or name == "flexlora":
             continue
-        pair = {package(name), package(used)}
-        strangers = pair == {"clients", "server"}
-        eager = used in set(imports(name, tree, top_only=True))
-        of_cli = name in ("flexlora.cli", "flexlora.cli_nodes")
-        cli_reaches_up = of_cli and package(used) != "flexlora" and eager
-        if strangers or floor(used) > floor(name) or cli_reaches_up:
-            wrong.append(used)
+        ours, theirs = package(name), package(used)
+        if ours != theirs:
+            downwards = theirs == "flexlora" or (ours == "simulations" and theirs != "flexlora")
+            lazily_up = name.startswith("flexlora.commands.") and used not in eager
+            if not (downwards or lazily_up):
+                wrong.append(used)
+        elif ours == "flexlora":
+            pair = room(name), room(used)
+            if ROOMS.index(pair[0]) < ROOMS.index(pair[1]) or pair in NOT_EVEN_BELOW:
+                wrong.append(used)
     return wrong
 
 
@@ -152,8 +117,8 @@ IN_FLEXLORA = [name for name in MODULES if package(name) == "flexlora"]
 def test_the_walk_sees_the_house():
     assert {"flexlora", "flexlora.aggregation.flexlora", "flexlora.clients"} <= set(MODULES)
     assert len(IN_FLEXLORA) > 20
-    used = set(imports("flexlora.training", MODULES["flexlora.training"][1]))
-    assert {"flexlora.slots", "flexlora.data.collation", "torch"} <= used
+    used = set(imports("flexlora.training.local", MODULES["flexlora.training.local"][1]))
+    assert {"flexlora.training.slots", "flexlora.data.collation", "torch"} <= used
 
 
 @pytest.mark.parametrize("name", IN_FLEXLORA)
@@ -180,11 +145,19 @@ def test_nothing_is_pickled(name):
         ("flexlora.server.x", "def f():\n    import flexlora.clients.app", wrong_imports),
         ("flexlora.clients.x", "from flexlora import server", wrong_imports),
         ("flexlora.server.x", "from flexlora.simulations import grid", wrong_imports),
-        ("flexlora.linalg", "from flexlora.layers import LoRALinear", wrong_imports),
-        ("flexlora.decompose", "from flexlora.aggregation.state import G", wrong_imports),
-        ("flexlora.aggregation.x", "from flexlora.training import train", wrong_imports),
-        ("flexlora.runs", "from flexlora.server import app", wrong_imports),
-        ("flexlora.cli", "from flexlora.simulations import engine", wrong_imports),
+        (
+            "flexlora.algebra.linalg",
+            "from flexlora.training.layers import LoRALinear",
+            wrong_imports,
+        ),
+        (
+            "flexlora.algebra.decompose",
+            "from flexlora.aggregation.engine.state import G",
+            wrong_imports,
+        ),
+        ("flexlora.aggregation.x", "from flexlora.training.local import train", wrong_imports),
+        ("flexlora.runs.folder", "from flexlora.server import app", wrong_imports),
+        ("flexlora.commands.cli", "from flexlora.simulations import engine", wrong_imports),
         ("flexlora.x", "import pickle", lambda name, tree: forbidden_calls(tree)),
         ("flexlora.x", "import torch\ntorch.load('x')", lambda name, tree: forbidden_calls(tree)),
         ("flexlora.x", "np.load(f, allow_pickle=True)", lambda name, tree: forbidden_calls(tree)),
@@ -199,7 +172,20 @@ def test_each_rule_sees_its_own_breach(monkeypatch, name, source, check):
 
 def test_cli_may_reach_up_lazily():
     source = "def f():\n    from flexlora.simulations import engine"
-    assert wrong_imports("flexlora.cli", ast.parse(source)) == []
+    assert wrong_imports("flexlora.commands.cli", ast.parse(source)) == []
+
+
+def test_nothing_else_lies_at_the_root():
+    assert {path.stem for path in (ROOT / "flexlora").glob("*.py")} == ROOT_FILES
+    rooms = {path.parent.name for path in (ROOT / "flexlora").glob("*/__init__.py")}
+    assert rooms - set(FOLDERS) == set(ROOMS) - {"root"}
+
+
+@pytest.mark.parametrize("folder", ["clients", "server", "simulations"])
+def test_python_and_every_tool_see_the_folder_where_it_is_imported(folder):
+    """``flexlora/clients`` is a link to ``clients/``: no import hook, nothing to configure."""
+    link = ROOT / "flexlora" / folder
+    assert link.is_symlink() and link.resolve() == ROOT / folder
 
 
 def test_no_file_is_longer_than_400_lines():
@@ -222,7 +208,7 @@ def loaded_by(statement):
 
 def test_import_flexlora_loads_neither_torch_nor_flower():
     assert loaded_by("import flexlora") == []
-    assert loaded_by("import flexlora.config, flexlora.errors, flexlora.seeds") == []
+    assert loaded_by("import flexlora.config.resolve, flexlora.errors, flexlora.seeds") == []
 
 
 def test_names_of_the_package_are_there_on_first_use():

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import torch
 
-from flexlora.config import Config
-from flexlora.devices import CPU_RUNTIME, CUDA_RUNTIME
+from flexlora.config.resolve import Config
 from flexlora.errors import UserError
-from flexlora.models import pick_device
-from flexlora.plan_command import parse_bytes, read_shape
-from flexlora.planner import Choice, Request, make_plan
+from flexlora.planning.devices import CPU_RUNTIME, CUDA_RUNTIME
+from flexlora.planning.model_config import read_shape
+from flexlora.planning.planner import Choice, Request, make_plan
+from flexlora.training.models import pick_device
+from flexlora.units import parse_bytes
 
 __all__ = ["enforce", "parse_size", "smallest_plan"]
 

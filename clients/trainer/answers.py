@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from flwr.app import MessageType, RecordDict
+
 from flexlora.clients.messages import (
     capability_reply,
     evaluate_reply,
@@ -17,12 +19,10 @@ from flexlora.clients.messages import (
 )
 from flexlora.clients.trainer.failures import failure
 from flexlora.clients.worker import Worker, failed_training
-from flwr.app import MessageType, RecordDict
-
 from flexlora.errors import UserError, told
-from flexlora.jobs import TrainJob, TrainResult
-from flexlora.personal_store import PersonalStore
-from flexlora.uplink import Uplink, noted
+from flexlora.training.personal_store import PersonalStore
+from flexlora.training.uplink import Uplink, noted
+from flexlora.wire.jobs import TrainJob, TrainResult
 
 __all__ = ["answer", "cause_of"]
 

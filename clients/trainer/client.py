@@ -7,6 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
+from flwr.app import Context, Message, MessageType, RecordDict
+
+import flexlora
 from flexlora.clients.trainer.contents import (
     PART_BYTES,
     ContentRefused,
@@ -18,9 +21,6 @@ from flexlora.clients.trainer.contents import (
 from flexlora.clients.trainer.sockets import reach
 from flexlora.clients.trainer.trainer_pb2 import Answer, Call, HealthReply, HealthRequest, Question
 from flexlora.clients.trainer.trainer_pb2_grpc import TrainerStub
-from flwr.app import Context, Message, MessageType, RecordDict
-
-import flexlora
 from flexlora.errors import UserError
 
 __all__ = ["ask", "call_of", "health"]

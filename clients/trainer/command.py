@@ -20,7 +20,6 @@ from flexlora.clients.trainer.sockets import (
     group_number,
     remove,
 )
-
 from flexlora.errors import UserError
 
 __all__ = ["ServeOptions", "health_command", "serve"]
@@ -92,8 +91,7 @@ def health_command(socket: str) -> int:
         UserError: no trainer there.
     """
     from flexlora.clients.trainer.client import health
-
-    from flexlora.plan_command import human_bytes
+    from flexlora.units import human_bytes
 
     told = health(_socket(socket))
     doing = f"{told.doing}, for {told.seconds:.0f} s" if told.doing else "idle"

@@ -13,8 +13,9 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from flexlora.clients.trainer.trainer_pb2 import ArraySpec, Content, Entry, Record, Value
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+
+from flexlora.clients.trainer.trainer_pb2 import ArraySpec, Content, Entry, Record, Value
 
 __all__ = [
     "PART_BYTES",

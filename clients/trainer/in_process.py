@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from flwr.app import Context, Message, RecordDict
+
 from flexlora.clients.trainer.answers import answer
 from flexlora.clients.trainer.node import ALONE
 from flexlora.clients.worker import Worker, worker_for
-from flwr.app import Context, Message, RecordDict
-
-from flexlora.config import Config
+from flexlora.config.resolve import Config
 from flexlora.errors import UserError
 
 __all__ = ["answer_here", "worker_of"]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flexlora.config import OPTIONS, Config
+from flexlora.config.resolve import OPTIONS, Config
 from flexlora.errors import UserError
 
 __all__ = ["ALONE", "Node", "data_state", "job_config", "owned"]

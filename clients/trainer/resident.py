@@ -14,6 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+from flwr.app import MessageType, RecordDict
+
+import flexlora
 from flexlora.clients.trainer.answers import answer, cause_of
 from flexlora.clients.trainer.contents import data_parts, describe, read_entries, rebuild
 from flexlora.clients.trainer.failures import failure
@@ -21,13 +24,10 @@ from flexlora.clients.trainer.node import Node, data_state, job_config
 from flexlora.clients.trainer.store import KeptReplies, KeptReply
 from flexlora.clients.trainer.trainer_pb2 import Call, Reply, Value
 from flexlora.clients.worker import Worker, worker_for
-from flwr.app import MessageType, RecordDict
-
-import flexlora
 from flexlora.errors import UserError, told
-from flexlora.personal_store import PersonalStore
-from flexlora.probing import device_name, probe
-from flexlora.uplink import feedback_beside
+from flexlora.planning.probing import device_name, probe
+from flexlora.training.personal_store import PersonalStore
+from flexlora.training.uplink import feedback_beside
 
 __all__ = ["Answered", "ResidentTrainer", "Tally"]
 

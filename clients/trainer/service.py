@@ -20,6 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
+from flwr.app import MessageType
+
+import flexlora
 from flexlora.clients.trainer.contents import PART_BYTES, ContentRefused, data_bytes
 from flexlora.clients.trainer.resident import Answered, ResidentTrainer, what
 from flexlora.clients.trainer.sockets import check_free, open_to, remove
@@ -27,9 +30,6 @@ from flexlora.clients.trainer.telling import Teller
 from flexlora.clients.trainer.trainer_pb2 import Answer, Call, HealthReply, HealthRequest, Question
 from flexlora.clients.trainer.trainer_pb2_grpc import TrainerServicer, add_TrainerServicer_to_server
 from flexlora.clients.trainer.turns import Busy, Turns
-from flwr.app import MessageType
-
-import flexlora
 from flexlora.errors import UserError, told
 
 __all__ = ["MESSAGE_LIMIT", "Limits", "TrainerService", "listen", "stop"]

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from flexlora.clients.trainer.contents import PART_BYTES, data_bytes
-from flexlora.clients.trainer.trainer_pb2 import Reply
 from google.protobuf.message import DecodeError
 
+from flexlora.clients.trainer.contents import PART_BYTES, data_bytes
+from flexlora.clients.trainer.trainer_pb2 import Reply
 from flexlora.errors import UserError
 
 __all__ = ["KeptReplies", "KeptReply", "default_folder"]

@@ -6,10 +6,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flexlora.adapters import Adapter
 from flexlora.aggregation.aligned import Aligned
-from flexlora.aggregation.base import Law, LocalPlan, Method, Start, State, Update, check_update
 from flexlora.aggregation.carried import Carried
+from flexlora.aggregation.engine.method import (
+    Law,
+    LocalPlan,
+    Method,
+    Start,
+    State,
+    Update,
+    check_update,
+)
+from flexlora.aggregation.engine.server_step import ServerStep
+from flexlora.aggregation.engine.state import GlobalChange
 from flexlora.aggregation.fed_plora import FedPLoRA
 from flexlora.aggregation.fedex_lora import FedExLoRA
 from flexlora.aggregation.fedit import FedIT
@@ -23,9 +32,8 @@ from flexlora.aggregation.rbla import RBLA
 from flexlora.aggregation.residual import Residual
 from flexlora.aggregation.rolora import RoLoRA
 from flexlora.aggregation.slora import SLoRA
-from flexlora.aggregation.state import GlobalChange
-from flexlora.aggregation.steps import ServerStep
 from flexlora.errors import UpdateRefused, UserError, nearest
+from flexlora.lora.adapters import Adapter
 
 __all__ = [
     "METHODS",

@@ -5,24 +5,25 @@
 
 FlexLoRA makes the rank that a client carries equal to the rank that it trains, and so starts a weak
 client from a poorer model. Frozen factors cost a forward pass and no optimizer state, so every
-client can carry ``T_c(G)`` at a rank c far above the r that it trains. The method is this project's
-own; starting ``lora_A`` in the gradient's row space is the idea of GaLore (arXiv 2403.03507) and
-LoRA-GA (arXiv 2407.05000), here per client and round, from a sketch (``flexlora/sketch.py``).
+client can carry ``T_c(G)`` at a rank c far above the r that it trains. The method is this
+project's own; starting ``lora_A`` in the gradient's row space is the idea of GaLore (arXiv
+2403.03507) and LoRA-GA (arXiv 2407.05000), here per client and round, from a sketch
+(``algebra/sketch.py``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from flexlora.adapters import Adapter
-from flexlora.aggregation.base import Factoring, Law, LocalPlan, Start, State
-from flexlora.aggregation.products import ProductSums
-from flexlora.aggregation.rounds import OpenRound
-from flexlora.aggregation.state import GlobalChange
-from flexlora.aggregation.steps import ServerStep, next_state
-from flexlora.decompose import LazySums
-from flexlora.linalg import FactoredSVD
-from flexlora.ranks import RankClass
+from flexlora.aggregation.engine.method import Factoring, Law, LocalPlan, Start, State
+from flexlora.aggregation.engine.open_round import OpenRound
+from flexlora.aggregation.engine.product_sums import ProductSums
+from flexlora.aggregation.engine.server_step import ServerStep, next_state
+from flexlora.aggregation.engine.state import GlobalChange
+from flexlora.algebra.decompose import LazySums
+from flexlora.algebra.linalg import FactoredSVD
+from flexlora.lora.adapters import Adapter
+from flexlora.lora.ranks import RankClass
 from flexlora.seeds import derive_seed
 
 __all__ = ["Aligned", "begin_sum", "carried_directions", "fresh_factors"]

@@ -14,12 +14,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from flexlora.aggregation.aligned import carried_directions
-from flexlora.aggregation.base import Factoring, Start, State
+from flexlora.aggregation.engine.method import Factoring, Start, State
+from flexlora.aggregation.engine.open_round import OpenRound
+from flexlora.aggregation.engine.server_step import ServerStep
+from flexlora.aggregation.engine.truncated import truncated_adapter
 from flexlora.aggregation.residual import Residual
-from flexlora.aggregation.rounds import OpenRound
-from flexlora.aggregation.steps import ServerStep
-from flexlora.aggregation.truncated import truncated_adapter
-from flexlora.ranks import RankClass
+from flexlora.lora.ranks import RankClass
 
 __all__ = ["Carried"]
 

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from flexlora.aggregation.base import Factoring, Law, LocalPlan, Start, State
-from flexlora.aggregation.factors import factor_adapter, held_factors
+from flexlora.aggregation.engine.factor_sums import factor_adapter, held_factors
+from flexlora.aggregation.engine.method import Factoring, Law, LocalPlan, Start, State
+from flexlora.aggregation.engine.open_round import OpenRound
+from flexlora.aggregation.engine.truncated import StartedFrom
 from flexlora.aggregation.rbla import begin_holders
-from flexlora.aggregation.rounds import OpenRound
-from flexlora.aggregation.truncated import StartedFrom
-from flexlora.ranks import RankClass
+from flexlora.lora.ranks import RankClass
 
 __all__ = ["FedPLoRA"]
 

@@ -16,17 +16,17 @@ from dataclasses import replace
 
 import torch
 
-from flexlora.adapters import Adapter, LoRAFactors
-from flexlora.aggregation.base import Factoring, Law, LocalPlan, Start, State, Update
-from flexlora.aggregation.factors import FactorSums, factor_adapter
-from flexlora.aggregation.products import ProductSums, factors_term, svd_term
-from flexlora.aggregation.rounds import OpenRound
-from flexlora.aggregation.state import GlobalChange
-from flexlora.aggregation.steps import ServerStep, next_state
-from flexlora.aggregation.truncated import StartedFrom
-from flexlora.decompose import MatrixSum, decompose
-from flexlora.linalg import FactoredSVD, product_norm
-from flexlora.ranks import RankClass
+from flexlora.aggregation.engine.factor_sums import FactorSums, factor_adapter
+from flexlora.aggregation.engine.method import Factoring, Law, LocalPlan, Start, State, Update
+from flexlora.aggregation.engine.open_round import OpenRound
+from flexlora.aggregation.engine.product_sums import ProductSums, factors_term, svd_term
+from flexlora.aggregation.engine.server_step import ServerStep, next_state
+from flexlora.aggregation.engine.state import GlobalChange
+from flexlora.aggregation.engine.truncated import StartedFrom
+from flexlora.algebra.decompose import MatrixSum, decompose
+from flexlora.algebra.linalg import FactoredSVD, product_norm
+from flexlora.lora.adapters import Adapter, LoRAFactors
+from flexlora.lora.ranks import RankClass
 
 __all__ = ["FedExLoRA"]
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from flexlora.aggregation.base import Factoring, Law, Start, State, Update
-from flexlora.aggregation.factors import FactorSums, factor_start, factor_state
-from flexlora.aggregation.rounds import OpenRound
-from flexlora.ranks import RankClass
+from flexlora.aggregation.engine.factor_sums import FactorSums, factor_start, factor_state
+from flexlora.aggregation.engine.method import Factoring, Law, Start, State, Update
+from flexlora.aggregation.engine.open_round import OpenRound
+from flexlora.lora.ranks import RankClass
 
 __all__ = ["FedIT"]
 

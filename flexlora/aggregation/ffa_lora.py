@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from flexlora.aggregation.base import Factoring, Law, Start, State, Update
-from flexlora.aggregation.factors import FactorSums, changed_state, factor_start
-from flexlora.aggregation.rounds import OpenRound
-from flexlora.aggregation.truncated import StartedFrom
-from flexlora.ranks import RankClass
+from flexlora.aggregation.engine.factor_sums import FactorSums, changed_state, factor_start
+from flexlora.aggregation.engine.method import Factoring, Law, Start, State, Update
+from flexlora.aggregation.engine.open_round import OpenRound
+from flexlora.aggregation.engine.truncated import StartedFrom
+from flexlora.lora.ranks import RankClass
 
 __all__ = ["FFALoRA", "begin_changes"]
 

@@ -15,13 +15,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from flexlora.aggregation.base import Factoring, Law, Start, State
-from flexlora.aggregation.products import ProductSums
-from flexlora.aggregation.rounds import OpenRound
-from flexlora.aggregation.steps import ServerStep, next_state
-from flexlora.aggregation.truncated import StartedFrom, remember_rows, truncated_start
-from flexlora.decompose import LazySums, MatrixSum
-from flexlora.ranks import RankClass
+from flexlora.aggregation.engine.method import Factoring, Law, Start, State
+from flexlora.aggregation.engine.open_round import OpenRound
+from flexlora.aggregation.engine.product_sums import ProductSums
+from flexlora.aggregation.engine.server_step import ServerStep, next_state
+from flexlora.aggregation.engine.truncated import StartedFrom, remember_rows, truncated_start
+from flexlora.algebra.decompose import LazySums, MatrixSum
+from flexlora.lora.ranks import RankClass
 
 __all__ = ["FlexLoRA"]
 

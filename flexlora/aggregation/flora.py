@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from flexlora.aggregation.aligned import begin_sum, carried_directions, fresh_factors
-from flexlora.aggregation.base import Factoring, Law, LocalPlan, Start, State
-from flexlora.aggregation.rounds import OpenRound
-from flexlora.aggregation.steps import ServerStep
-from flexlora.ranks import RankClass
+from flexlora.aggregation.engine.method import Factoring, Law, LocalPlan, Start, State
+from flexlora.aggregation.engine.open_round import OpenRound
+from flexlora.aggregation.engine.server_step import ServerStep
+from flexlora.lora.ranks import RankClass
 
 __all__ = ["FLoRA", "merged_start"]
 

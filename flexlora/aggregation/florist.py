@@ -15,11 +15,10 @@ from dataclasses import replace
 
 import torch
 
-from flexlora.aggregation.base import Factoring, Law, Start, State
-from flexlora.aggregation.flora import merged_start
-from flexlora.aggregation.products import ProductSums, svd_term
-from flexlora.aggregation.rounds import OpenRound
-from flexlora.aggregation.steps import (
+from flexlora.aggregation.engine.method import Factoring, Law, Start, State
+from flexlora.aggregation.engine.open_round import OpenRound
+from flexlora.aggregation.engine.product_sums import ProductSums, svd_term
+from flexlora.aggregation.engine.server_step import (
     UNCAPPED,
     ServerStep,
     dropped_share,
@@ -28,8 +27,9 @@ from flexlora.aggregation.steps import (
     tail_of,
     unpack_svd,
 )
-from flexlora.decompose import LazySums, MatrixSum, decompose
-from flexlora.ranks import RankClass
+from flexlora.aggregation.flora import merged_start
+from flexlora.algebra.decompose import LazySums, MatrixSum, decompose
+from flexlora.lora.ranks import RankClass
 
 __all__ = ["FLoRIST", "rank_for_energy"]
 

@@ -13,11 +13,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from flexlora.aggregation.base import Factoring, Law, LocalPlan, Start, State, Update
-from flexlora.aggregation.factors import FactorSums, factor_start, factor_state
-from flexlora.aggregation.rounds import OpenRound
-from flexlora.linalg import product_norm
-from flexlora.ranks import RankClass
+from flexlora.aggregation.engine.factor_sums import FactorSums, factor_start, factor_state
+from flexlora.aggregation.engine.method import Factoring, Law, LocalPlan, Start, State, Update
+from flexlora.aggregation.engine.open_round import OpenRound
+from flexlora.algebra.linalg import product_norm
+from flexlora.lora.ranks import RankClass
 
 __all__ = ["HetLoRA"]
 

@@ -13,14 +13,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
-from flexlora.adapters import LoRAFactors
-from flexlora.aggregation.base import Factoring, Law, Start, State, Update
-from flexlora.aggregation.products import ProductSums
-from flexlora.aggregation.rounds import OpenRound
-from flexlora.aggregation.steps import ServerStep, next_state
-from flexlora.aggregation.truncated import StartedFrom, truncated_start
-from flexlora.decompose import MatrixSum, Term
-from flexlora.ranks import RankClass
+from flexlora.aggregation.engine.method import Factoring, Law, Start, State, Update
+from flexlora.aggregation.engine.open_round import OpenRound
+from flexlora.aggregation.engine.product_sums import ProductSums
+from flexlora.aggregation.engine.server_step import ServerStep, next_state
+from flexlora.aggregation.engine.truncated import StartedFrom, truncated_start
+from flexlora.algebra.decompose import MatrixSum, Term
+from flexlora.lora.adapters import LoRAFactors
+from flexlora.lora.ranks import RankClass
 
 __all__ = ["RaFLoRA"]
 

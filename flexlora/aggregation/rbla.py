@@ -12,17 +12,17 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from flexlora.aggregation.base import Factoring, Law, Start, State, Update
-from flexlora.aggregation.factors import (
+from flexlora.aggregation.engine.factor_gap import rows_of
+from flexlora.aggregation.engine.factor_sums import (
     FactorSums,
     factor_start,
     factor_state,
     known_factors,
     widened,
 )
-from flexlora.aggregation.health import rows_of
-from flexlora.aggregation.rounds import OpenRound
-from flexlora.ranks import RankClass
+from flexlora.aggregation.engine.method import Factoring, Law, Start, State, Update
+from flexlora.aggregation.engine.open_round import OpenRound
+from flexlora.lora.ranks import RankClass
 
 __all__ = ["RBLA", "begin_holders"]
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from flexlora.aggregation.base import Factoring, Law, Start, State
-from flexlora.aggregation.factors import factor_start
+from flexlora.aggregation.engine.factor_sums import factor_start
+from flexlora.aggregation.engine.method import Factoring, Law, Start, State
+from flexlora.aggregation.engine.open_round import OpenRound
 from flexlora.aggregation.ffa_lora import begin_changes
-from flexlora.aggregation.rounds import OpenRound
-from flexlora.ranks import RankClass
+from flexlora.lora.ranks import RankClass
 
 __all__ = ["RoLoRA"]
 

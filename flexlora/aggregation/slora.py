@@ -16,14 +16,14 @@ from dataclasses import replace
 
 import torch
 
-from flexlora.adapters import Adapter, LoRAFactors
 from flexlora.aggregation.aligned import carried_directions
-from flexlora.aggregation.base import Factoring, Law, LocalPlan, Start, State
-from flexlora.aggregation.factors import Pair, factor_state
+from flexlora.aggregation.engine.factor_sums import Pair, factor_state
+from flexlora.aggregation.engine.method import Factoring, Law, LocalPlan, Start, State
+from flexlora.aggregation.engine.open_round import OpenRound
 from flexlora.aggregation.fedit import FedIT
 from flexlora.aggregation.flora import FLoRA
-from flexlora.aggregation.rounds import OpenRound
-from flexlora.ranks import RankClass
+from flexlora.lora.adapters import Adapter, LoRAFactors
+from flexlora.lora.ranks import RankClass
 from flexlora.seeds import generator
 
 __all__ = ["SLoRA"]

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from flexlora.config.options import OPTIONS
 from flexlora.errors import UserError
-from flexlora.options import OPTIONS
 from flexlora.report.records import RunRecords, read_run
 from flexlora.report.words import SCORES, TOTALS, setting, spelled
 

@@ -15,10 +15,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from flexlora.config import read_toml
+from flexlora.config.options import OPTIONS
+from flexlora.config.resolve import read_toml
 from flexlora.errors import UserError
-from flexlora.options import OPTIONS
-from flexlora.round_rows import missing_files, read_rounds
+from flexlora.runs.round_rows import missing_files, read_rounds
 
 __all__ = ["SERIES_FILE", "RunRecords", "finite", "read_run"]
 

@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from flexlora.options import OPTIONS
+from flexlora.config.options import OPTIONS
 from flexlora.report.markup import Markup, data, element, joined, name, table, text
 from flexlora.report.records import PERSONAL, RunRecords, cell_number, finite
 from flexlora.report.words import SCORES, setting, spelled

@@ -29,6 +29,10 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from rich.table import Table
+from torch import Tensor
+
+from flexlora.algebra.decompose import Decomposition, MatrixSum, decompose, fold
 from flexlora.simulations.benchmarks.aggregation_cases import (
     LIGHT,
     STRONG,
@@ -38,10 +42,6 @@ from flexlora.simulations.benchmarks.aggregation_cases import (
     stack_qr_way,
 )
 from flexlora.simulations.terminal import make_console
-from rich.table import Table
-from torch import Tensor
-
-from flexlora.decompose import Decomposition, MatrixSum, decompose, fold
 
 __all__ = ["Row", "main"]
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flexlora.decompose import MatrixSum, Term
+from flexlora.algebra.decompose import MatrixSum, Term
 
 __all__ = ["LIGHT", "STRONG", "Mix", "client_terms", "dense_way", "stack_qr_way"]
 

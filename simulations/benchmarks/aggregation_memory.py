@@ -13,10 +13,10 @@ import sys
 from pathlib import Path
 
 import torch
-from flexlora.simulations.benchmarks.aggregation_cases import LIGHT
 
-from flexlora.adapters import Adapter, LoRAFactors
 from flexlora.aggregation import GlobalChange, State, Update, make_method
+from flexlora.lora.adapters import Adapter, LoRAFactors
+from flexlora.simulations.benchmarks.aggregation_cases import LIGHT
 
 __all__ = ["peak_megabytes"]
 

@@ -33,6 +33,9 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
+from rich.table import Table
+
+from flexlora.errors import UserError
 from flexlora.simulations.benchmarks.cohort_flat import flat_rows
 from flexlora.simulations.benchmarks.cohort_peers.work import Work
 from flexlora.simulations.benchmarks.cohort_rows import Row, print_rows, write_rows
@@ -49,9 +52,6 @@ from flexlora.simulations.benchmarks.cohort_runs import (
 from flexlora.simulations.benchmarks.cohort_sweep import SHAPES, Sweep, sweep_rows
 from flexlora.simulations.benchmarks.cohort_work import Size, prepare
 from flexlora.simulations.terminal import make_console
-from rich.table import Table
-
-from flexlora.errors import UserError
 
 __all__ = ["compare", "main"]
 
@@ -114,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _workers(cores: int) -> list[int]:
     """One, and as many as there are cores where this FlexLoRA has a pool of workers."""
-    pool = importlib.util.find_spec("flexlora.simulations.pool")
+    pool = importlib.util.find_spec("flexlora.simulations.engine.pool")
     return [1, cores] if pool is not None and cores > 1 else [1]
 
 

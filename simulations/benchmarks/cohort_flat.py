@@ -18,14 +18,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import tomli_w
-from flexlora.server.roster import Roster
+
+from flexlora.config.resolve import Config
+from flexlora.errors import UserError
+from flexlora.server.members.roster import Roster
 from flexlora.simulations.benchmarks.cohort_rows import Row
 from flexlora.simulations.benchmarks.cohort_work import Size
 from flexlora.simulations.simulate import simulate
-
-from flexlora.config import Config
-from flexlora.errors import UserError
-from flexlora.models import resolve_name
+from flexlora.training.models import resolve_name
 
 __all__ = ["flat_rows"]
 
@@ -34,7 +34,7 @@ TARGET = 1.1
 
 
 class Peaks:
-    """Implements ``flexlora.server.observer.Observer``: the peak after each round."""
+    """Implements ``flexlora.server.observing.observer.Observer``: the peak after each round."""
 
     def __init__(self) -> None:
         self.megabytes: list[float] = []

@@ -19,14 +19,14 @@ import torch
 from torch import nn
 
 from flexlora.aggregation import GlobalChange, Start, State, make_method
-from flexlora.aggregation.starts import Factoring
+from flexlora.aggregation.engine.starts import Factoring
 from flexlora.data.collation import Example
-from flexlora.jobs import TrainJob
-from flexlora.models import pick_device
-from flexlora.ranks import RankClass
+from flexlora.lora.ranks import RankClass
 from flexlora.seeds import generator
-from flexlora.slots import SlotModel
-from flexlora.training import TrainSettings, train
+from flexlora.training.local import TrainSettings, train
+from flexlora.training.models import pick_device
+from flexlora.training.slots import SlotModel
+from flexlora.wire.jobs import TrainJob
 
 __all__ = [
     "SHAPES",

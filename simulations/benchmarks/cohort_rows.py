@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from flexlora.simulations.terminal import make_console
 from rich.table import Table
+
+from flexlora.simulations.terminal import make_console
 
 __all__ = ["Row", "print_rows", "write_rows"]
 

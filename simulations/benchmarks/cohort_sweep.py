@@ -2,7 +2,7 @@
 
 For K slots of b rows of T tokens each, all with AdamW, tokens a second of
 
-    cohort    K adapters of unequal ranks in one pass: ``flexlora.training.train`` with K jobs
+    cohort    K adapters of unequal ranks in one pass: ``flexlora.training.local.train`` with K jobs
     one       the same code with one adapter and K b rows;   peft   plain PEFT with these rows
     in turn   the same code, one client after the other, one row in a pass
 
@@ -18,6 +18,9 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 
 import torch
+
+from flexlora.aggregation import Start
+from flexlora.errors import UserError
 from flexlora.simulations.benchmarks.cohort_passes import (
     SHAPES,
     Measured,
@@ -28,10 +31,7 @@ from flexlora.simulations.benchmarks.cohort_passes import (
     starts_of,
 )
 from flexlora.simulations.benchmarks.cohort_rows import Row
-
-from flexlora.aggregation import Start
-from flexlora.errors import UserError
-from flexlora.slots import SlotModel, slot_model
+from flexlora.training.slots import SlotModel, slot_model
 
 __all__ = ["SHAPES", "Sweep", "sweep_rows"]
 

@@ -16,19 +16,19 @@ from typing import Any
 
 import tomli_w
 import torch
-from flexlora.server.settings import ServerSettings
-from flexlora.simulations.benchmarks.cohort_peers.work import Work
 
 from flexlora.aggregation import GlobalChange, State, make_method
-from flexlora.config import Config
+from flexlora.config.resolve import Config
 from flexlora.data.clients import ClientData, client_rows
 from flexlora.data.collation import Example, batch_plan
 from flexlora.data.rows import Row
 from flexlora.errors import UserError
-from flexlora.models import BaseModel, load_base, resolve_name
-from flexlora.peft_folder import save_adapter
-from flexlora.ranks import RankClass
-from flexlora.slots import slot_model
+from flexlora.lora.peft_folder import save_adapter
+from flexlora.lora.ranks import RankClass
+from flexlora.server.settings import ServerSettings
+from flexlora.simulations.benchmarks.cohort_peers.work import Work
+from flexlora.training.models import BaseModel, load_base, resolve_name
+from flexlora.training.slots import slot_model
 
 __all__ = ["Size", "prepare"]
 

@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from flexlora.simulations.benchmarks.memory_case import Case
-from flexlora.simulations.terminal import make_console
 from rich.table import Table
 
-from flexlora.architectures import shape_from_config
-from flexlora.memory import MemoryTerms, training_memory
-from flexlora.shapes import TrainingPlan
+from flexlora.planning.architectures import shape_from_config
+from flexlora.planning.memory import MemoryTerms, training_memory
+from flexlora.planning.shapes import TrainingPlan
+from flexlora.simulations.benchmarks.memory_case import Case
+from flexlora.simulations.terminal import make_console
 
 __all__ = ["Row", "cases", "main"]
 

@@ -23,15 +23,16 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from flexlora.adapters import Adapter, LoRAFactors
 from flexlora.aggregation import LocalPlan, Start
+from flexlora.config.paths import EMBEDDED
 from flexlora.data.collation import Example
-from flexlora.jobs import TrainJob
-from flexlora.models import EMBEDDED, BaseModel, load_base
-from flexlora.ranks import RankClass
-from flexlora.shapes import TrainingPlan
-from flexlora.slots import slot_model
-from flexlora.training import TrainSettings, train
+from flexlora.lora.adapters import Adapter, LoRAFactors
+from flexlora.lora.ranks import RankClass
+from flexlora.planning.shapes import TrainingPlan
+from flexlora.training.local import TrainSettings, train
+from flexlora.training.models import BaseModel, load_base
+from flexlora.training.slots import slot_model
+from flexlora.wire.jobs import TrainJob
 
 __all__ = ["Case", "measure", "train_once"]
 

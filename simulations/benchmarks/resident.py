@@ -32,22 +32,22 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from flexlora.clients.trainer.sockets import reach
-from flexlora.clients.worker import Worker
-from flexlora.server.messages import eval_content, pack, train_content
-from flexlora.simulations.benchmarks.resident_adapter import AdapterRow, adapter_rows
-from flexlora.simulations.benchmarks.resident_case import read_content, write_content
-from flexlora.simulations.terminal import make_console
 from flwr.app import Array, RecordDict
 from rich.table import Table
 
 from flexlora.aggregation import make_method
-from flexlora.aggregation.base import Factoring, State
-from flexlora.aggregation.state import GlobalChange
-from flexlora.config import Config
+from flexlora.aggregation.engine.method import Factoring, State
+from flexlora.aggregation.engine.state import GlobalChange
+from flexlora.clients.trainer.sockets import reach
+from flexlora.clients.worker import Worker
+from flexlora.config.resolve import Config
 from flexlora.data.clients import client_rows
 from flexlora.errors import UserError
-from flexlora.ranks import RankClass
+from flexlora.lora.ranks import RankClass
+from flexlora.server.transport.messages import eval_content, pack, train_content
+from flexlora.simulations.benchmarks.resident_adapter import AdapterRow, adapter_rows
+from flexlora.simulations.benchmarks.resident_case import read_content, write_content
+from flexlora.simulations.terminal import make_console
 
 __all__ = ["Row", "main", "rows_of", "write_built_in"]
 
@@ -215,7 +215,7 @@ def serving(model: str, data: Path, folder: Path, threads: int) -> Iterator[Path
         UserError: it ended, or does not listen in time.
     """
     path = folder / "socket"
-    command = [sys.executable, "-m", "flexlora.cli", "client", "serve", "--model", model]
+    command = [sys.executable, "-m", "flexlora.commands.cli", "client", "serve", "--model", model]
     command += ["--data", str(data), "--socket", str(path), "--state", str(folder / "kept")]
     command += ["--set", f"engine.threads={threads}"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)

@@ -22,25 +22,25 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from flwr.app import Context, Message, MessageType, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from flexlora.aggregation.engine.method import Start
 from flexlora.clients.trainer.client import ask
 from flexlora.clients.trainer.node import Node
 from flexlora.clients.trainer.resident import ResidentTrainer
 from flexlora.clients.trainer.service import Limits, TrainerService, listen, stop
 from flexlora.clients.trainer.store import KeptReplies
 from flexlora.clients.worker import Worker
-from flexlora.server.messages import content_bytes, pack, train_content
-from flexlora.simulations.benchmarks.process_memory import peak_bytes, reset_peak, settled_bytes
-from flexlora.simulations.clock_models import CLOCK_MODELS, clock_shape
-from flwr.app import Context, Message, MessageType, RecordDict
-from flwr.supercore.task_identity import TaskIdentity
-
-from flexlora.adapters import Adapter, LoRAFactors
-from flexlora.aggregation.base import Start
-from flexlora.config import Config
-from flexlora.jobs import TrainJob, TrainResult
-from flexlora.ranks import RankClass
+from flexlora.config.resolve import Config
+from flexlora.lora.adapters import Adapter, LoRAFactors
+from flexlora.lora.ranks import RankClass
 from flexlora.seeds import generator
-from flexlora.wire import DTYPES
+from flexlora.server.transport.messages import content_bytes, pack, train_content
+from flexlora.simulations.benchmarks.process_memory import peak_bytes, reset_peak, settled_bytes
+from flexlora.simulations.world.clock_models import CLOCK_MODELS, clock_shape
+from flexlora.wire.encoding import DTYPES
+from flexlora.wire.jobs import TrainJob, TrainResult
 
 __all__ = ["AdapterRow", "adapter_rows", "random_adapter"]
 

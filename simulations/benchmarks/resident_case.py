@@ -13,11 +13,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from flwr.app import Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
 from flexlora.clients.app import app
 from flexlora.clients.trainer.contents import PART_BYTES, data_parts, describe, rebuild
 from flexlora.clients.trainer.trainer_pb2 import Content
-from flwr.app import Context, Message, RecordDict
-from flwr.supercore.task_identity import TaskIdentity
 
 __all__ = ["main", "read_content", "write_content"]
 

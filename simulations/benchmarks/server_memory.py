@@ -29,10 +29,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from rich.table import Table
+
 from flexlora.simulations.benchmarks.server_memory_answers import ECHO, FEDAVG, Case
 from flexlora.simulations.benchmarks.server_memory_flower import measured_by_flower
 from flexlora.simulations.terminal import make_console
-from rich.table import Table
 
 __all__ = ["Row", "main"]
 

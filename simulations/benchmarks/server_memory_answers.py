@@ -13,17 +13,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from flexlora.clients.messages import capability_reply, evaluate_reply, read_train, train_reply
-from flexlora.simulations.clock_models import clock_shape
 from flwr.app import Array, ArrayRecord, Message, MessageType, MetricRecord, RecordDict
 
 import flexlora
-from flexlora.adapters import Adapter, LoRAFactors
-from flexlora.config import Config
-from flexlora.evaluation import BASE
-from flexlora.jobs import Capability, EvalResult, Score, TrainResult
+from flexlora.clients.messages import capability_reply, evaluate_reply, read_train, train_reply
+from flexlora.config.resolve import Config
+from flexlora.evaluation.evaluate import BASE
+from flexlora.lora.adapters import Adapter, LoRAFactors
 from flexlora.seeds import generator, numpy_generator
-from flexlora.wire import DTYPES
+from flexlora.simulations.world.clock_models import clock_shape
+from flexlora.wire.encoding import DTYPES
+from flexlora.wire.jobs import Capability, EvalResult, Score, TrainResult
 
 __all__ = ["ECHO", "FEDAVG", "Answers", "Case", "content_bytes"]
 

@@ -21,7 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flexlora.server.observer import LogObserver
+from flwr.app import Array, ArrayRecord, Context, Message, MessageType, RecordDict
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import FedAvg
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+from flexlora.seeds import numpy_generator
+from flexlora.server.observing.observer import LogObserver
 from flexlora.server.settings import ServerSettings
 from flexlora.server.strategy import FlexLoRAStrategy
 from flexlora.simulations.benchmarks.process_memory import peak_bytes, reset_peak, settled_bytes
@@ -32,13 +39,6 @@ from flexlora.simulations.benchmarks.server_memory_answers import (
     Case,
     content_bytes,
 )
-from flwr.app import Array, ArrayRecord, Context, Message, MessageType, RecordDict
-from flwr.serverapp import Grid, ServerApp
-from flwr.serverapp.strategy import FedAvg
-from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
-
-from flexlora.seeds import numpy_generator
 
 __all__ = ["PulledGrid", "app", "measure"]
 

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+
 from flexlora.simulations.benchmarks.cohort_peers.flower import BIN, QUIET, processes_of
 from flexlora.simulations.benchmarks.server_memory_answers import Case
 

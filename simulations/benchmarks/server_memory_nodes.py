@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
-from flexlora.simulations.benchmarks.server_memory_answers import Answers, Case
 from flwr.app import Message, MessageType
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.inflatable.inflatable_object import (
@@ -30,6 +29,8 @@ from flwr.supercore.inflatable.inflatable_utils import (
     push_objects,
 )
 from flwr.supernode.fleet_http_connection import http_request_response
+
+from flexlora.simulations.benchmarks.server_memory_answers import Answers, Case
 
 __all__ = ["main"]
 

@@ -25,7 +25,17 @@ from statistics import mean
 from typing import Any
 
 import torch
+from rich.table import Table
+from torch import Tensor
+
+from flexlora.algebra.linalg import live_rows
+from flexlora.algebra.sketch import GradientSketch
 from flexlora.clients.worker import Worker
+from flexlora.config.resolve import Config
+from flexlora.data.collation import Batch, Example, batch_plan, collate
+from flexlora.errors import UserError
+from flexlora.lora.adapters import Adapter, LoRAFactors
+from flexlora.seeds import generator
 from flexlora.simulations.benchmarks.sketch_choices import (
     BATCHES,
     best_rows,
@@ -34,19 +44,9 @@ from flexlora.simulations.benchmarks.sketch_choices import (
     memory_rows,
 )
 from flexlora.simulations.terminal import human_bytes, make_console
-from rich.table import Table
-from torch import Tensor
-
-from flexlora.adapters import Adapter, LoRAFactors
-from flexlora.config import Config
-from flexlora.data.collation import Batch, Example, batch_plan, collate
-from flexlora.errors import UserError
-from flexlora.linalg import live_rows
-from flexlora.models import load_base
-from flexlora.seeds import generator
-from flexlora.sketch import GradientSketch
-from flexlora.slots import SlotModel
-from flexlora.training import answer_losses
+from flexlora.training.local import answer_losses
+from flexlora.training.models import load_base
+from flexlora.training.slots import SlotModel
 
 __all__ = ["Capture", "cohort_captures", "exact_gradients", "main", "oracle_of"]
 

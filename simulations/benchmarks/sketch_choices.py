@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from flexlora.layers import LoRALinear, SlotFactors
-from flexlora.linalg import live_rows
+from flexlora.algebra.linalg import live_rows
+from flexlora.algebra.sketch import GradientSketch
 from flexlora.seeds import generator
-from flexlora.sketch import GradientSketch
+from flexlora.training.layers import LoRALinear, SlotFactors
 
 __all__ = ["best_rows", "captured", "choice_rows", "memory_rows", "row_choices"]
 

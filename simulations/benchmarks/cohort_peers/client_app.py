@@ -12,10 +12,11 @@ from functools import cache
 from typing import Any
 
 import torch
-from flexlora.simulations.benchmarks.cohort_peers.peft_client import load_model, train_client
-from flexlora.simulations.benchmarks.cohort_peers.work import Work
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+
+from flexlora.simulations.benchmarks.cohort_peers.peft_client import load_model, train_client
+from flexlora.simulations.benchmarks.cohort_peers.work import Work
 
 app = ClientApp()
 

@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+
 from flexlora.simulations.benchmarks.cohort_peers.work import Work
 
 APP = Path(__file__).parent / "flower_app"

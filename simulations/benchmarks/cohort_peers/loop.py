@@ -19,6 +19,7 @@ from functools import cache
 from typing import Any
 
 import torch
+
 from flexlora.simulations.benchmarks.cohort_peers.peft_client import (
     load_model,
     mean_loss,

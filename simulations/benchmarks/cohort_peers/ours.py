@@ -15,16 +15,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
-from flexlora.server.roster import Roster
+
+from flexlora.config.resolve import Config
+from flexlora.server.members.roster import Roster
 from flexlora.simulations.benchmarks.cohort_peers.work import Stamps, write_report
 from flexlora.simulations.simulate import simulate
-
-from flexlora import collector
-from flexlora.config import Config
+from flexlora.training import collector
 
 
 class Rounds:
-    """Implements ``flexlora.server.observer.Observer``: when rounds ended, who worked, metrics."""
+    """Implements ``Observer``: when rounds ended, who worked, metrics."""
 
     def __init__(self, workers: int) -> None:
         self.workers = workers

@@ -11,6 +11,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
 from flexlora.simulations.benchmarks.cohort_peers.work import (
     State,
     TextRow,
@@ -18,10 +23,6 @@ from flexlora.simulations.benchmarks.cohort_peers.work import (
     Work,
     as_batch,
 )
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from torch import Tensor
-from transformers import AutoModelForCausalLM
-from transformers.utils import logging
 
 __all__ = ["load_model", "mean_loss", "train_client"]
 

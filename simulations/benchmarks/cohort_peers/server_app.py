@@ -11,6 +11,9 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
+from flwr.serverapp import Grid, ServerApp
+
 from flexlora.simulations.benchmarks.cohort_peers.work import (
     Stamps,
     Training,
@@ -18,8 +21,6 @@ from flexlora.simulations.benchmarks.cohort_peers.work import (
     what_came_back,
     write_report,
 )
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
-from flwr.serverapp import Grid, ServerApp
 
 app = ServerApp()
 

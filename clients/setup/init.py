@@ -1,0 +1,259 @@
+"""``flexlora client init``: a ready folder for a machine that trains.
+
+The node's keys, a copy of the authority's certificate, start scripts, systemd units for three users
+behind a fence, Dockerfiles, and a README of the steps with all values filled in. What the base is
+held as is found out on this machine: the kernels are run and the bytes are counted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import sys
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from string import Template
+
+from cryptography import x509
+
+import flexlora
+from flexlora.data.rows import Row
+from flexlora.data.sources import load_folder
+from flexlora.deploy.certificates import read_authority
+from flexlora.deploy.folder import SECRET, File, check_free, fill_tree, write_folder
+from flexlora.deploy.hosts import SuperLink, parse_name, parse_port, parse_superlink, plain
+from flexlora.deploy.machine import flower_version, programs, requirements
+from flexlora.deploy.node_keys import make_node_keys, make_secret
+from flexlora.errors import UserError, nearest
+
+__all__ = ["ClientInit", "client_init"]
+
+TEMPLATES = Path(__file__).parents[1] / "templates"
+DEVICES = ("auto", "cpu", "cuda")
+HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*")
+EMPTY = {"state": 0o700, "docker/wheels": 0o755}
+GPU_GROUPS = ("video", "render")  # distributions and JetPack give the device files to these
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientInit:
+    """The command line of ``client init``; "" is what was not given."""
+
+    folder: str
+    superlink: str
+    root_certificates: str
+    data: str
+    model: str = "embedded"
+    client_id: str = ""
+    device: str = "auto"
+    quantization: str = ""
+    memory_limit: str = ""
+    port: int = 9094
+
+    def __post_init__(self) -> None:
+        if self.device not in DEVICES:
+            raise UserError(
+                f"--device is '{self.device}', expected one of {', '.join(DEVICES)}."
+                f"{nearest(self.device, DEVICES)}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """What was asked for, looked at: everything that is filled in."""
+
+    folder: Path
+    superlink: SuperLink
+    authority: bytes
+    data: Path
+    num_examples: int
+    model: str
+    is_local: bool
+    client_id: str
+
+
+def client_init(asked: ClientInit) -> int:
+    """Write the folder and say where to go on; exit status 0.
+
+    Raises:
+        UserError: an address, certificate, data or model that is none, a folder that is taken, a
+            base that does not fit or cannot be run here.
+    """
+    node = _node(asked)
+
+    from flexlora.clients.setup.findings import find  # loads torch: after what is quickly refused
+
+    findings = find(
+        model=asked.model,
+        device=asked.device,
+        quantization=asked.quantization,
+        memory_limit=asked.memory_limit,
+        num_examples=node.num_examples,
+    )
+    keys = make_node_keys(node.client_id)
+    values = _values(asked, node) | findings.values()
+    values["doctor_step"] = _part("doctor.md", values)
+    values["gpu_reservation"] = _part("gpu.yaml", values) if findings.on_card else ""
+    files = [
+        *fill_tree(TEMPLATES / "folder", values),
+        File(path="ca.crt", content=node.authority),
+        File(
+            path="findings.json", content=(json.dumps(asdict(findings), indent=1) + "\n").encode()
+        ),
+        File(path="keys/node", content=keys.private, mode=SECRET),
+        File(path="keys/node.pub", content=keys.public),
+        File(path="keys/superexec.secret", content=make_secret(), mode=SECRET),
+    ]
+    write_folder(node.folder, files, empty=EMPTY)
+    print(f"{node.folder} is ready; follow {node.folder}/README.md.")
+    print(f"Bring {node.folder}/keys/node.pub to the server's owner: it lets this node in.")
+    return 0
+
+
+def _node(asked: ClientInit) -> Node:
+    """Everything that can be refused without loading torch, in the order of the command line."""
+    superlink = parse_superlink(asked.superlink, "--superlink")
+    authority = read_authority(asked.root_certificates, "--root-certificates")
+    parse_port(asked.port, "--port")
+    folder = check_free(asked.folder)
+    plain(folder, "the folder")
+    _check_socket(folder)
+    data = Path(asked.data).expanduser().resolve()
+    rows = _rows(data)
+    plain(data, "--data")
+    model, is_local = _model(asked.model)
+    return Node(
+        folder=folder,
+        superlink=superlink,
+        authority=authority,
+        data=data,
+        num_examples=len(rows),
+        model=model,
+        is_local=is_local,
+        client_id=_client_id(asked.client_id, rows),
+    )
+
+
+def _check_socket(folder: Path) -> None:
+    from flexlora.clients.trainer.sockets import LONGEST
+
+    path = folder / "state" / "run" / "trainer.sock"
+    if len(os.fsencode(path)) > LONGEST:
+        raise UserError(
+            f"the folder's path is too long: '{path}' has {len(os.fsencode(path))} bytes, and a "
+            f"socket's has {LONGEST} at most; give a shorter one, such as /srv/flexlora-node."
+        )
+
+
+def _rows(data: Path) -> list[Row]:
+    try:
+        return load_folder(data)["train"]
+    except UserError as error:
+        raise UserError(str(error).replace("data.path", "--data")) from None
+
+
+def _model(name: str) -> tuple[str, bool]:
+    """What the trainer is started with, and whether it lies on this machine.
+
+    Raises:
+        UserError: a folder that is no model's, or a name that is none.
+    """
+    if name == "embedded":
+        return name, True
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"--model folder '{name}' has no config.json; is it a model folder?")
+        return plain(path.resolve(), "--model"), True
+    if not HUB_NAME.fullmatch(name) or path.exists():
+        raise UserError(
+            f"--model is '{name}', which is not a folder; expected 'embedded', a model folder or a "
+            "hub name like 'owner/model'."
+        )
+    return name, False
+
+
+def _client_id(given: str, rows: list[Row]) -> str:
+    """The name that was given, else the one that all rows have, else this computer's."""
+    if given:
+        return parse_name(given, "--client-id")
+    named = {row.client for row in rows}
+    (only,) = named if len(named) == 1 else (None,)
+    own = re.sub(r"[^A-Za-z0-9-]+", "-", platform.node().partition(".")[0]).strip("-")
+    try:
+        return parse_name(only or own, "--client-id")
+    except UserError:
+        raise UserError(
+            f"--client-id is missing, and neither the rows ('{only or ''}') nor this computer "
+            f"('{own}') has a name that can be used; give one, such as --client-id site-a."
+        ) from None
+
+
+def _values(asked: ClientInit, node: Node) -> dict[str, str]:
+    authority = x509.load_pem_x509_certificates(node.authority)
+    ends = min(certificate.not_valid_after_utc for certificate in authority)
+    return {
+        "folder": str(node.folder),
+        "programs": programs(),
+        "python": f"{sys.version_info.major}.{sys.version_info.minor}",
+        "version": flexlora.__version__,
+        "flwr": flower_version(),
+        "requirements": requirements(),
+        "superlink": str(node.superlink),
+        "port": str(asked.port),
+        "data": str(node.data),
+        "num_examples": str(node.num_examples),
+        "model": node.model,
+        "client_id": node.client_id,
+        "expires": _day(ends),
+        "gpu_groups": _gpu_groups(),
+        **_network(node),
+    }
+
+
+def _network(node: Node) -> dict[str, str]:
+    """Who may reach what: a trainer whose base is on the disk needs no network at all."""
+    address = node.superlink.host.address
+    if address:
+        supernode = f"IPAddressDeny=any\nIPAddressAllow=localhost {address}"
+    else:
+        supernode = (
+            "# The server is known by a name, so no address is shut out here; if its address is\n"
+            "# fixed, write: IPAddressDeny=any, and IPAddressAllow=localhost and that address."
+        )
+    mounted = node.is_local and node.model != "embedded"
+    return {
+        "supernode_addresses": supernode,
+        "offline": "export HF_HUB_OFFLINE=1" if node.is_local else "# the base is on the hub",
+        "trainer_network_mode": "none" if node.is_local else "bridge",
+        "trainer_network_told": "none" if node.is_local else "any, to fetch the base",
+        "model_volume": f"      - {node.model}:{node.model}:ro\n" if mounted else "",
+        "trainer_network": (
+            "# The base is on this disk: the trainer needs no network, no row can leave by one.\n"
+            "PrivateNetwork=yes"
+            if node.is_local
+            else "# The base comes from the hub; a local folder would need no network at all."
+        ),
+    }
+
+
+def _gpu_groups() -> str:
+    """The unit's line for groups of this machine; with an unknown one a unit does not start."""
+    import grp
+
+    known = {entry.gr_name for entry in grp.getgrall()}
+    groups = [name for name in GPU_GROUPS if name in known]
+    if not groups:
+        return "# There is none."
+    return f"SupplementaryGroups={' '.join(groups)}"
+
+
+def _part(name: str, values: dict[str, str]) -> str:
+    return Template((TEMPLATES / "parts" / name).read_text(encoding="utf-8")).substitute(values)
+
+
+def _day(moment: datetime) -> str:
+    return f"{moment:%Y-%m-%d}"

@@ -1,0 +1,133 @@
+"""What a client of a rank class is sent: factors to train, factors to carry, and how to train.
+
+A method speaks to its clients through this alone; the client's code knows no method by name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+
+from flexlora.lora.adapters import Adapter, LoRAFactors, zero_factors
+from flexlora.lora.ranks import RankClass
+from flexlora.seeds import numpy_generator
+
+__all__ = ["Factoring", "LocalPlan", "Start"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Factoring:
+    """How ``T_r(G)`` becomes factors: alpha, plain or rsLoRA scaling, the split, the seed."""
+
+    alpha: float
+    rslora: bool = False
+    singular_values: str = "b-heavy"
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalPlan:
+    """What a method asks of local training beside plain steps; plain numbers, so that it travels.
+
+    Args:
+        gradient_batches: batches of the gradient that ``lora_A`` is turned to before the first
+            step; 0 leaves it as sent.
+        restarts: how often, at equal distances, what was trained is frozen beside the base and
+            fresh factors begin; the update holds all of them side by side.
+        merge: add the carried factors into a copy of the weights where these are floats, instead
+            of a product beside every forward pass.
+        prune_penalty, prune_factor: HetLoRA's regulariser of the last terms, and the share of the
+            rank that is kept when they have shrunk; 0 for neither.
+        select: train as many of the sent terms as the class's rank, drawn by (``select_seed``,
+            round, client), and carry the others.
+    """
+
+    gradient_batches: int = 0
+    restarts: int = 0
+    merge: bool = False
+    prune_penalty: float = 0.0
+    prune_factor: float = 0.0
+    select: bool = False
+    select_seed: int = 0
+
+    def to_dict(self) -> dict[str, bool | int | float]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """What a client of one rank class is sent, as it arrives there (after the wire).
+
+    ``trained`` are the factors it starts from; ``carried`` are frozen beside them (None: nothing);
+    ``carried_dtype`` is what they travel and lie in memory as ("": as the others). ``trainable``
+    names the factors that get gradients and come back.
+    """
+
+    rank_class: RankClass
+    base_round: int
+    trained: Adapter
+    carried: Adapter | None = None
+    carried_dtype: str = ""
+    trainable: tuple[str, ...] = ("lora_A", "lora_B")
+    local: LocalPlan = LocalPlan()
+    digest: str = ""
+
+    def sealed(self) -> Start:
+        """The same start with the digest of what it holds."""
+        parts = [self.trained.digest(), self.carried.digest() if self.carried else ""]
+        return replace(self, digest="+".join(part[:32] for part in parts))
+
+    @property
+    def carried_bytes(self) -> int:
+        """What the carried factors take in a client's memory."""
+        if self.carried is None:
+            return 0
+        halved = self.carried_dtype == "bfloat16"
+        return self.carried.num_bytes // (2 if halved else 1)
+
+    def for_client(self, client_id: str) -> Start:
+        """What this one client trains and carries; the class's own start unless terms are drawn.
+
+        Server and client compute it alike from what was sent, so it costs no bytes.
+        """
+        if not self.local.select:
+            return self
+        trained, carried = {}, {}
+        for name, factors in self.trained.items():
+            drawn = self.drawn_terms(client_id, name)
+            rest = [term for term in range(factors.rank) if term not in set(drawn)]
+            trained[name] = factors.terms(drawn)
+            parts = [factors.terms(rest)] if rest else []
+            parts += [self.carried[name]] if self.carried is not None else []
+            if parts:
+                carried[name] = LoRAFactors.side_by_side(parts)
+        for name in set(trained) - set(carried) if carried else ():
+            carried[name] = zero_factors(trained[name])
+        whole = Adapter(carried) if carried else None
+        return replace(self, trained=Adapter(trained), carried=whole)
+
+    def drawn_terms(self, client_id: str, module: str) -> list[int]:
+        """Which of the sent terms of a module the client trains, ascending."""
+        factors = self.trained[module]
+        if not self.local.select:
+            return list(range(factors.rank))
+        ranks = [factors.rank for factors in self.trained.values()]
+        purpose = (self.local.select_seed, "select", self.base_round, client_id)
+        order = numpy_generator(*purpose).permutation(max(ranks)).tolist()
+        rank = self.rank_class.rank_of(module, factors.out_features, factors.in_features)
+        return sorted([term for term in order if term < factors.rank][:rank])
+
+    def served(self) -> Adapter:
+        """What a model of this class is: trained and carried factors side by side.
+
+        Fresh factors, whose ``lora_B`` is zero, add nothing and are left out.
+        """
+        if self.carried is None:
+            return self.trained
+        if not any(bool(factors.lora_B.any()) for factors in self.trained.values()):
+            return self.carried
+        return Adapter(
+            {
+                name: LoRAFactors.side_by_side([own, self.carried[name]])
+                for name, own in self.trained.items()
+            }
+        )

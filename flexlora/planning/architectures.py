@@ -1,0 +1,299 @@
+"""From a model's ``config.json`` to its shape, family by family, with transformers' own defaults.
+
+A key that a config.json leaves out has the default of the family's configuration class; the tests
+hold every family's parameter count and linears against the real model on torch's meta device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flexlora.errors import UserError, nearest
+from flexlora.planning.shapes import Linear, ModelShape
+
+__all__ = ["FAMILIES", "shape_from_config"]
+
+# Tensors of the MLP's width that an activation keeps for its own backward pass: a fused kernel its
+# input, one that is written out in products (GPT-2's tanh) every factor.
+ACTIVATION_TENSORS = {
+    "silu": 1,
+    "swish": 1,
+    "gelu": 1,
+    "gelu_pytorch_tanh": 1,
+    "relu": 1,
+    "quick_gelu": 2,
+    "gelu_new": 4,
+}
+
+
+def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
+    """The shape of a ``config.json``.
+
+    Raises:
+        UserError: an architecture that is not known, a mixture of experts, a model of images, a
+            checkpoint that is quantized already, a key that is missing.
+    """
+    model_type = str(config.get("model_type", ""))
+    _refuse(config, model_type)
+    return FAMILIES[model_type](_Reader(config, model_type))
+
+
+def _refuse(config: Mapping[str, Any], model_type: str) -> None:
+    experts = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    if "moe" in model_type or any((config.get(key) or 0) > 1 for key in experts):
+        raise UserError(
+            f"'{model_type}' is a mixture of experts, which FlexLoRA does not train; "
+            f"expected a dense model of {', '.join(FAMILIES)}."
+        )
+    if "vision_config" in config or "text_config" in config:
+        raise UserError(
+            f"'{model_type}' is a model of images and text; expected the config.json of a model "
+            f"of text alone, one of {', '.join(FAMILIES)}."
+        )
+    if model_type not in FAMILIES:
+        raise UserError(
+            f"config.json has model_type '{model_type}', expected one of "
+            f"{', '.join(FAMILIES)}.{nearest(model_type, FAMILIES)}"
+        )
+    if config.get("quantization_config"):
+        kind = config["quantization_config"].get("quant_method", "unknown")
+        raise UserError(
+            f"this checkpoint is quantized already ({kind}); expected float weights, which "
+            "FlexLoRA quantizes itself where a card is small."
+        )
+
+
+class _Reader:
+    """Keys of one config.json, with the defaults that transformers gives those left out."""
+
+    def __init__(self, config: Mapping[str, Any], model_type: str) -> None:
+        self.config, self.model_type = config, model_type
+
+    def size(self, *names: str, default: int | None = None) -> int:
+        found = next((self.config[n] for n in names if self.config.get(n) is not None), default)
+        if not isinstance(found, int) or isinstance(found, bool) or found < 1:
+            raise UserError(
+                f"config.json ({self.model_type}) has {names[0]} {found!r}, "
+                "expected a whole number of at least 1."
+            )
+        return found
+
+    def flag(self, name: str, default: bool) -> bool:
+        return bool(self.config.get(name, default))
+
+    @property
+    def dtype(self) -> str:
+        return str(self.config.get("dtype") or self.config.get("torch_dtype") or "float32")
+
+    def activation_tensors(self, *names: str, default: str) -> int:
+        name = next((self.config[n] for n in names if self.config.get(n)), default)
+        if name not in ACTIVATION_TENSORS:
+            raise UserError(
+                f"config.json ({self.model_type}) has the activation '{name}', expected one of "
+                f"{', '.join(ACTIVATION_TENSORS)}.{nearest(str(name), ACTIVATION_TENSORS)}"
+            )
+        return ACTIVATION_TENSORS[name]
+
+
+def _gated_family(
+    *,
+    head_dim: int | None = None,
+    tied: bool = False,
+    norms: int = 2,
+    activation: tuple[str, ...] = ("hidden_act",),
+    activation_default: str = "silu",
+    qkv_bias: bool = False,
+    query_key_norm: bool = False,
+    scores: bool = False,
+    capped: bool = False,
+) -> Callable[[_Reader], ModelShape]:
+    """Llama and those built like it: RMSNorm, rotary positions, a gated MLP, grouped queries."""
+
+    def read(reader: _Reader) -> ModelShape:
+        d, heads = reader.size("hidden_size"), reader.size("num_attention_heads")
+        size = reader.size("head_dim", default=head_dim or d // heads)
+        key_heads = reader.size("num_key_value_heads", default=heads)
+        ff = reader.size("intermediate_size")
+        bias, mlp_bias = reader.flag("attention_bias", False), reader.flag("mlp_bias", False)
+        linears = (
+            _linear("self_attn.q_proj", heads * size, d, "attention_in", bias or qkv_bias),
+            _linear("self_attn.k_proj", key_heads * size, d, "attention_in", bias or qkv_bias),
+            _linear("self_attn.v_proj", key_heads * size, d, "attention_in", bias or qkv_bias),
+            _linear("self_attn.o_proj", d, heads * size, "attention_out", bias),
+            _linear("mlp.gate_proj", ff, d, "mlp_in", mlp_bias),
+            _linear("mlp.up_proj", ff, d, "mlp_in", mlp_bias),
+            _linear("mlp.down_proj", d, ff, "mlp_mid", mlp_bias),
+        )
+        kept = reader.activation_tensors(*activation, default=activation_default)
+        return _shape(
+            reader,
+            num_key_value_heads=key_heads,
+            head_dim=size,
+            intermediate_size=ff,
+            tied=reader.flag("tie_word_embeddings", tied),
+            norms=norms,
+            norm_inputs=norms,
+            query_key_norm=query_key_norm,
+            scores=scores,
+            mlp_numbers=(kept + 2) * ff,
+            capped_logits=capped and bool(reader.config.get("final_logit_softcapping")),
+            linears=linears,
+        )
+
+    return read
+
+
+def _phi3(reader: _Reader) -> ModelShape:
+    """Phi-3 and Phi-4: Llama with fused projections."""
+    d, heads = reader.size("hidden_size"), reader.size("num_attention_heads")
+    size, ff = d // heads, reader.size("intermediate_size")
+    key_heads = reader.size("num_key_value_heads", default=heads)
+    linears = (
+        _linear("self_attn.o_proj", d, heads * size, "attention_out"),
+        _linear("self_attn.qkv_proj", (heads + 2 * key_heads) * size, d, "attention_in"),
+        _linear("mlp.gate_up_proj", 2 * ff, d, "mlp_in"),
+        _linear("mlp.down_proj", d, ff, "mlp_mid"),
+    )
+    return _shape(
+        reader,
+        num_key_value_heads=key_heads,
+        head_dim=size,
+        intermediate_size=ff,
+        tied=reader.flag("tie_word_embeddings", False),
+        fused="rotated",
+        own_output=True,
+        mlp_numbers=(reader.activation_tensors("hidden_act", default="silu") + 2) * ff,
+        linears=linears,
+    )
+
+
+def _gpt2(reader: _Reader) -> ModelShape:
+    d = reader.size("n_embd", "hidden_size")
+    heads, ff = reader.size("n_head", "num_attention_heads"), reader.size("n_inner", default=4 * d)
+    kept = reader.activation_tensors("activation_function", default="gelu_new")
+    return _shape(
+        reader,
+        head_dim=d // heads,
+        num_key_value_heads=heads,
+        intermediate_size=ff,
+        tied=reader.flag("tie_word_embeddings", True),
+        learned_positions=reader.size("n_positions", "max_position_embeddings"),
+        rms_norm=False,
+        fused="split",
+        mlp_numbers=kept * ff,
+        gated=False,
+        linears=(
+            _linear("attn.c_attn", 3 * d, d, "attention_in", True),
+            _linear("attn.c_proj", d, d, "attention_out", True),
+            _linear("mlp.c_fc", ff, d, "mlp_in", True),
+            _linear("mlp.c_proj", d, ff, "mlp_mid", True),
+        ),
+    )
+
+
+def _gpt_neox(reader: _Reader) -> ModelShape:
+    d, ff = reader.size("hidden_size"), reader.size("intermediate_size")
+    heads, bias = reader.size("num_attention_heads"), reader.flag("attention_bias", True)
+    return _shape(
+        reader,
+        head_dim=d // heads,
+        num_key_value_heads=heads,
+        intermediate_size=ff,
+        tied=reader.flag("tie_word_embeddings", False),
+        rms_norm=False,
+        norm_inputs=1 if reader.flag("use_parallel_residual", True) else 2,
+        fused="rotated",
+        own_output=True,
+        mlp_numbers=reader.activation_tensors("hidden_act", default="gelu") * ff,
+        gated=False,
+        linears=(
+            _linear("attention.query_key_value", 3 * d, d, "attention_in", bias),
+            _linear("attention.dense", d, d, "attention_out", bias),
+            _linear("mlp.dense_h_to_4h", ff, d, "mlp_in", True),
+            _linear("mlp.dense_4h_to_h", d, ff, "mlp_mid", True),
+        ),
+    )
+
+
+def _phi(reader: _Reader) -> ModelShape:
+    """Phi-1 and Phi-2: attention and MLP read the same norm's output."""
+    d, heads = reader.size("hidden_size"), reader.size("num_attention_heads")
+    size, ff = d // heads, reader.size("intermediate_size")
+    key_heads = reader.size("num_key_value_heads", default=heads)
+    return _shape(
+        reader,
+        num_key_value_heads=key_heads,
+        head_dim=size,
+        intermediate_size=ff,
+        tied=reader.flag("tie_word_embeddings", False),
+        head_bias=True,
+        rms_norm=False,
+        norms=1,
+        norm_inputs=1,
+        query_key_norm=reader.flag("qk_layernorm", False),
+        own_output=True,
+        mlp_numbers=reader.activation_tensors("hidden_act", default="gelu_new") * ff,
+        gated=False,
+        linears=(
+            _linear("self_attn.q_proj", heads * size, d, "attention_in", True),
+            _linear("self_attn.k_proj", key_heads * size, d, "attention_in", True),
+            _linear("self_attn.v_proj", key_heads * size, d, "attention_in", True),
+            _linear("self_attn.dense", d, heads * size, "attention_out", True),
+            _linear("mlp.fc1", ff, d, "attention_in", True),
+            _linear("mlp.fc2", d, ff, "mlp_mid", True),
+        ),
+    )
+
+
+def _linear(name: str, out: int, inner: int, source: str, bias: bool = False) -> Linear:
+    return Linear(name=name, out_features=out, in_features=inner, source=source, bias=bias)
+
+
+def _shape(reader: _Reader, **values: Any) -> ModelShape:
+    """What most families have in common; ``values`` say where one differs."""
+    windowed = reader.config.get("use_sliding_window", True)  # Qwen names a window it does not use
+    common: dict[str, Any] = {
+        "model_type": reader.model_type,
+        "dtype": reader.dtype,
+        "vocab_size": reader.size("vocab_size"),
+        "hidden_size": reader.size("hidden_size", "n_embd"),
+        "num_layers": reader.size("num_hidden_layers", "n_layer"),
+        "num_heads": reader.size("num_attention_heads", "n_head"),
+        "max_positions": reader.size("max_position_embeddings", "n_positions", default=2048),
+        "sliding_window": reader.config.get("sliding_window") if windowed else None,
+        "learned_positions": 0,
+        "rms_norm": True,
+        "norms": 2,
+        "norm_inputs": 2,
+        "query_key_norm": False,
+        "fused": "",
+        "own_output": False,
+        "scores": False,
+        "head_bias": False,
+        "gated": True,
+        "capped_logits": False,
+    }
+    return ModelShape(**{**common, **values})
+
+
+_GEMMA_ACTIVATION: dict[str, Any] = {
+    "activation": ("hidden_activation", "hidden_act"),
+    "activation_default": "gelu_pytorch_tanh",
+    "tied": True,
+    "head_dim": 256,
+}
+
+FAMILIES: dict[str, Callable[[_Reader], ModelShape]] = {
+    "llama": _gated_family(),
+    "mistral": _gated_family(),
+    "qwen2": _gated_family(qkv_bias=True),
+    "qwen3": _gated_family(head_dim=128, query_key_norm=True),
+    "gemma": _gated_family(**_GEMMA_ACTIVATION),
+    "gemma2": _gated_family(**_GEMMA_ACTIVATION, norms=4, scores=True, capped=True),
+    "gemma3_text": _gated_family(**_GEMMA_ACTIVATION, norms=4, query_key_norm=True, capped=True),
+    "gpt2": _gpt2,
+    "gpt_neox": _gpt_neox,
+    "phi": _phi,
+    "phi3": _phi3,
+}

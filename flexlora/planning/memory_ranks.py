@@ -1,0 +1,96 @@
+"""``ranks.policy=memory``: the largest useful rank that fits what a client says is free.
+
+A client trains with the run's own batch, length, dtype and checkpointing, on the base that it holds
+(``quantization`` of its report); only the rank is chosen, from the powers of two up to what its
+number of examples supports (``planner.useful_rank``). Its free bytes are those before the base was
+loaded, so the prediction counts the base too, and the planner's margin is kept free.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+
+from flexlora.config.resolve import Config
+from flexlora.lora.ranks import RankClass
+from flexlora.planning.memory import training_memory
+from flexlora.planning.model_config import read_shape
+from flexlora.planning.planner import Request, needed_bytes, useful_rank
+from flexlora.planning.shapes import ModelShape, TrainingPlan
+from flexlora.units import human_bytes
+
+__all__ = ["memory_rank", "run_plan"]
+
+CARRYING = ("aligned", "carried", "fed-plora")  # methods that send factors to carry
+
+
+def run_plan(config: Config) -> tuple[ModelShape, TrainingPlan]:
+    """The model's shape and how this run trains, at rank 1 and without quantization.
+
+    Raises:
+        UserError: a model whose memory cannot be predicted.
+    """
+    shape, method = read_shape(config["model.name"]), config["method.name"]
+    shape.targets(config["lora.target-modules"])
+    carried_dtype = config["method.carried-dtype"] or config["wire.dtype"]
+    plan = TrainingPlan(
+        rank=1,
+        max_length=min(config["train.max-length"], shape.max_positions),
+        batch=config["train.per-device-train-batch-size"],
+        dtype=config["model.dtype"],
+        carried_rank=config["method.carried-rank"] if method in CARRYING else 0,
+        carried_dtype="bfloat16" if carried_dtype == "bfloat16" else "float32",
+        gradient_checkpointing=config["train.gradient-checkpointing"],
+        optim=config["train.optim"],
+        attention=config["model.attn-implementation"],
+        aligned=method == "aligned" and config["method.gradient-batches"] > 0,
+        lora_dropout=config["lora.dropout"],
+        target_modules=config["lora.target-modules"],
+    )
+    return shape, plan
+
+
+def memory_rank(
+    shape: ModelShape,
+    plan: TrainingPlan,
+    *,
+    free_bytes: int,
+    num_examples: int,
+    quantization: str,
+    device: str,
+) -> RankClass | str:
+    """The rank class of one client, or in one sentence why there is none."""
+    if free_bytes < 1:
+        return "it did not say how much memory is free, which ranks.policy=memory goes by"
+    unified = device.startswith("cpu")
+    largest = useful_rank(num_examples)
+    rank, needed = _largest_fit(shape, plan, free_bytes, largest, quantization, unified)
+    if rank:
+        return RankClass.of(rank)
+    base = plan.dtype if quantization == "none" else quantization
+    return (
+        f"{human_bytes(free_bytes)} are free, {human_bytes(needed)} are needed at rank 1 on a "
+        f"{base} base with train.per-device-train-batch-size={plan.batch} and "
+        f"train.max-length={plan.max_length}"
+    )
+
+
+@lru_cache(maxsize=1024)
+def _largest_fit(
+    shape: ModelShape,
+    plan: TrainingPlan,
+    free_bytes: int,
+    largest: int,
+    quantization: str,
+    unified: bool,
+) -> tuple[int, int]:
+    """The rank (0: none fits) and what it needs."""
+    needed, rank = 0, largest
+    while rank >= 1:
+        own = replace(plan, rank=rank, quantization=quantization, unified_memory=unified)
+        request = Request(memory_bytes=free_bytes)
+        needed = needed_bytes(training_memory(shape, own), request)
+        if needed <= free_bytes:
+            return rank, needed
+        rank //= 2
+    return 0, needed

@@ -1,0 +1,62 @@
+"""The ``config.json`` behind a model's name: a folder, a file, ``embedded`` or a hub name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from flexlora.config.paths import EMBEDDED
+from flexlora.errors import UserError
+from flexlora.planning.architectures import shape_from_config
+from flexlora.planning.shapes import ModelShape
+
+__all__ = ["read_shape"]
+
+
+def read_shape(name: str) -> ModelShape:
+    """The shape of a model folder, of ``embedded``, or of a hub model.
+
+    Raises:
+        UserError: nothing there, not JSON, or an architecture that is not known.
+    """
+    file = _config_file(name)
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"'{file}' cannot be read as JSON: {error}.") from None
+    if not isinstance(config, dict):
+        raise UserError(f"'{file}' holds {type(config).__name__}, expected an object of keys.")
+    return shape_from_config(config)
+
+
+def _config_file(name: str) -> Path:
+    if name == "embedded":
+        return EMBEDDED / "config.json"
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"model folder '{name}' has no config.json; is it a model folder?")
+        return path / "config.json"
+    if path.suffix == ".json" and path.is_file():
+        return path
+    if name.startswith((".", "/", "~")) or name.count("/") != 1 or path.exists():
+        raise UserError(
+            f"--model is '{name}', which is not a folder; "
+            "expected 'embedded', a model folder, a config.json or a hub name like 'owner/model'."
+        )
+    return _from_hub(name)
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # every retry is told otherwise; what came of them is told below
+    try:
+        return Path(hf_hub_download(name, "config.json"))
+    except Exception as error:  # whatever a hub, a proxy or no network makes the client raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"config.json of '{name}' cannot be fetched: {reason}") from None
+    finally:
+        logging.set_verbosity(verbosity)

@@ -1,0 +1,200 @@
+"""Who trains at which rank: the policies behind ``ranks.policy``.
+
+    fixed          one rank for all
+    tiers          ranks and shares, dealt by the seed with exact quotas
+    paper:NAME     the client types of FlexLoRA (Bai et al., NeurIPS 2024, arXiv 2402.11505)
+    file           a table by client id (``rank_tables.py``)
+    memory         the rank that fits what each client reports (``memory_ranks.py``)
+
+The paper's types train at rank 8 in all modules; at 30; at 30 in attention and 200 in the MLP; at
+200. Shares are those of its public code, where a client's type is drawn, and here dealt:
+
+    type                 8      30   30/200     200
+    uniform           0.25    0.25     0.25    0.25
+    heavy-tail-light  0.80    0.05     0.05    0.10
+    heavy-tail-strong 0.05    0.05     0.10    0.80
+    normal           0.058   0.442    0.442   0.058
+
+``normal`` is the normal density of mean 1.5 and deviation 0.7 at 0, 1, 2, 3, normalised. The public
+code evaluates it at its own numbers of the types, which are not in order of size, so that 30 and
+200 stand in each other's place there; here it is a bell over the sizes, as its name says.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from flexlora.config.options import RANK_POLICIES
+from flexlora.errors import UserError, nearest
+from flexlora.lora.ranks import RankClass, parse_shares, parse_tiers, quotas
+from flexlora.planning.memory_ranks import memory_rank
+from flexlora.planning.rank_tables import read_rank_table
+from flexlora.planning.shapes import ModelShape, TrainingPlan
+from flexlora.seeds import numpy_generator
+
+if TYPE_CHECKING:
+    from flexlora.wire.jobs import Capability
+
+__all__ = ["MLP", "PAPER_SHARES", "RankPolicy", "paper_types"]
+
+# Llama, Qwen, Mistral, Gemma, Phi, GPT-2 and GPT-NeoX keep their MLP in `mlp`, OPT in the layer.
+MLP = r"(^|\.)(mlp\.|(fc1|fc2|(gate|up|down|gate_up)_proj|c_fc|dense_(h_to_4h|4h_to_h))$)"
+
+
+def _bell(mean: float, deviation: float) -> tuple[float, ...]:
+    density = [math.exp(-0.5 * ((place - mean) / deviation) ** 2) for place in range(4)]
+    return tuple(value / sum(density) for value in density)
+
+
+PAPER_SHARES = {
+    "paper:uniform": (0.25, 0.25, 0.25, 0.25),
+    "paper:heavy-tail-light": (0.80, 0.05, 0.05, 0.10),
+    "paper:heavy-tail-strong": (0.05, 0.05, 0.10, 0.80),
+    "paper:normal": _bell(1.5, 0.7),
+}
+
+
+def paper_types(scale: float = 1.0) -> tuple[RankClass, ...]:
+    """The four types in order of size, their ranks times ``scale`` and at least 1."""
+    small, middle, large = (max(1, round(rank * scale)) for rank in (8, 30, 200))
+    third = RankClass.of(middle)
+    if large > middle:
+        name = f"rank_{middle}_mlp_{large}"
+        third = RankClass(name=name, rank=middle, pattern=((MLP, large),))
+    return RankClass.of(small), RankClass.of(middle), third, RankClass.of(large)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankPolicy:
+    """The ``ranks.*`` keys as plain values; ``memory`` is what ``ranks.policy=memory`` goes by.
+
+    Raises:
+        UserError: an unknown policy, ranks, tiers, shares or a table that make no sense.
+    """
+
+    policy: str
+    fixed: int = 8
+    tiers: str = "4,8,16"
+    shares: str = "equal"
+    scale: float = 1.0
+    file: str = ""
+    seed: int = 0
+    memory: tuple[ModelShape, TrainingPlan] | None = None
+
+    def __post_init__(self) -> None:
+        if self.policy not in RANK_POLICIES:
+            raise UserError(
+                f"ranks.policy is '{self.policy}', expected one of {', '.join(RANK_POLICIES)}."
+                f"{nearest(self.policy, RANK_POLICIES)}"
+            )
+        self._refuse_ignored()
+        if self.policy == "fixed" and self.fixed < 1:
+            raise UserError(f"ranks.fixed is {self.fixed}, expected a rank of at least 1.")
+        if self.policy == "tiers":
+            parse_shares(self.shares, len(parse_tiers(self.tiers)))
+        if self.policy == "file":
+            read_rank_table(self.file)
+
+    def _refuse_ignored(self) -> None:
+        if self.file and self.policy != "file":
+            raise UserError(
+                f"ranks.file is '{self.file}', which ranks.policy={self.policy} does not read; "
+                "set ranks.policy=file."
+            )
+        if self.scale != 1.0 and self.policy not in PAPER_SHARES:
+            raise UserError(
+                f"ranks.scale is {self.scale:g}, which ranks.policy={self.policy} does not read; "
+                "it scales the ranks of ranks.policy=paper:..."
+            )
+
+    def assign(
+        self,
+        client_ids: Sequence[str],
+        *,
+        others: Sequence[str] | None = (),
+        capabilities: Mapping[str, Capability] | None = None,
+    ) -> dict[str, RankClass]:
+        """A rank class for every client, a function of the set of ids and the seed only.
+
+        Under ``memory``, of each client's report alone, and for those that fit (``too_small``).
+
+        Args:
+            others: clients that are known and take no part; None where some did not say who they
+                are, so that no name in a table can be called unknown.
+            capabilities: what each client reported, for ``memory``.
+
+        Raises:
+            UserError: a table that does not fit these clients.
+        """
+        ordered = sorted(client_ids)
+        if self.policy == "fixed":
+            return dict.fromkeys(ordered, RankClass.of(self.fixed))
+        if self.policy == "file":
+            return _from_table(read_rank_table(self.file), ordered, others, self.file)
+        if self.policy == "memory":
+            found = {i: self.from_memory((capabilities or {})[i]) for i in ordered}
+            return {i: given for i, given in found.items() if isinstance(given, RankClass)}
+        if self.policy == "tiers":
+            types = tuple(RankClass.of(rank) for rank in parse_tiers(self.tiers))
+            return self._dealt(ordered, types, parse_shares(self.shares, len(types)))
+        return self._dealt(ordered, paper_types(self.scale), PAPER_SHARES[self.policy])
+
+    def from_memory(self, report: Capability) -> RankClass | str:
+        """The class that fits what a client reported, or why there is none."""
+        if self.memory is None:
+            raise ValueError("ranks.policy=memory needs the model's shape and the run's plan.")
+        shape, plan = self.memory
+        return memory_rank(
+            shape,
+            plan,
+            free_bytes=report.free_bytes,
+            num_examples=report.num_examples,
+            quantization=report.quantization,
+            device=report.device,
+        )
+
+    def too_small(self, report: Capability) -> str:
+        """Why a client cannot train at any rank; empty where it can, or nobody measures."""
+        given = self.from_memory(report) if self.policy == "memory" else ""
+        return given if isinstance(given, str) else ""
+
+    def _dealt(
+        self, ordered: Sequence[str], types: Sequence[RankClass], shares: Sequence[float]
+    ) -> dict[str, RankClass]:
+        """The ids, shuffled by the seed, dealt to the types in their order with exact quotas."""
+        counts = quotas(shares, len(ordered))
+        shuffled = numpy_generator(self.seed, "ranks").permutation(len(ordered))
+        dealt = [kind for kind, count in zip(types, counts, strict=True) for _ in range(count)]
+        table = {ordered[i]: kind for i, kind in zip(shuffled, dealt, strict=True)}
+        return {client_id: table[client_id] for client_id in ordered}
+
+
+def _from_table(
+    table: Mapping[str, RankClass],
+    ordered: Sequence[str],
+    others: Sequence[str] | None,
+    file: str,
+) -> dict[str, RankClass]:
+    missing = [client_id for client_id in ordered if client_id not in table]
+    if missing:
+        raise UserError(
+            f"ranks.file '{file}' has no entry for client '{missing[0]}'"
+            f"{_and_more(missing)}; every client that trains needs one."
+            f"{nearest(missing[0], table)}"
+        )
+    if others is not None:
+        known = {*ordered, *others}
+        unknown = sorted(set(table) - known)
+        if unknown:
+            raise UserError(
+                f"ranks.file '{file}' names client '{unknown[0]}'{_and_more(unknown)}, which "
+                f"does not take part.{nearest(unknown[0], known)}"
+            )
+    return {client_id: table[client_id] for client_id in ordered}
+
+
+def _and_more(names: Sequence[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""

@@ -1,0 +1,128 @@
+"""A rank for every client from a file: ``ranks.policy=file``, ``ranks.file=TABLE``.
+
+CSV, with one row per client; ``pattern`` and ``carried_rank`` may be missing or empty:
+
+    client_id,rank,pattern,carried_rank
+    site_1,8,,64
+    site_2,8,mlp=16; q_proj=32,
+
+TOML, one entry per client, a rank alone or a table:
+
+    site_1 = 8
+    site_2 = {rank = 8, pattern = {mlp = 16, q_proj = 32}, carried_rank = 64}
+
+A pattern is a regular expression, searched for in a module's name; the first that is found counts.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+import tomllib
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from flexlora.errors import UserError, nearest
+from flexlora.lora.ranks import RankClass
+
+__all__ = ["read_rank_table"]
+
+_FIELDS = ("rank", "pattern", "carried_rank")
+
+
+def read_rank_table(path: str) -> dict[str, RankClass]:
+    """The rank class of every client that the file names.
+
+    Raises:
+        UserError: a file that is not there or cannot be read, a client named twice, a rank that is
+            not a whole number of at least 1, a field or an expression that is unknown.
+    """
+    if not path:
+        raise UserError("ranks.policy is 'file' and ranks.file is empty, expected a .csv or .toml.")
+    file = Path(path).expanduser()
+    if file.suffix not in (".csv", ".toml"):
+        raise UserError(f"ranks.file is '{path}', expected a file that ends in .csv or .toml.")
+    read = _read_csv if file.suffix == ".csv" else _read_toml
+    try:
+        text = file.read_text(encoding="utf-8")
+        entries = list(read(path, text))
+    except FileNotFoundError:
+        raise UserError(f"ranks.file '{path}' does not exist.") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, csv.Error) as error:
+        raise UserError(f"ranks.file '{path}' cannot be read: {error}.") from None
+    table: dict[str, RankClass] = {}
+    for client_id, fields in entries:
+        if client_id in table:
+            raise UserError(f"ranks.file '{path}' names client '{client_id}' twice.")
+        table[client_id] = _rank_class(f"ranks.file '{path}', client '{client_id}'", fields)
+    if not table:
+        raise UserError(f"ranks.file '{path}' names no client.")
+    return table
+
+
+def _read_csv(path: str, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    reader = csv.DictReader(text.splitlines(), skipinitialspace=True)
+    names = [name or "" for name in reader.fieldnames or ()]
+    for wanted in ("client_id", "rank"):
+        if wanted not in names:
+            raise UserError(
+                f"ranks.file '{path}' has the columns {', '.join(names) or 'none'}, "
+                f"expected client_id and rank, and maybe pattern and carried_rank."
+            )
+    for row in reader:
+        fields = {k: v for k, v in row.items() if k != "client_id" and v not in ("", None)}
+        if isinstance(fields.get("pattern"), str):
+            items = [item.strip() for item in fields["pattern"].split(";") if item.strip()]
+            pairs = [item.rpartition("=") for item in items]
+            fields["pattern"] = {regex.strip(): rank.strip() for regex, _, rank in pairs}
+        yield (row["client_id"] or "").strip(), fields
+
+
+def _read_toml(path: str, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    for client_id, entry in tomllib.loads(text).items():
+        yield client_id, entry if isinstance(entry, dict) else {"rank": entry}
+
+
+def _rank_class(who: str, fields: Mapping[str, Any]) -> RankClass:
+    odd = [name for name in fields if name not in _FIELDS]
+    if odd:
+        known = ", ".join(_FIELDS)
+        hint = nearest(str(odd[0]), _FIELDS)
+        raise UserError(f"{who}: unknown field '{odd[0]}', expected {known}.{hint}")
+    if "rank" not in fields:
+        raise UserError(f"{who}: there is no rank, expected a whole number of at least 1.")
+    rank = _whole(f"{who}: rank", fields["rank"])
+    carried = (
+        _whole(f"{who}: carried_rank", fields["carried_rank"]) if "carried_rank" in fields else 0
+    )
+    given = fields.get("pattern", {})
+    if not isinstance(given, dict):
+        raise UserError(f"{who}: pattern is {given!r}, expected regular expressions with ranks.")
+    pattern = []
+    for regex, own in given.items():
+        try:
+            re.compile(regex)
+        except re.error as error:
+            raise UserError(
+                f"{who}: pattern '{regex}' is no regular expression: {error}."
+            ) from None
+        pattern.append((regex, _whole(f"{who}: the rank of pattern '{regex}'", own)))
+    return _named(rank, tuple(pattern), carried)
+
+
+def _named(rank: int, pattern: tuple[tuple[str, int], ...], carried: int) -> RankClass:
+    """Clients with the same ranks are one class; a pattern's own name is a digest of it."""
+    if not pattern:
+        return RankClass.of(rank, carried_rank=carried)
+    digest = zlib.crc32(repr(pattern).encode())
+    name = f"{RankClass.of(rank, carried_rank=carried).name}_pattern_{digest:08x}"
+    return RankClass(name=name, rank=rank, pattern=pattern, carried_rank=carried)
+
+
+def _whole(what: str, value: Any) -> int:
+    text = str(value).strip()
+    if isinstance(value, bool | float) or not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise UserError(f"{what} is {value!r}, expected a whole number of at least 1.")
+    return int(text)

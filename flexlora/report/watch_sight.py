@@ -1,0 +1,167 @@
+"""A run seen from its folder alone, while it goes on or afterwards: its rows, and a sign of life.
+
+The folder may be written to at any moment, rewound by a resume, or lie on another machine.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from flexlora.errors import UserError, nearest
+from flexlora.report.records import SERIES_FILE, RunRecords, read_run
+from flexlora.runs.live_state import (
+    FINISHED,
+    HEARTBEAT_SECONDS,
+    LiveState,
+    process_space,
+    read_live,
+)
+
+__all__ = ["Look", "Sight", "chosen"]
+
+RUNS = "runs"
+DEPTH = 3  # runs/NAME, runs/NAME/seed-0, runs/methods/NAME/seed-0
+SILENT_SECONDS = 6 * HEARTBEAT_SECONDS
+GRACE_SECONDS = 10.0  # from a folder to the first word of its run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sight:
+    """One look at a run. ``trouble`` is what is wrong with a run that should be going on.
+
+    ``over`` says that no more is to be expected of it, whether it came to its end or not.
+    """
+
+    records: RunRecords
+    live: LiveState | None
+    trouble: str
+    over: bool
+    now: float
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its end, as far as anything says."""
+        if self.live is not None and self.live.ended:
+            return self.live.state == FINISHED
+        return self.over and self.records.finished
+
+
+class Look:
+    """Looks at the folder again and again; tables are read only when they have changed.
+
+    Raises:
+        UserError: it is no run folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._signature: object = None
+        self._records = read_run(folder)
+        self._began = time.monotonic()
+        self._last: tuple[float, float] | None = None  # what it said last, and when we saw that
+
+    def __call__(self) -> Sight:
+        """The run as it is now.
+
+        Raises:
+            UserError: the folder has gone.
+        """
+        live = read_live(self.folder)
+        self._read()
+        trouble, over = self._trouble(live)
+        return Sight(records=self._records, live=live, trouble=trouble, over=over, now=time.time())
+
+    def _read(self) -> None:
+        signature = [_stamp(self.folder / name) for name in ("config.toml", "metrics.jsonl")]
+        if signature == self._signature:
+            return
+        try:
+            self._records = read_run(self.folder)
+        except UserError:
+            if not self.folder.is_dir():
+                raise UserError(f"run folder '{self.folder}' has gone.") from None
+            return  # it is being made anew at this moment: what was seen last stands
+        self._signature = signature
+
+    def _trouble(self, live: LiveState | None) -> tuple[str, bool]:
+        """What is wrong, and whether the run is over."""
+        if live is None:
+            if self._records.finished:
+                return "", True
+            waited = time.monotonic() - self._began > GRACE_SECONDS
+            return "nothing says whether this run goes on: it has no live.json", waited
+        if live.ended:
+            return "", True
+        age = self._silence(live)
+        if live.host == process_space() and not _is_alive(live):
+            return f"no sign of life for {age:.0f} s: its process {live.pid} has gone", True
+        return (f"no sign of life for {age:.0f} s", False) if age > SILENT_SECONDS else ("", False)
+
+    def _silence(self, live: LiveState) -> float:
+        """Seconds since it last said something.
+
+        Its clock may differ from ours: from the second word on, it is we who take the time.
+        """
+        now = time.monotonic()
+        first = self._last is None
+        if self._last is None or self._last[0] != live.updated:
+            age = max(0.0, time.time() - live.updated) if first else 0.0
+            self._last = live.updated, now - age
+        return now - self._last[1]
+
+
+def _stamp(file: Path) -> tuple[int, int, int] | None:
+    """Differs after every append and every replacement."""
+    try:
+        stat = file.stat()
+    except OSError:
+        return None
+    return stat.st_mtime_ns, stat.st_size, stat.st_ino
+
+
+def _is_alive(live: LiveState) -> bool:
+    """Whether the process is still the one that wrote: ids are given again."""
+    import psutil
+
+    try:
+        process = psutil.Process(live.pid)
+        return (
+            process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= live.started + 5
+        )
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.Error:
+        return True
+
+
+def chosen(target: str | None, *, runs: Path = Path(RUNS)) -> Path:
+    """The folder that a person named, or the newest under ``runs``.
+
+    Raises:
+        UserError: there is no such folder, or no run at all.
+    """
+    if target is None:
+        found = _run_folders(runs)
+        if not found:
+            raise UserError(f"there is no run under '{runs}'; name a run folder.")
+        return max(found, key=_last_change)
+    folder = Path(target)
+    if not folder.exists():
+        siblings = [str(path) for path in (*_run_folders(folder.parent), *_run_folders(runs))]
+        raise UserError(f"run folder '{target}' does not exist.{nearest(target, siblings)}")
+    if (folder / SERIES_FILE).is_file():
+        return max(_run_folders(folder), key=_last_change, default=folder)
+    return folder
+
+
+def _run_folders(under: Path) -> list[Path]:
+    patterns = ("/".join(["*"] * depth) for depth in range(1, DEPTH + 1))
+    found = (file.parent for p in patterns for file in under.glob(f"{p}/environment.json"))
+    return [folder for folder in found if (folder / "config.toml").is_file()]
+
+
+def _last_change(folder: Path) -> int:
+    stamps = (_stamp(folder / n) for n in ("live.json", "metrics.jsonl", "environment.json"))
+    return max((stamp[0] for stamp in stamps if stamp is not None), default=0)

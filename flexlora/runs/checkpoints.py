@@ -1,0 +1,115 @@
+"""The server's whole state on disk, written so that a crash at any byte leaves a good one.
+
+Each round is one new file, complete and synced before ``current.json`` is replaced by an atomic
+rename. ``current.json`` names the round and the digests; older files are removed afterwards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+
+from flexlora.aggregation.engine.method import State
+from flexlora.aggregation.engine.state import GlobalChange
+from flexlora.errors import UserError
+from flexlora.wire.files import write_atomically
+from flexlora.algebra.linalg import FactoredSVD
+from flexlora.lora.ranks import RankClass
+
+__all__ = ["load_checkpoint", "load_notes", "save_checkpoint"]
+
+
+def save_checkpoint(
+    folder: Path,
+    state: State,
+    rank_classes: Mapping[str, RankClass],
+    notes: Mapping[str, Any] | None = None,
+) -> None:
+    """Write ``state`` and the rank classes; the previous checkpoint stays until it is done.
+
+    ``notes`` is what else must be the same after a resume, ready for JSON.
+    """
+    tensors = {f"extra/{key}": tensor.contiguous() for key, tensor in state.extra.items()}
+    for name, svd in state.change.items():
+        for label in ("U", "S", "Vh"):
+            tensors[f"change/{name}/{label}"] = getattr(svd, label).contiguous()
+    data = save(tensors)
+    file = f"round-{state.round:06d}.safetensors"
+    write_atomically(folder / file, data)
+    index = {
+        "file": file,
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "round": state.round,
+        "dropped_energy": state.dropped_energy,
+        "modules": list(state.change),
+        "rank_classes": {k: rank_class.to_dict() for k, rank_class in rank_classes.items()},
+        "notes": dict(notes or {}),
+    }
+    text = json.dumps(index, indent=1, sort_keys=True) + "\n"
+    write_atomically(folder / "current.json", text.encode())
+    for old in folder.glob("round-*.safetensors*"):
+        if old.name != file:
+            old.unlink()
+
+
+def load_checkpoint(folder: Path) -> tuple[State, dict[str, RankClass]]:
+    """The last whole state and the rank class of each client.
+
+    Raises:
+        UserError: there is none, or its bytes are not those that were written.
+    """
+    index_file = folder / "current.json"
+    if not index_file.is_file():
+        raise UserError(f"'{folder}' holds no checkpoint; no round of this run was finished.")
+    try:
+        index = json.loads(index_file.read_text(encoding="utf-8"))
+        path = folder / index["file"]
+        data = path.read_bytes() if path.is_file() else b""
+        if hashlib.sha256(data).hexdigest() != index["sha256"]:
+            raise ValueError(path)
+        return _decode(index, load(data))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(
+            f"the checkpoint in '{folder}' is damaged: it does not hold the bytes once written."
+        ) from None
+
+
+def load_notes(folder: Path) -> dict[str, Any]:
+    """The notes beside the last whole state (``load_checkpoint`` says whether it is one)."""
+    index = json.loads((folder / "current.json").read_text(encoding="utf-8"))
+    return dict(index.get("notes", {}))
+
+
+def _decode(
+    index: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
+) -> tuple[State, dict[str, RankClass]]:
+    modules = {
+        name: FactoredSVD(
+            **{label: _owned(tensors[f"change/{name}/{label}"]) for label in ("U", "S", "Vh")}
+        )
+        for name in index["modules"]
+    }
+    extra = {
+        key.removeprefix("extra/"): _owned(tensor)
+        for key, tensor in tensors.items()
+        if key.startswith("extra/")
+    }
+    state = State(
+        round=index["round"],
+        change=GlobalChange(modules),
+        dropped_energy=index["dropped_energy"],
+        extra=extra,
+    )
+    classes = {k: RankClass.from_dict(values) for k, values in index["rank_classes"].items()}
+    return state, classes
+
+
+def _owned(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy with memory of its own: alignment decides which kernel runs, and so the last bit."""
+    return tensor.clone()

@@ -1,0 +1,290 @@
+"""The run folder (DESIGN.md, section 4): what a run leaves, and what it goes on from.
+
+config.toml  metrics.jsonl  clients.csv  evaluation.csv  environment.json  adapters/  checkpoint/
+live.json is where the run is at this moment (``live_state.py``)
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from safetensors import SafetensorError
+
+from flexlora.aggregation.engine.method import State
+from flexlora.runs.checkpoints import load_checkpoint, load_notes, save_checkpoint
+from flexlora.wire.files import write_atomically
+from flexlora.config.resolve import Config
+from flexlora.errors import UserError
+from flexlora.runs.live_state import LIVE_FILE
+from flexlora.lora.ranks import RankClass
+from flexlora.runs.round_rows import missing_files, read_rounds
+from flexlora.runs.lock import check_idle
+
+__all__ = ["CLIENT_COLUMNS", "RunFolder"]
+
+CLIENT_COLUMNS = (
+    "round",
+    "client_id",
+    "rank_class",
+    "rank",
+    "quantization",
+    "device",
+    "num_examples",
+    "loss_before",
+    "loss_after",
+    "bytes_down",
+    "bytes_up",
+    "seconds",
+    "simulated_seconds",
+    "joules",
+    "status",
+    "cause",
+)
+EVALUATION_COLUMNS = (
+    "round",
+    "client_id",
+    "rank_class",
+    "eval_loss",
+    "eval_exact_match",
+    "eval_rouge_l",
+    "rows",
+)
+_OURS = ("config.toml", "metrics.jsonl", "clients.csv", "checkpoint", "adapters", "personal")
+
+
+class RunFolder:
+    """One run on disk. Every round is appended when it is done and before its checkpoint."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @classmethod
+    def create(cls, path: str | Path, config: Config, *, overwrite: bool = False) -> RunFolder:
+        """A fresh folder with ``config.toml`` and ``environment.json``; see ``check_free``."""
+        run = cls(path)
+        cls.check_free(run.path, overwrite=overwrite)
+        for name in (*_OURS, "evaluation.csv", "environment.json", "report.html", LIVE_FILE):
+            _remove(run.path / name)
+        nested = {k: v for k, v in config.nested().items() if k != "out"}
+        environment = json.dumps(_environment(config), indent=1, sort_keys=True) + "\n"
+        try:
+            run.path.mkdir(parents=True, exist_ok=True)
+            write_atomically(run.path / "config.toml", tomli_w.dumps(nested).encode())
+            write_atomically(run.path / "environment.json", environment.encode())
+        except OSError as error:
+            _remove(run.path / "config.toml")  # half a run would be in the way of the next
+            raise UserError(f"output folder '{path}' cannot be made: {error.strerror}.") from None
+        return run
+
+    @staticmethod
+    def is_run(path: Path) -> bool:
+        """Whether ``path`` is a run folder of ours, not just any folder with a config.toml."""
+        return not missing_files(path)
+
+    @staticmethod
+    def check_free(path: Path, *, overwrite: bool) -> None:
+        """Whether a run may be written to ``path``.
+
+        Raises:
+            UserError: the folder holds rounds and ``overwrite`` is off, or another process writes
+                it, or it holds something that is not a run, which is never removed.
+        """
+        if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+            return
+        is_run = RunFolder.is_run(path)
+        unbegun = is_run and not (path / "metrics.jsonl").exists()  # refused before its first round
+        if is_run and (overwrite or unbegun):
+            check_idle(path)
+            return
+        kind, advice = "something that is not a run", "give another --out"
+        if is_run:
+            kind, advice = "a run", f"{advice}, --resume {path}, or --overwrite"
+        raise UserError(f"output folder '{path}' already holds {kind}; {advice}.")
+
+    @classmethod
+    def open(cls, path: str | Path) -> tuple[RunFolder, Config]:
+        """An existing run and its configuration.
+
+        Raises:
+            UserError: it is not a run folder.
+        """
+        run = cls(path)
+        if not cls.is_run(run.path):
+            raise UserError(f"'{path}' is not a run folder: {missing_files(run.path)}.")
+        return run, Config.resolve(file=run.path / "config.toml")
+
+    def append_round(
+        self,
+        metrics: Mapping[str, object],
+        clients: Sequence[Mapping[str, object]],
+        evaluations: Sequence[Mapping[str, object]],
+    ) -> None:
+        """One line of ``metrics.jsonl`` and the rows of the two tables.
+
+        Raises:
+            UserError: they cannot be written; a resume forgets what there is of them.
+        """
+        line = json.dumps({k: _json_number(v) for k, v in metrics.items()})
+        with self.writing(f"round {metrics['round']}"):
+            self._append_csv("clients.csv", CLIENT_COLUMNS, clients)
+            self._append_csv("evaluation.csv", EVALUATION_COLUMNS, evaluations)
+            with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
+    def metrics(self) -> list[dict]:
+        """The rounds so far; a last line that a crash cut short is left out.
+
+        Raises:
+            UserError: a line that is whole and cannot be read.
+        """
+        return read_rounds(self.path / "metrics.jsonl")
+
+    def rewind(self, last_round: int) -> None:
+        """Forget rows after ``last_round``: a crash between a round's rows and its checkpoint.
+
+        Raises:
+            UserError: the folder cannot be written to.
+        """
+        with self.writing("what is left of an unfinished round"):
+            self._rewind(last_round)
+
+    def _rewind(self, last_round: int) -> None:
+        kept = [row for row in self.metrics() if row["round"] <= last_round]
+        text = "".join(json.dumps(row) + "\n" for row in kept)
+        write_atomically(self.path / "metrics.jsonl", text.encode())
+        for name, columns in (
+            ("clients.csv", CLIENT_COLUMNS),
+            ("evaluation.csv", EVALUATION_COLUMNS),
+        ):
+            file = self.path / name
+            if not file.is_file():
+                continue
+            with file.open(encoding="utf-8", newline="") as handle:
+                rows = [r for r in csv.DictReader(handle) if (r["round"] or "x").isdigit()]
+            kept = [r for r in rows if int(r["round"]) <= last_round and None not in r.values()]
+            write_atomically(file, _csv_text(columns, kept, header=True).encode())
+
+    def save_checkpoint(
+        self,
+        folder: Path,
+        state: State,
+        rank_classes: Mapping[str, RankClass],
+        notes: Mapping[str, Any] | None = None,
+    ) -> None:
+        """The server's state after a round, in the place of the one before (see ``checkpoints``).
+
+        Raises:
+            UserError: it cannot be written; the one before is still there.
+        """
+        with self.writing(f"the state after round {state.round}"):
+            save_checkpoint(folder, state, rank_classes, notes)
+
+    @contextmanager
+    def writing(self, what: str) -> Iterator[None]:
+        """The system's refusal to write (a full disk, most of the time) in a sentence.
+
+        Raises:
+            UserError: in the place of the error that came.
+        """
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(
+                f"{what} cannot be written to '{self.path}': {reason}; the rounds before are "
+                "whole: make room on that disk, then resume the run."
+            ) from None
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.path / "checkpoint"
+
+    def load_notes(self) -> dict:
+        """What else the last whole round left beside its state."""
+        return load_notes(self.checkpoint)
+
+    def load_checkpoint(self) -> tuple:
+        """The last whole state and the rank classes (see ``checkpoints``)."""
+        return load_checkpoint(self.checkpoint)
+
+    def _append_csv(
+        self, name: str, columns: Sequence[str], rows: Sequence[Mapping[str, object]]
+    ) -> None:
+        file = self.path / name
+        if not rows and file.exists():
+            return
+        with file.open("a", encoding="utf-8", newline="") as handle:
+            handle.write(_csv_text(columns, rows, header=handle.tell() == 0))
+
+
+def _csv_text(columns: Sequence[str], rows: Sequence[Mapping[str, object]], *, header: bool) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    if header:
+        writer.writeheader()
+    writer.writerows({c: _cell(row.get(c, "")) for c in columns} for row in rows)
+    return text.getvalue()
+
+
+def _cell(value: object) -> object:
+    if isinstance(value, float):
+        return "" if math.isnan(value) else f"{value:.6g}"
+    return value
+
+
+def _json_number(value: object) -> object:
+    """JSON has no NaN or infinity, however deep: a number that is not there is null."""
+    if isinstance(value, Mapping):
+        return {key: _json_number(own) for key, own in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    elif path.exists():
+        path.unlink()
+
+
+def _environment(config: Config) -> dict[str, object]:
+    """Versions, seed, commit and machine: what else a run depends on."""
+    versions: dict[str, str | None] = {}
+    for package in ("flexlora", "flwr", "torch", "transformers", "bitsandbytes", "numpy"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "versions": versions,
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "threads": config["engine.threads"],
+        "seed": config["seed"],
+        "commit": _commit(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the source tree that runs, None outside a checkout."""
+    here = Path(__file__).resolve().parents[1]
+    git = shutil.which("git")
+    if git is None or not (here.parent / ".git").exists():
+        return None
+    command = [git, "-C", str(here), "rev-parse", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
+    return done.stdout.strip() or None

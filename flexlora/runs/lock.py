@@ -1,0 +1,60 @@
+"""One process at a time writes a run folder: the lock is the kernel's, and ends with the process.
+
+It lies on ``config.toml``, which is written once, and needs no file of its own. Where a system or a
+file system has no such locks, nothing is held and nothing refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from flexlora.errors import UserError
+from flexlora.runs.live_state import read_live
+
+try:
+    import fcntl
+except ImportError:  # no such locks on this system
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["alone", "check_idle"]
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """The run in ``folder`` is this process's, until the end of the block.
+
+    Raises:
+        UserError: another process writes it.
+    """
+    with (folder / "config.toml").open("rb") as file:
+        _lock(file.fileno(), folder)
+        yield
+
+
+def check_idle(folder: Path) -> None:
+    """Whether nobody writes the run in ``folder`` at this moment.
+
+    Raises:
+        UserError: another process does.
+    """
+    if (folder / "config.toml").is_file():
+        with alone(folder):
+            pass
+
+
+def _lock(number: int, folder: Path) -> None:
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        live = read_live(folder)
+        who = f"process {live.pid}" if live is not None and live.pid else "a process"
+        raise UserError(
+            f"'{folder}' is a run that {who} is still writing; wait for it (`flexlora watch "
+            f"{folder}`), stop it, or give another --out."
+        ) from None
+    except OSError:  # a file system without locks
+        return

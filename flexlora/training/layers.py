@@ -1,0 +1,261 @@
+"""One LoRA layer with K slots over one frozen linear: 1 on a device, a cohort in simulation.
+
+Rows of a batch are slot-major: ``[K * b, T, in]``, b rows of each slot. With slots of unequal rank
+the factors are zero-padded to the largest, ``A [K, R, in]`` and ``B [K, out, R]``:
+
+    y_k = x_k W^T + s_k (drop(x_k) A_k^T) B_k^T  [+ c_k (x_k P_k^T) Q_k^T, the carried factors]
+
+A padded row of A meets a padded column of B, both zero, so both gradients are zero and stay so. On
+a CPU a cohort goes through the small modules of a tiny base as ``W_k = W + s_k B_k A_k``, one
+product instead of three and their sum: there the passes over memory cost more than the larger
+gradient. The frozen linear is any module that maps ``[..., in]`` to ``[..., out]``: ``nn.Linear``,
+GPT-2's ``Conv1D``, bitsandbytes' ``Linear4bit``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flexlora.algebra.sketch import GradientSketch
+from flexlora.lora.adapters import LoRAFactors
+from flexlora.seeds import derive_seed
+
+__all__ = ["DropoutStream", "LoRALinear", "SlotFactors", "low_rank_cost"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DropoutStream:
+    """Where a slot's dropout masks come from in this pass: a seed, the slot's shape, the batch's.
+
+    The mask of a module is a function of (seed, module) and drawn for ``[rows, length, in]``, so a
+    slot has the same mask alone, in a cohort, and when checkpointing computes it again.
+    """
+
+    seed: int
+    rows: int
+    length: int
+    padded_length: int
+
+
+def low_rank_cost(
+    rows: int, in_features: int, out_features: int, rank: int, carried_rank: int = 0
+) -> tuple[float, float]:
+    """Nanoseconds beyond the frozen product that a slot's ``rows`` take on one core, both ways.
+
+    First through the factors: passes over the input and output, and narrow products. Then through
+    ``W + s B A``: a gradient ``[out, in]``, and building the matrix. The rates were measured; only
+    their order matters.
+    """
+    passes = 1.9 + 0.04 * rank
+    if carried_rank:
+        passes += 1.0 + 0.027 * carried_rank
+    size = in_features * out_features
+    low = rows * (in_features + out_features) * passes
+    return low, 1.1 * rows * size * 0.02 + 6 * size * rank * 0.02
+
+
+@dataclass(kw_only=True, eq=False)
+class SlotFactors:
+    """``A [K, R, in]``, ``B [K, out, R]``, ``scaling [K, 1, 1]``; K = 1 serves all rows alike."""
+
+    A: Tensor
+    B: Tensor
+    scaling: Tensor
+
+    def apply(self, x: Tensor, num_slots: int) -> Tensor:
+        """``s_k (x_k A_k^T) B_k^T`` of ``x [K' * b, T, in]`` or ``[K' * b * T, in]``, K' <= K."""
+        if self.A.shape[0] == 1:
+            A, B = self.A[0].to(x.dtype), self.B[0].to(x.dtype)
+            return ((x @ A.T) * self.scaling[0]) @ B.T
+        by_slot = x.reshape(num_slots, -1, x.shape[-1])
+        A, B = self.A[:num_slots].to(x.dtype), self.B[:num_slots].to(x.dtype)
+        scaling = self.scaling[:num_slots]
+        hidden = torch.matmul(by_slot, A.transpose(1, 2))
+        return torch.matmul(hidden * scaling, B.transpose(1, 2)).reshape(*x.shape[:-1], -1)
+
+    @staticmethod
+    def stack(slots: Sequence[LoRAFactors], like: Tensor) -> SlotFactors:
+        """Frozen factors of K slots, zero-padded to their largest rank, on ``like``'s device."""
+        R = max(f.rank for f in slots)
+        A = like.new_zeros(len(slots), R, slots[0].in_features)
+        B = like.new_zeros(len(slots), slots[0].out_features, R)
+        for k, factors in enumerate(slots):
+            A[k, : factors.rank] = factors.lora_A.to(A)
+            B[k, :, : factors.rank] = factors.lora_B.to(B)
+        wide = torch.promote_types(A.dtype, torch.float32)
+        scaling = torch.tensor([f.scaling for f in slots], dtype=wide, device=A.device)
+        scaling = scaling[:, None, None]
+        return SlotFactors(A=A, B=B, scaling=scaling)
+
+
+class _SlotLinear(torch.autograd.Function):
+    """``x_k (W_k + s_k B_k A_k)^T + bias`` of ``x [K * b, T, in]``, one product a slot.
+
+    On the way back ``dB = s (g^T x) A^T`` and ``dA = s B^T (g^T x)`` come from one ``[out, in]``
+    matrix per slot.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        A: Tensor,
+        B: Tensor,
+        scaling: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+    ) -> Tensor:
+        K = A.shape[0]
+        whole = torch.baddbmm(weight.expand(K, -1, -1), B * scaling, A)
+        by_slot = x.reshape(K, -1, x.shape[-1])
+        out = torch.bmm(by_slot, whole.mT)
+        if bias is not None:
+            out += bias
+        ctx.save_for_backward(by_slot, A, B, scaling, whole)
+        return out.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple:
+        by_slot, A, B, scaling, whole = ctx.saved_tensors
+        (gradient,) = gradients
+        to_x = to_A = to_B = None
+        g = gradient.reshape(whole.shape[0], -1, gradient.shape[-1])
+        if ctx.needs_input_grad[0]:
+            to_x = torch.bmm(g, whole).view(*gradient.shape[:-1], -1)
+        if any(ctx.needs_input_grad[1:3]):
+            to_weight = torch.bmm(g.mT, by_slot) * scaling
+            to_A = torch.bmm(B.mT, to_weight) if ctx.needs_input_grad[1] else None
+            to_B = torch.bmm(to_weight, A.mT) if ctx.needs_input_grad[2] else None
+        return to_x, to_A, to_B, None, None, None
+
+
+class _Sketched(torch.autograd.Function):
+    """``out`` itself; its gradient and ``x`` are folded into the sketch on the way back.
+
+    ``x`` is saved as autograd saves tensors, so that checkpointing can drop it and compute it
+    again; a hook's closure would keep it alive through the whole pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, x: Tensor, sketch: GradientSketch, num_slots: int) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.sketch, ctx.num_slots = sketch, num_slots
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple:
+        ctx.sketch.add(*ctx.saved_tensors, gradient, ctx.num_slots)
+        return gradient, None, None, None
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear with the factors of K slots beside it; without slots the linear alone."""
+
+    def __init__(self, base: nn.Module, *, name: str, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.base = base
+        self.name, self.in_features, self.out_features = name, in_features, out_features
+        self.num_slots = 0
+        self.trained: SlotFactors | None = None
+        self.carried: SlotFactors | None = None
+        self.frozen: list[SlotFactors] = []  # what earlier phases of this round trained
+        self.merged: Tensor | None = None  # the weight with the carried factors added in
+        self.wholes: Tensor | None = None  # the same for every slot, [1 or K, out, in], once asked
+        self.dropout = 0.0
+        self.streams: tuple[DropoutStream | None, ...] = ()
+        self.sketch: GradientSketch | None = None
+        self.training = base.training
+
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        if self._one_product(x):
+            return self._sketched(self._slot_linear(x), x)
+        out = self.base(x, *args, **kwargs) if self.merged is None else self._merged(x)
+        if self.num_slots == 0:
+            return out
+        for factors in (self.trained, self.carried, *self.frozen):
+            if factors is not None:
+                inputs = x.to(torch.promote_types(factors.A.dtype, torch.float32))
+                if factors is self.trained and self.dropout > 0 and self.streams:
+                    inputs = inputs * self._mask(inputs)
+                out = out + factors.apply(inputs, self.num_slots).to(out.dtype)
+        return self._sketched(out, x)
+
+    def _sketched(self, out: Tensor, x: Tensor) -> Tensor:
+        if self.sketch is None or not out.requires_grad:
+            return out
+        return _Sketched.apply(out, x, self.sketch, self.num_slots)
+
+    def _one_product(self, x: Tensor) -> bool:
+        """Whether ``W_k`` itself is what these rows should go through."""
+        trained, weight = self.trained, self.base.weight
+        if self.num_slots < 2 or trained is None or self.frozen:
+            return False
+        if (self.dropout > 0 and self.streams) or weight.requires_grad:
+            return False
+        plain = type(self.base).__name__ in ("Linear", "Conv1D") and x.device.type == "cpu"
+        exact = weight.dtype in (torch.float32, torch.float64)
+        if not (plain and exact and x.dtype == weight.dtype == trained.A.dtype):
+            return False
+        rows = x.numel() // (self.in_features * self.num_slots)
+        carried = self.carried.A.shape[1] if self.carried is not None else 0
+        low, whole = low_rank_cost(
+            rows, self.in_features, self.out_features, trained.A.shape[1], carried
+        )
+        return whole < low
+
+    def _slot_linear(self, x: Tensor) -> Tensor:
+        trained, base = self.trained, self.base
+        assert trained is not None
+        if self.wholes is None:
+            self.wholes = self._frozen_weights()
+        count = min(self.num_slots, trained.A.shape[0])
+        weight = self.wholes if self.wholes.shape[0] == 1 else self.wholes[:count]
+        A, B, scaling = trained.A[:count], trained.B[:count], trained.scaling[:count]
+        return _SlotLinear.apply(x, A, B, scaling, weight, base.bias)
+
+    @torch.no_grad()
+    def _frozen_weights(self) -> Tensor:
+        """``[1 or K, out, in]``: the weight, and what each slot carries, added in float64."""
+        base: Any = self.base
+        weight: Tensor = base.weight if self.merged is None else self.merged
+        weight = weight.T if type(base).__name__ == "Conv1D" else weight
+        if self.carried is None:
+            return weight[None]
+        A, B, scaling = (x.double() for x in vars(self.carried).values())
+        return torch.baddbmm(weight.double().expand(len(A), -1, -1), B * scaling, A).to(weight)
+
+    def merge(self, factors: LoRAFactors) -> bool:
+        """Add ``factors`` into a copy of a float weight; False where the base is quantized."""
+        weight, kind = self.base.weight, type(self.base).__name__
+        if kind not in ("Linear", "Conv1D") or not isinstance(weight, Tensor):
+            return False
+        delta = factors.map(lambda t: t.to(weight.device, torch.float64)).delta_weight()
+        delta = delta.T if kind == "Conv1D" else delta
+        self.merged = (weight.detach().double() + delta).to(weight.dtype)
+        return True
+
+    def _merged(self, x: Tensor) -> Tensor:
+        base: Any = self.base
+        assert self.merged is not None
+        weight = self.merged.T if type(base).__name__ == "Conv1D" else self.merged
+        return nn.functional.linear(x, weight, base.bias)
+
+    def _mask(self, x: Tensor) -> Tensor:
+        """Inverted dropout in the shape of ``x``, 0 or 1/(1-p); padding gets 0."""
+        streams = self.streams[: self.num_slots]
+        padded_length = next(stream.padded_length for stream in streams if stream is not None)
+        mask = x.new_zeros(self.num_slots, x.numel() // (self.num_slots * self.in_features), 1)
+        mask = mask.reshape(self.num_slots, -1, padded_length, 1).repeat(1, 1, 1, self.in_features)
+        for k, stream in enumerate(streams):
+            if stream is None:
+                continue
+            generator = torch.Generator(x.device).manual_seed(derive_seed(stream.seed, self.name))
+            shape = (stream.rows, stream.length, self.in_features)
+            keep = torch.rand(shape, generator=generator, device=x.device) >= self.dropout
+            mask[k, : stream.rows, : stream.length] = keep.to(x.dtype)
+        return mask.reshape(x.shape) / (1.0 - self.dropout)

@@ -1,0 +1,331 @@
+"""Local training of K slots at once: the same code for a device (K = 1) and for a cohort.
+
+Every slot minimises its own mean loss over its own answer tokens. The passes are shared, nothing
+else is: losses are summed over slots and never averaged over the batch, gradients are clipped per
+slot, each slot has its own batches, learning rate, dropout masks and number of steps. So K slots
+give what K separate runs give, up to the rounding of wider matrix products.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from flexlora.data.collation import Batch, Example, collate
+from flexlora.lora.adapters import Adapter
+from flexlora.seeds import derive_seed
+from flexlora.training.layers import DropoutStream
+from flexlora.training.optim import SlotOptimizer, clip_rows
+from flexlora.training.schedule import TrainSettings, learning_rate_at, num_steps, planned_rows
+from flexlora.training.slots import SlotModel, kept_rank
+from flexlora.wire.jobs import TrainJob, TrainResult
+
+__all__ = ["TrainSettings", "answer_losses", "learning_rate_at", "num_steps", "train"]
+
+
+def train(
+    slots: SlotModel,
+    jobs: Sequence[TrainJob],
+    examples: Sequence[Sequence[Example]],
+    settings: TrainSettings,
+    *,
+    pad_token_id: int = 0,
+) -> list[TrainResult]:
+    """Train ``jobs[k]`` on ``examples[k]``, all in the same passes; results in the order of jobs.
+
+    Raises:
+        ValueError: no jobs, a job without examples, or jobs that train different factors.
+    """
+    if not jobs or not all(examples):
+        raise ValueError("every job needs at least one example; skip clients without rows.")
+    if len({(job.start.trainable, job.start.local) for job in jobs}) > 1:
+        raise ValueError("jobs of one cohort must train alike; plan them apart.")
+    started = time.perf_counter()
+    steps = [num_steps(len(rows), settings) for rows in examples]
+    # Slots end from the last to the first, so that those still training are always a prefix.
+    order = sorted(range(len(jobs)), key=lambda k: (-steps[k], jobs[k].client_id))
+    cohort = _Cohort(
+        slots=slots,
+        jobs=[jobs[k] for k in order],
+        examples=[examples[k] for k in order],
+        steps=[steps[k] for k in order],
+        settings=settings,
+        pad_token_id=pad_token_id,
+    )
+    try:
+        by_slot = cohort.run()
+    finally:
+        slots.clear()
+    seconds = (time.perf_counter() - started) / len(jobs)
+    results = {
+        k: TrainResult(**by_slot[slot], train_seconds=seconds) for slot, k in enumerate(order)
+    }
+    return [results[k] for k in range(len(jobs))]
+
+
+@dataclass(kw_only=True)
+class _Cohort:
+    slots: SlotModel
+    jobs: list[TrainJob]
+    examples: list[Sequence[Example]]
+    steps: list[int]
+    settings: TrainSettings
+    pad_token_id: int
+
+    def run(self) -> list[dict]:
+        starts = [job.start.for_client(job.client_id) for job in self.jobs]
+        self.local = starts[0].local
+        halved = starts[0].carried_dtype == "bfloat16"
+        self.slots.load(
+            [start.trained for start in starts],
+            carried=[start.carried for start in starts],
+            carried_dtype=torch.bfloat16 if halved else None,
+            trainable=starts[0].trainable,
+            merge=self.local.merge,
+        )
+        self.slots.add_phases(self.local.restarts)
+        self.optimizer = SlotOptimizer(
+            self.slots.parameters,
+            optim=self.settings.optim,
+            weight_decay=self.settings.weight_decay,
+            adam_epsilon=self.settings.adam_epsilon,
+            live=self.slots.live_numbers,
+        )
+        self.plans = [self._plan(k) for k in range(len(self.jobs))]
+        first_rows = [plan[0][: self.settings.per_device_train_batch_size] for plan in self.plans]
+        # Without dropout the first pass of the first step is that probe, unless A is turned first.
+        turned = self.local.gradient_batches > 0
+        apart = self.settings.lora_dropout > 0 or self._passes_are_halved or turned
+        before, tails = self._probe(first_rows) if apart else [], self._tails()
+        losses = [0.0] * len(self.jobs)
+        tokens = [0] * len(self.jobs)
+        with checkpointing(self.slots.model, self.settings.gradient_checkpointing):
+            everybody = len(self.jobs)
+            self._align(0, range(everybody), everybody)
+            self.origin = self.slots.parameters.clone() if self.settings.proximal_mu else None
+            for step in range(self.steps[0]):
+                active = sum(count > step for count in self.steps)
+                with self.slots.first_slots(active):
+                    self._restart(step, active)
+                    step_losses, step_tokens = self._accumulate(step, active)
+                self._pull(active)
+                clip_rows(self.slots.gradients[:active], self.settings.max_grad_norm)
+                self.optimizer.step(self.slots.gradients, self._rates(step, active))
+                before = before or self._per_token(self.first_sums, first_rows)
+                for k in range(active):
+                    losses[k] += step_losses[k] / self.steps[k]
+                    tokens[k] += step_tokens[k]
+        after = self._probe(first_rows)
+        pruned = [new < old for new, old in zip(self._tails(), tails, strict=True)]
+        return [
+            self._result(k, losses[k], tokens[k], before[k], after[k], pruned[k])
+            for k in range(len(after))
+        ]
+
+    def _align(self, step: int, slots: Sequence[int], active: int) -> None:
+        """Turn ``lora_A`` of ``slots`` towards each one's own gradient over its next batches."""
+        batches = self.local.gradient_batches
+        if batches < 1:
+            return
+        seed = derive_seed(self.settings.seed, "align", self.jobs[0].server_round, step)
+        with self.slots.sketching(seed, slots):
+            for ahead in range(batches):
+                self._accumulate(step + ahead, active, dropout=False)
+
+    def _restart(self, step: int, active: int) -> None:
+        """Slots that have come to the end of a phase keep what they have and begin afresh."""
+        phases = self.local.restarts + 1
+        for phase in range(1, phases):
+            due = [k for k in range(active) if step == phase * self.steps[k] // phases]
+            for k in due:
+                job = self.jobs[k]
+                purpose = ("restart", job.server_round, job.client_id, phase)
+                self.slots.freeze(k, phase - 1, derive_seed(self.settings.seed, *purpose))
+            if due:
+                self.optimizer.forget(due)
+                self._align(step, due, active)
+                if self.origin is not None:
+                    self.origin[due] = self.slots.parameters[due]
+
+    def _pull(self, active: int) -> None:
+        """FedProx (arXiv 1812.06127): the gradient of ``mu / 2 |factors - start|^2``."""
+        if self.origin is not None:
+            change = self.slots.parameters[:active] - self.origin[:active]
+            self.slots.gradients[:active] += self.settings.proximal_mu * change
+
+    @torch.no_grad()
+    def _tails(self) -> list[float]:
+        """The norms that decide about pruning, 0 for every slot where nothing is pruned."""
+        if not self.local.prune_factor:
+            return [0.0] * len(self.jobs)
+        return self.slots.tail_norms(self.local.prune_factor).tolist()
+
+    def _result(
+        self, k: int, loss: float, tokens: int, before: float, after: float, pruned: bool
+    ) -> dict:
+        job, finite = self.jobs[k], math.isfinite(loss) and math.isfinite(after)
+        adapter = self.slots.extract(k) if finite else None
+        if adapter is not None and pruned:
+            kept = self.local.prune_factor
+            adapter = Adapter(
+                {name: f.terms(range(kept_rank(kept, f.rank))) for name, f in adapter.items()}
+            )
+        return {
+            "client_id": job.client_id,
+            "rank_class": job.start.rank_class.name,
+            "base_round": job.start.base_round,
+            "digest": job.start.digest,
+            "num_examples": len(self.examples[k]),
+            "adapter": adapter,
+            "steps": self.steps[k],
+            "tokens": tokens,
+            "train_loss": loss,
+            "loss_before": before,
+            "loss_after": after,
+            "cause": "" if finite else "the training loss is not finite; lower the learning rate",
+        }
+
+    def _plan(self, k: int) -> list[list[int]]:
+        """The rows of every step, and of the batches that are looked at ahead of the last."""
+        ahead = self.local.gradient_batches
+        return planned_rows(self.jobs[k], len(self.examples[k]), self.settings, ahead=ahead)
+
+    def _rates(self, step: int, active: int) -> list[float]:
+        return [
+            learning_rate_at(self.settings, self.jobs[k], step, self.steps[k])
+            for k in range(active)
+        ]
+
+    def _accumulate(self, step: int, active: int, *, dropout: bool = True) -> tuple[list, list]:
+        """Gradients of one step into the flat buffer; mean losses and answer tokens per slot."""
+        size = self.settings.rows_per_pass
+        # A look ahead may go beyond the end of a slot that is not the one that is aligned.
+        rows = [plan[min(step, len(plan) - 1)] for plan in self.plans[:active]]
+        answers = [self._answer_tokens(k, indices) for k, indices in enumerate(rows)]
+        self.slots.gradients.zero_()
+        losses = [0.0] * active
+        for micro in range(math.ceil(max(len(indices) for indices in rows) / size)):
+            span = slice(micro * size, (micro + 1) * size)
+            batch = self._collate([indices[span] for indices in rows])
+            if dropout:
+                streams = self._streams(batch, step, micro)
+                self.slots.set_dropout(self.settings.lora_dropout, streams)
+            per_slot = [part.sum() for part in answer_losses(self.slots, batch)]
+            means = torch.stack(
+                [loss / max(count, 1) for loss, count in zip(per_slot, answers, strict=True)]
+            )
+            objective = means.sum()
+            if dropout and micro == 0 and self.local.prune_penalty:
+                tails = self.slots.tail_norms(self.local.prune_factor)
+                objective = objective + self.local.prune_penalty * tails.sum()
+            self.slots.accumulate_gradients(objective)
+            if micro == 0:
+                self.first_sums = [float(loss.detach()) for loss in per_slot]
+            losses = [a + b for a, b in zip(losses, means.tolist(), strict=True)]
+        self.slots.set_dropout(0.0, ())
+        return losses, answers
+
+    def _answer_tokens(self, k: int, indices: Sequence[int]) -> int:
+        chosen = [self.examples[k][i] for i in indices]
+        return sum(len(example.input_ids) - example.prompt_length for example in chosen)
+
+    def _streams(self, batch: Batch, step: int, micro: int) -> list[DropoutStream | None]:
+        if self.settings.lora_dropout == 0.0:
+            return []
+        streams: list[DropoutStream | None] = []
+        for job, rows, length in zip(
+            self.jobs, batch.rows_per_slot, batch.lengths_per_slot, strict=False
+        ):
+            purpose = ("dropout", job.server_round, job.client_id, step, micro)
+            seed = derive_seed(self.settings.seed, *purpose)
+            stream = DropoutStream(
+                seed=seed, rows=rows, length=length, padded_length=batch.input_ids.shape[1]
+            )
+            streams.append(stream if rows else None)
+        return streams
+
+    def _collate(self, indices: Sequence[Sequence[int]]) -> Batch:
+        chosen = [[self.examples[k][i] for i in rows] for k, rows in enumerate(indices)]
+        return collate(chosen, pad_token_id=self.pad_token_id)
+
+    @torch.no_grad()
+    def _probe(self, indices: Sequence[Sequence[int]]) -> list[float]:
+        """Mean loss of each slot on the given rows, without dropout."""
+        size, sums = self.settings.rows_per_pass, [0.0] * len(indices)
+        for at in range(0, max(len(rows) for rows in indices), size):
+            parts = answer_losses(
+                self.slots, self._collate([rows[at : at + size] for rows in indices])
+            )
+            sums = [a + float(part.sum()) for a, part in zip(sums, parts, strict=True)]
+        return self._per_token(sums, indices)
+
+    def _per_token(self, sums: Sequence[float], indices: Sequence[Sequence[int]]) -> list[float]:
+        tokens = [self._answer_tokens(k, rows) for k, rows in enumerate(indices)]
+        return [total / count for total, count in zip(sums, tokens, strict=True)]
+
+    @property
+    def _passes_are_halved(self) -> bool:
+        return self.settings.rows_per_pass != self.settings.per_device_train_batch_size
+
+
+def answer_losses(slots: SlotModel, batch: Batch) -> list[Tensor]:
+    """Cross entropy of every answer token, slot by slot: K tensors ``[answer tokens]``.
+
+    Only answer positions go through the output layer, where the model can be told so. Padding is on
+    the right, where a causal model's real tokens never look, so no attention mask is given and the
+    fast causal kernels run. The losses are float32 at least.
+    """
+    device = slots.device
+    labels = batch.labels.to(device)[:, 1:]
+    wanted = labels != -100
+    keep = nn.functional.pad(wanted, (0, 1))
+    logits = slots.model(
+        input_ids=batch.input_ids.to(device),
+        use_cache=False,
+        logits_to_keep=keep,
+    ).logits
+    if logits.dim() == 3:
+        logits = logits[keep]
+    losses = nn.functional.cross_entropy(
+        logits.float() if logits.dtype != torch.float64 else logits,
+        labels[wanted],
+        reduction="none",
+    )
+    counts = wanted.view(len(batch.rows_per_slot), -1).sum(dim=1).tolist()
+    return list(losses.split(counts))
+
+
+class checkpointing:  # noqa: N801  (reads as a word at the place of use)
+    """Recompute the activations of each decoder layer in the backward pass, inside the block.
+
+    transformers does so only for layers in training mode, which would wake the base's own dropout;
+    so the layers' ``forward`` is wrapped here, and they stay in evaluation mode.
+    """
+
+    def __init__(self, model: Any, enabled: bool) -> None:
+        self.model, self.enabled = model, enabled
+
+    def __enter__(self) -> None:
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        modules = self.model.modules() if self.enabled else ()
+        layers = [m for m in modules if isinstance(m, GradientCheckpointingLayer)]
+        if self.enabled and not layers:
+            raise ValueError("this model has no decoder layers that can be checkpointed.")
+        self.plain = [(layer, vars(layer).get("forward")) for layer in layers]
+        for layer in layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+
+    def __exit__(self, *_: object) -> None:
+        for layer, forward in self.plain:
+            del layer.forward  # the class's own shows again
+            if forward is not None:
+                layer.forward = forward

@@ -1,0 +1,168 @@
+"""Factors that a client keeps to itself, trained over the global model that it is sent.
+
+    round:    T_c(G) sent, trained, returned and added up as ever; then, with T_c(G) frozen,
+              client k takes some steps on  min over (A_k, B_k) of  L_k(W + T_c(G) + s B_k A_k)
+    at use:   W + T_c(G) + s B_k A_k  for client k;  A_k and B_k never leave it
+
+Two adapters side by side, one shared and one that stays, are FedDPA's (Yang et al., NeurIPS 2024,
+arXiv 2403.19211), here as a plain sum without its weights by instance. That the global solution
+does not feel the personal one, which goes on from round to round as a task of its own, is Ditto's
+(Li et al., ICML 2021, arXiv 2012.04221); in the place of its pull towards the global model stands
+the rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import dataclass, replace
+
+from flexlora.aggregation.engine.starts import LocalPlan, Start
+from flexlora.algebra.linalg import live_rows
+from flexlora.lora.adapters import Adapter, LoRAFactors
+from flexlora.lora.ranks import RankClass
+from flexlora.seeds import generator
+from flexlora.training.personal_store import PersonalStore
+from flexlora.training.schedule import TrainSettings
+from flexlora.wire.jobs import PERSONAL, TrainJob, TrainResult
+
+__all__ = ["Frozen", "PersonalPlan", "PersonalStore", "frozen_model", "personalised"]
+
+Frozen = MutableMapping[tuple[int, int], tuple[Adapter | None, str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PersonalPlan:
+    """How clients make and train factors of their own; ``seed`` is for nothing else."""
+
+    rank: int
+    max_steps: int
+    learning_rate: float
+    alpha: float
+    rslora: bool = False
+    seed: int = 0
+
+    def settings(self, settings: TrainSettings) -> TrainSettings:
+        """Those of the global training with this plan's steps, rate, draws, and plain AdamW."""
+        return replace(
+            settings,
+            max_steps=self.max_steps,
+            learning_rate=self.learning_rate,
+            optim="adamw_torch",
+            proximal_mu=0.0,
+            seed=self.seed,
+        )
+
+    def job(self, job: TrainJob, frozen: Frozen | None = None) -> TrainJob:
+        """A second job for the client: its own factors over the frozen model of the first.
+
+        They go on from what it kept, or begin at zero: live ``lora_A``, ``lora_B`` zero. With one
+        ``frozen`` for a cohort, those who were sent the same payloads share one frozen model.
+
+        Raises:
+            ValueError: kept factors that are not those of this plan.
+        """
+        start, known = job.start, {} if frozen is None else frozen
+        sent = (id(start.trained), id(start.carried))
+        if sent not in known:
+            known[sent] = frozen_model(start)
+        carried, dtype = known[sent]
+        own = Start(
+            rank_class=RankClass(name=PERSONAL, rank=self.rank),
+            base_round=start.base_round,
+            trained=self._own_factors(job),
+            carried=carried,
+            carried_dtype=dtype,
+            local=LocalPlan(merge=start.local.merge),
+        )
+        return replace(job, start=own, personal=None)
+
+    def _own_factors(self, job: TrainJob) -> Adapter:
+        """What the client goes on from."""
+        fresh = Adapter(
+            {name: self._fresh(job.client_id, name, f) for name, f in job.start.trained.items()}
+        )
+        if job.personal is None:
+            return fresh
+        for name in sorted(set(fresh) | set(job.personal)):
+            kept, made = job.personal.get(name), fresh.get(name)
+            if kept is None or made is None or not _alike(kept, made):
+                raise ValueError(
+                    f"client {job.client_id}, module '{name}': the personal factors that were kept "
+                    f"are {_told(kept)}, expected {_told(made)}; were they made with another "
+                    "personal.rank, LoRA alpha or target list?"
+                )
+        return job.personal
+
+    def _fresh(self, client_id: str, module: str, sent: LoRAFactors) -> LoRAFactors:
+        """Live ``lora_A`` and zero ``lora_B`` at the plan's rank, capped at the module's sizes."""
+        out_features, in_features = sent.out_features, sent.in_features
+        rank = min(self.rank, out_features, in_features)
+        rows = live_rows(rank, in_features, generator(self.seed, "live", client_id, module))
+        return LoRAFactors(
+            lora_A=rows.to(sent.lora_A),
+            lora_B=sent.lora_B.new_zeros(out_features, rank),
+            alpha=self.alpha,
+            rslora=self.rslora,
+        )
+
+
+def personalised(
+    plan: PersonalPlan,
+    jobs: Sequence[TrainJob],
+    results: Sequence[TrainResult],
+    settings: TrainSettings,
+    train: Callable[[Sequence[TrainJob], TrainSettings], Sequence[TrainResult]],
+) -> list[TrainResult]:
+    """``results``, those who trained with factors of their own too: all clients in one ``train``.
+
+    Whoever cannot train them has the same result, with a note that says why.
+    """
+    frozen: Frozen = {}
+    own: dict[int, TrainJob] = {}
+    personal = list(results)
+    for k, (job, result) in enumerate(zip(jobs, results, strict=True)):
+        if result.adapter is None:
+            continue  # a client that could not train what it was sent
+        try:
+            own[k] = plan.job(job, frozen)
+        except ValueError as error:
+            personal[k] = _noted(result, str(error))
+    done = train(list(own.values()), plan.settings(settings)) if own else []
+    for k, trained in zip(own, done, strict=True):
+        # Nobody grants another rank here: there is nothing to ask for.
+        cause = trained.cause.removesuffix(f"; asks for rank {trained.asked_rank}") or trained.note
+        result = replace(results[k], personal=trained.adapter)
+        personal[k] = _noted(result, cause) if cause else result
+    return personal
+
+
+def _noted(result: TrainResult, cause: str) -> TrainResult:
+    parts = [result.note] if result.note else []
+    return replace(result, note="; ".join([*parts, f"personal factors: {cause}"]))
+
+
+def frozen_model(start: Start) -> tuple[Adapter | None, str]:
+    """All that a client was sent, to be carried frozen, and the dtype that keeps it as it was.
+
+    None where it adds nothing to the base yet.
+    """
+    served = start.served()
+    if not any(bool(factors.lora_B.any()) for factors in served.values()):
+        return None, ""
+    return served, start.carried_dtype if served is start.carried else ""
+
+
+def _alike(kept: LoRAFactors, made: LoRAFactors) -> bool:
+    return all(
+        getattr(kept, label).shape == getattr(made, label).shape
+        and getattr(kept, label).dtype == getattr(made, label).dtype
+        for label in ("lora_A", "lora_B")
+    ) and (kept.alpha, kept.rslora) == (made.alpha, made.rslora)
+
+
+def _told(factors: LoRAFactors | None) -> str:
+    if factors is None:
+        return "absent"
+    size = f"{factors.out_features} x {factors.in_features}"
+    kind = str(factors.lora_A.dtype).removeprefix("torch.")
+    return f"of rank {factors.rank} for {size}, alpha {factors.alpha:g}, {kind}"

@@ -1,0 +1,83 @@
+"""What local training will do, told before it happens: settings, steps, rates, rows of each step.
+
+A function of the configuration, the client and the round alone, so that a clock can price a
+training and a planner can pack it before anybody trains.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from flexlora.data.collation import batch_plan
+from flexlora.wire.jobs import TrainJob
+
+__all__ = [
+    "TrainSettings",
+    "learning_rate_at",
+    "num_steps",
+    "planned_rows",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """Hugging Face's words for local training; ``max_steps`` 0 means ``num_train_epochs``.
+
+    ``micro_batch_size`` is how many rows of a slot go through a pass at most (0: the per-device
+    batch size); a step's rows, and so its gradient, do not depend on it.
+    """
+
+    learning_rate: float = 2e-3
+    per_device_train_batch_size: int = 8
+    micro_batch_size: int = 0
+    gradient_accumulation_steps: int = 1
+    max_steps: int = 10
+    num_train_epochs: int = 1
+    optim: str = "adamw_torch"
+    weight_decay: float = 0.0
+    adam_epsilon: float = 1e-6
+    proximal_mu: float = 0.0
+    max_grad_norm: float = 1.0
+    lr_scheduler_type: str = "linear"
+    gradient_checkpointing: bool = False
+    lora_dropout: float = 0.0
+    seed: int = 0
+
+    @property
+    def examples_per_step(self) -> int:
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    @property
+    def rows_per_pass(self) -> int:
+        return self.micro_batch_size or self.per_device_train_batch_size
+
+
+def num_steps(num_examples: int, settings: TrainSettings) -> int:
+    """Optimizer steps of one round for a client with that many examples."""
+    if settings.max_steps > 0:
+        return settings.max_steps
+    return settings.num_train_epochs * math.ceil(num_examples / settings.examples_per_step)
+
+
+def learning_rate_at(settings: TrainSettings, job: TrainJob, step: int, steps: int) -> float:
+    """The rate of one step; the schedule runs once across all rounds, not anew in each."""
+    progress = (job.server_round - 1 + step / steps) / job.num_server_rounds
+    factors = {
+        "constant": 1.0,
+        "linear": 1.0 - progress,
+        "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
+    }
+    return settings.learning_rate * factors[settings.lr_scheduler_type]
+
+
+def planned_rows(
+    job: TrainJob, num_examples: int, settings: TrainSettings, *, ahead: int = 0
+) -> list[list[int]]:
+    """The rows of every step of one client's round, and of ``ahead`` steps after its last."""
+    return batch_plan(
+        num_examples,
+        batch_size=settings.examples_per_step,
+        steps=num_steps(num_examples, settings) + ahead,
+        seed_parts=(settings.seed, "batches", job.server_round, job.client_id),
+    )

@@ -1,0 +1,375 @@
+"""A base model with a LoRA layer in the place of each target, and K slots to load, train and read.
+
+``SlotModel`` is what training and evaluation work on. The trained factors of all slots lie in one
+buffer ``parameters [K, P]``, of which the layers hold views, and gradients arrive as one
+``gradients [K, P]``. So a step of the optimizer, a slot's gradient norm and its learning rate are a
+few operations on a matrix, whatever the number of modules.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flexlora.algebra.linalg import live_rows
+from flexlora.algebra.sketch import GradientSketch, top_rows
+from flexlora.errors import UserError, nearest
+from flexlora.lora.adapters import Adapter, LoRAFactors, zero_factors
+from flexlora.seeds import generator
+from flexlora.training.blockwise import Live, live_numbers
+from flexlora.training.layers import DropoutStream, LoRALinear, SlotFactors
+
+__all__ = ["SlotModel", "find_targets", "kept_rank", "slot_model"]
+
+_SLOTS = "_flexlora_slots"  # where a model remembers its SlotModel
+
+
+def linear_shape(module: Any) -> tuple[int, int] | None:
+    """``(out_features, in_features)`` of a linear of any supported kind, None for other modules."""
+    if isinstance(module, nn.Linear):  # bitsandbytes' quantized linears among them
+        return module.out_features, module.in_features
+    if type(module).__name__ == "Conv1D":
+        in_features, out_features = module.weight.shape
+        return out_features, in_features
+    return None
+
+
+def find_targets(model: nn.Module, target_modules: str) -> dict[str, tuple[int, int]]:
+    """The linears that get LoRA, ``{name: (out_features, in_features)}``, as PEFT would pick them.
+
+    ``all-linear`` is every linear but the output layer, which is never a target; names separated by
+    commas match a whole name or its end after a dot; anything else is a regular expression that
+    matches a whole name.
+
+    Raises:
+        UserError: nothing matches, or the expression cannot be read.
+    """
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    linears = {
+        name: shape
+        for name, module in model.named_modules()
+        if (shape := linear_shape(module)) is not None and module is not head
+    }
+    if target_modules == "all-linear" and linears:
+        return linears
+    items = [item.strip() for item in target_modules.split(",")]
+    by_item = {item: [n for n in linears if n == item or n.endswith(f".{item}")] for item in items}
+    unmatched = [item for item in items if not by_item[item]]
+    if not unmatched:
+        return {n: linears[n] for n in linears if any(n in names for names in by_item.values())}
+    found = _by_expression(linears, target_modules) if len(unmatched) == len(items) else {}
+    if not found:
+        leaves = sorted({name.rpartition(".")[2] for name in linears})
+        odd = target_modules if len(unmatched) == len(items) else unmatched[0]
+        raise UserError(
+            f"lora.target-modules is '{odd}', which matches no linear module of the model, "
+            f"expected 'all-linear' or some of {', '.join(leaves) or 'none'}."
+            f"{nearest(odd.rpartition('.')[2], leaves)}"
+        )
+    return found
+
+
+def _by_expression(
+    linears: dict[str, tuple[int, int]], expression: str
+) -> dict[str, tuple[int, int]]:
+    try:
+        return {n: shape for n, shape in linears.items() if re.fullmatch(expression, n)}
+    except re.error as error:
+        raise UserError(
+            f"lora.target-modules is '{expression}', which is neither a list of names nor a "
+            f"regular expression: {error}."
+        ) from None
+
+
+class SlotModel:
+    """A frozen ``model`` with LoRA layers injected; ``shapes`` names the targets in model order."""
+
+    def __init__(self, model: Any, target_modules: str = "all-linear") -> None:
+        self.model, self.target_modules = model, target_modules
+        _keep_unpacked(model)
+        self.shapes = find_targets(model, target_modules)
+        self.layers: dict[str, LoRALinear] = {}
+        self.num_slots = 0
+        self.parameters = self.gradients = torch.empty(0, 0)
+        self._leaves: list[Tensor] = []
+        self._leaf_names: list[tuple[str, str]] = []  # module and factor of each leaf
+        self._templates: list[Adapter] = []
+        for name, (out_features, in_features) in self.shapes.items():
+            base = model.get_submodule(name)
+            layer = LoRALinear(base, name=name, in_features=in_features, out_features=out_features)
+            _replace(model, name, layer)
+            self.layers[name] = layer
+
+    def remove(self) -> None:
+        """Put the plain linears back."""
+        for name, layer in self.layers.items():
+            _replace(self.model, name, layer.base)
+        self.layers = {}
+        if getattr(self.model, _SLOTS, None) is self:
+            delattr(self.model, _SLOTS)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """Whether the targets hold their weights as ``[in, out]`` (GPT-2's ``Conv1D``)."""
+        return all(type(layer.base).__name__ == "Conv1D" for layer in self.layers.values())
+
+    def load(
+        self,
+        adapters: Sequence[Adapter],
+        *,
+        carried: Sequence[Adapter | None] | None = None,
+        carried_dtype: torch.dtype | None = None,
+        trainable: Sequence[str] = (),
+        merge: bool = False,
+    ) -> None:
+        """One adapter per slot; factors named in ``trainable`` get gradients, the rest is frozen.
+
+        Slots that carry one and the same adapter share it in memory; with ``merge`` it is added
+        into a copy of each weight that is a float, and lies beside the others.
+
+        Raises:
+            ValueError: an adapter whose modules or shapes are not the model's.
+        """
+        for adapter in adapters:
+            self._check(adapter)
+        self.clear()
+        self.num_slots, self._templates = len(adapters), list(adapters)
+        views = self._allocate(trainable)
+        for name, layer in self.layers.items():
+            layer.num_slots = self.num_slots
+            frozen = [a[name] if a is not None else None for a in _once(carried or ())]
+            if any(factors is not None for factors in frozen):
+                whole = [f or zero_factors(self._templates[0][name]) for f in frozen]
+                if not (merge and len(whole) == 1 and layer.merge(whole[0])):
+                    layer.carried = self._stack(name, whole, carried_dtype)
+            stacked = self._stack(name, [adapter[name] for adapter in adapters])
+            for label in trainable:
+                view = views[name, label].copy_(getattr(stacked, label[-1]))
+                setattr(stacked, label[-1], view.requires_grad_())
+            layer.trained = stacked
+
+    def accumulate_gradients(self, loss: Tensor) -> None:
+        """Add ``d loss / d parameters`` to ``gradients [K, P]``; padding gets exact zeros."""
+        # A target that the pass did not reach has no gradient: zeros.
+        parts = torch.autograd.grad(loss, self._leaves, materialize_grads=True)
+        self.gradients += torch.cat([part.flatten(1) for part in parts], dim=1)
+
+    def _allocate(self, trainable: Sequence[str]) -> dict[tuple[str, str], Tensor]:
+        """The flat buffers, and views by module and factor: ``[K, R, in]``, ``[K, out, R]``."""
+        K = self.num_slots
+        widths = []
+        for name, (out_features, in_features) in self.shapes.items():
+            R = max(adapter[name].rank for adapter in self._templates)
+            shapes = {"lora_A": (R, in_features), "lora_B": (out_features, R)}
+            widths += [(name, label, shapes[label]) for label in trainable]
+        dtype = next(iter(self._templates[0].values())).lora_A.dtype if K else torch.float32
+        total = sum(a * b for _, _, (a, b) in widths)
+        self.parameters = torch.zeros(K, total, dtype=dtype, device=self.device)
+        self.gradients = torch.zeros_like(self.parameters)
+        offset, views = 0, {}
+        for name, label, (a, b) in widths:
+            span = slice(offset, offset + a * b)
+            offset += a * b
+            self._leaves.append(self.parameters[:, span].view(K, a, b))
+            views[name, label] = self._leaves[-1]
+        self._leaf_names = list(views)
+        return views
+
+    def live_numbers(self) -> list[Live]:
+        """Where each slot's own numbers lie in ``parameters``; one object for equal ranks."""
+        names, labels = zip(*self._leaf_names, strict=True)
+        ranks = [tuple(adapter[name].rank for name in names) for adapter in self._templates]
+        inside = {own: live_numbers(self._leaves, labels, own) for own in dict.fromkeys(ranks)}
+        return [inside[own] for own in ranks]
+
+    def _stack(
+        self, name: str, slots: Sequence[LoRAFactors], dtype: torch.dtype | None = None
+    ) -> SlotFactors:
+        like = torch.empty(0, dtype=dtype or slots[0].lora_A.dtype, device=self.device)
+        return SlotFactors.stack(slots, like)
+
+    def add_phases(self, count: int) -> None:
+        """Room beside every layer for what ``count`` earlier phases of a round trained."""
+        for layer in self.layers.values():
+            trained = layer.trained
+            assert trained is not None
+            for _ in range(count):
+                A, B = torch.zeros_like(trained.A), torch.zeros_like(trained.B)
+                layer.frozen.append(SlotFactors(A=A, B=B, scaling=trained.scaling))
+
+    @torch.no_grad()
+    def freeze(self, slot: int, phase: int, seed: int) -> None:
+        """Keep what the slot has trained as its part ``phase`` and give it fresh factors."""
+        for name, layer in self.layers.items():
+            assert layer.trained is not None
+            rank = self._templates[slot][name].rank
+            A, B = layer.trained.A[slot], layer.trained.B[slot]
+            layer.frozen[phase].A[slot].copy_(A)
+            layer.frozen[phase].B[slot].copy_(B)
+            A[:rank].copy_(live_rows(rank, layer.in_features, generator(seed, "live", name)))
+            B.zero_()
+
+    def tail_norms(self, kept: float) -> Tensor:
+        """``sum over modules |B_tail|_F |A_tail|_F`` of each slot, ``[K]``, with gradients.
+
+        The tail of a slot's module is its terms from ``max(1, floor(kept * rank))`` on.
+        """
+        total = self.parameters.new_zeros(self.num_slots)
+        for name, layer in self.layers.items():
+            assert layer.trained is not None
+            A, B = layer.trained.A, layer.trained.B
+            first = [kept_rank(kept, adapter[name].rank) for adapter in self._templates]
+            terms = torch.arange(A.shape[1], device=A.device)
+            tail = (terms[None] >= torch.tensor(first, device=A.device)[:, None]).to(A.dtype)
+            # Padding is zero in both factors, and the root of zero has no gradient.
+            size_A = ((A.square().sum(2) * tail).sum(1) + 1e-24).sqrt()
+            size_B = ((B.square().sum(1) * tail).sum(1) + 1e-24).sqrt()
+            total = total + size_A * size_B
+        return total
+
+    def _check(self, adapter: Adapter) -> None:
+        if set(adapter) != set(self.shapes):
+            name = sorted(set(adapter) ^ set(self.shapes))[0]
+            raise ValueError(
+                f"module '{name}' is in the {'adapter' if name in adapter else 'model'} only; "
+                f"was the adapter made for lora.target-modules '{self.target_modules}'?"
+            )
+        for name, factors in adapter.items():
+            shape = (factors.out_features, factors.in_features)
+            if shape != self.shapes[name]:
+                raise ValueError(
+                    f"module '{name}': the adapter is {shape}, the model {self.shapes[name]} "
+                    "= (out_features, in_features). Was it made for another base?"
+                )
+
+    def extract(self, slot: int) -> Adapter:
+        """The factors of one slot as they are now, copied to the CPU, at the slot's own ranks.
+
+        Phases of a round lie side by side, in the order in which they were trained.
+        """
+        modules = {}
+        for name, layer in self.layers.items():
+            template, parts = self._templates[slot][name], []
+            assert layer.trained is not None
+            for factors in (*layer.frozen, layer.trained):
+                A = factors.A[slot, : template.rank].detach().cpu().clone()
+                B = factors.B[slot, :, : template.rank].detach().cpu().clone()
+                parts.append(replace(template, lora_A=A, lora_B=B))
+            modules[name] = parts[0] if len(parts) == 1 else LoRAFactors.side_by_side(parts)
+        return Adapter(modules)
+
+    @contextmanager
+    def sketching(self, seed: int, slots: Sequence[int] | None = None) -> Iterator[None]:
+        """Sketch every target's gradient in the backward passes inside; then turn ``lora_A``.
+
+        Afterwards ``lora_A`` of the ``slots`` (default: all) holds the top right singular vectors
+        of each one's own gradient.
+        """
+        chosen = range(self.num_slots) if slots is None else slots
+        for name, layer in self.layers.items():
+            layer.sketch = GradientSketch(
+                name=name,
+                ranks=[adapter[name].rank for adapter in self._templates],
+                out_features=layer.out_features,
+                seed=seed,
+            )
+        try:
+            yield
+            for layer in self.layers.values():
+                self._align(layer, chosen)
+        finally:
+            for layer in self.layers.values():
+                layer.sketch = None
+
+    @torch.no_grad()
+    def _align(self, layer: LoRALinear, slots: Iterable[int]) -> None:
+        assert layer.trained is not None and layer.sketch is not None
+        if layer.sketch.total is None:
+            return
+        for slot in slots:
+            rank, size = self._templates[slot][layer.name].rank, layer.sketch.sizes[slot]
+            rows = layer.trained.A[slot, :rank]
+            rows.copy_(top_rows(layer.sketch.total[slot, :size], rank, rows.cpu()))
+
+    def clear(self) -> None:
+        """No slots: the model is the frozen base."""
+        self.num_slots, self._templates, self._leaves = 0, [], []
+        self.parameters = self.gradients = torch.empty(0, 0)
+        for layer in self.layers.values():
+            layer.trained = layer.carried = layer.merged = layer.wholes = None
+            layer.frozen = []
+            layer.num_slots, layer.dropout, layer.streams = 0, 0.0, ()
+
+    def set_dropout(self, dropout: float, streams: Sequence[DropoutStream | None]) -> None:
+        """Masks of the coming pass, one stream per slot; no streams is no dropout."""
+        for layer in self.layers.values():
+            layer.dropout, layer.streams = dropout, tuple(streams)
+
+    @contextmanager
+    def first_slots(self, count: int) -> Iterator[None]:
+        """Rows of the first ``count`` slots only: a slot that has ended costs nothing."""
+        whole = self.num_slots
+        try:
+            self._show(count)
+            yield
+        finally:
+            self._show(whole)
+
+    def _show(self, count: int) -> None:
+        for layer in self.layers.values():
+            layer.num_slots = count
+
+
+def _once(carried: Sequence[Adapter | None]) -> Sequence[Adapter | None]:
+    """A single adapter where all slots carry the same one."""
+    if not carried or carried[0] is None:
+        return carried
+    first = carried[0]
+    if all(other is first for other in carried):
+        return carried[:1]
+    digest = first.digest()
+    same = all(other is not None and other.digest() == digest for other in carried[1:])
+    return carried[:1] if same else carried
+
+
+def kept_rank(kept: float, rank: int) -> int:
+    """``max(1, floor(kept * rank))``: the terms that self-pruning leaves."""
+    return max(1, int(kept * rank + 1e-9))
+
+
+def _keep_unpacked(model: Any) -> None:
+    """Tell 4-bit linears, targets or not, to leave their weights as they are on the CPU.
+
+    bitsandbytes repacks them in place for an inference kernel that has no gradient: what lies below
+    such a linear would train on another matrix's gradient, or on none.
+    """
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.support_avx512bf16_for_cpu = False
+
+
+def slot_model(model: Any, target_modules: str) -> SlotModel:
+    """The slots of ``model``: one object while the targets are the same, else injected anew."""
+    current = getattr(model, _SLOTS, None)
+    if current is not None:
+        if current.target_modules == target_modules:
+            return current
+        current.remove()
+    slots = SlotModel(model, target_modules)
+    setattr(model, _SLOTS, slots)
+    return slots
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)

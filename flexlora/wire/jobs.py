@@ -1,0 +1,147 @@
+"""What is asked of a client and what it answers, free of any transport.
+
+One boundary serves simulation, deployment and notebooks: ``decode(Message) -> TrainJob``,
+``train(jobs) -> results``, ``encode(result) -> Message``; only the number of jobs differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from flexlora.aggregation.engine.method import Start
+from flexlora.lora.adapters import Adapter
+
+__all__ = ["PERSONAL", "Capability", "EvalJob", "EvalResult", "Score", "TrainJob", "TrainResult"]
+
+PERSONAL = "personal"  # what a score under a client's own factors is called, among rank classes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capability:
+    """What a client says of itself before round 1.
+
+    ``runs`` names the kernels that were run on its device and ``absent`` those that failed, each
+    with its error; ``free_bytes`` was free on the device before the base was loaded.
+    """
+
+    client_id: str
+    num_examples: int = 0
+    num_dropped: int = 0
+    version: str = ""
+    fingerprint: str = ""
+    quantization: str = ""
+    device: str = ""
+    runs: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()
+    free_bytes: int = 0
+    modules: tuple[str, ...] = ()
+    out_features: tuple[int, ...] = ()
+    in_features: tuple[int, ...] = ()
+    fan_in_fan_out: bool = False
+    cause: str = ""
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """``(out_features, in_features)`` of every target module."""
+        sizes = zip(self.out_features, self.in_features, strict=True)
+        return dict(zip(self.modules, sizes, strict=True))
+
+    @staticmethod
+    def failed(client_id: str, cause: str) -> Capability:
+        """A node that cannot say what it is, and why."""
+        return Capability(client_id=client_id, cause=cause)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainJob:
+    """Train from ``start`` in round ``server_round`` of ``num_server_rounds``.
+
+    ``personal`` are the factors that this client kept to itself in an earlier round, if any; no
+    message holds them.
+    """
+
+    client_id: str
+    server_round: int
+    num_server_rounds: int
+    start: Start
+    personal: Adapter | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """Trained factors and what it took; ``cause`` says why there are none.
+
+    ``note`` says what was different about a training that did succeed. ``asked_rank`` is the rank
+    that a client without memory for its own asks for from the next round on; 0 asks for nothing.
+
+    ``loss_before`` and ``loss_after`` are over the rows of the first step, before any step and
+    after the last; ``train_loss`` is the mean over the steps. ``personal`` stays with the client:
+    no report holds it.
+    """
+
+    client_id: str
+    rank_class: str
+    base_round: int
+    digest: str
+    num_examples: int = 0
+    adapter: Adapter | None = None
+    steps: int = 0
+    tokens: int = 0
+    train_loss: float = float("nan")
+    loss_before: float = float("nan")
+    loss_after: float = float("nan")
+    train_seconds: float = 0.0
+    asked_rank: int = 0
+    note: str = ""
+    cause: str = ""
+    personal: Adapter | None = None
+
+    @staticmethod
+    def failed(client_id: str, cause: str) -> TrainResult:
+        """A node that could not even read what it was sent."""
+        return TrainResult(client_id=client_id, rank_class="", base_round=0, digest="", cause=cause)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalJob:
+    """Evaluate every adapter (by rank class; none at all: the bare base) on the client's rows.
+
+    With ``personal`` they are scored once more under the name ``PERSONAL``: those factors beside
+    the adapter named ``personal_over``, or alone on the base where that is empty.
+    """
+
+    client_id: str
+    server_round: int
+    adapters: Mapping[str, Adapter]
+    generate: bool = False
+    personal: Adapter | None = None
+    personal_over: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """Sums over rows, so that scores of clients add up: divide at the end.
+
+    ``loss`` is summed over answer ``tokens``; exact match and ROUGE-L over ``generated`` rows.
+    """
+
+    loss: float = 0.0
+    tokens: int = 0
+    rows: int = 0
+    exact_match: float = 0.0
+    rouge_l: float = 0.0
+    generated: int = 0
+
+    def __add__(self, other: Score) -> Score:
+        names = self.__dataclass_fields__
+        return Score(**{name: getattr(self, name) + getattr(other, name) for name in names})
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalResult:
+    """Scores by rank class, and ``PERSONAL``; ``cause`` says why there are none, or not all."""
+
+    client_id: str
+    scores: Mapping[str, Score] = field(default_factory=dict)
+    cause: str = ""

@@ -1,0 +1,176 @@
+"""Who takes part: the nodes that answered, what they can train, and the rank class of each.
+
+Clients are known by their own id. Flower's node ids are drawn anew in every run and serve only as
+addresses.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+import flexlora
+from flexlora.errors import UserError
+from flexlora.lora.ranks import RankClass
+from flexlora.planning.rank_policies import RankPolicy
+from flexlora.seeds import numpy_generator
+from flexlora.wire.jobs import Capability
+
+__all__ = ["Member", "Roster", "sample"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """A client that can train: where it is reached, what it said, its rank class."""
+
+    node_id: int
+    capability: Capability
+    rank_class: RankClass
+
+
+@dataclass(kw_only=True)
+class Roster:
+    """Members by client id, and the clients left out with the cause of each."""
+
+    members: dict[str, Member] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    fan_in_fan_out: bool = False
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the base that all members hold."""
+        return next((m.capability.fingerprint for m in self.members.values()), "")
+
+    @property
+    def rank_classes(self) -> dict[str, RankClass]:
+        """The classes in use by name, in ascending order of rank."""
+        classes = {m.rank_class.name: m.rank_class for m in self.members.values()}
+        return dict(sorted(classes.items(), key=lambda item: (item[1].rank, item[0])))
+
+    @classmethod
+    def meet(
+        cls,
+        reports: Mapping[int, Capability],
+        policy: RankPolicy,
+        known: Mapping[str, RankClass] | None = None,
+    ) -> Roster:
+        """Members from the reports by node id; ``known`` classes (of a resumed run) are kept.
+
+        A node is left out, with its cause, when it cannot train, has another FlexLoRA version,
+        holds another base than most, or names a client that another node already is.
+
+        Raises:
+            UserError: nobody can train.
+        """
+        roster = cls()
+        fit: dict[str, tuple[int, Capability]] = {}
+        base = _most_common_base(reports.values())
+        for node_id, report in sorted(
+            reports.items(), key=lambda item: (item[1].client_id, item[0])
+        ):
+            cause = _unfit(report, base) or policy.too_small(report)
+            if not cause and report.client_id in fit:
+                cause = f"node {fit[report.client_id][0]} is this client already"
+            if cause:
+                taken = report.client_id in roster.left_out or report.client_id in fit
+                name = f"{report.client_id} (node {node_id})" if taken else report.client_id
+                roster.left_out[name] = cause
+            else:
+                fit[report.client_id] = node_id, report
+        if not fit:
+            causes = "; ".join(f"{k}: {v}" for k, v in sorted(roster.left_out.items())[:3])
+            raise UserError(f"no client can train, expected at least one ({causes or 'no nodes'}).")
+        everybody_named = all(report.version for report in reports.values())
+        dealt = policy.assign(
+            list(fit),
+            others=list(roster.left_out) if everybody_named else None,
+            capabilities={client_id: report for client_id, (_, report) in fit.items()},
+        )
+        table = {**dealt, **(known or {})}
+        first = next(iter(fit.values()))[1]
+        roster.shapes, roster.fan_in_fan_out = first.shapes, first.fan_in_fan_out
+        roster.members = {
+            client_id: Member(node_id=node_id, capability=report, rank_class=table[client_id])
+            for client_id, (node_id, report) in fit.items()
+        }
+        return roster
+
+    def take_in(
+        self,
+        reports: Mapping[int, Capability],
+        policy: RankPolicy,
+        known: Mapping[str, RankClass] | None = None,
+    ) -> list[str]:
+        """Take in nodes that have come later, and clients that are back under another node id.
+
+        Newcomers are dealt their rank classes one by one, by client id, as if all had come with
+        them; nobody else's changes. One that does not fit is left out with its cause. Returns who
+        is new.
+        """
+        base = (self.fingerprint, tuple(self.shapes))
+        joined = []
+        for node_id, report in sorted(
+            reports.items(), key=lambda item: (item[1].client_id, item[0])
+        ):
+            client_id = report.client_id
+            cause = _unfit(report, base) or policy.too_small(report)
+            if not cause and report.shapes != self.shapes:
+                cause = "its modules have other shapes"
+            if not cause and client_id in self.members:
+                member = self.members[client_id]
+                self.members[client_id] = replace(member, node_id=node_id, capability=report)
+            elif not cause:
+                cause = self._join(node_id, report, policy, known or {})
+                joined += [] if cause else [client_id]
+            self.left_out.pop(f"node_{node_id}", None)
+            if cause:
+                name = f"{client_id} (node {node_id})" if client_id in self.members else client_id
+                self.left_out[name] = cause
+            else:
+                self.left_out.pop(client_id, None)
+        return joined
+
+    def _join(
+        self, node_id: int, report: Capability, policy: RankPolicy, known: Mapping[str, RankClass]
+    ) -> str:
+        """Make one more member; why not, where the policy has no class for it."""
+        client_id = report.client_id
+        reports = {k: member.capability for k, member in self.members.items()}
+        try:
+            dealt = policy.assign(
+                [*self.members, client_id],
+                others=None,
+                capabilities={**reports, client_id: report},
+            )
+        except UserError as error:
+            return str(error)
+        rank_class = known.get(client_id, dealt[client_id])
+        member = Member(node_id=node_id, capability=report, rank_class=rank_class)
+        self.members[client_id] = member
+        return ""
+
+
+def _most_common_base(reports: Iterable[Capability]) -> tuple:
+    """The base that most of the able nodes hold (ties: the first by fingerprint)."""
+    votes = Counter((r.fingerprint, r.modules) for r in reports if not r.cause)
+    return min(votes, key=lambda key: (-votes[key], key)) if votes else ("", ())
+
+
+def _unfit(report: Capability, base: tuple) -> str:
+    if report.cause:
+        return report.cause
+    if report.version != flexlora.__version__:
+        return f"FlexLoRA {report.version}, the server has {flexlora.__version__}"
+    if (report.fingerprint, report.modules) != base:
+        return f"another base model or other targets (fingerprint {report.fingerprint[:12]})"
+    return ""
+
+
+def sample(client_ids: Iterable[str], count: int, *, seed: int, purpose: tuple) -> list[str]:
+    """``count`` of the clients, sorted: a function of the ids and the seed, never of node ids."""
+    ordered = sorted(client_ids)
+    generator = numpy_generator(seed, *purpose)
+    chosen = generator.choice(len(ordered), size=min(count, len(ordered)), replace=False)
+    return sorted(ordered[i] for i in chosen)

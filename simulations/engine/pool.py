@@ -1,0 +1,116 @@
+"""Who trains the cohorts of a simulation: this process, or several through Ray.
+
+A cohort is a list of jobs that go through one pass together. ``train`` and ``evaluate`` take one
+and answer at once with a ``Pending``; ``result()`` waits for it. A client that failed is a result
+with a cause, never an exception, so that nobody's failure is another's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+
+from flexlora.config.resolve import Config
+
+if TYPE_CHECKING:  # a pool of other processes starts before this one has loaded torch
+    from flexlora.clients.worker import Worker
+    from flexlora.wire.jobs import EvalJob, EvalResult, TrainJob, TrainResult
+
+__all__ = ["LocalPool", "Pending", "Pool", "make_pool"]
+
+Result = TypeVar("Result")
+Result_co = TypeVar("Result_co", covariant=True)
+
+
+class Pending(Protocol[Result_co]):
+    """The results of one cohort, in the order of its jobs, now or later."""
+
+    def result(self) -> Result_co:
+        """Wait for them; the same object every time."""
+
+
+class Pool(Protocol):
+    """What takes cohorts; the results do not depend on who trains them, nor on how many do."""
+
+    def train(self, jobs: Sequence[TrainJob]) -> Pending[list[TrainResult]]: ...
+
+    def evaluate(self, jobs: Sequence[EvalJob]) -> Pending[list[EvalResult]]: ...
+
+    def close(self) -> None:
+        """End whatever the pool has started; results not yet taken are lost."""
+
+
+class LocalPool:
+    """One worker in this process.
+
+    A cohort is trained when its result is first asked for, so that only one cohort's factors are
+    held at a time, and a cohort that nobody asks for costs nothing.
+    """
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+
+    def train(self, jobs: Sequence[TrainJob]) -> Pending[list[TrainResult]]:
+        return _Later(lambda: self.worker.train(jobs))
+
+    def evaluate(self, jobs: Sequence[EvalJob]) -> Pending[list[EvalResult]]:
+        return _Later(lambda: self.worker.evaluate(jobs))
+
+    def close(self) -> None:
+        """Nothing was started."""
+
+
+class _Later(Generic[Result]):
+    """``work()`` at the first call of ``result``; afterwards only what it returned is kept."""
+
+    def __init__(self, work: Callable[[], Result]) -> None:
+        self._work: Callable[[], Result] | None = work
+        self._value: list[Result] = []
+
+    def result(self) -> Result:
+        if self._work is not None:
+            self._value = [self._work()]
+            self._work = None
+        return self._value[0]
+
+
+def make_pool(config: Config, worker: Worker | None = None) -> Pool:
+    """The pool that ``engine.workers`` and ``engine.ray-address`` ask for.
+
+    Other processes start in the background: call this before ``worker_for(config)``, and both load
+    at the same time. ``worker`` is this process's own, by default ``worker_for(config)``; on CPUs
+    it is one of the workers.
+
+    Raises:
+        UserError: Ray is asked for and not installed, or an address that is none.
+    """
+    workers, address = config["engine.workers"], config["engine.ray-address"]
+    if workers > 1 or address:
+        from flexlora.simulations.engine.ray_pool import RayPool
+
+        return RayPool(config, workers=workers, address=address, local=_local(config, worker))
+    if worker is None:
+        from flexlora.clients.worker import worker_for
+
+        worker = worker_for(config)
+    return LocalPool(worker)
+
+
+def _local(config: Config, worker: Worker | None) -> Callable[[], Worker] | None:
+    """This process's worker, where it is one of those that were asked for.
+
+    It is not beside a cluster, which has its own, nor where there are GPUs, which Ray deals out.
+    """
+    import torch
+
+    if config["engine.ray-address"] or (
+        config["engine.device"] != "cpu" and torch.cuda.is_available()
+    ):
+        return None
+
+    def own() -> Worker:
+        from flexlora.clients.worker import worker_for
+
+        return worker or worker_for(config)
+
+    return own

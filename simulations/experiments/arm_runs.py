@@ -1,0 +1,116 @@
+"""How an arm is run: a federation, the base as it is, or each client by itself."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from flexlora.aggregation.engine.method import State
+from flexlora.aggregation.engine.state import GlobalChange
+from flexlora.clients.worker import Worker, worker_for
+from flexlora.config.resolve import Config
+from flexlora.errors import UserError
+from flexlora.lora.adapters import Adapter
+from flexlora.lora.ranks import RankClass
+from flexlora.runs.folder import RunFolder
+from flexlora.server.settings import ServerSettings
+from flexlora.server.strategy import FlexLoRAStrategy
+from flexlora.simulations.experiments.tails import TailObserver
+from flexlora.simulations.simulate import simulate
+from flexlora.training.slots import SlotModel
+from flexlora.wire.jobs import EvalJob, Score, TrainJob
+
+__all__ = ["RUNNERS", "Runner"]
+
+Runner = Callable[[Config, Path], Mapping[str, object]]
+
+
+def _federated(config: Config, out: Path) -> dict[str, float]:
+    """Exact match per rank class, and the mean over clients at their own class's rank."""
+    strategy = simulate(config, out, overwrite=True)
+    rounds = RunFolder(out).metrics()
+    last = rounds[-1]
+    scores = {name: last[f"eval_exact_match/{name}"] for name in strategy.roster.rank_classes}
+    return {
+        **scores,
+        "all clients": last["eval_exact_match"],
+        "loss": last["eval_loss"],
+        "MB down": sum(row.get("bytes_down", 0) for row in rounds) / 1e6,
+        "MB up": sum(row.get("bytes_up", 0) for row in rounds) / 1e6,
+    }
+
+
+def _base(config: Config, out: Path) -> dict[str, float]:
+    worker = worker_for(config)
+    jobs = [
+        EvalJob(client_id=client_id, server_round=0, adapters={}, generate=True)
+        for client_id in worker.client_ids
+    ]
+    total = sum((r.scores["base"] for r in worker.evaluate(jobs) if r.scores), Score())
+    if not total.generated:
+        raise UserError("the data has no test rows to score on; give it a test split.")
+    return {"all clients": total.exact_match / total.generated}
+
+
+def _alone(config: Config, out: Path) -> dict[str, float]:
+    """Every client trains by itself for as many steps as all rounds together have, at its own rank.
+
+    Scored on the test rows of all clients, as the other arms are, and averaged over clients.
+    """
+    worker, settings = worker_for(config), ServerSettings.from_config(config)
+    classes = settings.rank_policy.assign(worker.client_ids)
+    trained = _train_alone(worker, settings, classes)
+    by_class: dict[str, list[float]] = {}
+    for client_id, adapter in trained.items():
+        job = {"own": adapter}
+        jobs = [
+            EvalJob(client_id=other, server_round=1, adapters=job, generate=True)
+            for other in worker.client_ids
+        ]
+        total = sum((r.scores["own"] for r in worker.evaluate(jobs) if r.scores), Score())
+        value = total.exact_match / total.generated
+        by_class.setdefault(classes[client_id].name, []).append(value)
+    scores = {name: statistics.fmean(values) for name, values in by_class.items()}
+    return {**scores, "all clients": statistics.fmean(v for vs in by_class.values() for v in vs)}
+
+
+def _train_alone(
+    worker: Worker, settings: ServerSettings, classes: Mapping[str, RankClass]
+) -> dict[str, Adapter]:
+    strategy = FlexLoRAStrategy(settings)
+    slots: SlotModel = worker.slots
+    state = State(round=0, change=GlobalChange.zero(slots.shapes))
+    key = "train.max-steps" if worker.config["train.max-steps"] else "train.num-train-epochs"
+    longer = settings.num_server_rounds * worker.config[key]
+    config = Config({**worker.config, key: longer})
+    alone = worker_for(config)
+    jobs = [
+        TrainJob(
+            client_id=client_id,
+            server_round=1,
+            num_server_rounds=1,
+            start=strategy.method.start(state, rank_class, settings.factoring).sealed(),
+        )
+        for client_id, rank_class in sorted(
+            classes.items(), key=lambda item: (item[1].rank, item[0])
+        )
+    ]
+    size = config["engine.cohort-size"] or 8
+    results = [r for at in range(0, len(jobs), size) for r in alone.train(jobs[at : at + size])]
+    return {r.client_id: r.adapter for r in results if r.adapter is not None}
+
+
+def _tail(config: Config, out: Path) -> dict[str, object]:
+    """What became of the tail of ``G``, by round, and the loss of the last."""
+    observer = TailObserver(out)
+    simulate(config, out, observer=observer, overwrite=True)
+    return {"loss": RunFolder(out).metrics()[-1]["eval_loss"], "rounds": observer.rounds}
+
+
+RUNNERS: dict[str, Runner] = {
+    "federated": _federated,
+    "base": _base,
+    "alone": _alone,
+    "tail": _tail,
+}

@@ -1,0 +1,141 @@
+"""``flexlora reproduce NAME``: named experiments with their expected figures and a verdict.
+
+Each keeps its numbers in ``results.json`` as they come, so that a broken series goes on.
+``--scale`` is a factor on clients, rounds and seeds: expected figures are those of scale 1, and a
+smaller run judges only what is true at any size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from flexlora.config.resolve import Config
+from flexlora.errors import UserError, nearest
+from flexlora.simulations.experiments.arms import FIRST_LOOK, METHODS, METHODS_GENTLY, Arm
+from flexlora.simulations.experiments.asked import SEEDS, Asked
+from flexlora.simulations.experiments.cohort_speed import cohort_speed
+from flexlora.simulations.experiments.flexlora_1613 import flexlora_1613
+from flexlora.simulations.experiments.heavy_tail import heavy_tail
+from flexlora.simulations.experiments.rank_collapse import rank_collapse
+from flexlora.simulations.experiments.series import run_table
+from flexlora.simulations.terminal import make_console
+
+__all__ = ["EXPERIMENTS", "Experiment", "list_experiments", "reproduce", "table_of"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """What ``flexlora reproduce`` lists, and how it is run; ``run`` returns the exit status.
+
+    ``minutes``: at scale 1 on two cores.
+    """
+
+    about: str
+    expected: str
+    minutes: int
+    run: Callable[[Asked], int]
+
+
+def table_of(arms: Sequence[Arm]) -> Callable[[Asked], int]:
+    """An experiment that is a table and expects nothing."""
+    return partial(_table, arms)
+
+
+def _table(arms: Sequence[Arm], asked: Asked) -> int:
+    run_table(asked, arms)
+    return 0
+
+
+TABLE = "a table, no verdict"
+EXPERIMENTS: dict[str, Experiment] = {
+    "first-look": Experiment(
+        about="the default federation: each client alone, six ways together, pooled data",
+        expected=TABLE,
+        minutes=30,
+        run=table_of(FIRST_LOOK),
+    ),
+    "methods": Experiment(
+        about="every method at ranks 2/8/16 for 80/10/10 % of the clients, three trials each",
+        expected=TABLE,
+        minutes=75,
+        run=table_of(METHODS),
+    ),
+    "methods-gently": Experiment(
+        about="the same with the smaller steps that a pretrained base wants, six trials each",
+        expected=TABLE,
+        minutes=100,
+        run=table_of(METHODS_GENTLY),
+    ),
+    "rank-collapse": Experiment(
+        about="what is left of the tail of G: the published form, the residual one, carried",
+        expected="untrained 1, 0.2, 0.04, 0.008 or 1, to 1e-6; trained the law or 1, to 0.2",
+        minutes=12,
+        run=rank_collapse,
+    ),
+    "heavy-tail": Experiment(
+        about="the gap between everybody weak and strong that a method closes, two distributions",
+        expected="carried > aligned, 0 > fedex-lora, residual > flexlora > fedit; aligned > -0.25",
+        minutes=60,
+        run=heavy_tail,
+    ),
+    "flexlora-1613": Experiment(
+        about="1,613 clients, 80 a round, the paper's ranks; needs --set data.path=DIR",
+        expected="nobody lost, loss falls by 1.5, memory grows by 10 % at most",
+        minutes=30,
+        run=flexlora_1613,
+    ),
+    "cohort-speed": Experiment(
+        about="trainings a second beside Flower on Ray and PEFT loops on this machine",
+        expected="1.5 times Flower, 1.2 times a loop, and everybody's losses the same",
+        minutes=15,
+        run=cohort_speed,
+    ),
+}
+
+
+def reproduce(
+    name: str,
+    *,
+    out: Path,
+    seeds: int | None = None,
+    sets: Sequence[str] = (),
+    first_seed: int = 0,
+    scale: float = 1.0,
+) -> int:
+    """Run one experiment into ``out``: 0, or 1 where an expected figure does not hold.
+
+    Arms that are already in ``results.json`` are not run again.
+
+    Raises:
+        UserError: an unknown experiment, no seeds, a scale or ``sets`` that cannot be.
+    """
+    if name not in EXPERIMENTS:
+        known = ", ".join(EXPERIMENTS)
+        hint = nearest(name, EXPERIMENTS)
+        raise UserError(f"experiment '{name}' is unknown, expected {known}.{hint}")
+    asked = Asked(
+        name=name,
+        out=out,
+        console=make_console(),
+        given=Config.given(sets=tuple(sets)),
+        num_seeds=seeds,
+        first_seed=first_seed,
+        scale=scale,
+    )
+    return EXPERIMENTS[name].run(asked)
+
+
+def list_experiments() -> int:
+    """Each experiment with what it is, its cost and what is expected of it."""
+    console = make_console()
+    console.print("name            minutes  what it measures; what is expected", style="bold")
+    for name, experiment in EXPERIMENTS.items():
+        told = f"{name:<14}  {experiment.minutes:>7}  {experiment.about}"
+        console.print(told, soft_wrap=True)
+        console.print(f"{'':<25}expected: {experiment.expected}", style="dim", soft_wrap=True)
+    told = f"Minutes are those of two cores at --scale 1 with {SEEDS} seeds."
+    console.print(f"\n{told} `flexlora reproduce NAME --scale 0.2` is a smaller one.")
+    return 0

@@ -1,0 +1,91 @@
+"""The numbers of an experiment on disk: kept after every run, so that a broken series goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from flexlora.errors import UserError
+from flexlora.wire.files import write_atomically
+
+__all__ = ["KeptResults"]
+
+
+@dataclass(kw_only=True)
+class KeptResults:
+    """``results.json``: rows by arm and seed, and what each arm's trials came to."""
+
+    file: Path
+    experiment: str
+    given: dict[str, object]
+    scale: float = 1.0
+    rows: list[dict] = field(default_factory=list)
+    trials: dict[str, dict] = field(default_factory=dict)
+
+    @classmethod
+    def read(
+        cls, file: Path, experiment: str, given: Mapping[str, object], *, scale: float = 1.0
+    ) -> KeptResults:
+        """What an earlier call left, or nothing yet.
+
+        Raises:
+            UserError: it is another experiment's, was made with other ``--set`` or at another
+                ``--scale``, or is damaged.
+        """
+        results = cls(file=file, experiment=experiment, given=dict(given), scale=scale)
+        if not file.is_file():
+            return results
+        try:
+            kept = json.loads(file.read_text(encoding="utf-8"))
+            words = kept["experiment"], kept["set"], kept.get("scale", 1.0)
+            same = words == (experiment, dict(given), scale)
+            results.rows = list(kept["rows"])
+            results.trials = dict(kept.get("trials", {}))
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"'{file}' is damaged; remove it or give another --out.") from None
+        if not same:
+            raise UserError(
+                f"'{file}' holds another experiment or other --set or --scale; give another --out."
+            )
+        return results
+
+    def has(self, arm: str, seed: int) -> bool:
+        return any((row["arm"], row["seed"]) == (arm, seed) for row in self.rows)
+
+    def of_seeds(self, seeds: Sequence[int]) -> list[dict]:
+        """The rows of these seeds; those of an earlier call with more of them stay in the file."""
+        return [row for row in self.rows if row["seed"] in seeds]
+
+    def add(self, arm: str, seed: int, scores: Mapping[str, object]) -> None:
+        self.rows.append({"arm": arm, "seed": seed, **scores})
+        self._write()
+
+    def add_all(self, seed: int, scores: Mapping[str, Mapping[str, object]]) -> None:
+        """The rows of a whole seed at once: all of them are kept or none."""
+        self.rows += [{"arm": arm, "seed": seed, **own} for arm, own in scores.items()]
+        self._write()
+
+    def chosen(self, arm: str) -> dict[str, object]:
+        """The best trial of an arm; nothing where there was no choice."""
+        return dict(self.trials[arm]["chosen"]) if arm in self.trials else {}
+
+    def choose(
+        self, arm: str, trials: Sequence[Mapping[str, object]], losses: Sequence[float]
+    ) -> None:
+        """Keep all trials and the one with the lowest loss."""
+        best = min(range(len(losses)), key=lambda i: losses[i])
+        tried = [{**trial, "loss": loss} for trial, loss in zip(trials, losses, strict=True)]
+        self.trials[arm] = {"chosen": dict(trials[best]), "tried": tried}
+        self._write()
+
+    def _write(self) -> None:
+        kept = {
+            "experiment": self.experiment,
+            "set": self.given,
+            "scale": self.scale,
+            "trials": self.trials,
+            "rows": self.rows,
+        }
+        write_atomically(self.file, (json.dumps(kept, indent=1) + "\n").encode())

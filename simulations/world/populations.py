@@ -1,0 +1,216 @@
+"""Who the simulated clients are: their devices and links, how many rows they hold, who drops out.
+
+``population.devices`` deals devices of ``planning/devices.py`` to the clients, with shares that are
+met exactly, and ``population.links`` links of ``links.py``, independently. A client is the same in
+every round and in every run of the same clients and seed. Without devices there is no simulated
+hardware and no clock; ``population.availability``, ``population.dropout``, the stragglers and
+``population.examples`` mean the same with and without.
+
+    population.examples = ""                      all rows that a client has
+                          "100"                   at most so many train rows
+                          "lognormal:60:1.0"      at most N, with log N ~ N(log 60, 1.0): a few
+                                                  clients hold much and most hold little
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from flexlora.config.options import OPTIONS
+from flexlora.config.resolve import Config
+from flexlora.data.caps import num_rows, parse_examples
+from flexlora.errors import UserError, nearest
+from flexlora.lora.ranks import quotas
+from flexlora.planning.devices import DEVICES, Device, find_device, near_devices
+from flexlora.seeds import numpy_generator
+from flexlora.simulations.world.availability import Availability, availability_of
+from flexlora.simulations.world.links import Link, find_link, link_of
+
+__all__ = ["Population", "SimulatedClient", "parse_examples", "parse_named_shares"]
+
+Kind = TypeVar("Kind")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimulatedClient:
+    """One client's hardware; without a device it is the machine that simulates."""
+
+    client_id: str
+    device: Device | None = None
+    link: Link | None = None
+
+    @property
+    def free_bytes(self) -> int | None:
+        """What the base and its training may take there (``Capability.free_bytes``)."""
+        if self.device is None:
+            return None
+        return max(0, self.device.usable_bytes - self.device.runtime_bytes)
+
+    @property
+    def device_label(self) -> str:
+        """``Capability.device``: one that begins with cpu shares its memory with the host."""
+        if self.device is None:
+            return ""
+        return f"cpu ({self.device.name})" if self.device.unified else self.device.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Population:
+    """The clients by id, and what chance does to them; see ``from_config``."""
+
+    seed: int
+    clients: Mapping[str, SimulatedClient]
+    availability: Availability
+    dropout: float = 0.0
+    straggler_share: float = 0.0
+    straggler_slowdown: float = 1.0
+    examples: tuple[float, float] | None = None  # median and sigma of the most rows
+
+    @staticmethod
+    def from_config(config: Config, client_ids: Sequence[str]) -> Population:
+        """What the ``population.*`` keys say for these clients, in any order.
+
+        Raises:
+            UserError: shares that do not add up to 1, an unknown device or link, a key that
+                nothing reads, an availability that does not fit these clients.
+        """
+        _refuse_ignored(config)
+        seed, ordered = config["seed"], sorted(client_ids)
+        devices = _dealt(config, "population.devices", ordered, _device)
+        links = _dealt(config, "population.links", ordered, _link)
+        sigma = config["population.link-sigma"]
+        clients = {}
+        for i in ordered:
+            link = link_of(i, links[i], sigma=sigma, seed=seed) if links else None
+            clients[i] = SimulatedClient(client_id=i, device=devices.get(i), link=link)
+        return Population(
+            seed=seed,
+            clients=clients,
+            availability=availability_of(config, ordered),
+            dropout=config["population.dropout"],
+            straggler_share=config["population.straggler-share"],
+            straggler_slowdown=config["population.straggler-slowdown"],
+            examples=parse_examples(config["population.examples"]),
+        )
+
+    @property
+    def has_hardware(self) -> bool:
+        """Whether devices are simulated, so that a clock can run."""
+        return any(client.device is not None for client in self.clients.values())
+
+    def client(self, client_id: str) -> SimulatedClient:
+        """
+        Raises:
+            UserError: nobody of that name.
+        """
+        if client_id not in self.clients:
+            hint = nearest(client_id, self.clients)
+            raise UserError(f"client '{client_id}' is not in the population.{hint}")
+        return self.clients[client_id]
+
+    def num_rows(self, client_id: str, available: int) -> int:
+        """How many of its ``available`` train rows a client holds: at least 1 if there is one."""
+        return num_rows(self.examples, client_id, available, seed=self.seed)
+
+    def slowdown(self, client_id: str, server_round: int) -> float:
+        """How many times slower this training is than the device allows: 1 for most."""
+        draw = numpy_generator(self.seed, "straggler", server_round, client_id).random()
+        return self.straggler_slowdown if draw < self.straggler_share else 1.0
+
+    def leaves_at(self, client_id: str, server_round: int) -> float | None:
+        """After which part of its job the client is gone, uniform in [0, 1); None: it stays."""
+        chance, part = numpy_generator(self.seed, "dropout", server_round, client_id).random(2)
+        return float(part) if chance < self.dropout else None
+
+
+def parse_named_shares(
+    key: str, text: str, find: Callable[[str, str], tuple[str, Kind]]
+) -> list[tuple[Kind, float]]:
+    """``"a:0.7,b:0.3"`` as kinds with shares that add up to 1; nothing of the empty text.
+
+    Raises:
+        UserError: a name that ``find`` does not know or that is there twice, a share that is no
+            number of 0 to 1, a sum other than 1.
+    """
+    shares: dict[str, tuple[Kind, float]] = {}
+    for item in text.split(",") if text.strip() else ():
+        name, _, number = (part.strip() for part in item.rpartition(":"))
+        if not name:
+            raise UserError(
+                f"{key} is '{text}': '{item.strip()}' has no share, expected a name and a share "
+                "from 0 to 1, as 'NAME:0.5'."
+            )
+        own, kind = find(text, name)
+        if own in shares:
+            raise UserError(f"{key} is '{text}' and names {own} twice; add its shares.")
+        shares[own] = kind, _share(key, text, name, number)
+    total = sum(share for _, share in shares.values())
+    if shares and abs(total - 1.0) > 1e-6:
+        raise UserError(f"{key} is '{text}' and adds up to {total:g}, expected shares that make 1.")
+    return list(shares.values())
+
+
+def _share(key: str, text: str, name: str, number: str) -> float:
+    try:
+        share = float(number)
+    except ValueError:
+        share = -1.0
+    if not 0.0 <= share <= 1.0:
+        raise UserError(
+            f"{key} is '{text}': the share of {name} is '{number}', expected a number from 0 to 1, "
+            "as 'NAME:0.5'."
+        )
+    return share
+
+
+def _device(text: str, name: str) -> tuple[str, Device]:
+    try:
+        device = find_device(name)
+    except UserError:
+        raise UserError(
+            f"population.devices is '{text}': device '{name}' is not known, expected one of the "
+            f"{len(DEVICES)} in flexlora/planning/devices.py.{near_devices(name)}"
+        ) from None
+    return device.name, device
+
+
+def _link(text: str, name: str) -> tuple[str, Link]:
+    try:
+        link = find_link(name)
+    except UserError as error:
+        raise UserError(f"population.links is '{text}': {error}") from None
+    return link.kind, link
+
+
+def _dealt(
+    config: Config,
+    key: str,
+    ordered: Sequence[str],
+    find: Callable[[str, str], tuple[str, Kind]],
+) -> dict[str, Kind]:
+    """Who gets which kind, with exact quotas; nobody any where the key is empty."""
+    named = parse_named_shares(key, config[key], find)
+    if not named:
+        return {}
+    counts = quotas([share for _, share in named], len(ordered))
+    kinds = [kind for (kind, _), count in zip(named, counts, strict=True) for _ in range(count)]
+    shuffled = numpy_generator(config["seed"], key).permutation(len(ordered))
+    return {ordered[k]: kind for k, kind in zip(shuffled, kinds, strict=True)}
+
+
+def _refuse_ignored(config: Config) -> None:
+    """Keys that nothing reads without another: told, since they would do nothing."""
+    needs = {
+        "population.links": ("population.devices", "links count in the clock of simulated devices"),
+        "population.clock-model": ("population.devices", "a clock runs for simulated devices"),
+        "population.link-sigma": ("population.links", "it spreads the speeds of links"),
+        "population.straggler-slowdown": ("population.straggler-share", "it slows stragglers"),
+    }
+    for key, (needed, why) in needs.items():
+        if config[key] != OPTIONS[key].default and not config[needed]:
+            raise UserError(
+                f"{key} is {config[key]!r} and {needed} is not set: {why}; "
+                f"set {needed}, or leave {key} out."
+            )

@@ -1,0 +1,326 @@
+"""What stands between a node and its server: every fault is one sentence and a way to mend it.
+
+Servers are real ones on loopback, with certificates of all kinds.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+
+import pytest
+from cryptography.hazmat.primitives import serialization
+
+from flexlora.clients.setup.superlink_checks import check_superlink
+from flexlora.deploy import connections, tls_checks
+from flexlora.deploy.tls_checks import span
+from flexlora.errors import UserError
+from tls_servers import (
+    DAY,
+    HERE,
+    Said,
+    Signer,
+    asked,
+    by_name,
+    key_file,
+    listening,
+    only,
+    serving,
+    without_proxies,
+)
+
+
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch):
+    without_proxies(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("certificates")
+
+
+@pytest.fixture(scope="module")
+def ca(folder):
+    return Signer.make(folder, "FlexLoRA CA", ca=True)
+
+
+@pytest.fixture(scope="module")
+def good(folder, ca):
+    return Signer.make(folder, "superlink", by=ca, names=HERE)
+
+
+# The address
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [("10.0.0.1:8000", ("10.0.0.1", 8000)), ("[::1]:80", ("::1", 80)), ("host:1", ("host", 1))],
+)
+def test_addresses(text, address):
+    assert connections.parse_address(text) == address
+    assert connections.spelled(*address) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        *((text, "expected HOST:PORT") for text in ("host", ":80", "host:", "host:x", "host:-1")),
+        ("host:70000", "expected HOST:PORT"),
+        ("https://host:9092", "try 'host:9092'"),
+        ("::1:80", r"expected brackets around an IPv6 address: '\[::1\]:80'"),
+    ],
+)
+def test_what_is_no_address_is_refused(text, message):
+    with pytest.raises(UserError, match=message):
+        connections.parse_address(text)
+
+
+# The connection
+
+
+def test_a_port_on_which_nobody_listens():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    last = only(asked(port), "failed", "superlink", f"127.0.0.1:{port} refuses connections")
+    assert "--port" in last.mend
+
+
+def test_a_name_that_is_no_host():
+    only(asked(1, host="a..b"), "failed", "superlink", "'a..b' cannot be resolved")
+
+
+@pytest.mark.parametrize(
+    ("error", "words", "mend"),
+    [
+        (
+            socket.gaierror(-2, "Name or service not known"),
+            "cannot be resolved here: Name or",
+            "get",
+        ),
+        (TimeoutError("timed out"), "does not answer within 5 s: a firewall", "nc -vz"),
+        (
+            OSError(101, "Network is unreachable"),
+            "cannot be reached: Network is unreach",
+            "ip route",
+        ),
+    ],
+)
+def test_a_server_that_cannot_be_reached(error, words, mend, monkeypatch):
+    def refuses(*_, **__):
+        raise error
+
+    monkeypatch.setattr(connections.socket, "create_connection", refuses)
+    last = only(asked(9092, host="far.example"), "failed", "superlink", words)
+    assert last.mend.startswith(mend)
+
+
+@pytest.mark.parametrize(
+    ("greeting", "words"),
+    [(b"", "takes connections and says nothing"), (b"SSH-2.0-x\r\n", "neither TLS nor HTTP")],
+)
+def test_a_server_that_speaks_something_else(greeting, words, monkeypatch):
+    monkeypatch.setattr(connections, "SECONDS", 0.3)
+    with listening(greeting) as port:
+        started = time.monotonic()
+        only(asked(port), "failed", "superlink", words)
+        assert time.monotonic() - started < 4.5  # one whole SECONDS is 5
+
+
+def test_nobody_else_is_contacted(monkeypatch, ca, good, tmp_path):
+    honest, contacted = socket.create_connection, set()
+
+    def recorded(address, *rest, **options):
+        contacted.add(address)
+        return honest(address, *rest, **options)
+
+    monkeypatch.setattr(socket, "create_connection", recorded)
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:1")
+    with serving(signer=good) as port:
+        assert "superlink" in asked(port, ca, key=key_file(tmp_path))
+        assert contacted == {("127.0.0.1", port)}
+
+
+# The certificate
+
+
+def test_a_superlink_over_tls_whose_certificate_is_in_order(ca, good):
+    with serving(Said(version="1.41.0"), signer=good) as port:
+        found = asked(port, ca)
+    assert {finding.status for finding in found.values()} == {"ok"}
+    assert list(found) == ["certificate", "superlink", "clock", "control path"]
+    assert "signed by 'CN=FlexLoRA CA', for localhost, 127.0.0.1, ::1" in found["certificate"].told
+    assert found["superlink"].told.endswith("is a SuperLink of Flower 1.41.0 over TLS")
+
+
+@pytest.mark.parametrize("host", ["localhost", "::1"])
+def test_other_names_of_the_same_server(host, ca, good):
+    try:
+        served = serving(signer=good, host="::1" if host == "::1" else "127.0.0.1")
+        with served as port:
+            assert {f.status for f in asked(port, ca, host=host).values()} == {"ok"}
+    except OSError as error:
+        if host != "::1":
+            raise
+        pytest.skip(f"no IPv6 here: {error}")
+
+
+def test_a_certificate_of_another_authority(folder, ca):
+    other = Signer.make(folder, "Somebody CA", ca=True)
+    server = Signer.make(folder, "superlink", by=other, names=HERE)
+    with serving(signer=server) as port:
+        last = only(
+            asked(port, ca), "failed", "certificate", "'CN=Somebody CA'", "'CN=FlexLoRA CA'"
+        )
+        assert "fingerprint" in last.mend
+        unasked = only(asked(port), "failed", "certificate", "whom this machine does not trust")
+        assert "--root-certificates" in unasked.mend
+        assert asked(port, other)["certificate"].status == "ok"
+
+
+def test_an_authority_of_the_same_name_and_another_key(folder, ca):
+    twin = Signer.make(folder, "FlexLoRA CA", ca=True)
+    server = Signer.make(folder, "superlink", by=twin, names=HERE)
+    with serving(signer=server) as port:
+        only(asked(port, ca), "failed", "certificate", "one of that name with which it does not")
+
+
+def test_a_certificate_that_stands_for_itself(folder, ca):
+    alone = Signer.make(folder, "superlink", names=HERE)
+    with serving(signer=alone) as port:
+        only(asked(port, ca), "failed", "certificate", "is signed by itself, and")
+        assert asked(port, alone)["certificate"].status == "ok"
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (("superlink.example", "10.1.2.3"), "it is for superlink.example, 10.1.2.3."),
+        ((), "it has no subjectAltName; its subject is 'CN=superlink'"),
+    ],
+)
+def test_a_certificate_for_another_name(names, words, folder, ca):
+    server = Signer.make(folder, "superlink", by=ca, names=names)
+    with serving(signer=server) as port:
+        last = only(asked(port, ca), "failed", "certificate", "'127.0.0.1' is not among", words)
+    assert last.mend.startswith("flexlora server init DIR --host 127.0.0.1")
+
+
+@pytest.mark.parametrize(
+    ("days", "ahead", "words", "mend"),
+    [
+        ((-30.0, -2.0), 0.0, ["ended on", "2 days ago, by the server's clock too"], "flexlora"),
+        ((-30.0, -2.0), -5 * DAY, ["ended on", "so this machine's clock is wrong"], "timedatectl"),
+        ((-30.0, -2.0), None, ["2 days ago, if this machine's clock ("], "flexlora"),
+        ((3.0, 30.0), 0.0, ["is valid from", "3 days ahead, by the server's"], "flexlora"),
+        (
+            (3.0, 30.0),
+            5 * DAY,
+            ["is valid from", "so this machine's clock is wrong"],
+            "timedatectl",
+        ),
+    ],
+)
+def test_a_certificate_out_of_its_time(days, ahead, words, mend, folder, ca):
+    server = Signer.make(folder, "superlink", by=ca, names=HERE, days=days)
+    with serving(Said(ahead=ahead), signer=server) as port:
+        last = only(asked(port, ca), "failed", "certificate", "the certificate of", *words)
+    assert last.mend.startswith(mend)
+
+
+def test_an_authority_that_has_ended(folder):
+    old = Signer.make(folder, "Old CA", ca=True, days=(-30.0, -3.0))
+    server = Signer.make(folder, "superlink", by=old, names=HERE)
+    with serving(signer=server) as port:
+        only(asked(port, old), "failed", "certificate", "the authority of", "3 days ago")
+
+
+def test_a_certificate_that_ends_soon_still_works(folder, ca):
+    server = Signer.make(folder, "superlink", by=ca, names=HERE, days=(-9.0, 5.0))
+    with serving(signer=server) as port:
+        found = asked(port, ca)
+    assert (
+        found["certificate"].status == "warning" and "ends in 5 days" in found["certificate"].told
+    )
+    assert found["superlink"].status == "ok"
+
+
+def test_names_from_the_other_side_do_not_steer_a_terminal(folder, ca):
+    loud = Signer.make(folder, "x\x1b[31mred", ca=True)
+    server = Signer.make(folder, "superlink", by=loud, names=HERE)
+    with serving(signer=server) as port:
+        last = only(asked(port, ca), "failed", "certificate", "red")
+    assert last.told.isprintable()
+
+
+def files(folder, ca, good):
+    der = ca.certificate.public_bytes(serialization.Encoding.DER)
+    (folder / "ca.der").write_bytes(der)
+    (folder / "garbage").write_text("hello")
+    (folder / "both").write_bytes(ca.file.read_bytes() + ca.key_file.read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "mend"),
+    [
+        ("absent", "cannot be read: No such file", "ls -l"),
+        (".", "cannot be read: Is a directory", "ls -l"),
+        ("ca.der", "holds no certificate in PEM", "openssl x509 -inform der"),
+        ("garbage", "holds no certificate in PEM", "openssl x509"),
+        ("both", "holds a private key, which is for the server alone", "openssl x509 -in"),
+    ],
+)
+def test_a_file_that_holds_no_authority(name, words, mend, tmp_path, ca, good):
+    path = files(tmp_path, ca, good) / name
+    with serving(signer=good) as port:
+        found = by_name(check_superlink("127.0.0.1", port, roots=path))
+    assert only(found, "failed", "certificate", words).mend.startswith(mend)
+
+
+def test_a_servers_certificate_in_place_of_its_authoritys(ca, good):
+    with serving(signer=good) as port:
+        words = ("is no authority's: it is the certificate of 'CN=superlink'", "'CN=FlexLoRA CA'")
+        only(asked(port, good), "failed", "certificate", *words)
+
+
+def test_plain_http(ca, monkeypatch):
+    with serving() as port:
+        last = only(asked(port, ca), "failed", "certificate", "speaks plain HTTP, and root")
+        assert "--ssl-certfile" in last.mend
+        own = asked(port)
+        assert own["superlink"].status == "ok" and "certificate" not in own
+        monkeypatch.setattr(tls_checks, "is_own", lambda address: False)
+        found = asked(port)
+        assert found["certificate"].status == "warning"
+        assert "whoever is between" in found["certificate"].told
+        assert found["superlink"].status == "ok"
+
+
+@pytest.mark.parametrize(
+    ("address", "own"),
+    [
+        *(("127.0.0.1", True), ("127.8.8.8", True), ("::1", True), ("::ffff:127.0.0.1", True)),
+        *(("10.0.0.1", False), ("::ffff:10.0.0.1", False), ("fe80::1%eth0", False)),
+    ],
+)
+def test_which_addresses_never_leave_the_machine(address, own):
+    assert connections.is_own(address) is own
+
+
+def test_a_proxy_in_the_environment_that_only_flower_would_use(monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", "http://user:secret@proxy.example:3128")
+    with serving() as port:
+        finding = asked(port)["proxy"]
+        assert finding.status == "warning" and "through 'proxy.example'" in finding.told
+        assert "secret" not in finding.told and finding.mend == "export NO_PROXY=127.0.0.1"
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        assert "proxy" not in asked(port)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [(0.4, "0 seconds"), (1, "1 second"), (-75, "1 minute"), (5000, "1 hour"), (3 * DAY, "3 days")],
+)
+def test_a_span_of_time(seconds, told):
+    assert span(seconds) == told
