@@ -21,9 +21,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 METHODS = (
-    "aligned carried fed-plora fedex-lora fedit ffa-lora flexlora flora florist hetlora raflora "
-    "rbla residual rolora slora"
-).split()
+    *("aligned", "carried", "fed-plora", "fedex-lora", "fedit", "ffa-lora", "flexlora", "flora"),
+    *("florist", "hetlora", "raflora", "rbla", "residual", "rolora", "slora"),
+)
 SMOKE = ["--config", "simulations/scenarios/smoke.toml"]
 EDGE = ["--config", "simulations/scenarios/edge-mixed.toml"]
 THREE = [
@@ -104,7 +104,8 @@ def _digest(tree: Path, case: str, sets: Sequence[str], known: Path | None) -> s
         digest = hashlib.sha256()
         adapters = Path(folder) / "run" / "adapters"
         for file in sorted(path for path in adapters.rglob("*") if path.is_file()):
-            digest.update(str(file.relative_to(adapters)).encode() + b"\0" + file.read_bytes())
+            digest.update(str(file.relative_to(adapters)).encode() + b"\0")
+            digest.update(file.read_bytes().replace(str(tree).encode(), b"TREE"))  # the base's path
     if known and key:
         known.write_text(json.dumps({**kept, key: digest.hexdigest()}, indent=1))
     return digest.hexdigest()
