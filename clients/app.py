@@ -13,7 +13,7 @@ from flwr.clientapp import ClientApp
 
 from flexlora.clients.trainer.failures import failure
 from flexlora.clients.trainer.sockets import socket_of
-from flexlora.errors import told
+from flexlora.errors import one_line
 from flexlora.training import collector
 
 __all__ = ["app"]
@@ -45,7 +45,7 @@ def _reply(message: Message, context: Context) -> Message:
         content = _answer(message, context)
     except Exception as error:
         name = str(context.node_config.get("client-id", f"node_{context.node_id}"))
-        content = failure(message.metadata.message_type, name, told(error))
+        content = failure(message.metadata.message_type, name, one_line(error))
     return Message(content, reply_to=message)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from flexlora.errors import told
+from flexlora.errors import one_line
 from flexlora.training.out_of_memory import free_memory, is_out_of_memory, train_within_memory
 from flexlora.training.schedule import TrainSettings
 from flexlora.wire.jobs import TrainJob, TrainResult
@@ -62,7 +62,7 @@ class TrainPasses:
         try:
             result, rows = train_within_memory(within, job, first)
         except Exception as error:
-            return failed_training(job, told(error))
+            return failed_training(job, one_line(error))
         if rows < first:
             self.rows_in_pass[job.client_id] = rows  # not to run out again in every round
         return result

@@ -19,7 +19,7 @@ from flexlora.config.resolve import Config
 from flexlora.data.caps import capped_rows
 from flexlora.data.clients import ClientData, client_rows
 from flexlora.data.collation import Example
-from flexlora.errors import UserError, nearest, told
+from flexlora.errors import UserError, nearest, one_line
 from flexlora.evaluation import evaluate
 from flexlora.planning.base_shares import deal_quantizations, parse_base_shares
 from flexlora.planning.probing import device_name, free_bytes, probe, require, require_optimizer
@@ -283,7 +283,7 @@ class Worker:
             results, _ = within_memory(attempt, self.config["eval.batch-size"])
         except Exception as error:
             if len(jobs) == 1:
-                return [self._evaluate_without_own(jobs[0], told(error))]
+                return [self._evaluate_without_own(jobs[0], one_line(error))]
             return [self._evaluate_together([job])[0] for job in jobs]
         if results is None:
             cause = "out of memory with 1 row in an evaluation pass"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["UpdateRefused", "UserError", "nearest", "told"]
+__all__ = ["UpdateRefused", "UserError", "nearest", "one_line"]
 
 
 class UserError(ValueError):
@@ -19,7 +19,7 @@ class UpdateRefused(ValueError):
     """An update that must not reach the sum; the message is the cause in ``clients.csv``."""
 
 
-def told(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """A cause in one line: a user's mistake as it is, anything else with its type."""
     first = (str(error).splitlines() or [""])[0]
     return first if isinstance(error, UserError) else f"{type(error).__name__}: {first}"

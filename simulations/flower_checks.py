@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from flexlora.config.resolve import Config
 from flexlora.deploy.doctor import Finding, failed, ok
-from flexlora.errors import told
+from flexlora.errors import one_line
 
 if TYPE_CHECKING:
     from flexlora.wire.jobs import Capability
@@ -24,19 +24,19 @@ def check_flower() -> Finding:
         for requirement in map(Requirement, metadata.requires("flexlora") or ())
         if requirement.name == "flwr" and not requirement.extras
     )
-    mend = f"pip install '{needed.name}{needed.specifier}'"
+    remedy = f"pip install '{needed.name}{needed.specifier}'"
     try:
         version = metadata.version("flwr")
     except metadata.PackageNotFoundError:
-        return failed("Flower is not installed.", mend)
+        return failed("Flower is not installed.", remedy)
     if version not in needed.specifier:
-        return failed(f"Flower {version} is installed, expected {needed.specifier}.", mend)
+        return failed(f"Flower {version} is installed, expected {needed.specifier}.", remedy)
     try:
         back = _round_trip()
     except Exception as error:  # whatever a half-installed Flower raises
-        return failed(f"a message does not come back: {told(error).rstrip('.')}.", mend)
+        return failed(f"a message does not come back: {one_line(error).rstrip('.')}.", remedy)
     if back != _asked():
-        return failed("a message comes back changed.", mend)
+        return failed("a message comes back changed.", remedy)
     return ok(f"{version}, a message went there and back")
 
 

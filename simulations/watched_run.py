@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from flexlora.config.resolve import Config
-from flexlora.errors import told
+from flexlora.errors import one_line
 from flexlora.report import write_report
 from flexlora.runs.folder import RunFolder
 from flexlora.simulations.simulate import resume, simulate
@@ -42,7 +42,7 @@ def leave_report(out: Path, console: Console) -> None:
         page = write_report(out)
     except Exception as error:
         print(
-            f"flexlora: the run is whole, but its report was not written ({told(error)}).",
+            f"flexlora: the run is whole, but its report was not written ({one_line(error)}).",
             file=sys.stderr,
         )
     else:

@@ -163,7 +163,7 @@ def _clock(link: Link, answer: Answer) -> Finding:
     """
     from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE
 
-    name, mend = "clock", "timedatectl set-ntp true (here or on the server)"
+    name, remedy = "clock", "timedatectl set-ntp true (here or on the server)"
     if answer.date is None:
         told = f"{link.address} does not tell its time, so the clocks cannot be compared."
         return warning(told, "timedatectl (here and on the server)", name=name)
@@ -173,9 +173,9 @@ def _clock(link: Link, answer: Answer) -> Finding:
     limit = f"node authentication takes a clock {fast} s ahead and {slow} s behind"
     told = f"this machine's clock is {span(off)} {'ahead of' if off > 0 else 'behind'} the server's"
     if least > fast or most < -slow:
-        return failed(f"{told}; {limit}.", mend, name=name)
+        return failed(f"{told}; {limit}.", remedy, name=name)
     if most > fast or least < -slow:
-        return warning(f"{told}, near the limit: {limit}.", mend, name=name)
+        return warning(f"{told}, near the limit: {limit}.", remedy, name=name)
     return ok(f"at most {max(abs(least), abs(most)):.1f} s off the server's; {limit}", name=name)
 
 
@@ -191,8 +191,8 @@ def _control(link: Link) -> Finding:
         "the control path is reachable from this machine, and whoever reaches it can submit code; "
         "put the proxy before it."
     )
-    mend = "flexlora server init DIR --host HOST (its proxy lets nodes through and nobody else)"
-    return warning(told, mend, name=name)
+    remedy = "flexlora server init DIR --host HOST (its proxy lets nodes through and nobody else)"
+    return warning(told, remedy, name=name)
 
 
 def check_trainer(path: Path) -> Finding:

@@ -19,7 +19,7 @@ from flexlora.clients.messages import (
 )
 from flexlora.clients.trainer.failures import failure
 from flexlora.clients.worker import Worker, failed_training
-from flexlora.errors import UserError, told
+from flexlora.errors import UserError, one_line
 from flexlora.training.personal_store import PersonalStore
 from flexlora.training.uplink import Uplink, noted
 from flexlora.wire.jobs import TrainJob, TrainResult
@@ -65,7 +65,7 @@ def answer(
         jobs = personal.attach_eval(jobs) if personal else jobs
         return evaluate_reply(worker.evaluate(jobs)[0])
     except Exception as error:
-        return failure(message_type, client_id, told(error))
+        return failure(message_type, client_id, one_line(error))
 
 
 def _check_base(content: RecordDict, worker: Worker) -> None:
@@ -87,7 +87,7 @@ def _trained(
     try:
         result = worker.train([attached])[0]
     except Exception as error:
-        result = failed_training(job, told(error))
+        result = failed_training(job, one_line(error))
     if personal is not None and not trouble:
         trouble = _not_kept(result, job, personal)
     if trouble:
@@ -102,7 +102,7 @@ def _attached(job: TrainJob, personal: PersonalStore | None) -> tuple[TrainJob, 
     try:
         return (personal.attach([job])[0] if personal is not None else job), ""
     except Exception as error:
-        return job, told(error)
+        return job, one_line(error)
 
 
 def _not_kept(result: TrainResult, job: TrainJob, personal: PersonalStore) -> str:
@@ -110,7 +110,7 @@ def _not_kept(result: TrainResult, job: TrainJob, personal: PersonalStore) -> st
     try:
         personal.keep([result], [job])
     except Exception as error:
-        return f"not kept: {told(error)}"
+        return f"not kept: {one_line(error)}"
     return ""
 
 

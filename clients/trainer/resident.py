@@ -24,7 +24,7 @@ from flexlora.clients.trainer.node import Node, data_state, job_config
 from flexlora.clients.trainer.store import KeptReplies, KeptReply
 from flexlora.clients.trainer.trainer_pb2 import Call, Reply, Value
 from flexlora.clients.worker import Worker, worker_for
-from flexlora.errors import UserError, told
+from flexlora.errors import UserError, one_line
 from flexlora.planning.probing import device_name, probe
 from flexlora.training.personal_store import PersonalStore
 from flexlora.training.uplink import feedback_beside
@@ -145,7 +145,7 @@ class ResidentTrainer:
         try:
             worker = self._worker(read_entries(call.settings), client_id)
         except Exception as error:
-            return failure(message_type, client_id, told(error))
+            return failure(message_type, client_id, one_line(error))
         own = self._personal(call)
         return answer(
             message_type,

@@ -30,7 +30,7 @@ from flexlora.clients.trainer.telling import Teller
 from flexlora.clients.trainer.trainer_pb2 import Answer, Call, HealthReply, HealthRequest, Question
 from flexlora.clients.trainer.trainer_pb2_grpc import TrainerServicer, add_TrainerServicer_to_server
 from flexlora.clients.trainer.turns import Busy, Turns
-from flexlora.errors import UserError, told
+from flexlora.errors import UserError, one_line
 
 __all__ = ["MESSAGE_LIMIT", "Limits", "TrainerService", "listen", "stop"]
 
@@ -163,7 +163,7 @@ def refusal(error: Exception) -> tuple[grpc.StatusCode, str]:
         return grpc.StatusCode.INVALID_ARGUMENT, str(error)
     if isinstance(error, Busy):
         return grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)
-    return grpc.StatusCode.INTERNAL, told(error)
+    return grpc.StatusCode.INTERNAL, one_line(error)
 
 
 @contextmanager
@@ -206,7 +206,7 @@ def listen(service: TrainerService, path: Path, group: str = "") -> grpc.Server:
         with open_to(path, group):
             server.add_insecure_port(f"unix:{path}")
     except RuntimeError as error:
-        raise UserError(f"the socket '{path}' cannot be made: {told(error)}.") from None
+        raise UserError(f"the socket '{path}' cannot be made: {one_line(error)}.") from None
     return server
 
 

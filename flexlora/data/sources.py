@@ -144,7 +144,7 @@ def _json(text: str, where: str) -> object:
     except (ValueError, RecursionError) as error:
         raise UserError(
             f"{where}: not JSON ({_first_line(error)}), expected one JSON object on each line; "
-            "mend the line or take it out."
+            "remedy the line or take it out."
         ) from None
 
 

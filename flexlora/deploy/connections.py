@@ -97,8 +97,8 @@ class Link:
             )
         except (OSError, http.client.HTTPException) as error:
             told = f"{self.address} breaks off its answer to {method} {path}: {reason(error)}."
-            mend = f"ss -ltnp 'sport = :{self.port}' (on the server; its log says why)"
-            raise Stopped(failed(told, mend)) from None
+            remedy = f"ss -ltnp 'sport = :{self.port}' (on the server; its log says why)"
+            raise Stopped(failed(told, remedy)) from None
 
 
 def parse_address(text: str) -> tuple[str, int]:
@@ -144,20 +144,20 @@ def connect(host: str, port: int) -> socket.socket:
         return socket.create_connection((host, port), timeout=SECONDS)
     except (socket.gaierror, UnicodeError) as error:
         told = f"the name '{host}' cannot be resolved here: {reason(error)}."
-        mend = f"getent hosts {host}"
+        remedy = f"getent hosts {host}"
     except ConnectionRefusedError:
         told = f"{address} refuses connections: the machine is there, and nothing listens there."
-        mend = (
+        remedy = (
             f"ss -ltn 'sport = :{port}' (on the server: does its SuperLink run with this --port?)"
         )
     except TimeoutError:
         told = (
             f"{address} does not answer within {SECONDS:g} s: a firewall is between, or it is off."
         )
-        mend = f"nc -vz -w 5 {host} {port} (once the server's firewall lets the port through)"
+        remedy = f"nc -vz -w 5 {host} {port} (once the server's firewall lets the port through)"
     except OSError as error:
-        told, mend = f"{address} cannot be reached: {reason(error)}.", f"ip route get {host}"
-    raise Stopped(failed(told, mend))
+        told, remedy = f"{address} cannot be reached: {reason(error)}.", f"ip route get {host}"
+    raise Stopped(failed(told, remedy))
 
 
 def is_own(address: str) -> bool:

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from flexlora.errors import UserError, nearest, told
+from flexlora.errors import UserError, nearest, one_line
 
 __all__ = ["CHECKS", "Check", "Finding", "check_format", "diagnose", "report"]
 
@@ -30,12 +30,12 @@ FORMATS = ("text", "json")
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """``status`` is ok, warning or failed; ``mend`` is a command, or where to look."""
+    """``status`` is ok, warning or failed; ``remedy`` is a command, or where to look."""
 
     name: str
     status: str
     told: str
-    mend: str = ""
+    remedy: str = ""
 
 
 Check = tuple[str, Callable[[], Finding | Sequence[Finding]]]
@@ -45,12 +45,12 @@ def ok(told: str, *, name: str = "") -> Finding:
     return Finding(name=name, status="ok", told=told)
 
 
-def warning(told: str, mend: str, *, name: str = "") -> Finding:
-    return Finding(name=name, status="warning", told=told, mend=mend)
+def warning(told: str, remedy: str, *, name: str = "") -> Finding:
+    return Finding(name=name, status="warning", told=told, remedy=remedy)
 
 
-def failed(told: str, mend: str, *, name: str = "") -> Finding:
-    return Finding(name=name, status="failed", told=told, mend=mend)
+def failed(told: str, remedy: str, *, name: str = "") -> Finding:
+    return Finding(name=name, status="failed", told=told, remedy=remedy)
 
 
 def diagnose(checks: Sequence[Check]) -> list[Finding]:
@@ -63,7 +63,9 @@ def diagnose(checks: Sequence[Check]) -> list[Finding]:
         try:
             seen = check()
         except Exception as error:  # what is broken may break in any way
-            seen = failed(f"{told(error).rstrip('.')}.", "pip install --force-reinstall flexlora")
+            seen = failed(
+                f"{one_line(error).rstrip('.')}.", "pip install --force-reinstall flexlora"
+            )
         several = [seen] if isinstance(seen, Finding) else seen
         findings += [replace(finding, name=finding.name or name) for finding in several]
     return findings
@@ -84,7 +86,7 @@ def check_torch() -> Finding:
     try:
         import torch
     except Exception as error:
-        return failed(f"torch cannot be imported: {told(error)}", "pip install torch")
+        return failed(f"torch cannot be imported: {one_line(error)}", "pip install torch")
     x = torch.eye(8, requires_grad=True)
     ((x @ x).sum()).backward()
     if x.grad is None or not bool((x.grad == 2).all()):
@@ -254,6 +256,6 @@ def _print_table(findings: Sequence[Finding]) -> None:
         table.add_column(column, overflow="fold")
     styles = {"ok": "green", "warning": "yellow", "failed": "bold red"}
     for finding in findings:
-        told = finding.told + (f"\nmend: {finding.mend}" if finding.mend else "")
+        told = finding.told + (f"\nmend: {finding.remedy}" if finding.remedy else "")
         table.add_row(finding.name, finding.status, told, style=styles[finding.status])
     console.print(table)

@@ -84,13 +84,13 @@ def _blind() -> ssl.SSLContext:
 
 def _speechless(host: str, port: int, no_tls: OSError, no_http: Exception) -> Finding:
     address = spelled(host, port)
-    mend = f"ss -ltnp 'sport = :{port}' (on the server: what listens there?)"
+    remedy = f"ss -ltnp 'sport = :{port}' (on the server: what listens there?)"
     if isinstance(no_tls, TimeoutError) and isinstance(no_http, TimeoutError):
         told = f"takes connections and says nothing within {SECONDS:g} seconds"
     else:
         causes = f"TLS: {reason(no_tls)}; HTTP: {reason(no_http)}"
         told = f"takes connections and speaks neither TLS nor HTTP ({causes})"
-    return failed(f"{address} {told}.", mend)
+    return failed(f"{address} {told}.", remedy)
 
 
 def read_authorities(path: Path) -> Authorities:
@@ -112,8 +112,8 @@ def read_authorities(path: Path) -> Authorities:
         certificates = tuple(x509.load_pem_x509_certificates(data))
     except ValueError:
         told = f"'{path}' holds no certificate in PEM (text between BEGIN and END CERTIFICATE)."
-        mend = f"openssl x509 -inform der -in '{path}' -out ca.pem"
-        raise Stopped(failed(told, mend, name=NAME)) from None
+        remedy = f"openssl x509 -inform der -in '{path}' -out ca.pem"
+        raise Stopped(failed(told, remedy, name=NAME)) from None
     if not any(_may_sign(certificate) for certificate in certificates):
         first = certificates[0]
         told = (
@@ -154,8 +154,8 @@ def check_certificate(
         raise Stopped(_explained(error, host, port, certificate, authorities)) from None
     except OSError as error:
         told = f"{address} breaks off the TLS handshake: {reason(error)}."
-        mend = f"openssl s_client -connect {address} -brief"
-        raise Stopped(failed(told, mend, name=NAME)) from None
+        remedy = f"openssl s_client -connect {address} -brief"
+        raise Stopped(failed(told, remedy, name=NAME)) from None
     left = certificate.not_valid_after_utc.timestamp() - time.time()
     seen = f"signed by {named(certificate.issuer)}, for {_names(certificate)}"
     if left < SOON:
@@ -196,7 +196,7 @@ def _unknown_signer(
     if authorities is None:
         again = f"flexlora doctor --superlink {address} --root-certificates CA.pem"
         return failed(f"{told}, whom this machine does not trust by itself.", again, name=NAME)
-    mend = (
+    remedy = (
         f"openssl x509 -noout -subject -fingerprint -sha256 -in '{authorities.path}' (here, there)"
     )
     if any(signer == known.subject for known in authorities.certificates):
@@ -204,7 +204,7 @@ def _unknown_signer(
     else:
         known = ", ".join(named(known.subject) for known in authorities.certificates[:3])
         told += f", and '{authorities.path}' holds {known}"
-    return failed(f"{told} ({error.verify_message}).", mend, name=NAME)
+    return failed(f"{told} ({error.verify_message}).", remedy, name=NAME)
 
 
 def _out_of_time(host: str, port: int, certificates: Sequence[x509.Certificate]) -> Finding:

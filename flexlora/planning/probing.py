@@ -16,7 +16,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from flexlora.errors import UserError, told
+from flexlora.errors import UserError, one_line
 from flexlora.training.optim import SlotOptimizer, check_optimizer
 
 __all__ = [
@@ -129,7 +129,7 @@ def probe(device: torch.device) -> Probe:
             kernel(device)
             runs.append(name)
         except Exception as error:  # whatever a broken library raises is what is reported
-            absent.append(f"{name}: {told(error)}")
+            absent.append(f"{name}: {one_line(error)}")
     return Probe(runs=tuple(runs), absent=tuple(absent))
 
 

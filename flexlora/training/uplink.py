@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from flexlora.config.resolve import Config
-from flexlora.errors import told
+from flexlora.errors import one_line
 from flexlora.lora.adapters import Adapter
 from flexlora.training.personal_store import Kept, PersonalStore
 from flexlora.wire.encoding import FACTORS, over_the_wire
@@ -53,7 +53,7 @@ class Uplink:
         try:
             return self._with_feedback(result, result.adapter, job, self.store)
         except Exception as error:
-            return noted(result, f"{WITHOUT}: {told(error)}")
+            return noted(result, f"{WITHOUT}: {one_line(error)}")
 
     def _with_feedback(
         self, result: TrainResult, adapter: Adapter, job: TrainJob, store: PersonalStore

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from flexlora.config.resolve import Config
-from flexlora.errors import told
+from flexlora.errors import one_line
 from flexlora.runs.live_state import FAILED, FINISHED, INTERRUPTED
 from flexlora.server.members.roster import Roster
 from flexlora.server.observing.live import LiveObserver
@@ -57,7 +57,7 @@ class Observers:
             except Exception as error:
                 if place not in self._logged:
                     name = type(observer).__name__
-                    LOG.warning("%s fails, and the run goes on: %s", name, told(error))
+                    LOG.warning("%s fails, and the run goes on: %s", name, one_line(error))
                 self._logged.add(place)
         if self.own is not None:
             _call(self.own, event, *args)
@@ -86,6 +86,6 @@ def observed(
             live.close(INTERRUPTED)
             raise
         except BaseException as error:
-            live.close(FAILED, told(error).rstrip(": "))
+            live.close(FAILED, one_line(error).rstrip(": "))
             raise
         live.close(FINISHED)

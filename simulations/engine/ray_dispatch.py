@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import flexlora
 from flexlora.config.resolve import Config
-from flexlora.errors import UserError, told
+from flexlora.errors import UserError, one_line
 from flexlora.simulations.engine import ray_start
 from flexlora.simulations.engine.ray_actor import CohortActor, Key, pack, swapped
 
@@ -203,7 +203,7 @@ class Dispatcher:
             self.idle.append(actor)
             self._deal()
         elif (cause := _raised(error)) is not None:
-            raise cause if isinstance(cause, UserError) else _cannot_load(told(cause))
+            raise cause if isinstance(cause, UserError) else _cannot_load(one_line(cause))
         elif lost + 1 < TRIES:
             self._replace(actor, lost + 1)
         else:
@@ -297,7 +297,7 @@ class Dispatcher:
         if error is None or cause is not None:
             self.idle.append(actor)
             self._deal()
-            self._settle(cohort, answer.result() if cause is None else told(cause))
+            self._settle(cohort, answer.result() if cause is None else one_line(cause))
             return
         self._died(cohort, error)
         self._replace(actor)
@@ -357,7 +357,7 @@ def _death(error: BaseException) -> str:
 
     if isinstance(error, ray.exceptions.OutOfMemoryError):
         return "the machine ran out of memory"  # Ray's own sentence is a page of numbers
-    return told(error).rstrip(".")
+    return one_line(error).rstrip(".")
 
 
 def _cannot_load(why: str) -> UserError:

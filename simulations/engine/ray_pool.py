@@ -16,7 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from flexlora.config.resolve import Config, resolved
-from flexlora.errors import told
+from flexlora.errors import one_line
 from flexlora.simulations.engine.pool import Pending
 from flexlora.simulations.engine.ray_actor import Key, Parcel, swapped, unpack
 from flexlora.simulations.engine.ray_dispatch import Dispatcher
@@ -145,7 +145,7 @@ class Cohort:
             try:
                 answer = getattr(self.local(), cohort.kind)(cohort.jobs)
             except Exception as error:  # as in a worker elsewhere: the cause of this cohort alone
-                answer = told(error)
+                answer = one_line(error)
             self.dispatcher.done(cohort, answer)
 
     def _received(self, answer: list[Any] | str) -> list[Any]:

@@ -25,7 +25,7 @@ import psutil
 
 from flexlora.config.paths import EMBEDDED
 from flexlora.config.resolve import Config
-from flexlora.errors import UserError, told
+from flexlora.errors import UserError, one_line
 from flexlora.planning.planner import MARGIN
 from flexlora.simulations.engine.cohort_memory import CohortMemory
 from flexlora.units import human_bytes
@@ -133,7 +133,7 @@ def start(workers: int) -> Session:
     except Exception as error:  # whatever a port, a full disk or a firewall makes it raise
         shutil.rmtree(folder, ignore_errors=True)
         raise UserError(
-            f"engine.workers is {workers}, and Ray does not start here ({told(error)}); "
+            f"engine.workers is {workers}, and Ray does not start here ({one_line(error)}); "
             "leave engine.workers at 1 or give an engine.ray-address."
         ) from error
     return Session(folder=folder)
@@ -179,7 +179,7 @@ def join(address: str) -> Session:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     except Exception as error:  # ConnectionError, a token that is missing, another Ray or Python
         raise UserError(
-            f"{asked}, where no Ray cluster lets this process in ({told(error).rstrip('.')}); "
+            f"{asked}, where no Ray cluster lets this process in ({one_line(error).rstrip('.')}); "
             "expected HOST:PORT as printed by `ray start --head`."
         ) from error
     return Session()

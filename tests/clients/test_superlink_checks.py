@@ -145,14 +145,14 @@ def test_what_a_superlink_says_of_a_key(activation, status, words, tmp_path):
         last = only(asked(port, key=key_file(tmp_path)), status, "node key", words)
     assert said.asked[-1] == ("POST", "/v1/fleet/activate-node")
     if activation[1] == 2004:
-        assert last.mend == f"flwr supernode register '{tmp_path}/node-key.pub' (on the server)"
+        assert last.remedy == f"flwr supernode register '{tmp_path}/node-key.pub' (on the server)"
 
 
 def test_a_key_that_others_may_read(tmp_path):
     with serving() as port:
         words = "is registered, and others on this machine may read"
         last = only(asked(port, key=key_file(tmp_path, mode=0o644)), "warning", "node key", words)
-    assert last.mend.startswith("chmod 600")
+    assert last.remedy.startswith("chmod 600")
 
 
 def with_passphrase(pem):
@@ -192,7 +192,7 @@ def test_a_trainer_that_is_not_there(tmp_path):
     assert (
         finding.status == "failed" and "cannot be reached: there is no such socket" in finding.told
     )
-    assert finding.mend.startswith("flexlora client serve --socket")
+    assert finding.remedy.startswith("flexlora client serve --socket")
 
 
 def test_a_trainer_that_listens(tmp_path):
@@ -239,7 +239,7 @@ def test_the_command_fails_where_a_check_did(monkeypatch, capsys, ca, good):
         status, out, _ = run_doctor(monkeypatch, capsys, *given, "--root-certificates", good.file)
     told = json.loads(out)
     assert status == 1 and told["ok"] is False
-    assert told["findings"][-1]["name"] == "certificate" and told["findings"][-1]["mend"]
+    assert told["findings"][-1]["name"] == "certificate" and told["findings"][-1]["remedy"]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ VERSION = namedtuple("VERSION", "major minor micro releaselevel serial")
 
 
 def told(finding):
-    assert finding.status in ("warning", "failed") and finding.mend
+    assert finding.status in ("warning", "failed") and finding.remedy
     assert "\n" not in finding.told and len(finding.told) < 300
     return finding.status, finding.told
 
@@ -34,7 +34,7 @@ def test_json_is_for_machines(capsys):
     assert main(["doctor", "--format", "json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["ok"] is True and len(found["findings"]) == 8
-    assert all(set(f) == {"name", "status", "told", "mend"} for f in found["findings"])
+    assert all(set(f) == {"name", "status", "told", "remedy"} for f in found["findings"])
 
 
 @pytest.mark.parametrize(
@@ -58,12 +58,12 @@ def test_a_mistake_is_told_before_anything_is_tried(arguments, message, capsys, 
 
 def test_one_failure_is_the_exit_status_and_a_warning_is_not(capsys):
     fine, odd, broken = (
-        doctor.Finding(name="x", status=status, told="t", mend="m")
+        doctor.Finding(name="x", status=status, told="t", remedy="m")
         for status in ("ok", "warning", "failed")
     )
     assert doctor.report([fine, odd]) == 0
     assert doctor.report([fine, broken, odd]) == 1
-    assert "mend: m" in capsys.readouterr().out
+    assert "remedy: m" in capsys.readouterr().out
 
 
 def test_a_check_that_raises_has_failed_and_the_others_go_on():
@@ -111,7 +111,7 @@ def test_a_machine_without_torch_still_gets_its_answer():
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 1, run.stderr
     found = {f["name"]: f for f in json.loads(run.stdout)["findings"]}
-    assert found["torch"]["status"] == "failed" and found["torch"]["mend"] == "pip install torch"
+    assert found["torch"]["status"] == "failed" and found["torch"]["remedy"] == "pip install torch"
     assert found["disk"]["status"] == found["ports"]["status"] == "ok"
 
 
@@ -201,7 +201,7 @@ def test_a_flower_of_another_version(version, monkeypatch):
     monkeypatch.setattr(flower_checks.metadata, "version", lambda name: version)
     finding = flower_checks.check_flower()
     assert finding.status == "failed" and f"Flower {version} is installed" in finding.told
-    assert finding.mend.startswith("pip install 'flwr") and "1.41" in finding.mend
+    assert finding.remedy.startswith("pip install 'flwr") and "1.41" in finding.remedy
 
 
 def test_a_message_that_comes_back_changed_or_not_at_all(monkeypatch):

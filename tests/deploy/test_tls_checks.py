@@ -1,4 +1,4 @@
-"""What stands between a node and its server: every fault is one sentence and a way to mend it.
+"""What stands between a node and its server: every fault is one sentence and a way to remedy it.
 
 Servers are real ones on loopback, with certificates of all kinds.
 """
@@ -83,7 +83,7 @@ def test_a_port_on_which_nobody_listens():
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     last = only(asked(port), "failed", "superlink", f"127.0.0.1:{port} refuses connections")
-    assert "--port" in last.mend
+    assert "--port" in last.remedy
 
 
 def test_a_name_that_is_no_host():
@@ -91,7 +91,7 @@ def test_a_name_that_is_no_host():
 
 
 @pytest.mark.parametrize(
-    ("error", "words", "mend"),
+    ("error", "words", "remedy"),
     [
         (
             socket.gaierror(-2, "Name or service not known"),
@@ -106,13 +106,13 @@ def test_a_name_that_is_no_host():
         ),
     ],
 )
-def test_a_server_that_cannot_be_reached(error, words, mend, monkeypatch):
+def test_a_server_that_cannot_be_reached(error, words, remedy, monkeypatch):
     def refuses(*_, **__):
         raise error
 
     monkeypatch.setattr(connections.socket, "create_connection", refuses)
     last = only(asked(9092, host="far.example"), "failed", "superlink", words)
-    assert last.mend.startswith(mend)
+    assert last.remedy.startswith(remedy)
 
 
 @pytest.mark.parametrize(
@@ -172,9 +172,9 @@ def test_a_certificate_of_another_authority(folder, ca):
         last = only(
             asked(port, ca), "failed", "certificate", "'CN=Somebody CA'", "'CN=FlexLoRA CA'"
         )
-        assert "fingerprint" in last.mend
+        assert "fingerprint" in last.remedy
         unasked = only(asked(port), "failed", "certificate", "whom this machine does not trust")
-        assert "--root-certificates" in unasked.mend
+        assert "--root-certificates" in unasked.remedy
         assert asked(port, other)["certificate"].status == "ok"
 
 
@@ -203,11 +203,11 @@ def test_a_certificate_for_another_name(names, words, folder, ca):
     server = Signer.make(folder, "superlink", by=ca, names=names)
     with serving(signer=server) as port:
         last = only(asked(port, ca), "failed", "certificate", "'127.0.0.1' is not among", words)
-    assert last.mend.startswith("flexlora server init DIR --host 127.0.0.1")
+    assert last.remedy.startswith("flexlora server init DIR --host 127.0.0.1")
 
 
 @pytest.mark.parametrize(
-    ("days", "ahead", "words", "mend"),
+    ("days", "ahead", "words", "remedy"),
     [
         ((-30.0, -2.0), 0.0, ["ended on", "2 days ago, by the server's clock too"], "flexlora"),
         ((-30.0, -2.0), -5 * DAY, ["ended on", "so this machine's clock is wrong"], "timedatectl"),
@@ -221,11 +221,11 @@ def test_a_certificate_for_another_name(names, words, folder, ca):
         ),
     ],
 )
-def test_a_certificate_out_of_its_time(days, ahead, words, mend, folder, ca):
+def test_a_certificate_out_of_its_time(days, ahead, words, remedy, folder, ca):
     server = Signer.make(folder, "superlink", by=ca, names=HERE, days=days)
     with serving(Said(ahead=ahead), signer=server) as port:
         last = only(asked(port, ca), "failed", "certificate", "the certificate of", *words)
-    assert last.mend.startswith(mend)
+    assert last.remedy.startswith(remedy)
 
 
 def test_an_authority_that_has_ended(folder):
@@ -262,7 +262,7 @@ def files(folder, ca, good):
 
 
 @pytest.mark.parametrize(
-    ("name", "words", "mend"),
+    ("name", "words", "remedy"),
     [
         ("absent", "cannot be read: No such file", "ls -l"),
         (".", "cannot be read: Is a directory", "ls -l"),
@@ -271,11 +271,11 @@ def files(folder, ca, good):
         ("both", "holds a private key, which is for the server alone", "openssl x509 -in"),
     ],
 )
-def test_a_file_that_holds_no_authority(name, words, mend, tmp_path, ca, good):
+def test_a_file_that_holds_no_authority(name, words, remedy, tmp_path, ca, good):
     path = files(tmp_path, ca, good) / name
     with serving(signer=good) as port:
         found = by_name(check_superlink("127.0.0.1", port, roots=path))
-    assert only(found, "failed", "certificate", words).mend.startswith(mend)
+    assert only(found, "failed", "certificate", words).remedy.startswith(remedy)
 
 
 def test_a_servers_certificate_in_place_of_its_authoritys(ca, good):
@@ -287,7 +287,7 @@ def test_a_servers_certificate_in_place_of_its_authoritys(ca, good):
 def test_plain_http(ca, monkeypatch):
     with serving() as port:
         last = only(asked(port, ca), "failed", "certificate", "speaks plain HTTP, and root")
-        assert "--ssl-certfile" in last.mend
+        assert "--ssl-certfile" in last.remedy
         own = asked(port)
         assert own["superlink"].status == "ok" and "certificate" not in own
         monkeypatch.setattr(tls_checks, "is_own", lambda address: False)
@@ -313,7 +313,7 @@ def test_a_proxy_in_the_environment_that_only_flower_would_use(monkeypatch):
     with serving() as port:
         finding = asked(port)["proxy"]
         assert finding.status == "warning" and "through 'proxy.example'" in finding.told
-        assert "secret" not in finding.told and finding.mend == "export NO_PROXY=127.0.0.1"
+        assert "secret" not in finding.told and finding.remedy == "export NO_PROXY=127.0.0.1"
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         assert "proxy" not in asked(port)
 

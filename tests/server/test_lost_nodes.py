@@ -6,7 +6,7 @@ from flwr.app import Error, Message
 
 from federation import TamperingGrid, client_rows, federation, rounds, small
 from flexlora.clients.worker import Worker
-from flexlora.errors import told
+from flexlora.errors import one_line
 
 VICTIM = "client_02"
 
@@ -35,7 +35,10 @@ def test_an_error_that_the_superlink_sends_for_a_lost_node_is_that_nodes(worker,
 
 def test_a_failure_without_a_message_is_a_cause_too(worker, tmp_path, monkeypatch):
     """Bare asserts have no text to quote."""
-    assert told(MemoryError()) == "MemoryError: " and told(AssertionError()) == "AssertionError: "
+    assert (
+        one_line(MemoryError()) == "MemoryError: "
+        and one_line(AssertionError()) == "AssertionError: "
+    )
     from flexlora.clients import worker as module
 
     original = module.train

@@ -210,7 +210,7 @@ def by_name(findings):
     assert len(found) == len(findings)
     for finding in findings:
         assert finding.name and "\n" not in finding.told and len(finding.told) < 330, finding
-        assert bool(finding.mend) == (finding.status != "ok"), finding
+        assert bool(finding.remedy) == (finding.status != "ok"), finding
     return found
 
 
