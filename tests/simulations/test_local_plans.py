@@ -13,7 +13,7 @@ import torch
 import reference
 from builders import random_adapter, random_examples, tiny_model, train_job
 from cohorts import EPOCHS, cohort, recipe, settings
-from flexlora.aggregation import LocalPlan
+from flexlora.aggregation.engine.starts import LocalPlan
 from flexlora.algebra.linalg import live_rows
 from flexlora.data.collation import batch_plan
 from flexlora.lora.adapters import Adapter
