@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
@@ -48,7 +49,7 @@ def method_class(name: str) -> type[Method]:
     return getattr(importlib.import_module(module), attribute)
 
 
-def method_options(name: str, values: Mapping[str, Any]) -> MethodOptions:
+def method_options(name: str, values: Mapping[str, Any] = MappingProxyType({})) -> MethodOptions:
     """The options of that method, ``values`` by field name or kebab-case key, else its defaults.
 
     Raises:
@@ -61,7 +62,7 @@ def method_options(name: str, values: Mapping[str, Any]) -> MethodOptions:
         if field not in options.model_fields:
             raise UserError(_refusal(name, field, value))
     try:
-        return options.model_validate(values)
+        return options.model_validate({**values, "name": name})
     except ValidationError as error:
         raise UserError(in_a_sentence(error, options, prefix="method.")) from None
 

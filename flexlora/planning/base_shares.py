@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from flexlora.config.options import QUANTIZATIONS
+from flexlora.config.sections import QUANTIZATIONS
 from flexlora.errors import UserError, nearest
 from flexlora.lora.ranks import quotas
 from flexlora.seeds import numpy_generator

@@ -21,8 +21,6 @@ from flexlora.units import human_bytes
 
 __all__ = ["memory_rank", "run_plan"]
 
-CARRYING = ("aligned", "carried", "fed-plora")  # methods that send factors to carry
-
 
 def run_plan(config: Config) -> tuple[ModelShape, TrainingPlan]:
     """The model's shape and how this run trains, at rank 1 and without quantization.
@@ -30,22 +28,22 @@ def run_plan(config: Config) -> tuple[ModelShape, TrainingPlan]:
     Raises:
         UserError: a model whose memory cannot be predicted.
     """
-    shape, method = read_shape(config["model.name"]), config["method.name"]
-    shape.targets(config["lora.target-modules"])
-    carried_dtype = config["method.carried-dtype"] or config["wire.dtype"]
+    shape = read_shape(config.model.name)
+    shape.targets(config.lora.target_modules)
+    carried_dtype = getattr(config.method, "carried_dtype", "") or config.wire.dtype
     plan = TrainingPlan(
         rank=1,
-        max_length=min(config["train.max-length"], shape.max_positions),
-        batch=config["train.per-device-train-batch-size"],
-        dtype=config["model.dtype"],
-        carried_rank=config["method.carried-rank"] if method in CARRYING else 0,
+        max_length=min(config.train.max_length, shape.max_positions),
+        batch=config.train.per_device_train_batch_size,
+        dtype=config.model.dtype,
+        carried_rank=getattr(config.method, "carried_rank", 0),
         carried_dtype="bfloat16" if carried_dtype == "bfloat16" else "float32",
-        gradient_checkpointing=config["train.gradient-checkpointing"],
-        optim=config["train.optim"],
-        attention=config["model.attn-implementation"],
-        aligned=method == "aligned" and config["method.gradient-batches"] > 0,
-        lora_dropout=config["lora.dropout"],
-        target_modules=config["lora.target-modules"],
+        gradient_checkpointing=config.train.gradient_checkpointing,
+        optim=config.train.optim,
+        attention=config.model.attn_implementation,
+        aligned=getattr(config.method, "gradient_batches", 0) > 0,
+        lora_dropout=config.lora.dropout,
+        target_modules=config.lora.target_modules,
     )
     return shape, plan
 

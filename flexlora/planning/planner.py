@@ -25,7 +25,9 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from flexlora.config.resolve import OPTIONS
+from flexlora.aggregation.engine.options import CARRIED_RANK, choices
+from flexlora.config.resolve import KEYS
+from flexlora.config.sections import QUANTIZATIONS, Train
 from flexlora.errors import UserError, nearest
 from flexlora.planning.memory import MemoryTerms, moments, training_memory
 from flexlora.planning.shapes import ModelShape, TrainingPlan
@@ -49,14 +51,14 @@ class Request:
     """
 
     memory_bytes: int
-    max_length: int = OPTIONS["train.max-length"].default  # type: ignore[assignment]
-    batch: int = OPTIONS["train.per-device-train-batch-size"].default  # type: ignore[assignment]
+    max_length: int = Train().max_length
+    batch: int = Train().per_device_train_batch_size
     num_examples: int | None = None
     quantization: str = ""
     optim: str = ""
     attention: str = "auto"
     rank: int = 0
-    carried_rank: int = OPTIONS["method.carried-rank"].default  # type: ignore[assignment]
+    carried_rank: int = CARRIED_RANK
     target_modules: str = "all-linear"
     bfloat16: bool = True
     quantizes: bool = True
@@ -171,12 +173,11 @@ def _holdings(shape: ModelShape, request: Request) -> list[tuple[str, str]]:
     """(quantization, dtype) from the least rounding to the most, of what can be run."""
     own = _dtype(shape, request)
     small = "bfloat16" if request.bfloat16 else "float32"
-    runnable = OPTIONS["model.quantization"].choices
     held = [("none", own), ("none", small), ("8bit", small), ("nf4", small)]
     return [
         (quantization, dtype)
         for quantization, dtype in dict.fromkeys(held)
-        if quantization in runnable
+        if quantization in QUANTIZATIONS
         and (quantization == "none" or request.quantizes)
         and request.quantization in ("", quantization)
         and (request.attention != FLASH or dtype == "bfloat16")
@@ -257,7 +258,7 @@ def _check(shape: ModelShape, request: Request) -> None:
         ("--optim", "train.optim", request.optim),
         ("--attn-implementation", "model.attn-implementation", request.attention),
     ):
-        known = OPTIONS[key].choices
+        known = choices(KEYS[key].annotation)
         if wanted and wanted not in known:
             raise UserError(
                 f"{flag} is '{wanted}', expected one of {', '.join(known)}.{nearest(wanted, known)}"

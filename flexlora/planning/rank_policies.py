@@ -27,7 +27,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from flexlora.config.options import RANK_POLICIES
+from flexlora.config.sections import RANK_POLICIES
 from flexlora.errors import UserError, nearest
 from flexlora.lora.ranks import RankClass, parse_shares, parse_tiers, quotas
 from flexlora.planning.memory_ranks import memory_rank

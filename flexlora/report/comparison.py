@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from flexlora.config.options import OPTIONS
+from flexlora.config.resolve import KEYS
 from flexlora.errors import UserError
 from flexlora.report.records import RunRecords, read_run
 from flexlora.report.words import SCORES, TOTALS, setting, spelled
@@ -110,8 +110,8 @@ def _names(runs: Sequence[RunRecords]) -> list[str]:
 
 def _differing(runs: Sequence[RunRecords]) -> list[str]:
     """Keys that the runs do not agree on, in the order of the options."""
-    known = [key for key in OPTIONS if key != "out"]
-    others = sorted({key for run in runs for key in run.config} - OPTIONS.keys())
+    known = [key for key in KEYS if key != "out"]
+    others = sorted({key for run in runs for key in run.config} - KEYS.keys())
     keys = [*known, *others]
     return [key for key in keys if len({_shown_setting(run, key) for run in runs}) > 1]
 
@@ -122,7 +122,7 @@ def _setting(runs: Sequence[RunRecords], key: str) -> Column:
 
 
 def _shown_setting(run: RunRecords, key: str) -> str:
-    return setting(run.setting(key) if key in OPTIONS else run.config.get(key, "(not set)"))
+    return setting(run.setting(key) if key in KEYS else run.config.get(key, "(not set)"))
 
 
 def _rounds(runs: Sequence[RunRecords]) -> Column:

@@ -15,8 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from flexlora.config.options import OPTIONS
-from flexlora.config.resolve import read_toml
+from flexlora.config.resolve import KEYS, read_toml
 from flexlora.errors import UserError
 from flexlora.runs.round_rows import missing_files, read_rounds
 
@@ -74,7 +73,7 @@ class RunRecords:
 
     def setting(self, key: str) -> object:
         """The run's value of a key; the default where an older version wrote none."""
-        return self.config.get(key, OPTIONS[key].default)
+        return self.config.get(key, KEYS[key].default)
 
     def points(self, key: str) -> list[tuple[int, float]]:
         """``(round, value)`` of every round that has a number under ``key``."""

@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from flexlora.config.options import OPTIONS
+from flexlora.config.resolve import KEYS
 from flexlora.report.markup import Markup, data, element, joined, name, table, text
 from flexlora.report.records import PERSONAL, RunRecords, cell_number, finite
 from flexlora.report.words import SCORES, setting, spelled
@@ -190,8 +190,10 @@ def changed_settings(run: RunRecords) -> Markup:
     rows = []
     for key, value in run.config.items():
         default, meaning = "(no such key in this version)", ""
-        if key in OPTIONS:
-            default, meaning = setting(OPTIONS[key].default), OPTIONS[key].help
+        if key in KEYS:
+            default, meaning = setting(KEYS[key].default), KEYS[key].description or ""
+        elif key.startswith("method."):
+            default = "(the method's)"  # in a file that imports torch, which no report needs
         if setting(value) != default:
             named = element("code", text(key))
             own = element("span", name(setting(value)), class_="value")

@@ -25,14 +25,14 @@ import tomli_w
 from safetensors import SafetensorError
 
 from flexlora.aggregation.engine.method import State
-from flexlora.runs.checkpoints import load_checkpoint, load_notes, save_checkpoint
-from flexlora.wire.files import write_atomically
-from flexlora.config.resolve import Config
+from flexlora.config.resolve import Config, of_older, read_toml
 from flexlora.errors import UserError
-from flexlora.runs.live_state import LIVE_FILE
 from flexlora.lora.ranks import RankClass
-from flexlora.runs.round_rows import missing_files, read_rounds
+from flexlora.runs.checkpoints import load_checkpoint, load_notes, save_checkpoint
+from flexlora.runs.live_state import LIVE_FILE
 from flexlora.runs.lock import check_idle
+from flexlora.runs.round_rows import missing_files, read_rounds
+from flexlora.wire.files import write_atomically
 
 __all__ = ["CLIENT_COLUMNS", "RunFolder"]
 
@@ -125,7 +125,7 @@ class RunFolder:
         run = cls(path)
         if not cls.is_run(run.path):
             raise UserError(f"'{path}' is not a run folder: {missing_files(run.path)}.")
-        return run, Config.resolve(file=run.path / "config.toml")
+        return run, Config.of(of_older(read_toml(run.path / "config.toml")))
 
     def append_round(
         self,
@@ -272,8 +272,8 @@ def _environment(config: Config) -> dict[str, object]:
         "versions": versions,
         "python": sys.version.split()[0],
         "platform": platform.platform(),
-        "threads": config["engine.threads"],
-        "seed": config["seed"],
+        "threads": config.engine.threads,
+        "seed": config.seed,
         "commit": _commit(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }

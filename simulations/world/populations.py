@@ -18,8 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from flexlora.config.options import OPTIONS
-from flexlora.config.resolve import Config
+from flexlora.config.resolve import KEYS, Config
 from flexlora.data.caps import num_rows, parse_examples
 from flexlora.errors import UserError, nearest
 from flexlora.lora.ranks import quotas
@@ -77,10 +76,10 @@ class Population:
                 nothing reads, an availability that does not fit these clients.
         """
         _refuse_ignored(config)
-        seed, ordered = config["seed"], sorted(client_ids)
+        seed, ordered = config.seed, sorted(client_ids)
         devices = _dealt(config, "population.devices", ordered, _device)
         links = _dealt(config, "population.links", ordered, _link)
-        sigma = config["population.link-sigma"]
+        sigma = config.population.link_sigma
         clients = {}
         for i in ordered:
             link = link_of(i, links[i], sigma=sigma, seed=seed) if links else None
@@ -89,10 +88,10 @@ class Population:
             seed=seed,
             clients=clients,
             availability=availability_of(config, ordered),
-            dropout=config["population.dropout"],
-            straggler_share=config["population.straggler-share"],
-            straggler_slowdown=config["population.straggler-slowdown"],
-            examples=parse_examples(config["population.examples"]),
+            dropout=config.population.dropout,
+            straggler_share=config.population.straggler_share,
+            straggler_slowdown=config.population.straggler_slowdown,
+            examples=parse_examples(config.population.examples),
         )
 
     @property
@@ -191,12 +190,12 @@ def _dealt(
     find: Callable[[str, str], tuple[str, Kind]],
 ) -> dict[str, Kind]:
     """Who gets which kind, with exact quotas; nobody any where the key is empty."""
-    named = parse_named_shares(key, config[key], find)
+    named = parse_named_shares(key, config.flat()[key], find)
     if not named:
         return {}
     counts = quotas([share for _, share in named], len(ordered))
     kinds = [kind for (kind, _), count in zip(named, counts, strict=True) for _ in range(count)]
-    shuffled = numpy_generator(config["seed"], key).permutation(len(ordered))
+    shuffled = numpy_generator(config.seed, key).permutation(len(ordered))
     return {ordered[k]: kind for k, kind in zip(shuffled, kinds, strict=True)}
 
 
@@ -208,9 +207,10 @@ def _refuse_ignored(config: Config) -> None:
         "population.link-sigma": ("population.links", "it spreads the speeds of links"),
         "population.straggler-slowdown": ("population.straggler-share", "it slows stragglers"),
     }
+    values = config.flat()
     for key, (needed, why) in needs.items():
-        if config[key] != OPTIONS[key].default and not config[needed]:
+        if values[key] != KEYS[key].default and not values[needed]:
             raise UserError(
-                f"{key} is {config[key]!r} and {needed} is not set: {why}; "
+                f"{key} is {values[key]!r} and {needed} is not set: {why}; "
                 f"set {needed}, or leave {key} out."
             )

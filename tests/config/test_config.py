@@ -9,7 +9,7 @@ from flexlora.aggregation import METHODS
 from flexlora.aggregation.engine.options import MethodOptions
 from flexlora.config.resolve import OPTIONS, Config, flatten, read_toml
 from flexlora.errors import UserError
-from flexlora.server.settings import ServerSettings
+from flexlora.server.settings import check_config
 from paths import ROOT
 
 
@@ -171,12 +171,12 @@ def test_an_option_of_a_method_is_read_or_refused_and_never_ignored(method):
     for key, value in CHANGED.items():
         config = Config({"method.name": method, key: value})
         if names[key] in METHODS[method].reads:
-            options = ServerSettings.from_config(config).method_options
+            options = check_config(config).method_options
             assert getattr(options, names[key]) == value
             continue
         readers = [k for k, entry in METHODS.items() if names[key] in entry.reads]
         with pytest.raises(UserError) as refusal:
-            ServerSettings.from_config(config)
+            check_config(config)
         assert f"{key} is {value}, which method.name={method} does not read" in str(refusal.value)
         assert readers and all(reader in str(refusal.value) for reader in readers)
-    assert ServerSettings.from_config(Config({"method.name": method})).method == method
+    assert check_config(Config({"method.name": method})).method == method

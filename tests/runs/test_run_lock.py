@@ -6,12 +6,12 @@ import subprocess
 import sys
 
 import pytest
-from federation import small
 
+from federation import small
 from flexlora.commands.cli import main
 from flexlora.errors import UserError
-from flexlora.runs.lock import alone, check_idle
 from flexlora.runs.folder import RunFolder
+from flexlora.runs.lock import alone, check_idle
 
 HOLDER = """
 import sys

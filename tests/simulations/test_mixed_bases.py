@@ -159,7 +159,7 @@ def test_the_bases_are_one_model_to_the_server(tmp_path):
 def test_a_node_says_in_its_node_config_how_it_holds_its_base():
     def context(**node):
         return Context(
-            run_id=1, node_id=7, node_config=node, state=RecordDict(), run_config=dict(small())
+            run_id=1, node_id=7, node_config=node, state=RecordDict(), run_config=small().flat()
         )
 
     chosen, client_id = worker_of(context(**{"partition-id": 1, "quantization": "nf4"}))

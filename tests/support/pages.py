@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 
 from flexlora.config.resolve import Config, flatten
 from flexlora.runs.folder import RunFolder
+from spelled import of_names
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 SCALES = {"k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
@@ -161,8 +162,8 @@ def written_run(
 
     ``extra`` maps a round to more of its metrics; rank classes differ by a tenth of the loss.
     """
-    config = {"num_server_rounds": max(len(losses) - 1, 1), "engine__threads": 1, **config}
-    run = RunFolder.create(path, Config().replace(**config))
+    config = {"num_server_rounds": max(len(losses) - 1, 1), "engine__threads": 1, **config.flat()}
+    run = RunFolder.create(path, Config().with_values(of_names(**config)))
     for at, loss in enumerate(losses):
         metrics = {"round": at, "eval_loss": loss}
         for place, name in enumerate(classes):

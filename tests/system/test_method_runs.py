@@ -158,7 +158,7 @@ def sent_and_got(config, folder, **options):
             return super().push_messages(messages)
 
     worker = worker_for(config)
-    grid = Grid(worker, wire_dtype=config["wire.dtype"], **options)
+    grid = Grid(worker, wire_dtype=config.wire.dtype, **options)
     strategy, run = federation(grid, config, folder)
     return strategy, run, grid, starts
 

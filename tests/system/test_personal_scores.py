@@ -49,7 +49,7 @@ def worker(tmp_path_factory):
         "eval.max-examples": 12,
         "engine.threads": 1,
     }
-    return Worker(Config(config))
+    return Worker(Config.of(config))
 
 
 def federate(worker, store, rounds=2):

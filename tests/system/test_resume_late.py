@@ -12,6 +12,7 @@ from federation import StopAt, Stopped, adapter_bytes, client_rows, rounds, smal
 from flexlora.config.resolve import Config
 from flexlora.runs.folder import RunFolder
 from flexlora.simulations.simulate import resume, simulate
+from spelled import of_names
 
 SLOW = small(
     clients__count=8,
@@ -91,13 +92,13 @@ def sent_rounds(folder):
 
 
 def test_only_rounds_that_are_waited_for_lie_beside_the_checkpoint(tmp_path):
-    waited = SLOW.replace(population__straggler_slowdown=3.5, server__late_rounds=2)
+    waited = SLOW.with_values(of_names(population__straggler_slowdown=3.5, server__late_rounds=2))
     assert sent_rounds(stopped(waited, tmp_path / "two", server_round=4)) == [
         "sent-000002",
         "sent-000003",
     ]
     assert sent_rounds(stopped(SLOW, tmp_path / "one", server_round=4)) == ["sent-000003"]
-    dropped = SLOW.replace(server__late_rounds=0)
+    dropped = SLOW.with_values(of_names(server__late_rounds=0))
     assert sent_rounds(stopped(dropped, tmp_path / "none", server_round=4)) == []
 
 

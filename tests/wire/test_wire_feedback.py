@@ -19,6 +19,7 @@ from flexlora.wire.encoding import FACTORS, over_the_wire
 from flexlora.wire.feedback import SPACES, check_wire, compensated, feedback_space, lost
 from flexlora.wire.jobs import TrainResult
 from one_round import SHAPES, OneRound, distance, next_state, noisy
+from spelled import of_names
 
 WIDE = {"attn.q": (24, 16), "mlp.up": (16, 20)}  # four times rank 4 hold all that is lost here
 
@@ -387,7 +388,7 @@ def test_factors_of_any_alpha_are_compensated_in_units_of_the_product():
 
 def test_the_space_is_that_of_the_runs_method():
     def of(**changes):
-        return Uplink.of(Config().replace(wire__dtype="int8", **changes), None)
+        return Uplink.of(Config().with_values(of_names(wire__dtype="int8", **changes)), None)
 
     assert of().space == "products" and of().dtype == "int8"
     assert of(method__name="rolora").space == "factors"

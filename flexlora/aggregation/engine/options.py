@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from flexlora.errors import nearest
 
 __all__ = [
+    "CARRIED_RANK",
     "UNCAPPED",
     "FastStepOptions",
     "MethodOptions",
@@ -20,8 +21,10 @@ __all__ = [
     "StepOptions",
     "choices",
     "in_a_sentence",
+    "option",
 ]
 
+CARRIED_RANK = 32  # the default of every method that carries factors
 UNCAPPED = 1 << 30  # as ``server_max_rank``: no bound on the rank of G
 
 
@@ -46,6 +49,11 @@ class Options(BaseModel):
     def option_names(cls) -> list[str]:
         """The kebab-case keys in their order."""
         return [kebab_case(field) for field in cls.model_fields]
+
+
+def option(default: Any, help: str, **bounds: float) -> Any:
+    """A field with one line of help; ``bounds`` are pydantic's ``ge``, ``le`` and ``gt``."""
+    return Field(default=default, description=help, **bounds)  # type: ignore[call-overload] # bounds
 
 
 def choices(annotation: object) -> tuple[Any, ...]:
@@ -76,30 +84,23 @@ def in_a_sentence(error: ValidationError, model: type[Options], prefix: str = ""
 
 
 class MethodOptions(Options):
-    """What every method can be asked for."""
+    """What every method can be asked for; ``name`` is the key in ``METHODS``."""
 
-    max_update_norm: float = Field(
-        default=0.0, ge=0.0, description="refuse updates of a larger norm (0: no bound)"
-    )
+    name: str = option("", "the aggregation method")
+    max_update_norm: float = option(0.0, "refuse updates of a larger norm (0: no bound)", ge=0.0)
 
 
 class StepOptions(MethodOptions):
     """How the server moves ``G``, and at how many directions per module it keeps it."""
 
-    server_learning_rate: float = Field(default=1.0, gt=0.0, description="step on the aggregate")
-    server_optimizer: Literal["sgd", "momentum"] = Field(
-        default="sgd", description="how the server steps"
-    )
-    server_momentum: float = Field(
-        default=0.9, ge=0.0, le=0.999, description="momentum of the server's optimizer"
-    )
-    server_max_rank: int = Field(default=256, ge=1, description="rank of G that is kept per module")
-    error_feedback: bool = Field(
-        default=False, description="add what truncation drops to the next sum"
-    )
+    server_learning_rate: float = option(1.0, "step on the aggregate", gt=0.0)
+    server_optimizer: Literal["sgd", "momentum"] = option("sgd", "how the server steps")
+    server_momentum: float = option(0.9, "momentum of the server's optimizer", ge=0.0, le=0.999)
+    server_max_rank: int = option(256, "rank of G that is kept per module", ge=1)
+    error_feedback: bool = option(False, "add what truncation drops to the next sum")
 
 
 class FastStepOptions(StepOptions):
     """The server's step for methods whose sum is a change: it may overshoot the mean."""
 
-    server_learning_rate: float = Field(default=2.0, gt=0.0, description="step on the aggregate")
+    server_learning_rate: float = option(2.0, "step on the aggregate", gt=0.0)
