@@ -44,7 +44,9 @@ def method_class(name: str) -> type[Method]:
     """
     if name not in METHODS:
         known = ", ".join(sorted(METHODS))
-        raise UserError(f"method '{name}' is unknown, expected {known}.{nearest(name, METHODS)}")
+        raise UserError(
+            f"method '{name}' is unknown, expected {known}.{nearest(str(name), METHODS)}"
+        )
     module, _, attribute = METHODS[name].partition(":")
     return getattr(importlib.import_module(module), attribute)
 

@@ -166,7 +166,7 @@ def test_every_adapter_folder_loads_in_peft_and_scores_as_ours(name, smoke):
     path = folder / "adapters" / name
     named = json.loads((path / "adapter_config.json").read_text())["base_model_name_or_path"]
     bare = AutoModelForCausalLM.from_pretrained(named, dtype=torch.float64)
-    carried = strategy.settings.method_options.carried_rank  # every class is served T_c(G)
+    carried = strategy.config.method.carried_rank  # every class is served T_c(G)
     rank = max(int(name.removeprefix("rank_")), carried) if name != "global" else 10**6
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():

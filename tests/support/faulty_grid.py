@@ -20,7 +20,6 @@ import flexlora
 from flexlora.clients.messages import decode_train, encode_capability, encode_evaluate, encode_train
 from flexlora.config.resolve import Config
 from flexlora.seeds import derive_seed
-from flexlora.server.settings import check_config
 from flexlora.server.strategy import FlexLoRAStrategy
 from flexlora.wire.jobs import Capability, EvalResult, TrainResult
 from one_round import SHAPES, noisy
@@ -43,7 +42,7 @@ SETTINGS = {
 
 def settings(**changes):
     """``SETTINGS`` for the server, changed; keyword names spell ``.`` as ``__``, ``-`` as ``_``."""
-    return check_config(Config.of(SETTINGS).with_values(of_names(**changes)))
+    return Config.of(SETTINGS).with_values(of_names(**changes))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -71,9 +71,9 @@ def in_a_sentence(error: ValidationError, model: type[Options], prefix: str = ""
         return f"unknown key '{key}'.{nearest(key, names)}"
     kind = model.model_fields[field].annotation
     known = choices(kind)
-    if known and isinstance(value, str):
+    if known:
         listing = ", ".join(choice or "nothing" for choice in known)
-        return f"{key} is '{value}', expected one of {listing}.{nearest(value, known)}"
+        return f"{key} is {value!r}, expected one of {listing}.{nearest(str(value), known)}"
     if first["type"] == "finite_number":
         return f"{key} is {value}, expected a finite number."
     for limit, words in (("ge", "at least"), ("le", "at most"), ("gt", "more than")):
