@@ -78,7 +78,7 @@ def _adapters_of(path: Path) -> tuple[dict[str, Adapter], dict[str, object]]:
     name = f"{name} (adapter)" if name == BASE else name
     home = path.resolve().parent.parent
     if path.resolve().parent.name == "adapters" and RunFolder.is_run(home):
-        return {name: adapter}, dict(RunFolder.open(home)[1])
+        return {name: adapter}, RunFolder.open(home)[1].flat()
     config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
     base = config.get("base_model_name_or_path") or "embedded"
     return {name: adapter}, {"model.name": base, "lora.target-modules": ",".join(adapter)}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -140,9 +140,8 @@ def slot_pass(
         for k in range(count)
     ]
     examples = [_examples(sweep, job.client_id, batch) for job in jobs]
-    settings = replace(
-        sweep.settings, per_device_train_batch_size=batch, micro_batch_size=micro or batch
-    )
+    sizes = {"per_device_train_batch_size": batch, "micro_batch_size": micro or batch}
+    settings = sweep.settings.model_copy(update=sizes)
     return _measure(
         slots.model,
         lambda: train(slots, jobs, examples, settings),

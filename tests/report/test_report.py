@@ -14,7 +14,7 @@ import pytest
 
 from federation import as_sets, small
 from flexlora.commands.cli import main
-from flexlora.config.options import OPTIONS
+from flexlora.config.resolve import all_keys
 from flexlora.errors import UserError
 from flexlora.report import write_report
 from flexlora.report.records import RunRecords
@@ -105,7 +105,7 @@ def test_no_other_number_stands_between_the_words(run):
     """Names, settings, versions: every digit of them is in a file, or in the help of an option."""
     kept = [run / "metrics.jsonl", *run.glob("*.csv"), *run.glob("*.toml"), *run.glob("*.json")]
     held = "".join(file.read_text() for file in kept)
-    held += "".join(f"{option.default} {option.help}" for option in OPTIONS.values())
+    held += "".join(f"{info.default} {info.description}" for info in all_keys().values())
     page = read_page(run / "report.html")
     free = [text for path, text in page.texts if not {"svg", "style"} & {*path}]
     words = {word.rstrip(".") for text in free for word in re.findall(r"\d[\d.]*", text)}

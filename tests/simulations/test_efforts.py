@@ -84,10 +84,8 @@ def workers():
 
 
 OTHERS = {
-    "a restart": {"method__name": "aligned", "method__restarts": 1},
-    "two restarts in 8 bits": {
+    "aligned in 8 bits": {
         "method__name": "aligned",
-        "method__restarts": 2,
         "wire__dtype": "int8",
     },
     "half of the factors in 8 bits": {"method__name": "ffa-lora", "wire__dtype": "int8"},
