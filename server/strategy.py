@@ -82,8 +82,7 @@ class FlexLoRAStrategy(Strategy):
         check_config(config)
         self.config, self.run, self.observer = config, run, observer
         self.method = make_method(config.method.name, config.method)
-        self.state = state
-        self.closed = state  # the state of the last round that was written down whole
+        self.state = self.closed = state  # closed: after the last round written down whole
         self.origin = ""  # Flower's id of the first run in this folder
         self.num_rounds = config.num_server_rounds
         self.membership = Membership(config, rank_classes or {})
@@ -98,7 +97,7 @@ class FlexLoRAStrategy(Strategy):
         self._eval_results: list[EvalResult] = []
 
     def summary(self) -> None:
-        """Nothing beyond what the observer is told."""
+        """Nothing: the observer reports."""
 
     def start(
         self,
@@ -387,8 +386,8 @@ class FlexLoRAStrategy(Strategy):
 
     def global_arrays(self) -> ArrayRecord:
         """The global adapter at the server's full rank as Flower arrays."""
-        factoring = factoring_of(self.config)
-        adapter = self.state.change.full_rank_adapter(factoring.alpha, rslora=factoring.rslora)
+        lora = self.config.lora
+        adapter = self.state.change.full_rank_adapter(lora.alpha, rslora=lora.rslora)
         return pack(adapter, "float32").arrays
 
     def _tell(self, event: str, *args: object) -> None:
