@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import tomli_w
@@ -150,7 +150,7 @@ def _longest(worker: Worker, job: TrainJob) -> int:
 
 def _rate(worker: Worker, jobs: Sequence[TrainJob]) -> float:
     """Steps of a client a second; the best of a few trainings, after one that warms up."""
-    settings = replace(worker.settings, max_steps=STEPS)
+    settings = worker.settings.model_copy(update={"max_steps": STEPS})
     rows = [worker.train_rows(job) for job in jobs]
     slots = worker.slots_of(worker.quantization_of(jobs[0].client_id))
     best = float("inf")

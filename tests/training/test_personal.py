@@ -64,7 +64,7 @@ def test_a_client_begins_at_zero_with_rows_of_its_own(llama):
     sent = random_adapter(SlotModel(llama).shapes, 3)
     first, other = (PLAN.job(train_job(sent, name)).start.trained for name in ("a", "b"))
     again = PLAN.job(train_job(sent, "a", server_round=3)).start.trained
-    reseeded = replace(PLAN, seed=12).job(train_job(sent, "a")).start.trained
+    reseeded = PLAN.model_copy(update={"seed": 12}).job(train_job(sent, "a")).start.trained
     for name, factors in first.items():
         assert factors.rank == 4 and factors.alpha == 8.0
         assert not factors.lora_B.any() and factors.lora_A.abs().min() > 0
@@ -75,7 +75,11 @@ def test_a_client_begins_at_zero_with_rows_of_its_own(llama):
 
 def test_the_rank_is_capped_module_by_module(llama):
     shapes = SlotModel(llama).shapes
-    own = replace(PLAN, rank=1000).job(train_job(random_adapter(shapes, 2))).start.trained
+    own = (
+        PLAN.model_copy(update={"rank": 1000})
+        .job(train_job(random_adapter(shapes, 2)))
+        .start.trained
+    )
     assert {name: factors.rank for name, factors in own.items()} == {
         name: min(shape) for name, shape in shapes.items()
     }
@@ -88,7 +92,7 @@ def test_a_client_goes_on_from_what_it_kept(llama):
     sent, rows = random_adapter(slots.shapes, 3), random_examples(5)
     kept = random_adapter(slots.shapes, 4, alpha=8.0, seed=5)
     job = replace(train_job(sent), personal=kept)
-    still = replace(PLAN, learning_rate=0.0)
+    still = PLAN.model_copy(update={"learning_rate": 0.0})
     (result,) = train(slots, [still.job(job)], [rows], still.settings(EPOCHS))
     for name, factors in kept.items():
         assert torch.equal(result.adapter[name].lora_A, factors.lora_A)
