@@ -56,7 +56,7 @@ def assert_same_run(folder, whole):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_late_updates_come_after_a_resume_as_they_would_have(variant, tmp_path):
-    config = SLOW.replace(**VARIANTS[variant])
+    config = SLOW.with_values(of_names(**VARIANTS[variant]))
     simulate(config, tmp_path / "whole")
     assert late_rows(tmp_path / "whole") or variant == "over-selection"
     folder = stopped(config, tmp_path / "run", "replied")
@@ -109,7 +109,7 @@ def test_only_rounds_that_are_waited_for_lie_beside_the_checkpoint(tmp_path):
 )
 def test_where_clients_keep_something_from_round_to_round_nothing_is_sent_twice(keeping, tmp_path):
     """What they kept has moved on since; the limit is told in server/README.md."""
-    folder = stopped(SLOW.replace(**keeping), tmp_path / "run")
+    folder = stopped(SLOW.with_values(of_names(**keeping)), tmp_path / "run")
     assert sent_rounds(folder) == [] and RunFolder(folder).load_notes()["under_way"] == {}
     resume(folder)
     assert [row["round"] for row in rounds(folder)] == [0, 1, 2, 3, 4]

@@ -21,6 +21,7 @@ from flexlora.training.personal import PersonalPlan, PersonalStore, frozen_model
 from flexlora.training.slots import SlotModel
 from flexlora.wire.jobs import PERSONAL, TrainJob
 from one_round import OneRound, next_state
+from spelled import of_names
 
 PLAN = PersonalPlan(rank=4, max_steps=3, learning_rate=0.02, alpha=8.0, seed=11)
 OWN = {"personal__rank": 2, "personal__max_steps": 2}
@@ -208,7 +209,7 @@ def test_kept_factors_of_another_rank_are_told_and_cost_nobody_else(llama):
 def workers():
     """The same clients with and without factors of their own; dropout, so that draws are drawn."""
     config = small(lora__dropout=0.2, eval__max_examples=4, eval__generate="never")
-    return Worker(config), Worker(config.replace(**OWN))
+    return Worker(config), Worker(config.with_values(of_names(**OWN)))
 
 
 def first_round(worker, method="flexlora"):
@@ -273,7 +274,7 @@ def test_without_memory_for_own_factors_the_update_is_sent_all_the_same(fails, t
         return honest(slots, jobs, examples, settings, **options)
 
     config = small()
-    plain, worker = Worker(config), Worker(config.replace(**OWN))
+    plain, worker = Worker(config), Worker(config.with_values(of_names(**OWN)))
     expected = plain.train(first_round(plain))
     monkeypatch.setattr(module, "train", short)
     results = {result.client_id: result for result in worker.train(first_round(worker))}
