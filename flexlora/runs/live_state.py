@@ -1,7 +1,8 @@
 """``RUN/live.json``: where a run is at this moment, and who writes it.
 
 The server replaces the file whole (``server/observing/live.py``); ``flexlora watch`` reads it. It
-holds clock times, as ``environment.json`` does, so it differs between runs that are otherwise the same.
+holds clock times, as ``environment.json`` does, so it differs between runs that are otherwise the
+same.
 """
 
 from __future__ import annotations
