@@ -14,12 +14,13 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from flexlora.lora.ranks import RankClass
-from flexlora.report.words import spelling
+from flexlora.report.formats import metric_format
+from flexlora.units import human_bytes
 
 if TYPE_CHECKING:
     from flexlora.server.members.roster import Roster
 
-__all__ = ["TerminalObserver", "human_bytes", "make_console"]
+__all__ = ["TerminalObserver", "make_console"]
 
 
 def make_console() -> Console:
@@ -29,15 +30,6 @@ def make_console() -> Console:
     if console.is_terminal:
         return console
     return Console(highlight=False, markup=False, width=120)
-
-
-def human_bytes(count: float) -> str:
-    """``1234567`` as ``1.2 MB`` (powers of 1000)."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000 or unit == "GB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    raise AssertionError
 
 
 class TerminalObserver:
@@ -215,7 +207,7 @@ def counted(kinds: Iterable[str]) -> str:
 def _out_there(metrics: Mapping[str, object]) -> str:
     """What the round would have taken in the simulated world, where there is one."""
     found = [(key, metrics.get(key)) for key in ("simulated_seconds", "joules")]
-    spelled = [spelling(key)(value) for key, value in found if isinstance(value, int | float)]
+    spelled = [metric_format(key)(value) for key, value in found if isinstance(value, int | float)]
     return f"  out there {', '.join(spelled)}" if spelled else ""
 
 

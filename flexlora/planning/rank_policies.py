@@ -29,11 +29,11 @@ from typing import TYPE_CHECKING
 
 from flexlora.config.options import RANK_POLICIES
 from flexlora.errors import UserError, nearest
-from flexlora.lora.ranks import RankClass, parse_shares, parse_tiers, quotas
+from flexlora.lora.ranks import RankClass, parse_shares, parse_tiers
 from flexlora.planning.memory_ranks import memory_rank
 from flexlora.planning.rank_tables import read_rank_table
 from flexlora.planning.shapes import ModelShape, TrainingPlan
-from flexlora.seeds import numpy_generator
+from flexlora.planning.shares import deal
 
 if TYPE_CHECKING:
     from flexlora.wire.jobs import Capability
@@ -139,8 +139,10 @@ class RankPolicy:
             return {i: given for i, given in found.items() if isinstance(given, RankClass)}
         if self.policy == "tiers":
             types = tuple(RankClass.of(rank) for rank in parse_tiers(self.tiers))
-            return self._dealt(ordered, types, parse_shares(self.shares, len(types)))
-        return self._dealt(ordered, paper_types(self.scale), PAPER_SHARES[self.policy])
+            shares = parse_shares(self.shares, len(types))
+        else:
+            types, shares = paper_types(self.scale), PAPER_SHARES[self.policy]
+        return deal(ordered, types, shares, seed=self.seed, purpose="ranks")
 
     def from_memory(self, report: Capability) -> RankClass | str:
         """The class that fits what a client reported, or why there is none."""
@@ -160,16 +162,6 @@ class RankPolicy:
         """Why a client cannot train at any rank; empty where it can, or nobody measures."""
         given = self.from_memory(report) if self.policy == "memory" else ""
         return given if isinstance(given, str) else ""
-
-    def _dealt(
-        self, ordered: Sequence[str], types: Sequence[RankClass], shares: Sequence[float]
-    ) -> dict[str, RankClass]:
-        """The ids, shuffled by the seed, dealt to the types in their order with exact quotas."""
-        counts = quotas(shares, len(ordered))
-        shuffled = numpy_generator(self.seed, "ranks").permutation(len(ordered))
-        dealt = [kind for kind, count in zip(types, counts, strict=True) for _ in range(count)]
-        table = {ordered[i]: kind for i, kind in zip(shuffled, dealt, strict=True)}
-        return {client_id: table[client_id] for client_id in ordered}
 
 
 def _from_table(

@@ -12,12 +12,12 @@ from rich.console import Console
 from flexlora.errors import UserError
 from flexlora.report.charts import Chart, Series, on_common_axes, with_points
 from flexlora.report.comparison import Cell, Comparison, compared, read_runs
+from flexlora.report.formats import metric_format, tick_format
 from flexlora.report.markup import Markup, data, document, element, name, table, text
 from flexlora.report.page import figures, section, write_page
 from flexlora.report.records import RunRecords
 from flexlora.report.run_charts import CHARTS, PERSONAL_CHARTS
 from flexlora.report.text_table import text_table
-from flexlora.report.words import spelling, tick_spelling
 
 __all__ = ["compare", "comparison_page"]
 
@@ -134,10 +134,10 @@ def _overlay(
         title=title,
         subtitle=subtitle,
         series=with_points(series),
-        shown=spelling(key),
-        tick=tick_spelling(key),
+        shown=metric_format(key),
+        tick=tick_format(key),
         x_name=x_name,
-        x_tick=tick_spelling(over[0]) if over else None,
+        x_tick=tick_format(over[0]) if over else None,
         whole_x=not over,
     )
 

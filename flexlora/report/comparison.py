@@ -12,8 +12,8 @@ from pathlib import Path
 
 from flexlora.config.options import OPTIONS
 from flexlora.errors import UserError
+from flexlora.report.formats import SCORES, TOTALS, format_metric, format_setting
 from flexlora.report.records import RunRecords, read_run
-from flexlora.report.words import SCORES, TOTALS, setting, spelled
 
 __all__ = ["Cell", "Column", "Comparison", "compared", "read_runs"]
 
@@ -122,7 +122,7 @@ def _setting(runs: Sequence[RunRecords], key: str) -> Column:
 
 
 def _shown_setting(run: RunRecords, key: str) -> str:
-    return setting(run.setting(key) if key in OPTIONS else run.config.get(key, "(not set)"))
+    return format_setting(run.setting(key) if key in OPTIONS else run.config.get(key, "(not set)"))
 
 
 def _rounds(runs: Sequence[RunRecords]) -> Column:
@@ -136,12 +136,14 @@ def _rounds(runs: Sequence[RunRecords]) -> Column:
 def _score(runs: Sequence[RunRecords], key: str, title: str) -> Column:
     ends = [run.last(key) for run in runs]
     values = [None if end is None else end[1] for end in ends]
-    return Column(title=title, cells=tuple(Cell(shown=spelled(key, v), value=v) for v in values))
+    return Column(
+        title=title, cells=tuple(Cell(shown=format_metric(key, v), value=v) for v in values)
+    )
 
 
 def _total(runs: Sequence[RunRecords], key: str, title: str) -> Column:
     totals = [run.total(key) for run in runs]
-    cells = (Cell(shown=spelled(key, v), value=v, derived=True) for v in totals)
+    cells = (Cell(shown=format_metric(key, v), value=v, derived=True) for v in totals)
     return Column(title=title, cells=tuple(cells))
 
 

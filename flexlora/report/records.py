@@ -18,7 +18,7 @@ from pathlib import Path
 from flexlora.config.options import OPTIONS
 from flexlora.config.resolve import read_toml
 from flexlora.errors import UserError
-from flexlora.runs.round_rows import missing_files, read_rounds
+from flexlora.runs.metrics_file import missing_files, read_rounds
 
 __all__ = ["SERIES_FILE", "RunRecords", "finite", "read_run"]
 

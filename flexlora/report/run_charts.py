@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from flexlora.report.charts import Chart, Series, with_points
+from flexlora.report.formats import metric_format, tick_format
 from flexlora.report.records import RunRecords
-from flexlora.report.words import spelling, tick_spelling
 
 __all__ = ["CHARTS", "PERSONAL_CHARTS", "charts_of", "clients_chart"]
 
@@ -59,8 +59,8 @@ def lines(
         title=title,
         subtitle=subtitle,
         series=series,
-        shown=spelling(key),
-        tick=tick_spelling(key),
+        shown=metric_format(key),
+        tick=tick_format(key),
         bars=bars,
         x_span=(1 if bars else 0, run.last_round),
         y_span=(0.0, 1.0) if key.startswith("eval_exact_match") else None,
@@ -143,7 +143,7 @@ def clients_chart(run: RunRecords) -> Chart | None:
         title="Held-out loss, client by client",
         subtitle="at its own rank, sorted from the lowest to the highest",
         series=tuple(series),
-        shown=spelling("eval_loss"),
-        tick=tick_spelling("eval_loss"),
+        shown=metric_format("eval_loss"),
+        tick=tick_format("eval_loss"),
         x_name="client",
     )

@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from flexlora.config.options import OPTIONS
+from flexlora.report.formats import SCORES, format_metric, format_setting
 from flexlora.report.markup import Markup, data, element, joined, name, table, text
 from flexlora.report.records import PERSONAL, RunRecords, cell_number, finite
-from flexlora.report.words import SCORES, setting, spelled
 
 __all__ = [
     "changed_settings",
@@ -35,7 +35,7 @@ NOTHING = Markup("")
 
 def metric(key: str, value: float | None, *, derived: bool = False) -> Markup:
     """A metric as its name wants it spelled."""
-    return data(value, spelled(key, value), derived=derived)
+    return data(value, format_metric(key, value), derived=derived)
 
 
 def count(value: int) -> Markup:
@@ -191,10 +191,10 @@ def changed_settings(run: RunRecords) -> Markup:
     for key, value in run.config.items():
         default, meaning = "(no such key in this version)", ""
         if key in OPTIONS:
-            default, meaning = setting(OPTIONS[key].default), OPTIONS[key].help
-        if setting(value) != default:
+            default, meaning = format_setting(OPTIONS[key].default), OPTIONS[key].help
+        if format_setting(value) != default:
             named = element("code", text(key))
-            own = element("span", name(setting(value)), class_="value")
+            own = element("span", name(format_setting(value)), class_="value")
             rows.append([named, own, text(default), text(meaning)])
     if not rows:
         return element("p", text("Nothing: this is the default configuration."))

@@ -31,7 +31,7 @@ from flexlora.config.resolve import Config
 from flexlora.errors import UserError
 from flexlora.runs.live_state import LIVE_FILE
 from flexlora.lora.ranks import RankClass
-from flexlora.runs.round_rows import missing_files, read_rounds
+from flexlora.runs.metrics_file import missing_files, read_rounds
 from flexlora.runs.lock import check_idle
 
 __all__ = ["CLIENT_COLUMNS", "RunFolder"]

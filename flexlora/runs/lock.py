@@ -18,11 +18,11 @@ try:
 except ImportError:  # no such locks on this system
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["alone", "check_idle"]
+__all__ = ["exclusive_lock", "check_idle"]
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def exclusive_lock(folder: Path) -> Iterator[None]:
     """The run in ``folder`` is this process's, until the end of the block.
 
     Raises:
@@ -40,7 +40,7 @@ def check_idle(folder: Path) -> None:
         UserError: another process does.
     """
     if (folder / "config.toml").is_file():
-        with alone(folder):
+        with exclusive_lock(folder):
             pass
 
 
