@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 
 from flexlora.config.resolve import OPTIONS
 from flexlora.errors import UserError, nearest
-from flexlora.planning.memory import MemoryTerms, moments, training_memory
+from flexlora.planning.memory import MemoryTerms, training_memory
 from flexlora.planning.shapes import ModelShape, TrainingPlan
 
 __all__ = ["Choice", "Request", "make_plan", "settings", "useful_rank"]
@@ -42,7 +42,7 @@ BITSANDBYTES = ("8bit", "nf4", "adamw_8bit", "paged_adamw_8bit")  # what its ker
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is to be trained where. ``batch`` is the effective one: rows per optimizer step.
+    """What to train and on which device. ``batch`` is the effective one: rows per optimizer step.
 
     ``quantization``, ``optim`` and ``rank`` fix what is otherwise chosen ("" and 0). ``bfloat16``,
     ``quantizes`` (bitsandbytes runs) and ``cuda`` say what the device can do.
@@ -161,16 +161,10 @@ def _halved(number: int) -> list[int]:
     return [max(1, number >> step) for step in range(number.bit_length())]
 
 
-def _dtype(shape: ModelShape, request: Request) -> str:
-    """The checkpoint's dtype, or float32 on a device that computes in nothing smaller."""
-    halves = shape.dtype in ("bfloat16", "float16")
-    return "bfloat16" if halves and request.bfloat16 else "float32"
-
-
-def _holdings(shape: ModelShape, request: Request) -> list[tuple[str, str]]:
+def _bases(shape: ModelShape, request: Request) -> list[tuple[str, str]]:
     """(quantization, dtype) from the least rounding to the most, of what can be run."""
-    own = _dtype(shape, request)
     small = "bfloat16" if request.bfloat16 else "float32"
+    own = small if shape.dtype in ("bfloat16", "float16") else "float32"  # the checkpoint's
     runnable = OPTIONS["model.quantization"].choices
     held = [("none", own), ("none", small), ("8bit", small), ("nf4", small)]
     return [
@@ -183,24 +177,18 @@ def _holdings(shape: ModelShape, request: Request) -> list[tuple[str, str]]:
     ]
 
 
-def _optimizers(request: Request) -> list[str]:
-    """What was asked for, or AdamW with its moments in 32 bits and then in 8."""
-    if request.optim:
-        return [request.optim]
-    return ["adamw_torch", "adamw_8bit"] if request.quantizes else ["adamw_torch"]
-
-
 def _candidates(shape: ModelShape, request: Request, rank: int) -> Iterator[TrainingPlan]:
     """Every plan at a trained rank, the best first."""
     wanted = max(request.carried_rank, rank) if request.carried_rank else 0
+    optimizers = ["adamw_torch", "adamw_8bit"] if request.quantizes else ["adamw_torch"]
     carried_ranks = [c for c in _halved(wanted) if c >= rank] if wanted else [0]
     choices = itertools.product(
-        _holdings(shape, request),
+        _bases(shape, request),
         carried_ranks,
         ("float32", "bfloat16") if wanted else ("float32",),
-        _optimizers(request),
+        [request.optim] if request.optim else optimizers,
         (False, True),
-        _divisors(request.batch),
+        [size for size in range(request.batch, 0, -1) if request.batch % size == 0],
     )
     for (quantization, dtype), carried_rank, carried_dtype, optim, checkpointing, batch in choices:
         yield TrainingPlan(
@@ -218,11 +206,6 @@ def _candidates(shape: ModelShape, request: Request, rank: int) -> Iterator[Trai
             unified_memory=request.unified_memory,
             runtime_bytes=request.runtime_bytes,
         )
-
-
-def _divisors(batch: int) -> list[int]:
-    """Micro-batches that make up the effective batch exactly, the largest first."""
-    return [size for size in range(batch, 0, -1) if batch % size == 0]
 
 
 def _binding(terms: MemoryTerms) -> tuple[str, ...]:
@@ -303,12 +286,9 @@ def _check_device(request: Request) -> None:
 
 def _nothing_fits(shape: ModelShape, request: Request, rank: int) -> UserError:
     """How much is missing for the smallest plan of all, and the length that would fit."""
-    smallest = min(
-        (_with_terms(shape, plan) for plan in _candidates(shape, request, rank)),
-        key=lambda pair: pair[1].total,
-    )
-    plan, terms = smallest
-    needed = needed_bytes(terms, request)
+    plans = _candidates(shape, request, rank)
+    plan = min(plans, key=lambda candidate: training_memory(shape, candidate).total)
+    needed = needed_bytes(training_memory(shape, plan), request)
     held = "NF4" if plan.quantization == "nf4" else f"{plan.quantization} ({plan.dtype})"
     return UserError(
         f"{shape.model_type} of {shape.num_parameters:,} parameters does not fit "
@@ -316,10 +296,6 @@ def _nothing_fits(shape: ModelShape, request: Request, rank: int) -> UserError:
         f"{request.max_length} tokens at a time, it needs {needed:,} bytes, "
         f"{needed - request.memory_bytes:,} more.{_what_would_fit(shape, plan, request)}"
     )
-
-
-def _with_terms(shape: ModelShape, plan: TrainingPlan) -> tuple[TrainingPlan, MemoryTerms]:
-    return plan, training_memory(shape, plan)
 
 
 def _what_would_fit(shape: ModelShape, plan: TrainingPlan, request: Request) -> str:
@@ -330,10 +306,9 @@ def _what_would_fit(shape: ModelShape, plan: TrainingPlan, request: Request) -> 
         if _fits(training_memory(shape, shorter), request):
             return f" It fits with --max-length {length}."
         length //= 2
-    held = max(
-        terms.quantized_weights + terms.unquantized_weights for terms in moments(shape, plan)
-    )
-    rest = training_memory(shape, plan).total - held
+    terms = training_memory(shape, plan)  # of any moment: the weights are there at all of them
+    held = terms.quantized_weights + terms.unquantized_weights
+    rest = terms.total - held
     room = request.memory_bytes / (1.0 + request.margin) - rest
     share = max(0.0, room / held)
     if share * shape.num_parameters < 1e6:

@@ -218,7 +218,9 @@ def _plain(value: object) -> str:
 
 
 def rounds_table(run: RunRecords) -> Markup:
-    """Every number that a round has as a whole, round by round."""
+    """Every number that a round has as a whole, round by round; empty without rounds."""
+    if not run.rounds:
+        return NOTHING
     keys = dict.fromkeys(
         key for row in run.rounds for key, v in row.items() if finite(v) is not None
     )

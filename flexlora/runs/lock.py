@@ -1,7 +1,6 @@
-"""One process at a time writes a run folder: the lock is the kernel's, and ends with the process.
+"""One process at a time writes a run folder: ``flock`` on ``config.toml``, freed with the process.
 
-It lies on ``config.toml``, which is written once, and needs no file of its own. Where a system or a
-file system has no such locks, nothing is held and nothing refused.
+Where the system or the file system has no such locks, nothing is locked and nothing refused.
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ try:
 except ImportError:  # no such locks on this system
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["exclusive_lock", "check_idle"]
+__all__ = ["check_idle", "exclusive_lock"]
 
 
 @contextmanager
 def exclusive_lock(folder: Path) -> Iterator[None]:
-    """The run in ``folder`` is this process's, until the end of the block.
+    """Lock the run in ``folder`` for this process until the end of the block.
 
     Raises:
         UserError: another process writes it.
@@ -34,10 +33,9 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
 
 
 def check_idle(folder: Path) -> None:
-    """Whether nobody writes the run in ``folder`` at this moment.
-
+    """
     Raises:
-        UserError: another process does.
+        UserError: another process is writing the run in ``folder``.
     """
     if (folder / "config.toml").is_file():
         with exclusive_lock(folder):

@@ -18,7 +18,7 @@ from flexlora.config.options import OPTIONS
 from flexlora.errors import UserError
 from flexlora.report import write_report
 from flexlora.report.records import RunRecords
-from flexlora.runs.folder import CLIENT_COLUMNS, RunFolder
+from flexlora.runs.folder import RunFolder
 from flexlora.simulations import watched_run
 from flexlora.simulations.simulate import simulate
 from pages import (
@@ -205,7 +205,7 @@ def test_failures_are_grouped_by_their_cause(tmp_path):
     rows += [client_row("d", round=2, status="refused", cause="lora_A holds NaN")]
     rows += [client_row("e", round=1, cause="late: trained from round 0")]
     rows += [{"round": 0, "client_id": "f", "status": "left out", "cause": "no rows"}]
-    RunFolder(folder)._append_csv("clients.csv", CLIENT_COLUMNS, rows)
+    RunFolder(folder)._append_csv("clients.csv", rows)
     table = report_of(folder).table("Failures and notes")
     assert table[1:] == [
         ["failed", "no reply", "c0, c1, c2, c3, c4, c5, ...", "1, 2", "8"],

@@ -6,12 +6,12 @@ import subprocess
 import sys
 
 import pytest
-from federation import small
 
+from federation import small
 from flexlora.commands.cli import main
 from flexlora.errors import UserError
-from flexlora.runs.lock import exclusive_lock, check_idle
 from flexlora.runs.folder import RunFolder
+from flexlora.runs.lock import check_idle, exclusive_lock
 
 HOLDER = """
 import sys
