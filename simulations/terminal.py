@@ -6,7 +6,7 @@ Quiet where the output is not a terminal: no bar, and the tables as plain text.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from flexlora.lora.ranks import RankClass
-from flexlora.report.formats import metric_format
+from flexlora.report.formats import format_counts, metric_format
 from flexlora.units import human_bytes
 
 if TYPE_CHECKING:
@@ -73,8 +73,8 @@ class TerminalObserver:
             members = [m for m in roster.members.values() if m.rank_class.name == name]
             spelled = _spelled_ranks(rank_class, roster)
             rows = sum(m.capability.num_examples for m in members)
-            bases = counted(m.capability.quantization for m in members)
-            devices = counted(m.capability.device for m in members)
+            bases = format_counts(m.capability.quantization for m in members)
+            devices = format_counts(m.capability.device for m in members)
             table.add_row(name, str(len(members)), str(rows), spelled, bases, devices)
         if self.personal_rank:
             spelled = _spelled_ranks(RankClass.of(self.personal_rank), roster)
@@ -194,14 +194,6 @@ def _spelled_ranks(rank_class: RankClass, roster: Roster) -> str:
     """``4 (24), 2 (4)``: each rank after the caps, and how many modules have it."""
     ranks = Counter(rank_class.ranks(roster.shapes).values())
     return ", ".join(f"{rank} ({count})" for rank, count in sorted(ranks.items()))
-
-
-def counted(kinds: Iterable[str]) -> str:
-    """``nf4 (3), none (1)``; the name alone where there is one kind."""
-    counts = Counter(kinds)
-    if len(counts) == 1:
-        return next(iter(counts))
-    return ", ".join(f"{kind} ({count})" for kind, count in sorted(counts.items()))
 
 
 def _out_there(metrics: Mapping[str, object]) -> str:

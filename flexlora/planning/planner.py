@@ -1,4 +1,4 @@
-"""The best way to train a model within a number of bytes: quantization, ranks, batch, checkpoints.
+"""Plan the best training within a number of bytes: quantization, ranks, batch, checkpointing.
 
 Better means, in this order:
 
@@ -6,17 +6,17 @@ Better means, in this order:
 2. less quantization, and among floats the checkpoint's own dtype: a wider one holds the same
    numbers in more room;
 3. a larger carried rank, up to the one asked for; carried in float32 before bfloat16;
-4. the optimizer's moments in 32 bits before 8: they are gone with the round, so they are rounded
-   before anything that stays; paged ones only where asked for, since they count in full;
+4. the optimizer's moments in 32 bits before 8: they last one round, so they are rounded before
+   anything that stays; paged ones only on request, since they count in full;
 5. no recomputation before a larger micro-batch: checkpointing costs another forward pass, while a
    smaller micro-batch with more gradient accumulation gives the same step.
 
 Ranks are powers of two, so that a federation has few rank classes. A rank is useful while every
 direction has ten examples to be found from, the old rule of regression (Peduzzi and others, 1996):
-below that a direction is set by a handful of rows, and averaging over clients cancels it. It is a
-policy, not a theorem; nothing above rank 64 is proposed where the number of examples is not known.
+below that a direction follows a handful of rows, and averaging over clients cancels it. It is a
+policy, not a theorem; the plan stops at rank 64 where the number of examples is unknown.
 
-Every candidate is within what ``config`` accepts, so a plan can be typed as it is.
+``config`` accepts every candidate, so a plan can be typed as it is.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from flexlora.errors import UserError, nearest
 from flexlora.planning.memory import MemoryTerms, training_memory
 from flexlora.planning.shapes import ModelShape, TrainingPlan
 
-__all__ = ["Choice", "Request", "make_plan", "settings", "useful_rank"]
+__all__ = ["Choice", "Request", "halved", "make_plan", "needed_bytes", "settings", "useful_rank"]
 
 MARGIN = 0.1  # an allocator's cut-offs between blocks, and what the prediction misses
 EXAMPLES_PER_DIRECTION = 10
@@ -100,11 +100,11 @@ def make_plan(shape: ModelShape, request: Request) -> Choice:
     """
     _check(shape, request)
     largest = request.rank or min(useful_rank(request.num_examples), _full_rank(shape, request))
-    ranks = [request.rank] if request.rank else _halved(largest)
+    ranks = [request.rank] if request.rank else halved(largest)
     for rank in ranks:
         for plan in _candidates(shape, request, rank):
             terms = training_memory(shape, plan)
-            if _fits(terms, request):
+            if needed_bytes(terms, request) <= request.memory_bytes:
                 return Choice(
                     request=request,
                     plan=plan,
@@ -147,16 +147,12 @@ def settings(choice: Choice) -> dict[str, str]:
     return chosen
 
 
-def _fits(terms: MemoryTerms, request: Request) -> bool:
-    return needed_bytes(terms, request) <= request.memory_bytes
-
-
 def needed_bytes(terms: MemoryTerms, request: Request) -> int:
-    """The total with the margin; what the runtime holds is known and needs none."""
+    """Bytes of a plan with its margin; the runtime's bytes are known and get none."""
     return round((terms.total - terms.runtime) * (1.0 + request.margin)) + terms.runtime
 
 
-def _halved(number: int) -> list[int]:
+def halved(number: int) -> list[int]:
     """``number`` and its halves down to 1."""
     return [max(1, number >> step) for step in range(number.bit_length())]
 
@@ -181,7 +177,7 @@ def _candidates(shape: ModelShape, request: Request, rank: int) -> Iterator[Trai
     """Every plan at a trained rank, the best first."""
     wanted = max(request.carried_rank, rank) if request.carried_rank else 0
     optimizers = ["adamw_torch", "adamw_8bit"] if request.quantizes else ["adamw_torch"]
-    carried_ranks = [c for c in _halved(wanted) if c >= rank] if wanted else [0]
+    carried_ranks = [c for c in halved(wanted) if c >= rank] if wanted else [0]
     choices = itertools.product(
         _bases(shape, request),
         carried_ranks,
@@ -211,13 +207,9 @@ def _candidates(shape: ModelShape, request: Request, rank: int) -> Iterator[Trai
 def _binding(terms: MemoryTerms) -> tuple[str, ...]:
     """The largest terms, until they are two thirds of the whole."""
     ordered = sorted(terms.items(), key=lambda item: -item[1])
-    taken, reached = [], 0
-    for name, count in ordered:
-        if 3 * reached >= 2 * terms.total:
-            break
-        taken.append(name)
-        reached += count
-    return tuple(taken)
+    before = itertools.accumulate((count for _, count in ordered), initial=0)
+    pairs = zip(ordered, before, strict=False)  # the sum of the terms before each
+    return tuple(name for (name, _), reached in pairs if 3 * reached < 2 * terms.total)
 
 
 def _reason(rank: int, largest: int, request: Request) -> str:
@@ -300,12 +292,10 @@ def _nothing_fits(shape: ModelShape, request: Request, rank: int) -> UserError:
 
 def _what_would_fit(shape: ModelShape, plan: TrainingPlan, request: Request) -> str:
     """A shorter row of the same model, or else the size of a model that has room here."""
-    length = plan.max_length // 2
-    while length >= 8:
+    for length in (length for length in halved(plan.max_length)[1:] if length >= 8):
         shorter = replace(plan, max_length=length)
-        if _fits(training_memory(shape, shorter), request):
+        if needed_bytes(training_memory(shape, shorter), request) <= request.memory_bytes:
             return f" It fits with --max-length {length}."
-        length //= 2
     terms = training_memory(shape, plan)  # of any moment: the weights are there at all of them
     held = terms.quantized_weights + terms.unquantized_weights
     rest = terms.total - held

@@ -155,21 +155,20 @@ def _side_by_side(runs: Sequence[RunRecords], names: Sequence[str]) -> list[Mark
     """Every chart of a run's page, the runs beside one another on the same axes."""
     parts = []
     for maker in (*CHARTS, *PERSONAL_CHARTS):
-        made = [(own, maker(run)) for run, own in zip(runs, names, strict=True)]
-        found = [(index, own, chart) for index, (own, chart) in enumerate(made) if chart]
-        charts = [
-            replace(chart, key=f"{chart.key}-{index}", title=own, subtitle="")
-            for index, own, chart in found
-        ]
-        if charts:
-            about = element("p", text(found[0][2].subtitle), class_="soft")
-            alike = on_common_axes(_alike_in_colour(charts))
-            parts.append(section(found[0][2].title, about, figures(alike)))
+        made = [(own, chart) for own, run in zip(names, runs, strict=True) if (chart := maker(run))]
+        if made:
+            charts = [
+                replace(chart, key=f"{chart.key}-{names.index(own)}", title=own, subtitle="")
+                for own, chart in made
+            ]
+            first = made[0][1]
+            about = element("p", text(first.subtitle), class_="soft")
+            parts.append(section(first.title, about, figures(on_common_axes(_recolour(charts)))))
     return parts
 
 
-def _alike_in_colour(charts: Sequence[Chart]) -> list[Chart]:
-    """One colour for one name in all charts: a rank class need not have the same place in each."""
+def _recolour(charts: Sequence[Chart]) -> list[Chart]:
+    """Give a name the same colour in all charts: rank classes have other places in other runs."""
     known = [*dict.fromkeys(line.name for chart in charts for line in chart.series)]
     return [
         replace(chart, series=tuple(replace(s, style=known.index(s.name)) for s in chart.series))

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 
 from flexlora.units import human_bytes, human_seconds, with_prefix
 
-__all__ = ["SCORES", "TOTALS", "format_metric", "format_setting", "metric_format", "tick_format"]
+__all__ = [
+    "SCORES",
+    "TOTALS",
+    "format_counts",
+    "format_metric",
+    "format_setting",
+    "metric_format",
+    "tick_format",
+]
 
 # Metrics of a table by the words of its header: scores of one round, and sums over all of them.
 SCORES = {"eval_loss": "loss", "eval_exact_match": "exact match", "eval_rouge_l": "ROUGE-L"}
@@ -25,6 +34,14 @@ def format_setting(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return "(empty)" if value == "" else str(value)
+
+
+def format_counts(kinds: Iterable[str]) -> str:
+    """``nf4 (3), none (1)``; the name alone where there is one kind."""
+    counts = Counter(kinds)
+    if len(counts) < 2:
+        return "".join(counts)
+    return ", ".join(f"{kind} ({count})" for kind, count in sorted(counts.items()))
 
 
 def _count(value: float) -> str:

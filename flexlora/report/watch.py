@@ -35,7 +35,9 @@ def watch(target: str | None, *, once: bool, console: Console) -> int:
     if reconfigure is not None:
         reconfigure(errors="replace")
     if once:
-        console.print(frame(reader(), console.width, console.height, ascii_only=_ascii(console)))
+        console.print(
+            frame(reader(), console.width, console.height, ascii_only=console.options.ascii_only)
+        )
         return 0
     try:
         last = _redraw(reader, console) if console.is_terminal else _print_rounds(reader, console)
@@ -43,10 +45,6 @@ def watch(target: str | None, *, once: bool, console: Console) -> int:
         print("flexlora: no longer watching; the run is left alone.", file=sys.stderr)
         return INTERRUPTED
     return 0 if last.finished else 1
-
-
-def _ascii(console: Console) -> bool:
-    return console.options.ascii_only
 
 
 def _redraw(reader: SnapshotReader, console: Console) -> Snapshot:
@@ -57,7 +55,7 @@ def _redraw(reader: SnapshotReader, console: Console) -> Snapshot:
         while True:
             snapshot = reader()
             height = console.height - 1
-            picture = frame(snapshot, console.width, height, ascii_only=_ascii(console))
+            picture = frame(snapshot, console.width, height, ascii_only=console.options.ascii_only)
             live.update(picture, refresh=True)
             if snapshot.over:
                 return snapshot

@@ -33,6 +33,8 @@ SPARK_WIDTH = 20
 CELL_WIDTH = 9  # a loss and the gap before it
 BAR_WIDTH = 40
 LOSSES = "loss in round"
+ROUND_WORDS = {"train_loss": "train", "eval_loss": "eval", "bytes_down": "down", "bytes_up": "up"}
+ROUND_WORDS |= {"epsilon": "epsilon", "seconds": ""}
 OTHER_LINES = 16  # of a picture beside the rank classes
 RECENT_ROUNDS = 5  # whose median says how long a round takes
 
@@ -56,8 +58,7 @@ def frame(
     if live is not None and not live.ended and live.state != MEETING:
         parts += [Text(""), *_current(live)]
     parts += list(_failures(records))
-    totals = _totals(records, live)
-    if totals:
+    if totals := _totals(records):
         parts += [Text(""), Text(totals, overflow="fold")]
     return Group(*parts)
 
@@ -80,14 +81,7 @@ def round_line(snapshot: Snapshot, row: Mapping[str, object]) -> str:
     ok, failed = finite(row.get("clients_ok")), finite(row.get("clients_failed"))
     if ok is not None:
         parts.append(f"{ok:.0f} clients" + (f", {failed:.0f} failed" if failed else ""))
-    for key, word in (
-        ("train_loss", "train"),
-        ("eval_loss", "eval"),
-        ("bytes_down", "down"),
-        ("bytes_up", "up"),
-        ("epsilon", "epsilon"),
-        ("seconds", ""),
-    ):
+    for key, word in ROUND_WORDS.items():
         value = finite(row.get(key))
         if value is not None:
             parts.append(f"{word} {format_metric(key, value)}".strip())
@@ -123,9 +117,10 @@ def _state_line(snapshot: Snapshot) -> Text:
     times = f", {human_seconds(took)} in rounds" if took else ""
     left = _left(snapshot) if going else None
     times += f", about {human_seconds(left)} left" if left is not None else ""
-    style = {True: "green", False: "cyan"}[snapshot.finished] if not snapshot.trouble else ""
-    failed = live is not None and live.ended and not snapshot.finished
-    return Text(_state(snapshot) + times, style="bold red" if failed else style, overflow="fold")
+    style = "" if snapshot.trouble else "green" if snapshot.finished else "cyan"
+    if live is not None and live.ended and not snapshot.finished:
+        style = "bold red"
+    return Text(_state(snapshot) + times, style=style, overflow="fold")
 
 
 def _state(snapshot: Snapshot) -> str:
@@ -217,12 +212,9 @@ def _failures(records: RunRecords, most: int = 3) -> Iterator[Text]:
         yield _one_line(told, "yellow")
 
 
-def _totals(records: RunRecords, live: LiveState | None) -> str:
-    parts = []
-    for key, word in (("bytes_down", "down"), ("bytes_up", "up")):
-        total = records.total(key)
-        if total is not None:
-            parts.append(f"{human_bytes(total)} {word}")
+def _totals(records: RunRecords) -> str:
+    sent = (("down", records.total("bytes_down")), ("up", records.total("bytes_up")))
+    parts = [f"{human_bytes(total)} {word}" for word, total in sent if total is not None]
     sent_again = records.total("resent")
     parts += [f"{sent_again:.0f} messages sent again"] if sent_again else []
     epsilon = records.last("epsilon")

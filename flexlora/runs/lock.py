@@ -28,7 +28,18 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
         UserError: another process writes it.
     """
     with (folder / "config.toml").open("rb") as file:
-        _lock(file.fileno(), folder)
+        try:
+            if fcntl is not None:
+                fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            live = read_live(folder)
+            who = f"process {live.pid}" if live is not None and live.pid else "a process"
+            raise UserError(
+                f"'{folder}' is a run that {who} is still writing; wait for it (`flexlora watch "
+                f"{folder}`), stop it, or give another --out."
+            ) from None
+        except OSError:  # a file system without locks
+            pass
         yield
 
 
@@ -37,22 +48,5 @@ def check_idle(folder: Path) -> None:
     Raises:
         UserError: another process is writing the run in ``folder``.
     """
-    if (folder / "config.toml").is_file():
-        with exclusive_lock(folder):
-            pass
-
-
-def _lock(number: int, folder: Path) -> None:
-    if fcntl is None:
-        return
-    try:
-        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        live = read_live(folder)
-        who = f"process {live.pid}" if live is not None and live.pid else "a process"
-        raise UserError(
-            f"'{folder}' is a run that {who} is still writing; wait for it (`flexlora watch "
-            f"{folder}`), stop it, or give another --out."
-        ) from None
-    except OSError:  # a file system without locks
-        return
+    with exclusive_lock(folder):
+        pass

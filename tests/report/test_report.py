@@ -179,7 +179,7 @@ def test_a_score_of_the_base_alone_is_not_shown_as_the_last(tmp_path):
 def test_a_run_in_progress_has_a_page_of_its_whole_rounds(tmp_path):
     """A line cut short by a crash, and rows of a round that was never closed, are left out."""
     folder = written_run(tmp_path / "run", (3.0, 2.0), num_server_rounds=9)
-    RunFolder(folder)._append_csv("clients.csv", tuple(client_row("x")), [client_row("x", round=2)])
+    RunFolder(folder)._append_csv("clients.csv", [client_row("x", round=2)])
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"round": 2, "eval_lo')
     page = report_of(folder)
@@ -232,7 +232,7 @@ def test_hostile_names_are_text(words, tmp_path):
     folder = written_run(tmp_path / "run", (3.0, 2.0), data__path=words)
     row = client_row(words, status="failed", cause=words, device=words)
     row |= {"rank_class": words, "quantization": words}
-    RunFolder(folder)._append_csv("clients.csv", tuple(row), [row])
+    RunFolder(folder)._append_csv("clients.csv", [row])
     extra = {
         "round": 2,
         "eval_loss": 1.0,
