@@ -135,9 +135,9 @@ def failures(run: RunRecords) -> Markup:
         [
             text(status),
             _long(_shortened(cause or "no cause was given", 400)),
-            name(_first(_shortened(row["client_id"], 40) for row in own)),
-            text(_first(row["round"] for row in own)),
-            count(len(own)),
+            name(_first(_shortened(row["client_id"], 40) for row in group)),
+            text(_first(row["round"] for row in group)),
+            count(len(group)),
         ]
         for (status, cause), group in ordered[:MANY]
     ]

@@ -15,7 +15,7 @@ from flexlora.report.snapshots import Snapshot, SnapshotReader, find_run
 from flexlora.report.watch_view import frame, heading, last_line, round_line
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
 
 __all__ = ["watch"]
 
@@ -47,6 +47,10 @@ def watch(target: str | None, *, once: bool, console: Console) -> int:
     return 0 if last.finished else 1
 
 
+def _picture(snapshot: Snapshot, console: Console, height: int) -> RenderableType:
+    return frame(snapshot, console.width, height, ascii_only=console.options.ascii_only)
+
+
 def _redraw(reader: SnapshotReader, console: Console) -> Snapshot:
     """Redraw one picture until the run is over; the last one stays on the screen."""
     from rich.live import Live
@@ -54,9 +58,7 @@ def _redraw(reader: SnapshotReader, console: Console) -> Snapshot:
     with Live(console=console, auto_refresh=False) as live:
         while True:
             snapshot = reader()
-            height = console.height - 1
-            picture = frame(snapshot, console.width, height, ascii_only=console.options.ascii_only)
-            live.update(picture, refresh=True)
+            live.update(_picture(snapshot, console, console.height - 1), refresh=True)
             if snapshot.over:
                 return snapshot
             time.sleep(POLL_SECONDS)
