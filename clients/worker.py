@@ -21,8 +21,8 @@ from flexlora.data.clients import ClientData, client_rows
 from flexlora.data.collation import Example
 from flexlora.errors import UserError, nearest, one_line
 from flexlora.evaluation.evaluate import evaluate
-from flexlora.planning.base_shares import deal_quantizations, parse_base_shares
 from flexlora.planning.probing import device_name, free_bytes, probe, require, require_optimizer
+from flexlora.planning.shares import deal_quantizations, parse_quantization_shares
 from flexlora.seeds import derive_seed
 from flexlora.training.local import TrainSettings, train
 from flexlora.training.models import BaseModel, load_base, pick_device
@@ -104,7 +104,7 @@ class Worker:
         config, used = self.config, set(self.quantizations.values())
         bases = {}
         for kind in sorted(used, key=lambda kind: (kind != config.model.quantization, kind)):
-            named = kind in parse_base_shares(config.clients.quantization)
+            named = kind in parse_quantization_shares(config.clients.quantization)
             require(kind, device, key="clients.quantization" if named else "model.quantization")
             bases[kind] = load_base(
                 config.model.name,

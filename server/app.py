@@ -16,7 +16,7 @@ from flwr.serverapp import Grid, ServerApp
 from flexlora.config.resolve import Config, of_flower, resolved
 from flexlora.lora.peft_folder import save_adapter
 from flexlora.runs.folder import RunFolder
-from flexlora.runs.lock import alone
+from flexlora.runs.lock import exclusive_lock
 from flexlora.server.observing.observer import LogObserver, Observer
 from flexlora.server.observing.observers import observed
 from flexlora.server.resuming import destination_of, settle
@@ -72,9 +72,9 @@ def federate(
         strategy.meet(grid)
         if state is None:
             strategy.run = RunFolder.create(out, config, overwrite=overwrite)
-            held.enter_context(alone(out))
+            held.enter_context(exclusive_lock(out))
         else:
-            held.enter_context(alone(out))
+            held.enter_context(exclusive_lock(out))
             strategy.run = RunFolder(out)
             strategy.run.rewind(state.round)
             strategy.go_on(strategy.run.load_notes(), grid)

@@ -1,9 +1,9 @@
-"""``ranks.policy=memory``: the largest useful rank that fits what a client says is free.
+"""``ranks.policy=memory``: the largest useful rank that fits the bytes a client reports as free.
 
-A client trains with the run's own batch, length, dtype and checkpointing, on the base that it holds
-(``quantization`` of its report); only the rank is chosen, from the powers of two up to what its
-number of examples supports (``planner.useful_rank``). Its free bytes are those before the base was
-loaded, so the prediction counts the base too, and the planner's margin is kept free.
+A client trains with the run's batch, length, dtype and checkpointing, on the base that it reports
+(``quantization``); only the rank is chosen, from the powers of two up to what its number of
+examples supports (``planner.useful_rank``). Free bytes are measured before the base is loaded, so
+the prediction includes the base, and the planner's margin stays free.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from flexlora.config.resolve import Config
 from flexlora.lora.ranks import RankClass
 from flexlora.planning.memory import training_memory
 from flexlora.planning.model_config import read_shape
-from flexlora.planning.planner import Request, needed_bytes, useful_rank
+from flexlora.planning.planner import Request, halved, needed_bytes, useful_rank
 from flexlora.planning.shapes import ModelShape, TrainingPlan
 from flexlora.units import human_bytes
 
@@ -57,9 +57,9 @@ def memory_rank(
     quantization: str,
     device: str,
 ) -> RankClass | str:
-    """The rank class of one client, or in one sentence why there is none."""
+    """The rank class of one client, or one sentence that says why there is none."""
     if free_bytes < 1:
-        return "it did not say how much memory is free, which ranks.policy=memory goes by"
+        return "it did not report how much memory is free, which ranks.policy=memory needs"
     unified = device.startswith("cpu")
     largest = useful_rank(num_examples)
     rank, needed = _largest_fit(shape, plan, free_bytes, largest, quantization, unified)
@@ -82,13 +82,11 @@ def _largest_fit(
     quantization: str,
     unified: bool,
 ) -> tuple[int, int]:
-    """The rank (0: none fits) and what it needs."""
-    needed, rank = 0, largest
-    while rank >= 1:
-        own = replace(plan, rank=rank, quantization=quantization, unified_memory=unified)
-        request = Request(memory_bytes=free_bytes)
-        needed = needed_bytes(training_memory(shape, own), request)
+    """The largest rank that fits (0: none) and the bytes it needs (of 0: those of rank 1)."""
+    request, needed = Request(memory_bytes=free_bytes), 0
+    for rank in halved(largest):
+        client = replace(plan, rank=rank, quantization=quantization, unified_memory=unified)
+        needed = needed_bytes(training_memory(shape, client), request)
         if needed <= free_bytes:
             return rank, needed
-        rank //= 2
     return 0, needed

@@ -43,10 +43,11 @@ from flexlora.simulations.benchmarks.sketch_choices import (
     choice_rows,
     memory_rows,
 )
-from flexlora.simulations.terminal import human_bytes, make_console
+from flexlora.simulations.terminal import make_console
 from flexlora.training.local import answer_losses
 from flexlora.training.models import load_base
 from flexlora.training.slots import SlotModel
+from flexlora.units import human_bytes
 
 __all__ = ["Capture", "cohort_captures", "exact_gradients", "main", "oracle_of"]
 

@@ -20,12 +20,12 @@ from dataclasses import dataclass, replace
 
 from flexlora.config.resolve import Config
 from flexlora.lora.ranks import parse_tiers
-from flexlora.planning.base_shares import parse_base_shares
 from flexlora.planning.memory import MemoryTerms, moments, weight_bytes
 from flexlora.planning.memory_ranks import run_plan
 from flexlora.planning.planner import USUAL_RANK
 from flexlora.planning.rank_policies import paper_types
 from flexlora.planning.shapes import ModelShape, TrainingPlan
+from flexlora.planning.shares import parse_quantization_shares
 
 __all__ = ["CohortMemory", "largest_rank"]
 
@@ -51,7 +51,7 @@ class CohortMemory:
         """
         shape, plan = run_plan(config)
         own = config.model.quantization
-        kinds = {own, *parse_base_shares(config.clients.quantization)}
+        kinds = {own, *parse_quantization_shares(config.clients.quantization)}
         rank = largest_rank(config)
         # What `aligned` carries is the same for all; the tail of `carried` begins after the rank.
         shared = config.method.name == "aligned" or (

@@ -19,9 +19,9 @@ from rich.console import Console
 
 from flexlora.config.resolve import Config, resolved
 from flexlora.errors import UserError
+from flexlora.report.formats import SCORES, TOTALS, format_metric
 from flexlora.report.records import SERIES_FILE, RunRecords, read_run
 from flexlora.report.text_table import text_table
-from flexlora.report.words import SCORES, TOTALS, spelled
 from flexlora.runs.folder import RunFolder
 from flexlora.simulations.watched_run import watched_run
 from flexlora.wire.files import write_atomically
@@ -174,8 +174,10 @@ class SeedSeries:
         header = ["", "mean", "deviation", *(f"seed {seed}" for seed, _ in done)]
         rows = []
         for key, found in summary.items():
-            own = [spelled(_unprefixed(key), scores.get(key)) for _, scores in done]
-            shown = (spelled(_unprefixed(key), found[which]) for which in ("mean", "deviation"))
+            own = [format_metric(_unprefixed(key), scores.get(key)) for _, scores in done]
+            shown = (
+                format_metric(_unprefixed(key), found[which]) for which in ("mean", "deviation")
+            )
             rows.append([_title(key), *shown, *own])
         return [*text_table(header, rows, width=width, words=(True,))]
 

@@ -21,13 +21,13 @@ from typing import TypeVar
 from flexlora.config.resolve import KEYS, Config
 from flexlora.data.caps import num_rows, parse_examples
 from flexlora.errors import UserError, nearest
-from flexlora.lora.ranks import quotas
 from flexlora.planning.devices import DEVICES, Device, find_device, near_devices
+from flexlora.planning.shares import deal, parse_named_shares
 from flexlora.seeds import numpy_generator
 from flexlora.simulations.world.availability import Availability, availability_of
 from flexlora.simulations.world.links import Link, find_link, link_of
 
-__all__ = ["Population", "SimulatedClient", "parse_examples", "parse_named_shares"]
+__all__ = ["Population", "SimulatedClient", "parse_examples"]
 
 Kind = TypeVar("Kind")
 
@@ -124,79 +124,39 @@ class Population:
         return float(part) if chance < self.dropout else None
 
 
-def parse_named_shares(
-    key: str, text: str, find: Callable[[str, str], tuple[str, Kind]]
-) -> list[tuple[Kind, float]]:
-    """``"a:0.7,b:0.3"`` as kinds with shares that add up to 1; nothing of the empty text.
-
-    Raises:
-        UserError: a name that ``find`` does not know or that is there twice, a share that is no
-            number of 0 to 1, a sum other than 1.
-    """
-    shares: dict[str, tuple[Kind, float]] = {}
-    for item in text.split(",") if text.strip() else ():
-        name, _, number = (part.strip() for part in item.rpartition(":"))
-        if not name:
-            raise UserError(
-                f"{key} is '{text}': '{item.strip()}' has no share, expected a name and a share "
-                "from 0 to 1, as 'NAME:0.5'."
-            )
-        own, kind = find(text, name)
-        if own in shares:
-            raise UserError(f"{key} is '{text}' and names {own} twice; add its shares.")
-        shares[own] = kind, _share(key, text, name, number)
-    total = sum(share for _, share in shares.values())
-    if shares and abs(total - 1.0) > 1e-6:
-        raise UserError(f"{key} is '{text}' and adds up to {total:g}, expected shares that make 1.")
-    return list(shares.values())
-
-
-def _share(key: str, text: str, name: str, number: str) -> float:
-    try:
-        share = float(number)
-    except ValueError:
-        share = -1.0
-    if not 0.0 <= share <= 1.0:
-        raise UserError(
-            f"{key} is '{text}': the share of {name} is '{number}', expected a number from 0 to 1, "
-            "as 'NAME:0.5'."
-        )
-    return share
-
-
-def _device(text: str, name: str) -> tuple[str, Device]:
+def _device(name: str) -> tuple[str, Device]:
     try:
         device = find_device(name)
     except UserError:
         raise UserError(
-            f"population.devices is '{text}': device '{name}' is not known, expected one of the "
+            f"device '{name}' is not known, expected one of the "
             f"{len(DEVICES)} in flexlora/planning/devices.py.{near_devices(name)}"
         ) from None
     return device.name, device
 
 
-def _link(text: str, name: str) -> tuple[str, Link]:
-    try:
-        link = find_link(name)
-    except UserError as error:
-        raise UserError(f"population.links is '{text}': {error}") from None
+def _link(name: str) -> tuple[str, Link]:
+    link = find_link(name)
     return link.kind, link
 
 
 def _dealt(
     config: Config,
     key: str,
-    ordered: Sequence[str],
-    find: Callable[[str, str], tuple[str, Kind]],
+    client_ids: Sequence[str],
+    find: Callable[[str], tuple[str, Kind]],
 ) -> dict[str, Kind]:
-    """Who gets which kind, with exact quotas; nobody any where the key is empty."""
-    named = parse_named_shares(key, config.flat()[key], find)
+    """The kind of every client, with exact quotas; empty where the key is empty."""
+    given = config.flat()[key]
+    named = parse_named_shares(key, given, find).values()
     if not named:
         return {}
-    counts = quotas([share for _, share in named], len(ordered))
-    kinds = [kind for (kind, _), count in zip(named, counts, strict=True) for _ in range(count)]
-    shuffled = numpy_generator(config.seed, key).permutation(len(ordered))
-    return {ordered[k]: kind for k, kind in zip(shuffled, kinds, strict=True)}
+    kinds, shares = zip(*named, strict=True)
+    if abs(sum(shares) - 1.0) > 1e-6:
+        raise UserError(
+            f"{key} is '{given}' and adds up to {sum(shares):g}, expected shares that make 1."
+        )
+    return deal(client_ids, kinds, shares, seed=config.seed, purpose=key)
 
 
 def _refuse_ignored(config: Config) -> None:

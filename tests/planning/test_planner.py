@@ -22,7 +22,6 @@ from flexlora.planning.memory import training_memory
 from flexlora.planning.model_config import read_shape
 from flexlora.planning.planner import Request, make_plan, needed_bytes, settings, useful_rank
 from flexlora.planning.shapes import TrainingPlan
-from flexlora.units import parse_bytes
 
 GB = 10**9
 MODELS = ("llama-2-7b", "llama-3-8b", "mistral-7b", "qwen2.5-0.5b", "qwen2.5-7b")
@@ -254,20 +253,6 @@ def test_shorter_rows_are_proposed_where_they_would_fit():
 def test_a_request_that_cannot_be_met_is_refused(options, message):
     with pytest.raises(UserError, match=message):
         make_plan(published("llama-2-7b"), request(**options))
-
-
-@pytest.mark.parametrize(
-    ("text", "count"),
-    [("8GiB", 8 * 2**30), ("64 MiB", 64 * 2**20), ("1.5gb", 1_500_000_000), ("500kB", 500_000)],
-)
-def test_sizes_are_read_with_their_unit(text, count):
-    assert parse_bytes(text) == count
-
-
-@pytest.mark.parametrize("text", ["8", "8G", "GiB", "-1GB", "8 GiB now", "nanGB"])
-def test_a_size_without_a_unit_is_refused(text):
-    with pytest.raises(UserError, match="expected a number and a unit, like 8GiB"):
-        parse_bytes(text)
 
 
 def plan(capsys, *arguments):

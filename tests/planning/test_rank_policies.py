@@ -324,7 +324,7 @@ def test_clients_without_room_are_left_out_and_the_others_get_their_ranks():
         r"1.0 kB are free, .* are needed at rank 1 on a float32 base with .*max-length=128",
         roster.left_out["poor"],
     )
-    assert "did not say how much memory is free" in roster.left_out["silent"]
+    assert "did not report how much memory is free" in roster.left_out["silent"]
     with pytest.raises(UserError, match=r"no client can train.*1\.0 kB are free"):
         Roster.meet({1: reports[1]}, policy)
 
