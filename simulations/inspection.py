@@ -15,10 +15,10 @@ from flexlora.errors import UserError, nearest
 from flexlora.evaluation.evaluate import BASE
 from flexlora.lora.adapters import Adapter
 from flexlora.lora.peft_folder import load_adapter, save_adapter
+from flexlora.report.console import make_console
 from flexlora.runs.folder import RunFolder
 from flexlora.server.settings import ServerSettings
 from flexlora.server.strategy import FlexLoRAStrategy
-from flexlora.simulations.terminal import make_console
 from flexlora.training.models import load_base, resolve_name
 from flexlora.wire.jobs import EvalJob, Score
 

@@ -15,29 +15,12 @@ from rich.table import Table
 
 from flexlora.lora.ranks import RankClass
 from flexlora.report.words import spelling
+from flexlora.units import human_bytes
 
 if TYPE_CHECKING:
     from flexlora.server.members.roster import Roster
 
-__all__ = ["TerminalObserver", "human_bytes", "make_console"]
-
-
-def make_console() -> Console:
-    """Standard output; 120 columns where it is not a terminal, so that tables are not cut at 80."""
-    # No markup: client ids and paths are text, whatever brackets they hold.
-    console = Console(highlight=False, markup=False)
-    if console.is_terminal:
-        return console
-    return Console(highlight=False, markup=False, width=120)
-
-
-def human_bytes(count: float) -> str:
-    """``1234567`` as ``1.2 MB`` (powers of 1000)."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000 or unit == "GB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    raise AssertionError
+__all__ = ["TerminalObserver"]
 
 
 class TerminalObserver:

@@ -21,11 +21,11 @@ from flexlora.aggregation.engine.state import GlobalChange
 from flexlora.clients.worker import Worker, worker_for
 from flexlora.config.resolve import OPTIONS, Config, resolved
 from flexlora.errors import UserError
+from flexlora.report.console import make_console
 from flexlora.server.settings import ServerSettings
 from flexlora.server.strategy import FlexLoRAStrategy
 from flexlora.simulations.engine.cohorts import MOST_CLIENTS, resolved_limits
 from flexlora.simulations.simulate import make_grid
-from flexlora.simulations.terminal import make_console
 from flexlora.training.local import train
 from flexlora.training.out_of_memory import free_memory, is_out_of_memory
 from flexlora.wire.jobs import TrainJob

@@ -33,6 +33,7 @@ from rich.table import Table
 from torch import Tensor
 
 from flexlora.algebra.decompose import Decomposition, MatrixSum, decompose, fold
+from flexlora.report.console import make_console
 from flexlora.simulations.benchmarks.aggregation_cases import (
     LIGHT,
     STRONG,
@@ -41,7 +42,6 @@ from flexlora.simulations.benchmarks.aggregation_cases import (
     dense_way,
     stack_qr_way,
 )
-from flexlora.simulations.terminal import make_console
 
 __all__ = ["Row", "main"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from flexlora.simulations.terminal import make_console
+from flexlora.report.console import make_console
 
 __all__ = ["Row", "print_rows", "write_rows"]
 

@@ -27,8 +27,8 @@ from rich.table import Table
 from flexlora.planning.architectures import shape_from_config
 from flexlora.planning.memory import MemoryTerms, training_memory
 from flexlora.planning.shapes import TrainingPlan
+from flexlora.report.console import make_console
 from flexlora.simulations.benchmarks.memory_case import Case
-from flexlora.simulations.terminal import make_console
 
 __all__ = ["Row", "cases", "main"]
 

@@ -44,10 +44,10 @@ from flexlora.config.resolve import Config
 from flexlora.data.clients import client_rows
 from flexlora.errors import UserError
 from flexlora.lora.ranks import RankClass
+from flexlora.report.console import make_console
 from flexlora.server.transport.messages import eval_content, pack, train_content
 from flexlora.simulations.benchmarks.resident_adapter import AdapterRow, adapter_rows
 from flexlora.simulations.benchmarks.resident_case import read_content, write_content
-from flexlora.simulations.terminal import make_console
 
 __all__ = ["Row", "main", "rows_of", "write_built_in"]
 

@@ -31,9 +31,9 @@ from pathlib import Path
 
 from rich.table import Table
 
+from flexlora.report.console import make_console
 from flexlora.simulations.benchmarks.server_memory_answers import ECHO, FEDAVG, Case
 from flexlora.simulations.benchmarks.server_memory_flower import measured_by_flower
-from flexlora.simulations.terminal import make_console
 
 __all__ = ["Row", "main"]
 

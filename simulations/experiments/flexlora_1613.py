@@ -23,8 +23,8 @@ from flexlora.errors import UserError
 from flexlora.runs.folder import RunFolder
 from flexlora.server.members.roster import Roster
 from flexlora.server.observing.observer import Observer
-from flexlora.simulations.experiments.asked import Asked, scaled
-from flexlora.simulations.experiments.verdicts import Check, tell
+from flexlora.simulations.experiments.checks import Check, print_verdict
+from flexlora.simulations.experiments.request import Request, scaled
 from flexlora.simulations.simulate import resume, simulate
 from flexlora.simulations.terminal import TerminalObserver
 
@@ -37,41 +37,41 @@ GROWTH = 1.1  # the resident set in the last half of the rounds over that in the
 LEFT_OUT = "left out"
 
 
-def flexlora_1613(asked: Asked) -> int:
+def flexlora_1613(request: Request) -> int:
     """One run per seed, its figures, and the verdict on each.
 
     Raises:
         UserError: no data folder, or a key that the experiment decides.
     """
-    if not asked.given.get("data.path"):
+    if not request.given.get("data.path"):
         raise UserError(
-            f"'{asked.name}' got no data folder, expected one with rows of 1,613 clients; give it "
+            f"'{request.name}' got no data folder, expected one with rows of 1,613 clients; give it "
             "with --set data.path=DIR."
         )
-    asked.refuse_taken(["seed"])
-    kept, checks = asked.kept(), []
-    for seed in asked.seeds:
-        config = config_of(asked, seed)
-        if not kept.has(asked.name, seed):
-            kept.add(asked.name, seed, _run(asked, config, asked.out / "runs" / str(seed)))
+    request.refuse_taken(["seed"])
+    kept, checks = request.results(), []
+    for seed in request.seeds:
+        config = config_of(request, seed)
+        if not kept.has(request.name, seed):
+            kept.add(request.name, seed, _run(request, config, request.out / "runs" / str(seed)))
         (row,) = kept.of_seeds([seed])
         checks += checks_of(row, clients=config["clients.count"] or CLIENTS)
-    asked.console.print(f"Numbers: {kept.file}", soft_wrap=True)
-    return tell(checks, asked.console, scale=asked.scale)
+    request.console.print(f"Numbers: {kept.file}", soft_wrap=True)
+    return print_verdict(checks, request.console, scale=request.scale)
 
 
-def config_of(asked: Asked, seed: int) -> Config:
+def config_of(request: Request, seed: int) -> Config:
     """The scenario at this scale, with what was given."""
     scenario = Config.resolve(file=SCENARIO)
-    sizes = asked.sizes(rounds=scenario["num-server-rounds"], clients=CLIENTS)
-    least = {"min-train-clients": scaled(A_ROUND, asked.scale)}
-    return resolved(Config({**scenario, **sizes, **least, **asked.given, "seed": seed}))
+    sizes = request.sizes(rounds=scenario["num-server-rounds"], clients=CLIENTS)
+    least = {"min-train-clients": scaled(A_ROUND, request.scale)}
+    return resolved(Config({**scenario, **sizes, **least, **request.given, "seed": seed}))
 
 
-def _run(asked: Asked, config: Config, out: Path) -> dict[str, object]:
+def _run(request: Request, config: Config, out: Path) -> dict[str, object]:
     """Begin the run, or go on with the same one after its last whole round."""
-    notes = asked.out / f"memory-{out.name}.jsonl"
-    with TerminalObserver(asked.console) as terminal:
+    notes = request.out / f"memory-{out.name}.jsonl"
+    with TerminalObserver(request.console) as terminal:
         witness = Witness(terminal, notes)
         if _unfinished(out, config):
             resume(out, observer=witness)
@@ -138,12 +138,12 @@ def figures_of(run: RunFolder, witness: Witness) -> dict[str, object]:
     losses = [row["eval_loss"] for row in rows if row.get("eval_loss") is not None]
     return {
         "rounds": len(trained),
-        "rounds asked": config["num-server-rounds"],
+        "rounds request": config["num-server-rounds"],
         "clients": len(roster.members),
         "left out": len(roster.left_out),
         "left out in clients.csv": len(told),
         "without train rows": causes.get("no train rows", 0),
-        "clients a round asked": max(config["min-train-clients"], share),
+        "clients a round request": max(config["min-train-clients"], share),
         "clients a round": [row["clients_ok"] for row in trained],
         "loss of the base": losses[0] if losses else None,
         "loss": losses[-1] if len(losses) > 1 else None,
@@ -159,14 +159,14 @@ def checks_of(row: Mapping, *, clients: int) -> list[Check]:
     told, without = row["left out in clients.csv"], row["without train rows"]
     fewest = min(row["clients a round"], default=0)
     counts = (
-        ("rounds completed", row["rounds asked"], row["rounds"]),
+        ("rounds completed", row["rounds request"], row["rounds"]),
         ("clients known", clients, known),
         ("clients left out with their cause in clients.csv", row["left out"], told),
-        ("updates counted in the round with fewest", row["clients a round asked"], fewest),
+        ("updates counted in the round with fewest", row["clients a round request"], fewest),
     )
     checks = [
-        Check(claim=f"{who}: {what}", expected=asked, seen=seen, any_scale=True)
-        for what, asked, seen in counts
+        Check(claim=f"{who}: {what}", expected=request, seen=seen, any_scale=True)
+        for what, request, seen in counts
     ]
     fallen = _difference(row["loss of the base"], row["loss"])
     return [

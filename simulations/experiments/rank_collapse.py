@@ -12,22 +12,22 @@ from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
-from flexlora.simulations.experiments.arms import SKEW, Arm
-from flexlora.simulations.experiments.asked import Asked
+from flexlora.simulations.experiments.checks import Check, print_verdict
 from flexlora.simulations.experiments.rank_law import CASES, COLLAPSES, Case, measure
-from flexlora.simulations.experiments.results import KeptResults
-from flexlora.simulations.experiments.series import refuse_taken, run_arms
-from flexlora.simulations.experiments.verdicts import Check, tell
+from flexlora.simulations.experiments.request import Request
+from flexlora.simulations.experiments.results import ResultsFile
+from flexlora.simulations.experiments.variant_table import refuse_taken, run_variants
+from flexlora.simulations.experiments.variants import SKEW, Variant
 
-__all__ = ["ARMS", "law_checks", "rank_collapse", "run_checks"]
+__all__ = ["VARIANTS", "law_checks", "rank_collapse", "run_checks"]
 
 LAW_ROUNDS = 3
 LAW_TOLERANCE = 1e-6  # relative, in float64
 MEASURED = {"eval.split": "test", "eval.max-examples": 0, "eval.every": 1, "eval.generate": "never"}
 TITLES = {"flexlora": "FlexLoRA as published", "residual": "residual", "carried": "carried"}
 PUBLISHED = TITLES["flexlora"]
-ARMS = tuple(
-    Arm(
+VARIANTS = tuple(
+    Variant(
         title=title,
         kind="tail",
         changes={"method.name": name, "method.server-learning-rate": 1.0, "eval.every": 1, **SKEW},
@@ -38,24 +38,24 @@ ARMS = tuple(
 Row = Mapping
 
 
-def rank_collapse(asked: Asked) -> int:
+def rank_collapse(request: Request) -> int:
     """Both parts, their tables and the verdict."""
-    refuse_taken(asked, ARMS)
-    kept = asked.kept()
+    refuse_taken(request, VARIANTS)
+    kept = request.results()
     for case in CASES:
         for method in COLLAPSES:
-            _keep_law(kept, case, method, asked.first_seed)
-    laws = [row for row in kept.of_seeds([asked.first_seed]) if "worst" in row]
-    asked.console.print(law_table(laws))
-    kept = run_arms(asked, ARMS, MEASURED)
-    runs = [row for row in kept.of_seeds(asked.seeds) if "rounds" in row]
-    asked.console.print()
-    asked.console.print(course_table(runs))
-    asked.console.print(f"Numbers: {kept.file}", soft_wrap=True)
-    return tell(law_checks(laws) + run_checks(runs), asked.console, scale=asked.scale)
+            _keep_law(kept, case, method, request.first_seed)
+    laws = [row for row in kept.of_seeds([request.first_seed]) if "worst" in row]
+    request.console.print(law_table(laws))
+    kept = run_variants(request, VARIANTS, MEASURED)
+    runs = [row for row in kept.of_seeds(request.seeds) if "rounds" in row]
+    request.console.print()
+    request.console.print(course_table(runs))
+    request.console.print(f"Numbers: {kept.file}", soft_wrap=True)
+    return print_verdict(law_checks(laws) + run_checks(runs), request.console, scale=request.scale)
 
 
-def _keep_law(kept: KeptResults, case: Case, method: str, seed: int) -> None:
+def _keep_law(kept: ResultsFile, case: Case, method: str, seed: int) -> None:
     """The first direction beyond the rank of each class, and the worst of all values."""
     title = f"{case.title}: {method}"
     if not kept.has(title, seed):
@@ -73,7 +73,7 @@ def law_table(rows: Sequence[Row]) -> Table:
     for row in rows:
         for index, band in enumerate(row["bands"]):
             course = (_course(band[key]) for key in ("predicted", "seen"))
-            table.add_row(row["arm"] if index == 0 else "", str(band["direction"]), *course)
+            table.add_row(row["variant"] if index == 0 else "", str(band["direction"]), *course)
     return table
 
 
@@ -89,7 +89,7 @@ def law_checks(rows: Sequence[Row]) -> list[Check]:
         law, rounds = band["predicted"][-1], len(band["seen"]) - 1
         checks.append(
             Check(
-                claim=f"{row['arm']} keeps of sigma_{band['direction']} in {rounds} rounds",
+                claim=f"{row['variant']} keeps of sigma_{band['direction']} in {rounds} rounds",
                 expected=law,
                 seen=band["seen"][-1],
                 tolerance=LAW_TOLERANCE * law,
@@ -122,8 +122,8 @@ def course_table(rows: Sequence[Row]) -> Table:
     for server_round in rounds:
         table.add_column(str(server_round), justify="right", no_wrap=True)
     kinds = (("share", "share of the energy"), ("kept", "kept of the last"), ("loss", "eval loss"))
-    for title in dict.fromkeys(row["arm"] for row in rows):
-        own = [row for row in rows if row["arm"] == title]
+    for title in dict.fromkeys(row["variant"] for row in rows):
+        own = [row for row in rows if row["variant"] == title]
         if title == PUBLISHED:
             cells = (f"{mean_of(own, 'law', r):.2f}" for r in rounds)
             table.add_row("kept by the law, untrained", *cells)
@@ -150,7 +150,7 @@ def run_checks(rows: Sequence[Row]) -> list[Check]:
     Training relearns a part of the tail in its own directions and adds to it elsewhere, so these
     tolerances are wide; they are those of three seeds.
     """
-    own = {title: [row for row in rows if row["arm"] == title] for title in TITLES.values()}
+    own = {title: [row for row in rows if row["variant"] == title] for title in TITLES.values()}
     last = {title: _last(own[title], "share") for title in own}
     law = mean_of(own[PUBLISHED], "law")
     checks = [

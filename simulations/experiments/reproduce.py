@@ -14,14 +14,13 @@ from pathlib import Path
 
 from flexlora.config.resolve import Config
 from flexlora.errors import UserError, nearest
-from flexlora.simulations.experiments.arms import FIRST_LOOK, METHODS, METHODS_GENTLY, Arm
-from flexlora.simulations.experiments.asked import SEEDS, Asked
-from flexlora.simulations.experiments.cohort_speed import cohort_speed
+from flexlora.report.console import make_console
 from flexlora.simulations.experiments.flexlora_1613 import flexlora_1613
 from flexlora.simulations.experiments.heavy_tail import heavy_tail
 from flexlora.simulations.experiments.rank_collapse import rank_collapse
-from flexlora.simulations.experiments.series import run_table
-from flexlora.simulations.terminal import make_console
+from flexlora.simulations.experiments.request import SEEDS, Request
+from flexlora.simulations.experiments.variant_table import run_table
+from flexlora.simulations.experiments.variants import FIRST_LOOK, METHODS, METHODS_GENTLY, Variant
 
 __all__ = ["EXPERIMENTS", "Experiment", "list_experiments", "reproduce", "table_of"]
 
@@ -36,16 +35,16 @@ class Experiment:
     about: str
     expected: str
     minutes: int
-    run: Callable[[Asked], int]
+    run: Callable[[Request], int]
 
 
-def table_of(arms: Sequence[Arm]) -> Callable[[Asked], int]:
+def table_of(variants: Sequence[Variant]) -> Callable[[Request], int]:
     """An experiment that is a table and expects nothing."""
-    return partial(_table, arms)
+    return partial(_table, variants)
 
 
-def _table(arms: Sequence[Arm], asked: Asked) -> int:
-    run_table(asked, arms)
+def _table(variants: Sequence[Variant], request: Request) -> int:
+    run_table(request, variants)
     return 0
 
 
@@ -87,12 +86,6 @@ EXPERIMENTS: dict[str, Experiment] = {
         minutes=30,
         run=flexlora_1613,
     ),
-    "cohort-speed": Experiment(
-        about="trainings a second beside Flower on Ray and PEFT loops on this machine",
-        expected="1.5 times Flower, 1.2 times a loop, and everybody's losses the same",
-        minutes=15,
-        run=cohort_speed,
-    ),
 }
 
 
@@ -107,7 +100,7 @@ def reproduce(
 ) -> int:
     """Run one experiment into ``out``: 0, or 1 where an expected figure does not hold.
 
-    Arms that are already in ``results.json`` are not run again.
+    Variants that are already in ``results.json`` are not run again.
 
     Raises:
         UserError: an unknown experiment, no seeds, a scale or ``sets`` that cannot be.
@@ -116,7 +109,7 @@ def reproduce(
         known = ", ".join(EXPERIMENTS)
         hint = nearest(name, EXPERIMENTS)
         raise UserError(f"experiment '{name}' is unknown, expected {known}.{hint}")
-    asked = Asked(
+    request = Request(
         name=name,
         out=out,
         console=make_console(),
@@ -125,7 +118,7 @@ def reproduce(
         first_seed=first_seed,
         scale=scale,
     )
-    return EXPERIMENTS[name].run(asked)
+    return EXPERIMENTS[name].run(request)
 
 
 def list_experiments() -> int:

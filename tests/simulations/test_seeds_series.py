@@ -11,11 +11,11 @@ import pytest
 from federation import adapter_bytes, as_sets, rounds, small
 from flexlora.commands.cli import main
 from flexlora.errors import UserError
-from flexlora.simulations import watched_run
-from flexlora.simulations.experiments import seeds
-from flexlora.simulations.experiments.seeds import SeedSeries, run_series, summary_of
+from flexlora.report.console import make_console
+from flexlora.simulations import simulate as simulate_module
+from flexlora.simulations.experiments import seed_series
+from flexlora.simulations.experiments.seed_series import SeedSeries, run_series, summary_of
 from flexlora.simulations.simulate import simulate
-from flexlora.simulations.terminal import make_console
 from pages import read_page
 
 CONFIG = small(num_server_rounds=2, seed=4)
@@ -41,13 +41,13 @@ def two(tmp_path_factory):
 def spied(monkeypatch):
     """The folders that are run, and whether each was gone on with, instead of running them."""
     ran = []
-    honest = seeds.watched_run
+    honest = seed_series.run_in_terminal
 
     def watch(config, out, *, go_on, **options):
         ran.append((out.name, config["seed"], go_on))
         honest(config, out, go_on=go_on, **options)
 
-    monkeypatch.setattr(seeds, "watched_run", watch)
+    monkeypatch.setattr(seed_series, "run_in_terminal", watch)
     return ran
 
 
@@ -121,7 +121,7 @@ def test_more_seeds_run_only_those_that_are_new(two, spied, tmp_path):
 
 def test_a_series_broken_within_a_seed_goes_on_there(two, tmp_path, spied, monkeypatch, capsys):
     """Interrupted after round 1 of the second seed; the bytes are those of the whole series."""
-    honest = watched_run.TerminalObserver.round_finished
+    honest = simulate_module.TerminalObserver.round_finished
 
     def interrupting(self, metrics):
         honest(self, metrics)
@@ -130,7 +130,7 @@ def test_a_series_broken_within_a_seed_goes_on_there(two, tmp_path, spied, monke
 
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(watched_run.TerminalObserver, "round_finished", interrupting)
+        patch.setattr(simulate_module.TerminalObserver, "round_finished", interrupting)
         arguments = [*as_sets(CONFIG), "--seeds", "2", "--out", str(out)]
         assert main(["simulate", *arguments]) == 130
     assert f"`flexlora simulate --resume {out}` goes on with the series" in capsys.readouterr().err

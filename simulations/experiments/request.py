@@ -1,4 +1,4 @@
-"""What a person asked of ``flexlora reproduce``: which seeds, how large, where, with which keys."""
+"""The request of one ``flexlora reproduce``: seeds, scale, output folder, configuration keys."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from rich.console import Console
 from flexlora.config.resolve import Config
 from flexlora.data.clients import EMBEDDED_CLIENTS
 from flexlora.errors import UserError
-from flexlora.simulations.experiments.results import KeptResults
+from flexlora.simulations.experiments.results import ResultsFile
 
-__all__ = ["SEEDS", "Asked", "scaled"]
+__all__ = ["SEEDS", "Request", "scaled"]
 
 SEEDS = 3
 SMALLEST, LARGEST = 0.01, 10.0
@@ -29,7 +29,7 @@ def scaled(count: int, scale: float, *, least: int = 1) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class Request:
     """One call of ``flexlora reproduce``; ``scale`` 1 is what is documented.
 
     Raises:
@@ -61,9 +61,9 @@ class Asked:
         count = self.num_seeds or scaled(SEEDS, self.scale)
         return list(range(self.first_seed, self.first_seed + count))
 
-    def kept(self) -> KeptResults:
+    def kept(self) -> ResultsFile:
         """The numbers that an earlier call with the same words left in ``out``."""
-        return KeptResults.read(
+        return ResultsFile.read(
             self.out / "results.json", self.name, dict(self.given), scale=self.scale
         )
 

@@ -23,7 +23,7 @@ from flexlora.report.records import SERIES_FILE, RunRecords, read_run
 from flexlora.report.text_table import text_table
 from flexlora.report.words import SCORES, TOTALS, spelled
 from flexlora.runs.folder import RunFolder
-from flexlora.simulations.watched_run import watched_run
+from flexlora.simulations.simulate import run_in_terminal
 from flexlora.wire.files import write_atomically
 
 __all__ = ["SeedSeries", "is_series", "resume_series", "run_series", "scores_of", "summary_of"]
@@ -160,7 +160,7 @@ class SeedSeries:
         folder = self.folder(seed)
         config = Config({**self.config, "seed": seed})
         begun = RunFolder.is_run(folder) and (folder / "checkpoint" / "current.json").is_file()
-        watched_run(config, folder, console=console, overwrite=True, go_on=begun)
+        run_in_terminal(config, folder, console=console, overwrite=True, go_on=begun)
         self.rows[seed] = scores_of(read_run(folder))
         self._write()
 

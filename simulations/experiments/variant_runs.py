@@ -1,4 +1,4 @@
-"""How an arm is run: a federation, the base as it is, or each client by itself."""
+"""How a variant is run: a federation, the base as it is, or each client by itself."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flexlora.lora.ranks import RankClass
 from flexlora.runs.folder import RunFolder
 from flexlora.server.settings import ServerSettings
 from flexlora.server.strategy import FlexLoRAStrategy
-from flexlora.simulations.experiments.tails import TailObserver
+from flexlora.simulations.experiments.tail_energy import TailObserver
 from flexlora.simulations.simulate import simulate
 from flexlora.training.slots import SlotModel
 from flexlora.wire.jobs import EvalJob, Score, TrainJob
@@ -56,7 +56,7 @@ def _base(config: Config, out: Path) -> dict[str, float]:
 def _alone(config: Config, out: Path) -> dict[str, float]:
     """Every client trains by itself for as many steps as all rounds together have, at its own rank.
 
-    Scored on the test rows of all clients, as the other arms are, and averaged over clients.
+    Scored on the test rows of all clients, as the other variants are, and averaged over clients.
     """
     worker, settings = worker_for(config), ServerSettings.from_config(config)
     classes = settings.rank_policy.assign(worker.client_ids)
