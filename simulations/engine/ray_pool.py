@@ -220,7 +220,7 @@ class RayPool:
             self.queue.remove(chosen)
             self.in_work.add(chosen)
         try:  # an idle worker may have died, with its whole machine
-            _get(actor.process_id.remote())
+            _call(actor.process_id)
         except WorkerDied:
             self._finish(chosen, [])
             return None
@@ -239,7 +239,7 @@ class RayPool:
         slim, references = self._without_adapters(jobs)
         work = getattr(actor, cohort.kind)
         try:
-            answer = _get(work.remote(slim, list(references), *references.values()))
+            answer = _call(work, slim, list(references), *references.values())
         except ray.exceptions.RayTaskError as error:
             return [failed(job, one_line(_cause(error))) for job in jobs]
         return [swapped(result, Parcel, unpack) for result in answer]
@@ -286,7 +286,7 @@ class RayPool:
                 self.processes[actor] = [None, "wait"]
             try:
                 self._wait_for_place(actor)
-                found = _get(actor.load.remote())
+                found = _call(actor.load)
             except WorkerDied as death:
                 how = str(death)
                 self._kill(actor)
@@ -303,10 +303,10 @@ class RayPool:
         """Wait for the actor's process; at most server.wait-seconds where no worker has one."""
         import ray
 
-        placed, seconds = actor.process_id.remote(), self.config["server.wait-seconds"]
+        seconds = self.config["server.wait-seconds"]
         while True:
             try:
-                self.processes[actor] = [_get(placed, timeout=seconds), "load"]
+                self.processes[actor] = [_call(actor.process_id, timeout=seconds), "load"]
                 return
             except ray.exceptions.GetTimeoutError:
                 if not any(process for process, _ in list(self.processes.values())):
@@ -347,8 +347,8 @@ class WorkerDied(Exception):
     """A worker process ended while it was loading or training; the message says how."""
 
 
-def _get(reference: Any, timeout: float | None = None) -> Any:
-    """The answer of an actor.
+def _call(method: Any, *args: Any, timeout: float | None = None) -> Any:
+    """The answer of an actor's method.
 
     Raises:
         WorkerDied: it is no more.
@@ -358,7 +358,7 @@ def _get(reference: Any, timeout: float | None = None) -> Any:
 
     _check_connected()
     try:
-        return ray.get(reference, timeout=timeout)
+        return ray.get(method.remote(*args), timeout=timeout)
     except (ray.exceptions.RayTaskError, ray.exceptions.GetTimeoutError):
         raise
     except ray.exceptions.OutOfMemoryError:  # Ray's own sentence is a page of numbers

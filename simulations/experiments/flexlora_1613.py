@@ -45,8 +45,8 @@ def flexlora_1613(request: Request) -> int:
     """
     if not request.given.get("data.path"):
         raise UserError(
-            f"'{request.name}' got no data folder, expected one with rows of 1,613 clients; give it "
-            "with --set data.path=DIR."
+            f"'{request.name}' got no data folder, expected one with rows of 1,613 clients; "
+            "give it with --set data.path=DIR."
         )
     request.refuse_taken(["seed"])
     kept, checks = request.results(), []

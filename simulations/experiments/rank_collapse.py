@@ -1,8 +1,8 @@
 """``flexlora reproduce rank-collapse``: what each rule leaves of the tail of ``G``, round by round.
 
-First the law (``rank_law.py``): nobody trains, and the values must be the predicted ones. Then real
-runs on the built-in tasks (``tails.py``), four clients in five at rank 2, all at server rate 1, so
-that the rules differ in nothing but what they do with the tail (arXiv 2602.13486).
+Real runs on the built-in tasks (``tail_energy.py``), four clients in five at rank 2, all at server
+rate 1, so that the rules differ in nothing but what they do with the tail (arXiv 2602.13486). That
+untrained rounds follow the law exactly is a test (``tests/support/rank_law.py``).
 """
 
 from __future__ import annotations
@@ -13,16 +13,12 @@ from collections.abc import Mapping, Sequence
 from rich.table import Table
 
 from flexlora.simulations.experiments.checks import Check, print_verdict
-from flexlora.simulations.experiments.rank_law import CASES, COLLAPSES, Case, measure
 from flexlora.simulations.experiments.request import Request
-from flexlora.simulations.experiments.results import ResultsFile
-from flexlora.simulations.experiments.variant_table import refuse_taken, run_variants
+from flexlora.simulations.experiments.variant_table import run_variants
 from flexlora.simulations.experiments.variants import SKEW, Variant
 
-__all__ = ["VARIANTS", "law_checks", "rank_collapse", "run_checks"]
+__all__ = ["VARIANTS", "rank_collapse", "run_checks"]
 
-LAW_ROUNDS = 3
-LAW_TOLERANCE = 1e-6  # relative, in float64
 MEASURED = {"eval.split": "test", "eval.max-examples": 0, "eval.every": 1, "eval.generate": "never"}
 TITLES = {"flexlora": "FlexLoRA as published", "residual": "residual", "carried": "carried"}
 PUBLISHED = TITLES["flexlora"]
@@ -39,74 +35,13 @@ Row = Mapping
 
 
 def rank_collapse(request: Request) -> int:
-    """Both parts, their tables and the verdict."""
-    refuse_taken(request, VARIANTS)
-    kept = request.results()
-    for case in CASES:
-        for method in COLLAPSES:
-            _keep_law(kept, case, method, request.first_seed)
-    laws = [row for row in kept.of_seeds([request.first_seed]) if "worst" in row]
-    request.console.print(law_table(laws))
+    """The runs, their table and the verdict."""
     kept = run_variants(request, VARIANTS, MEASURED)
     runs = [row for row in kept.of_seeds(request.seeds) if "rounds" in row]
     request.console.print()
     request.console.print(course_table(runs))
     request.console.print(f"Numbers: {kept.file}", soft_wrap=True)
-    return print_verdict(law_checks(laws) + run_checks(runs), request.console, scale=request.scale)
-
-
-def _keep_law(kept: ResultsFile, case: Case, method: str, seed: int) -> None:
-    """The first direction beyond the rank of each class, and the worst of all values."""
-    title = f"{case.title}: {method}"
-    if not kept.has(title, seed):
-        measured = measure(case, method, rounds=LAW_ROUNDS, seed=seed, collapses=COLLAPSES[method])
-        bands = [measured.band(direction) for direction in case.bands()]
-        kept.add(title, seed, {"method": method, "worst": measured.worst(), "bands": bands})
-
-
-def law_table(rows: Sequence[Row]) -> Table:
-    """What is left of one direction per band after each round, without training."""
-    table = Table(title="Nobody trains", title_justify="left", box=None, pad_edge=False)
-    table.add_column("ranks, clients: rule", no_wrap=True)
-    for column in ("sigma", "law", "seen"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in rows:
-        for index, band in enumerate(row["bands"]):
-            course = (_course(band[key]) for key in ("predicted", "seen"))
-            table.add_row(row["variant"] if index == 0 else "", str(band["direction"]), *course)
-    return table
-
-
-def _course(values: Sequence[float]) -> str:
-    return ", ".join(f"{value:.3g}" for value in values)
-
-
-def law_checks(rows: Sequence[Row]) -> list[Check]:
-    """What is left of the first direction that is lost; and all values of all modules."""
-    checks = []
-    for row in rows:
-        band = row["bands"][0]
-        law, rounds = band["predicted"][-1], len(band["seen"]) - 1
-        checks.append(
-            Check(
-                claim=f"{row['variant']} keeps of sigma_{band['direction']} in {rounds} rounds",
-                expected=law,
-                seen=band["seen"][-1],
-                tolerance=LAW_TOLERANCE * law,
-                any_scale=True,
-            )
-        )
-    for method in dict.fromkeys(row["method"] for row in rows):
-        checks.append(
-            Check(
-                claim=f"{method}, largest relative distance of any value of any case from the law",
-                expected=0.0,
-                seen=max(row["worst"] for row in rows if row["method"] == method),
-                tolerance=LAW_TOLERANCE,
-                any_scale=True,
-            )
-        )
-    return checks
+    return print_verdict(run_checks(runs), request.console, scale=request.scale)
 
 
 def course_table(rows: Sequence[Row]) -> Table:

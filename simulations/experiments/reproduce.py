@@ -70,7 +70,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     ),
     "rank-collapse": Experiment(
         about="what is left of the tail of G: the published form, the residual one, carried",
-        expected="untrained 1, 0.2, 0.04, 0.008 or 1, to 1e-6; trained the law or 1, to 0.2",
+        expected="kept of the tail a round: the law of untrained rounds or 1, to 0.2",
         minutes=12,
         run=rank_collapse,
     ),

@@ -1,4 +1,4 @@
-"""A series: every variant of a table for every seed, kept after each run, then mean and deviation."""
+"""Runs every variant of a table on every seed and prints means and deviations over the seeds."""
 
 from __future__ import annotations
 
@@ -59,9 +59,8 @@ def run_table(request: Request, variants: Sequence[Variant]) -> list[dict]:
     for part in dict.fromkeys(variant.part for variant in variants):
         # Within a part's table the titles need not repeat its name.
         titles = {v.title: v.title.removesuffix(f", {part}") for v in variants if v.part == part}
-        own = [
-            {**row, "variant": titles[row["variant"]]} for row in rows if row["variant"] in titles
-        ]
+        own = [row for row in rows if row["variant"] in titles]
+        own = [{**row, "variant": titles[row["variant"]]} for row in own]
         request.console.print()
         request.console.print(summary_table(list(titles.values()), own, part))
     request.console.print(f"Numbers: {results.file}", soft_wrap=True)
@@ -74,7 +73,7 @@ def _choose_trial(request: Request, results: ResultsFile, variant: Variant) -> N
         return
     losses = []
     for index, trial in enumerate(variant.trials):
-        config = _config(request, variant, trial, TRIED)
+        config = _config(request, variant, trial, fixed=TRIED, usual={})
         rounds = max(1, config["num-server-rounds"] // 2)
         config = resolved(Config({**config, "num-server-rounds": rounds}))
         out = request.out / "trials" / f"{slug(variant.title)}-{index}"
@@ -90,7 +89,7 @@ def _measure(request: Request, results: ResultsFile, variant: Variant, measured:
     """Run one variant on one seed and record its scores."""
     title, seed = variant.title, measured["seed"]
     trial = results.chosen(title) or variant.trials[len(variant.trials) // 2]
-    config = resolved(_config(request, variant, trial, measured))
+    config = resolved(_config(request, variant, trial, fixed={"seed": seed}, usual=measured))
     scores = RUNNERS[variant.kind](config, request.out / "runs" / f"{slug(title)}-{seed}")
     results.add(title, seed, scores)
     numbers = {key: value for key, value in scores.items() if isinstance(value, float)}
@@ -98,16 +97,12 @@ def _measure(request: Request, results: ResultsFile, variant: Variant, measured:
     request.console.print(f"seed {seed}, {title}: {spelled}", soft_wrap=True)
 
 
-def _config(request: Request, variant: Variant, trial: Mapping, how: Mapping) -> Config:
-    """The default federation at the request's scale; each mapping overrides those before it.
-
-    Except that ``--set`` and the variant override how results are measured; the seed and trials
-    are fixed.
-    """
-    fixed = how if how is TRIED else {"seed": how["seed"]}
-    return Config(
-        {**how, **request.default_sizes(), **request.given, **variant.changes, **trial, **fixed}
-    )
+def _config(
+    request: Request, variant: Variant, trial: Mapping, *, fixed: Mapping, usual: Mapping
+) -> Config:
+    """``usual``, sizes, ``--set``, the variant, its trial, ``fixed``: a later one overrides."""
+    sizes = request.default_sizes()
+    return Config({**usual, **sizes, **request.given, **variant.changes, **trial, **fixed})
 
 
 def with_gap_closed(variants: Sequence[Variant], rows: Sequence[Row]) -> list[dict]:
@@ -116,8 +111,8 @@ def with_gap_closed(variants: Sequence[Variant], rows: Sequence[Row]) -> list[di
         closed = mean(weak - loss) / mean(weak - strong)
 
     A row holds ``(weak - loss) / mean(weak - strong)``: its own seed's numerator over the mean gap
-    of all seeds that have both ends. The mean of a variant's rows is the ratio of means, which a seed
-    with hardly a gap cannot turn over as it can a mean of ratios. Their deviation is that of
+    of all seeds that have both ends. The mean of a variant's rows is the ratio of means, which a
+    seed with hardly a gap cannot turn over as it can a mean of ratios. Their deviation is that of
     ``weak - loss`` over seeds in units of the mean gap: at the strong end, how the gap itself
     varies.
     """

@@ -19,6 +19,7 @@ from flexlora.errors import UserError
 from flexlora.report import write_report
 from flexlora.report.records import RunRecords
 from flexlora.runs.folder import CLIENT_COLUMNS, RunFolder
+from flexlora.simulations import simulate as simulate_module
 from flexlora.simulations.simulate import simulate
 from pages import (
     asked_for,

@@ -57,7 +57,7 @@ def rehearsal(monkeypatch):
     monkeypatch.setattr(ray_pool.ray_start, "import_ray", lambda **_: None)
     monkeypatch.setattr(ray_pool.ray_start, "start", lambda _: Session(connected=False))
     monkeypatch.setattr(ray_pool.ray_start, "placement", lambda *_, **__: {})
-    monkeypatch.setattr(ray_pool, "_get", lambda *_, **__: None)
+    monkeypatch.setattr(ray_pool, "_call", lambda *_, **__: None)
     return lambda *args, **options: closing(Rehearsal(*args, **options))
 
 
