@@ -8,6 +8,7 @@ with a cause, never an exception, so that nobody's failure is another's.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from flexlora.config.resolve import Config
@@ -61,17 +62,10 @@ class LocalPool:
 
 
 class _Later(Generic[Result]):
-    """``work()`` at the first call of ``result``; afterwards only what it returned is kept."""
+    """The results of ``work()``, which is run when they are first asked for."""
 
     def __init__(self, work: Callable[[], Result]) -> None:
-        self._work: Callable[[], Result] | None = work
-        self._value: list[Result] = []
-
-    def result(self) -> Result:
-        if self._work is not None:
-            self._value = [self._work()]
-            self._work = None
-        return self._value[0]
+        self.result = cache(work)
 
 
 def make_pool(config: Config, worker: Worker | None = None) -> Pool:
@@ -84,16 +78,14 @@ def make_pool(config: Config, worker: Worker | None = None) -> Pool:
     Raises:
         UserError: Ray is asked for and not installed, or an address that is none.
     """
+    from flexlora.clients.worker import worker_for
+
     workers, address = config["engine.workers"], config["engine.ray-address"]
     if workers > 1 or address:
         from flexlora.simulations.engine.ray_pool import RayPool
 
         return RayPool(config, workers=workers, address=address, local=_local(config, worker))
-    if worker is None:
-        from flexlora.clients.worker import worker_for
-
-        worker = worker_for(config)
-    return LocalPool(worker)
+    return LocalPool(worker or worker_for(config))
 
 
 def _local(config: Config, worker: Worker | None) -> Callable[[], Worker] | None:
@@ -108,9 +100,6 @@ def _local(config: Config, worker: Worker | None) -> Callable[[], Worker] | None
     ):
         return None
 
-    def own() -> Worker:
-        from flexlora.clients.worker import worker_for
+    from flexlora.clients.worker import worker_for
 
-        return worker or worker_for(config)
-
-    return own
+    return lambda: worker or worker_for(config)

@@ -61,8 +61,8 @@ class Request:
         count = self.num_seeds or scaled(SEEDS, self.scale)
         return list(range(self.first_seed, self.first_seed + count))
 
-    def kept(self) -> ResultsFile:
-        """The numbers that an earlier call with the same words left in ``out``."""
+    def results(self) -> ResultsFile:
+        """The numbers that an earlier call with the same request left in ``out``."""
         return ResultsFile.read(
             self.out / "results.json", self.name, dict(self.given), scale=self.scale
         )

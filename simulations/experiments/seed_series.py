@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -119,13 +119,7 @@ class SeedSeries:
                     f"'{self.out}' holds a series with {key} = {theirs.get(key)!r}, this one has "
                     f"{mine.get(key)!r}; give another --out, or --overwrite."
                 )
-        return SeedSeries(
-            out=self.out,
-            config=kept.config,
-            first_seed=self.first_seed,
-            seeds=self.seeds,
-            rows=kept.rows,
-        )
+        return replace(self, config=kept.config, rows=kept.rows)
 
     def forget(self) -> None:
         """Nothing of an older series in this folder is resumed; its runs are replaced in turn."""
@@ -136,16 +130,13 @@ class SeedSeries:
     def wanted(self) -> range:
         return range(self.first_seed, self.first_seed + self.seeds)
 
-    def folder(self, seed: int) -> Path:
-        return self.out / f"seed-{seed}"
-
     def go_on(self, console: Console) -> int:
         """Run what is left, print the table, leave ``seeds.json``."""
         threads = resolved(Config(self.config))["engine.threads"]
         self.config["engine.threads"] = threads
         self._write()
         for number, seed in enumerate(self.wanted, start=1):
-            if seed in self.rows and RunFolder.is_run(self.folder(seed)):
+            if seed in self.rows and RunFolder.is_run(self.out / f"seed-{seed}"):
                 console.print(f"Seed {seed} ({number} of {self.seeds}): done before.")
                 continue
             console.print(f"Seed {seed} ({number} of {self.seeds})", style="bold")
@@ -157,7 +148,7 @@ class SeedSeries:
         return 0
 
     def _run(self, seed: int, console: Console) -> None:
-        folder = self.folder(seed)
+        folder = self.out / f"seed-{seed}"
         config = Config({**self.config, "seed": seed})
         begun = RunFolder.is_run(folder) and (folder / "checkpoint" / "current.json").is_file()
         run_in_terminal(config, folder, console=console, overwrite=True, go_on=begun)
