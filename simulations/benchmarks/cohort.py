@@ -37,7 +37,7 @@ from flexlora.errors import UserError
 from flexlora.report.console import make_console
 from flexlora.simulations.benchmarks.cohort_flat import flat_rows
 from flexlora.simulations.benchmarks.cohort_peers.work import Work
-from flexlora.simulations.benchmarks.cohort_rows import Row, print_rows, write_rows
+from flexlora.simulations.benchmarks.cohort_rows import CohortRow, print_rows, write_rows
 from flexlora.simulations.benchmarks.cohort_runs import (
     FLOWER,
     LOOP,
@@ -57,7 +57,7 @@ STEADY_TARGETS = {FLOWER: 1.5, LOOP: 1.2}  # by the first word of a program's na
 WHOLE_TARGETS = {FLOWER: 2.0}
 
 
-def main(arguments: Sequence[str] | None = None) -> list[Row]:
+def main(arguments: Sequence[str] | None = None) -> list[CohortRow]:
     options = _parser().parse_args(arguments)
     size = _plain(Size, options)
     if options.flat:
@@ -107,7 +107,7 @@ def _workers(cores: int) -> list[int]:
     return [1, cores] if pool is not None and cores > 1 else [1]
 
 
-def _compared(size: Size, options: argparse.Namespace) -> list[Row]:
+def _compared(size: Size, options: argparse.Namespace) -> list[CohortRow]:
     if not 0 <= options.warmup < size.rounds:
         raise UserError(
             f"--warmup is {options.warmup}, expected 0 to {size.rounds - 1}; raise --rounds."
@@ -151,7 +151,7 @@ def _rows(
     rates: dict[str, float],
     work: Work,
     unit: str,
-) -> list[Row]:
+) -> list[CohortRow]:
     """Ours over every peer, steady and whole; the best turn of each."""
     whole = {name: min(run.whole_seconds for run in done) for name, done in runs.items()}
     ours = [program.name for program in chosen if program.ours]
@@ -160,28 +160,29 @@ def _rows(
         kind = peer.partition("-")[0]
         control = runs[ours[0]][0]
         error = max(disagreement(run, control, work) for run in runs[peer])
-        shared = {"error": error, "allowed_error": ALLOWED_ERROR}
         for own in ours:
             rows.append(
-                Row(
+                CohortRow(
                     name=f"steady, {own} over {peer}",
                     ratio=rates[own] / rates[peer],
                     target=STEADY_TARGETS[kind],
                     ours=rates[own],
                     other=rates[peer],
                     unit=unit,
-                    **shared,
+                    error=error,
+                    allowed_error=ALLOWED_ERROR,
                 )
             )
             rows.append(
-                Row(
+                CohortRow(
                     name=f"whole, {own} over {peer}",
                     ratio=whole[peer] / whole[own],
                     target=WHOLE_TARGETS.get(kind, 0.0),
                     ours=whole[own],
                     other=whole[peer],
                     unit="s",
-                    **shared,
+                    error=error,
+                    allowed_error=ALLOWED_ERROR,
                 )
             )
     return rows

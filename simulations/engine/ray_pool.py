@@ -72,7 +72,7 @@ class RayPool:
         self.queue: deque[Cohort] = deque()
         self.in_work: set[Cohort] = set()
         self.untaken: weakref.WeakSet[Cohort] = weakref.WeakSet()  # done, nobody has the results
-        self.sent: deque[dict[str, Any]] = deque(maxlen=AHEAD * self.workers)
+        self.sent: deque[dict[Key, Any]] = deque(maxlen=AHEAD * self.workers)
         self.processes: dict[Any, list] = {}  # by actor: process id and what it does
         self.resources: dict[str, Any] = {}  # that every worker asks Ray for
         self.loaded: Any = None  # base and clients of all workers
@@ -279,7 +279,8 @@ class RayPool:
         how = ""
         for _ in range(TRIES):
             _check_connected()
-            actor = ray.remote(CohortActor).options(**self.resources).remote(dict(self.config))
+            kind: Any = ray.remote(CohortActor)  # Ray's types know no method of an actor
+            actor = kind.options(**self.resources).remote(dict(self.config))
             with self.changed:
                 if self.ended is not None:
                     raise self.ended

@@ -7,6 +7,7 @@ keeps its files in a temporary folder that goes with it.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import secrets
@@ -126,7 +127,7 @@ def start(workers: int) -> Session:
                 object_store_memory=int(min(MOST_STORE, max(LEAST_STORE, STORE_SHARE * available))),
                 include_dashboard=False,
                 log_to_driver=False,
-                logging_level="ERROR",
+                logging_level=logging.ERROR,
                 _node_ip_address="127.0.0.1",
                 _temp_dir=str(folder),
             )
@@ -176,7 +177,7 @@ def join(address: str) -> Session:
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=KNOCK_SECONDS).close()
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:  # ConnectionError, a token that is missing, another Ray or Python
         raise UserError(
             f"{asked}, where no Ray cluster lets this process in ({one_line(error).rstrip('.')}); "

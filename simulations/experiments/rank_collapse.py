@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.table import Table
 
@@ -31,7 +32,7 @@ VARIANTS = tuple(
     for name, title in TITLES.items()
 )
 
-Row = Mapping
+Scores = Mapping[str, Any]
 
 
 def rank_collapse(request: Request) -> int:
@@ -44,7 +45,7 @@ def rank_collapse(request: Request) -> int:
     return print_verdict(run_checks(runs), request.console, scale=request.scale)
 
 
-def course_table(rows: Sequence[Row]) -> Table:
+def course_table(rows: Sequence[Scores]) -> Table:
     """By round, means over the seeds: tail's share of the energy, what is kept of it, eval loss."""
     table = Table(
         title="Clients train: the tail above rank 2 by round",
@@ -68,7 +69,7 @@ def course_table(rows: Sequence[Row]) -> Table:
     return table
 
 
-def mean_of(rows: Sequence[Row], key: str, server_round: int | None = None) -> float:
+def mean_of(rows: Sequence[Scores], key: str, server_round: int | None = None) -> float:
     """The mean of a figure over rows and rounds (one round, or all of them); NaN without any."""
     values = [
         own[key]
@@ -79,7 +80,7 @@ def mean_of(rows: Sequence[Row], key: str, server_round: int | None = None) -> f
     return statistics.fmean(values) if values else float("nan")
 
 
-def run_checks(rows: Sequence[Row]) -> list[Check]:
+def run_checks(rows: Sequence[Scores]) -> list[Check]:
     """What training runs show: the published form loses the tail, the other two hold it.
 
     Training relearns a part of the tail in its own directions and adds to it elsewhere, so these
@@ -109,6 +110,6 @@ def run_checks(rows: Sequence[Row]) -> list[Check]:
     return checks
 
 
-def _last(rows: Sequence[Row], key: str) -> float:
+def _last(rows: Sequence[Scores], key: str) -> float:
     ends = [row["rounds"][-1]["round"] for row in rows if row["rounds"]]
     return mean_of(rows, key, max(ends)) if ends else float("nan")

@@ -22,7 +22,7 @@ MEASURED = {"eval.split": "test", "eval.max-examples": 0, "eval.every": 0, "eval
 TRIED = {"eval.split": "validation", "eval.every": 0, "eval.generate": "never", "seed": 1000}
 TRIALS_FROM = 0.5  # the scale below which nothing is tried out
 
-Row = Mapping[str, Any]
+Scores = Mapping[str, Any]
 
 
 def run_variants(
@@ -105,7 +105,7 @@ def _config(
     return Config({**usual, **sizes, **request.given, **variant.changes, **trial, **fixed})
 
 
-def with_gap_closed(variants: Sequence[Variant], rows: Sequence[Row]) -> list[dict]:
+def with_gap_closed(variants: Sequence[Variant], rows: Sequence[Scores]) -> list[dict]:
     """Each row with what its seed adds to the part of the gap in loss that its variant closes.
 
         closed = mean(weak - loss) / mean(weak - strong)
@@ -138,7 +138,7 @@ def with_gap_closed(variants: Sequence[Variant], rows: Sequence[Row]) -> list[di
 
 
 def _print_part(
-    request: Request, variants: Sequence[Variant], rows: Sequence[Row], part: str
+    request: Request, variants: Sequence[Variant], rows: Sequence[Scores], part: str
 ) -> None:
     """The table of one part, whose name the titles need not repeat there."""
     short = {variant.title: variant.title.removesuffix(f", {part}") for variant in variants}
@@ -148,7 +148,7 @@ def _print_part(
     request.console.print(summary_table(titles, rows, part))
 
 
-def summary_table(titles: Sequence[str], rows: Sequence[Row], part: str = "") -> Table:
+def summary_table(titles: Sequence[str], rows: Sequence[Scores], part: str = "") -> Table:
     """Mean and standard deviation over seeds of every score, one row per variant.
 
     Scores by rank class are left out where the variants differ in their classes and the table is
@@ -165,7 +165,7 @@ def summary_table(titles: Sequence[str], rows: Sequence[Row], part: str = "") ->
     return table
 
 
-def _columns(rows: Sequence[Row]) -> list[str]:
+def _columns(rows: Sequence[Scores]) -> list[str]:
     columns = dict.fromkeys(key for row in rows for key in row if key not in ("variant", "seed"))
     others = [key for key in columns if not key.startswith("rank_")]
     if "gap closed" in columns:

@@ -16,7 +16,7 @@ from flexlora.data.collation import Example, collate
 from flexlora.simulations.benchmarks import cohort, cohort_flat
 from flexlora.simulations.benchmarks.cohort_peers import flower, loop, ours
 from flexlora.simulations.benchmarks.cohort_peers.work import Stamps, Work, as_batch, what_came_back
-from flexlora.simulations.benchmarks.cohort_rows import Row
+from flexlora.simulations.benchmarks.cohort_rows import CohortRow
 from flexlora.simulations.benchmarks.cohort_runs import Run, check, disagreement, programs
 from flexlora.simulations.benchmarks.cohort_work import Size, prepare
 
@@ -217,11 +217,11 @@ def test_a_mistake_is_told(arguments, message):
 
 def test_a_row_is_met_by_its_ratio_and_its_error_together():
     good = {"name": "x", "ratio": 2.0, "target": 1.5, "error": 0.0, "allowed_error": 0.1}
-    assert Row(**good).met
-    assert not Row(**{**good, "ratio": 1.0}).met
-    assert not Row(**{**good, "error": 0.2}).met
-    assert not Row(**good, at_most=True).met
-    assert Row(**{**good, "ratio": 0.1, "target": 0.0}).met
+    assert CohortRow(**good).met
+    assert not CohortRow(**{**good, "ratio": 1.0}).met
+    assert not CohortRow(**{**good, "error": 0.2}).met
+    assert not CohortRow(**good, at_most=True).met
+    assert CohortRow(**{**good, "ratio": 0.1, "target": 0.0}).met
 
 
 def test_the_peak_of_this_process_is_what_the_kernel_says():
