@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -43,7 +43,7 @@ class TerminalObserver:
         )
         self._task: TaskID | None = None
 
-    def __enter__(self) -> TerminalObserver:
+    def __enter__(self) -> Self:
         if self.console.is_terminal:
             self.loading.start()
         return self

@@ -62,10 +62,8 @@ def tune(config: Config, *, out: str | None = None) -> int:
     console = make_console()
     console.print(_table(sizes, best))
     model = resolved_limits(run.replace(engine__cohort_size=0, engine__cohort_tokens=0), worker)
-    console.print(
-        f"The cost model would take passes of up to {model['engine.cohort-tokens']} tokens.",
-        soft_wrap=True,
-    )
+    text = f"The cost model would take passes of up to {model['engine.cohort-tokens']} tokens."
+    console.print(text, soft_wrap=True)
     pass_tokens = run["train.per-device-train-batch-size"] * run["train.max-length"]
     chosen = {
         "engine.cohort-size": best.clients,
@@ -172,7 +170,7 @@ def _table(sizes: Sequence[Measured], best: Measured) -> Table:
 
 
 def _check_writable(out: Path) -> None:
-    """Told before minutes of measuring, not after.
+    """Refuse an output file before the minutes of measuring.
 
     Raises:
         UserError: the file is there, or cannot be made.

@@ -8,7 +8,6 @@ with a cause, never an exception, so that nobody's failure is another's.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from flexlora.config.resolve import Config
@@ -62,10 +61,15 @@ class LocalPool:
 
 
 class _Later(Generic[Result]):
-    """The results of ``work()``, which is run when they are first asked for."""
+    """``work()`` at the first call of ``result``; afterwards only what it returned is held."""
 
     def __init__(self, work: Callable[[], Result]) -> None:
-        self.result = cache(work)
+        self._work: Callable[[], Result] | None = work
+
+    def result(self) -> Result:
+        if self._work is not None:
+            self._value, self._work = self._work(), None
+        return self._value
 
 
 def make_pool(config: Config, worker: Worker | None = None) -> Pool:

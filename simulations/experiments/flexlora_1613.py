@@ -11,18 +11,19 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import statistics
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
+from rich.console import Console
 
 from flexlora.config.resolve import Config, resolved
 from flexlora.errors import UserError
 from flexlora.runs.folder import RunFolder
 from flexlora.server.members.roster import Roster
-from flexlora.server.observing.observer import Observer
 from flexlora.simulations.experiments.checks import Check, print_verdict
 from flexlora.simulations.experiments.request import Request, scaled
 from flexlora.simulations.simulate import resume, simulate
@@ -71,8 +72,7 @@ def config_of(request: Request, seed: int) -> Config:
 def _run(request: Request, config: Config, out: Path) -> dict[str, object]:
     """Begin the run, or go on with the same one after its last whole round."""
     notes = request.out / f"memory-{out.name}.jsonl"
-    with TerminalObserver(request.console) as terminal:
-        witness = Witness(terminal, notes)
+    with Witness(request.console, notes) as witness:
         if _unfinished(out, config):
             resume(out, observer=witness)
         else:
@@ -93,31 +93,26 @@ def _unfinished(out: Path, config: Config) -> bool:
     return all(begun[key] == config[key] for key in own)
 
 
-class Witness:
-    """Tells everything on; keeps the roster, and the resident set after each round in ``notes``.
+class Witness(TerminalObserver):
+    """Also holds the roster and notes the resident set after each round.
 
-    Implements ``Observer``. Notes outlive the process, as the run does.
+    ``notes``: a file, since it outlives the process, as the run does.
     """
 
-    def __init__(self, inner: Observer, notes: Path) -> None:
-        self.inner, self.notes = inner, notes
+    def __init__(self, console: Console, notes: Path) -> None:
+        super().__init__(console)
+        self.notes = notes
         self.roster = Roster()
 
     def met(self, roster: Roster) -> None:
         self.roster = roster
-        self.inner.met(roster)
-
-    def round_started(self, server_round: int, num_rounds: int, num_clients: int) -> None:
-        self.inner.round_started(server_round, num_rounds, num_clients)
-
-    def replied(self, client_id: str, cause: str) -> None:
-        self.inner.replied(client_id, cause)
+        super().met(roster)
 
     def round_finished(self, metrics: Mapping[str, object]) -> None:
         note = {"round": metrics["round"], "bytes": psutil.Process().memory_info().rss}
         with self.notes.open("a", encoding="utf-8") as file:
             file.write(json.dumps(note) + "\n")
-        self.inner.round_finished(metrics)
+        super().round_finished(metrics)
 
     def resident_bytes(self) -> list[int]:
         """After each training round, in order."""
@@ -168,7 +163,7 @@ def checks_of(row: Mapping, *, clients: int) -> list[Check]:
         Check(claim=f"{who}: {what}", expected=request, seen=seen, any_scale=True)
         for what, request, seen in counts
     ]
-    fallen = _difference(row["loss of the base"], row["loss"])
+    fallen = (row["loss of the base"] or math.nan) - (row["loss"] or math.nan)
     return [
         *checks,
         Check(
@@ -190,10 +185,6 @@ def checks_of(row: Mapping, *, clients: int) -> list[Check]:
             sense="at most",
         ),
     ]
-
-
-def _difference(first: float | None, last: float | None) -> float:
-    return float("nan") if first is None or last is None else first - last
 
 
 def _growth(resident: list[int]) -> float:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from flexlora.config.resolve import Config
@@ -39,13 +38,13 @@ class Experiment:
 
 
 def table_of(variants: Sequence[Variant]) -> Callable[[Request], int]:
-    """An experiment that is a table and expects nothing."""
-    return partial(_table, variants)
+    """An experiment that prints a table and judges nothing."""
 
+    def run(request: Request) -> int:
+        run_table(request, variants)
+        return 0
 
-def _table(variants: Sequence[Variant], request: Request) -> int:
-    run_table(request, variants)
-    return 0
+    return run
 
 
 TABLE = "a table, no verdict"

@@ -36,10 +36,6 @@ def fixed(rank: int, **changes: object) -> dict[str, object]:
     return {"ranks.policy": "fixed", "ranks.fixed": rank, **changes}
 
 
-def federated(method: str, **changes: object) -> dict[str, object]:
-    return {"method.name": method, **changes}
-
-
 # Four clients in five are weak: which part of the gap between everybody weak and everybody strong
 # does a method close?
 SKEW: Changes = {"ranks.tiers": "2,8,16", "ranks.shares": "0.8,0.1,0.1"}
@@ -67,7 +63,7 @@ def method_variants(rates: tuple[Changes, ...], steps: tuple[Changes, ...]) -> t
         changes: Changes | None = None,
         end: str = "",
     ) -> Variant:
-        own = federated(method, **SKEW, **(changes or {}))
+        own = {"method.name": method, **SKEW, **(changes or {})}
         return Variant(title=title, changes=own, trials=trials, end=end)
 
     return (
@@ -108,25 +104,30 @@ TWICE = {"method.server-learning-rate": 2.0}
 FIRST_LOOK = (
     Variant(title="the base, untrained", kind="base"),
     Variant(title="each client alone", kind="alone"),
-    Variant(title="zero-padded averaging", changes=federated("fedit")),
-    Variant(title="FlexLoRA as published", changes=federated("flexlora")),
+    Variant(title="zero-padded averaging", changes={"method.name": "fedit"}),
+    Variant(title="FlexLoRA as published", changes={"method.name": "flexlora"}),
     Variant(
         title="residual form",
-        changes=federated("residual", **{"method.server-learning-rate": 1.0}),
+        changes={"method.name": "residual", "method.server-learning-rate": 1.0},
     ),
-    Variant(title="residual form, server rate 2", changes=federated("residual", **TWICE)),
-    Variant(title="aligned, server rate 2", changes=federated("aligned", **TWICE)),
+    Variant(title="residual form, server rate 2", changes={"method.name": "residual", **TWICE}),
+    Variant(title="aligned, server rate 2", changes={"method.name": "aligned", **TWICE}),
     Variant(
         title="the same, random start",
-        changes=federated("aligned", **TWICE, **{"method.gradient-batches": 0}),
+        changes={"method.name": "aligned", **TWICE, "method.gradient-batches": 0},
     ),
-    Variant(title="everybody at rank 2", changes=federated("flexlora", **fixed(2))),
-    Variant(title="everybody at rank 16", changes=federated("flexlora", **fixed(16))),
+    Variant(title="everybody at rank 2", changes={"method.name": "flexlora", **fixed(2)}),
+    Variant(title="everybody at rank 16", changes={"method.name": "flexlora", **fixed(16)}),
     Variant(
         title="pooled data, same rows",
-        changes=federated(
-            "flexlora", **fixed(16), **POOLED, **{"train.per-device-train-batch-size": 64}
-        ),
+        changes={
+            "method.name": "flexlora",
+            **fixed(16),
+            **POOLED,
+            "train.per-device-train-batch-size": 64,
+        },
     ),
-    Variant(title="pooled data, same steps", changes=federated("flexlora", **fixed(16), **POOLED)),
+    Variant(
+        title="pooled data, same steps", changes={"method.name": "flexlora", **fixed(16), **POOLED}
+    ),
 )

@@ -7,7 +7,7 @@ from flexlora.errors import UserError
 from flexlora.lora.ranks import RankClass
 from flexlora.planning.model_config import read_shape
 from flexlora.planning.shapes import TrainingPlan
-from flexlora.simulations.world.clock import Clock, OwnTraining, Price
+from flexlora.simulations.world.clock import Clock, Effort, OwnTraining, Price
 from flexlora.simulations.world.clock_models import CLOCK_MODELS, clock_shape
 from flexlora.simulations.world.links import LINKS
 from flexlora.simulations.world.populations import Population
@@ -24,6 +24,10 @@ WORK = {
 }
 
 
+def effort(client_id, server_round, **work):
+    return Effort(client_id=client_id, server_round=server_round, **work)
+
+
 def clock(**keys):
     values = {"population.devices": "rtx-4090:1", **keys}
     config = Config(values)
@@ -33,7 +37,7 @@ def clock(**keys):
 
 
 def price(made, rank=8, **changes):
-    return made.price("a", 1, **{"rank_class": RankClass.of(rank), **WORK, **changes})
+    return made.price(effort("a", 1, **{"rank_class": RankClass.of(rank), **WORK, **changes}))
 
 
 def test_a_price_is_its_parts():
@@ -87,8 +91,8 @@ def test_a_client_that_drops_out_leaves_within_its_job_and_always_then():
     again = clock(**{"population.dropout": 0.5, "population.links": "wifi:1"})
     fates = []
     for server_round in range(1, 200):
-        paid = made.price("a", server_round, rank_class=RankClass.of(8), **WORK)
-        assert paid == again.price("a", server_round, rank_class=RankClass.of(8), **WORK)
+        paid = made.price(effort("a", server_round, rank_class=RankClass.of(8), **WORK))
+        assert paid == again.price(effort("a", server_round, rank_class=RankClass.of(8), **WORK))
         assert paid.leaves_after is None or 0 <= paid.leaves_after < paid.seconds
         fates.append(paid.leaves_after is None)
     assert 0.35 < sum(fates) / len(fates) < 0.65
@@ -222,4 +226,4 @@ def test_a_clock_that_cannot_count_is_refused(keys, message):
 
 def test_an_unknown_client_has_no_price():
     with pytest.raises(UserError, match="client 'b' is not in the population"):
-        clock().price("b", 1, rank_class=RankClass.of(8), **WORK)
+        clock().price(effort("b", 1, rank_class=RankClass.of(8), **WORK))

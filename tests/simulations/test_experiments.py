@@ -69,7 +69,7 @@ def test_every_arm_is_scored_on_the_same_rows_and_kept(small_experiment, tmp_pat
     assert base["all clients"] == pytest.approx(first["eval_exact_match"])
     scores = {"variant", "seed", "rank_2", "rank_4", "all clients"}
     assert set(alone) == scores and set(residual) == {*scores, "loss", "MB down", "MB up"}
-    *_, last, _, said = capsys.readouterr().out.splitlines()
+    *_, last, said = capsys.readouterr().out.splitlines()
     assert last.startswith("residual") and str(tmp_path / "results.json") in said
 
 

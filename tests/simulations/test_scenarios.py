@@ -9,7 +9,7 @@ from flexlora.lora.ranks import quotas
 from flexlora.planning.model_config import read_shape
 from flexlora.planning.rank_policies import PAPER_SHARES, paper_types
 from flexlora.server.settings import ServerSettings
-from flexlora.simulations.world.clock import Clock
+from flexlora.simulations.world.clock import Clock, Effort
 from flexlora.simulations.world.populations import Population
 from paths import ROOT
 
@@ -103,7 +103,16 @@ def test_the_edge_has_phones_and_workstations_that_come_and_go():
     table = ServerSettings.from_config(config).rank_policy.assign(ids(config))
     work = {"quantization": "none", "tokens": 4000, "steps": 10}
     prices = {
-        i: clock.price(i, 1, rank_class=table[i], bytes_down=10**5, bytes_up=10**5, **work)
+        i: clock.price(
+            Effort(
+                client_id=i,
+                server_round=1,
+                rank_class=table[i],
+                bytes_down=10**5,
+                bytes_up=10**5,
+                **work,
+            )
+        )
         for i in ids(config)
     }
     # A phone takes minutes for what a workstation does in seconds, and nobody takes a day.
