@@ -80,11 +80,6 @@ class Price:
         """From the first byte down to the last byte up, if the client stays."""
         return self.download_seconds + self.train_seconds + self.upload_seconds
 
-    @property
-    def joules(self) -> float:
-        """What the whole of it takes; see ``joules_until`` for a client that leaves."""
-        return self.joules_until(self.seconds)
-
     def downloaded_until(self, seconds: float) -> float:
         """The share of the bytes down that had come by then."""
         if seconds >= self.download_seconds:

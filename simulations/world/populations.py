@@ -1,15 +1,10 @@
-"""Who the simulated clients are: their devices and links, how many rows they hold, who drops out.
+"""Simulated clients: their devices and links, drop-outs and stragglers.
 
 ``population.devices`` deals devices of ``planning/devices.py`` to the clients, with shares that are
 met exactly, and ``population.links`` links of ``links.py``, independently. A client is the same in
 every round and in every run of the same clients and seed. Without devices there is no simulated
 hardware and no clock; ``population.availability``, ``population.dropout``, the stragglers and
-``population.examples`` mean the same with and without.
-
-    population.examples = ""                      all rows that a client has
-                          "100"                   at most so many train rows
-                          "lognormal:60:1.0"      at most N, with log N ~ N(log 60, 1.0): a few
-                                                  clients hold much and most hold little
+``population.examples`` (``flexlora/data/caps.py``) mean the same with and without.
 """
 
 from __future__ import annotations
@@ -20,7 +15,6 @@ from typing import TypeVar
 
 from flexlora.config.options import OPTIONS
 from flexlora.config.resolve import Config
-from flexlora.data.caps import num_rows, parse_examples
 from flexlora.errors import UserError, nearest
 from flexlora.lora.ranks import quotas
 from flexlora.planning.devices import DEVICES, Device, find_device, near_devices
@@ -28,7 +22,7 @@ from flexlora.seeds import numpy_generator
 from flexlora.simulations.world.availability import Availability, availability_of
 from flexlora.simulations.world.links import Link, find_link, link_of
 
-__all__ = ["Population", "SimulatedClient", "parse_examples", "parse_named_shares"]
+__all__ = ["Population", "SimulatedClient", "parse_named_shares"]
 
 Kind = TypeVar("Kind")
 
@@ -66,7 +60,6 @@ class Population:
     dropout: float = 0.0
     straggler_share: float = 0.0
     straggler_slowdown: float = 1.0
-    examples: tuple[float, float] | None = None  # median and sigma of the most rows
 
     @staticmethod
     def from_config(config: Config, client_ids: Sequence[str]) -> Population:
@@ -92,7 +85,6 @@ class Population:
             dropout=config["population.dropout"],
             straggler_share=config["population.straggler-share"],
             straggler_slowdown=config["population.straggler-slowdown"],
-            examples=parse_examples(config["population.examples"]),
         )
 
     @property
@@ -109,10 +101,6 @@ class Population:
             hint = nearest(client_id, self.clients)
             raise UserError(f"client '{client_id}' is not in the population.{hint}")
         return self.clients[client_id]
-
-    def num_rows(self, client_id: str, available: int) -> int:
-        """How many of its ``available`` train rows a client holds: at least 1 if there is one."""
-        return num_rows(self.examples, client_id, available, seed=self.seed)
 
     def slowdown(self, client_id: str, server_round: int) -> float:
         """How many times slower this training is than the device allows: 1 for most."""

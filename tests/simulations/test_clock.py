@@ -48,14 +48,19 @@ def test_a_price_is_its_parts():
     assert paid.upload_seconds == pytest.approx(line.upload_seconds(10**5))
     assert paid.seconds == paid.download_seconds + paid.train_seconds + paid.upload_seconds
     transfers = paid.download_seconds + paid.upload_seconds
-    assert paid.joules == pytest.approx(450 * paid.train_seconds + 2.5 * transfers)
+    assert paid.joules_until(paid.seconds) == pytest.approx(
+        450 * paid.train_seconds + 2.5 * transfers
+    )
     assert paid.leaves_after is None
 
 
 def test_without_links_transfers_take_no_time_and_no_power():
     paid = price(clock())
     assert paid.download_seconds == paid.upload_seconds == 0.0
-    assert paid.joules == pytest.approx(450 * paid.train_seconds) and paid.train_seconds > 0
+    assert (
+        paid.joules_until(paid.seconds) == pytest.approx(450 * paid.train_seconds)
+        and paid.train_seconds > 0
+    )
 
 
 def test_energy_until_a_client_leaves():
@@ -63,7 +68,7 @@ def test_energy_until_a_client_leaves():
         download_seconds=2.0, train_seconds=10.0, upload_seconds=4.0, train_watts=5, radio_watts=1
     )
     spent = [paid.joules_until(t) for t in (-1, 0, 1, 2, 7, 12, 14, 16, 99)]
-    assert spent == [0, 0, 1, 2, 27, 52, 54, 56, 56] and paid.joules == 56
+    assert spent == [0, 0, 1, 2, 27, 52, 54, 56, 56] and paid.joules_until(paid.seconds) == 56
 
 
 def test_bytes_come_after_the_latency_and_then_evenly():
@@ -83,7 +88,7 @@ def test_stragglers_train_longer_and_transfer_as_before():
     usual, straggling = price(clock(**links)), price(clock(**slow))
     assert straggling.train_seconds == pytest.approx(4 * usual.train_seconds)
     assert straggling.download_seconds == usual.download_seconds
-    assert straggling.joules > usual.joules
+    assert straggling.joules_until(straggling.seconds) > usual.joules_until(usual.seconds)
 
 
 def test_a_client_that_drops_out_leaves_within_its_job_and_always_then():
