@@ -1,4 +1,4 @@
-"""What a person sees while a run goes: a rank table, a progress bar, a row per round.
+"""The terminal output of a run: a rank table, a progress bar, a row per round.
 
 Quiet where the output is not a terminal: no bar, and the tables as plain text.
 """
@@ -196,7 +196,7 @@ def counted(kinds: Iterable[str]) -> str:
 
 
 def _out_there(metrics: Mapping[str, object]) -> str:
-    """What the round would have taken in the simulated world, where there is one."""
+    """Seconds and joules of the round in the simulated world, where there is one."""
     found = [(key, metrics.get(key)) for key in ("simulated_seconds", "joules")]
     spelled = [spelling(key)(value) for key, value in found if isinstance(value, int | float)]
     return f"  out there {', '.join(spelled)}" if spelled else ""

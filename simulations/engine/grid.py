@@ -4,8 +4,8 @@ The messages are the ones that deployment sends, encoded and decoded as there. T
 round are packed into cohorts (``cohorts.py``) and handed to a pool (``pool.py``): this process, or
 several through Ray. With a world (``world.py``) replies arrive when their clients would send them.
 
-A client that stays to the end of its training stores its personal factors, whoever shares its pass
-and whether or not the server takes its answer.
+A client that stays to the end of its training stores its personal factors, whichever cohort it was
+in and whether or not the server takes its answer.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Who trains the cohorts of a simulation: this process, or several through Ray.
+"""Where the cohorts of a simulation are trained: in this process, or in several through Ray.
 
 A cohort is a list of jobs that go through one pass together. ``train`` and ``evaluate`` take one
 and answer at once with a ``Pending``; ``result()`` waits for it. A client that failed is a result
-with a cause, never an exception, so that nobody's failure is another's.
+with a cause, never an exception, so that one client's failure is not another's.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ class Pending(Protocol[Result_co]):
 
 
 class Pool(Protocol):
-    """What takes cohorts; the results do not depend on who trains them, nor on how many do."""
+    """Trains cohorts; the results depend neither on the process nor on the number of processes."""
 
     def train(self, jobs: Sequence[TrainJob]) -> Pending[list[TrainResult]]: ...
 
     def evaluate(self, jobs: Sequence[EvalJob]) -> Pending[list[EvalResult]]: ...
 
     def close(self) -> None:
-        """End whatever the pool has started; results not yet taken are lost."""
+        """End whatever the pool has started; cohorts that are not done are lost."""
 
 
 class LocalPool:
     """One worker in this process.
 
     A cohort is trained when its result is first asked for, so that only one cohort's factors are
-    held at a time, and a cohort that nobody asks for costs nothing.
+    held at a time, and a cohort whose result is not requested costs nothing.
     """
 
     def __init__(self, worker: Worker) -> None:

@@ -1,4 +1,4 @@
-"""One process of a Ray pool: holds a worker and answers whole cohorts.
+"""One process of a Ray pool: holds a worker and trains or evaluates whole cohorts.
 
 Adapters cross between processes as ``Parcel``: raw bytes that Ray leaves in shared memory, a tenth
 of the time of torch's own way. A job names its adapters by ``Key``, so that what many jobs start

@@ -1,7 +1,7 @@
 """Cohorts spread over processes or GPUs through Ray (Moritz et al., OSDI 2018, arXiv 1712.05889).
 
 Every worker is an actor that holds base and data of the configuration. The number of threads is the
-same in each, so the results are those of one process, byte for byte, whoever trained them. One
+same in each, so the results are those of one process, byte for byte, whichever trained them. One
 thread here serves each worker: it takes the next cohort, waits for the answer, and starts a
 successor when the worker dies.
 

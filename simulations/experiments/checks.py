@@ -25,8 +25,8 @@ SENSES = ("is", "at least", "at most", "more than")
 class Check:
     """One expected figure beside the one that was seen; where either is missing it never holds.
 
-    ``any_scale``: true of a small run too; other figures are those of scale 1 and are told below
-    it without a judgement.
+    ``any_scale``: true of a small run too; other figures are those of scale 1 and are printed
+    below it without a judgement.
     """
 
     claim: str

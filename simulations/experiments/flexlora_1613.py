@@ -2,9 +2,8 @@
 
 ``scenarios/flexlora-1613.toml``: 1,613 clients of one Natural Instructions task each, ranks dealt
 as in the paper's heavy-tail-light (arXiv 2402.11505, section 4); at least 80 of them a round, also
-where the base is too short for the rows of some. What is asked is that it completes, that nobody
-is lost on the way, that it learns, and that memory does not grow with the rounds. A broken run
-goes on from its checkpoint.
+where the base is too short for the rows of some. The run must complete, lose no
+client, learn, and not grow in memory with the rounds. A broken run is resumed from its checkpoint.
 """
 
 from __future__ import annotations
@@ -128,7 +127,7 @@ def figures_of(run: RunFolder, witness: Witness) -> dict[str, object]:
     rows = run.metrics()
     trained = [row for row in rows if row["round"] > 0]
     with (run.path / "clients.csv").open(encoding="utf-8", newline="") as file:
-        told = [row for row in csv.DictReader(file) if row["status"] == LEFT_OUT and row["cause"]]
+        named = [row for row in csv.DictReader(file) if row["status"] == LEFT_OUT and row["cause"]]
     causes = Counter(cause.split(":")[0] for cause in roster.left_out.values())
     losses = [row["eval_loss"] for row in rows if row.get("eval_loss") is not None]
     return {
@@ -136,7 +135,7 @@ def figures_of(run: RunFolder, witness: Witness) -> dict[str, object]:
         "rounds request": config["num-server-rounds"],
         "clients": len(roster.members),
         "left out": len(roster.left_out),
-        "left out in clients.csv": len(told),
+        "left out in clients.csv": len(named),
         "without train rows": causes.get("no train rows", 0),
         "clients a round request": max(config["min-train-clients"], share),
         "clients a round": [row["clients_ok"] for row in trained],
@@ -151,12 +150,12 @@ def checks_of(row: Mapping, *, clients: int) -> list[Check]:
     """The verdict on one seed; counts must be exact at any scale."""
     who = f"seed {row['seed']}"
     known = row["clients"] + row["left out"]
-    told, without = row["left out in clients.csv"], row["without train rows"]
+    named, without = row["left out in clients.csv"], row["without train rows"]
     fewest = min(row["clients a round"], default=0)
     counts = (
         ("rounds completed", row["rounds request"], row["rounds"]),
         ("clients known", clients, known),
-        ("clients left out with their cause in clients.csv", row["left out"], told),
+        ("clients left out with their cause in clients.csv", row["left out"], named),
         ("updates counted in the round with fewest", row["clients a round request"], fewest),
     )
     checks = [

@@ -109,8 +109,8 @@ def _order_check(part: str, better: str, worse: str, seen: float) -> Check:
     measured = part == BEFORE
     first, second = better or weak, worse or weak
     if before <= TOLERANCE:
-        told = f" (ahead by {before:.2f} in methods.json)" if measured else ""
-        claim = f"{part}: {first} is not behind {second} by more than {TOLERANCE} of the gap{told}"
+        note = f" (ahead by {before:.2f} in methods.json)" if measured else ""
+        claim = f"{part}: {first} is not behind {second} by more than {TOLERANCE} of the gap{note}"
         return Check(claim=claim, expected=-TOLERANCE, seen=seen, sense="at least")
     claim = f"{part}: {first} is ahead of {second}, in parts of the gap, by"
     if not measured:

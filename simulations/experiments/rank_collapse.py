@@ -63,9 +63,9 @@ def course_table(rows: Sequence[Scores]) -> Table:
         if title == PUBLISHED:
             cells = (f"{mean_of(own, 'law', r):.2f}" for r in rounds)
             table.add_row("kept by the law, untrained", *cells)
-        for key, told in kinds:
+        for key, label in kinds:
             cells = (f"{mean_of(own, key, r):.3g}" for r in rounds)
-            table.add_row(f"{title}: {told}", *cells)
+            table.add_row(f"{title}: {label}", *cells)
     return table
 
 

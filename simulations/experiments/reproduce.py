@@ -81,7 +81,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     ),
     "flexlora-1613": Experiment(
         about="1,613 clients, 80 a round, the paper's ranks; needs --set data.path=DIR",
-        expected="nobody lost, loss falls by 1.5, memory grows by 10 % at most",
+        expected="no client lost, loss falls by 1.5, memory grows by 10 % at most",
         minutes=30,
         run=flexlora_1613,
     ),
@@ -125,9 +125,9 @@ def list_experiments() -> int:
     console = make_console()
     console.print("name            minutes  what it measures; what is expected", style="bold")
     for name, experiment in EXPERIMENTS.items():
-        told = f"{name:<14}  {experiment.minutes:>7}  {experiment.about}"
-        console.print(told, soft_wrap=True)
+        text = f"{name:<14}  {experiment.minutes:>7}  {experiment.about}"
+        console.print(text, soft_wrap=True)
         console.print(f"{'':<25}expected: {experiment.expected}", style="dim", soft_wrap=True)
-    told = f"Minutes are those of two cores at --scale 1 with {SEEDS} seeds."
-    console.print(f"\n{told} `flexlora reproduce NAME --scale 0.2` is a smaller one.")
+    text = f"Minutes are those of two cores at --scale 1 with {SEEDS} seeds."
+    console.print(f"\n{text} `flexlora reproduce NAME --scale 0.2` is a smaller one.")
     return 0

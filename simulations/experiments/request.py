@@ -79,7 +79,7 @@ class Request:
     ) -> dict[str, object]:
         """Rounds and clients at this scale; what was given with ``--set`` is not scaled.
 
-        ``clients`` is how many the data makes at scale 1; 0 where nobody knows, and then all stay.
+        ``clients`` is how many the data makes at scale 1; 0 where unknown: all stay.
         """
         sizes: dict[str, object] = {ROUNDS: scaled(rounds, self.scale, least=FEWEST_ROUNDS)}
         if clients and self.scale != 1.0:

@@ -183,7 +183,7 @@ class SeedSeries:
 
 
 def scores_of(run: RunRecords) -> dict[str, float]:
-    """What a run came to: scores of the base, scores of the last round, sums over its rounds."""
+    """A run's scores: those of the base, scores of the last round, sums over its rounds."""
     keys = [*SCORES, *(f"{key}/{own}" for key in SCORES for own in run.rank_classes)]
     keys += [f"{key}/personal" for key in SCORES]
     found = {f"base/{key}": run.base(key) for key in SCORES} | {key: run.last(key) for key in keys}

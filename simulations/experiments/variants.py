@@ -19,7 +19,7 @@ class Variant:
     its own, is run on the seeds of the table; below half the scale the middle one is run untried.
 
     Args:
-        part: the table that the variant stands in, where an experiment has several.
+        part: the table that has the variant, where an experiment has several.
         end: ``weak`` and ``strong`` are the ends of the gap that the others close a share of.
     """
 

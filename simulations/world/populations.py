@@ -95,7 +95,7 @@ class Population:
     def client(self, client_id: str) -> SimulatedClient:
         """
         Raises:
-            UserError: nobody of that name.
+            UserError: no client of that id.
         """
         if client_id not in self.clients:
             hint = nearest(client_id, self.clients)
@@ -178,7 +178,7 @@ def _dealt(
     ordered: Sequence[str],
     find: Callable[[str, str], tuple[str, Kind]],
 ) -> dict[str, Kind]:
-    """Who gets which kind, with exact quotas; nobody any where the key is empty."""
+    """The kind of each client, with exact quotas; empty where the key is empty."""
     named = parse_named_shares(key, config[key], find)
     if not named:
         return {}
@@ -189,7 +189,7 @@ def _dealt(
 
 
 def _refuse_ignored(config: Config) -> None:
-    """Keys that nothing reads without another: told, since they would do nothing."""
+    """Refuse keys that have no effect without another key."""
     needs = {
         "population.links": ("population.devices", "links count in the clock of simulated devices"),
         "population.clock-model": ("population.devices", "a clock runs for simulated devices"),

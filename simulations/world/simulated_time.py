@@ -1,4 +1,4 @@
-"""Simulated time: when replies arrive, who can be reached, what a training took out there.
+"""Simulated time: when replies arrive, who can be reached, what a training costs its client.
 
 The world is the clock of the simulation's grid. Its seconds pass only while the server waits, from
 one event to the next, so that a round of hours takes as long as its arithmetic. The server's
@@ -8,8 +8,8 @@ A client that leaves in the middle, by chance or because its time online is over
 server learns of it ``LOST_AFTER`` seconds later, as from Flower, which gives up a silent node
 after 50 to 60 s. Without simulated devices a training takes ``NOMINAL_SECONDS``.
 
-A client does one thing at a time: what it is sent while it is busy begins when its work has ended,
-whether or not anybody still waits for that.
+A client does one thing at a time: a message that reaches it while it is busy is worked on when its
+earlier work has ended, whether or not the server still waits for that.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class _Trip:
 
 
 def world_of(config: Config, population: Population) -> World | None:
-    """The world that the ``population.*`` keys describe; None where nobody's time matters."""
+    """The world that the ``population.*`` keys describe; None where no key makes time matter."""
     chance = population.dropout or population.straggler_share
     if not (population.has_hardware or chance or config["population.availability"] != "always"):
         return None
@@ -144,5 +144,5 @@ class World:
         return f"the client left after {trip.left_after:.0f} s"
 
     def forget(self, message_id: str) -> None:
-        """Nobody will ask for this answer; its client is busy with it all the same."""
+        """Drop the answer to a message; its client stays busy with it all the same."""
         self._trips.pop(message_id, None)

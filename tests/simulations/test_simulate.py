@@ -43,7 +43,6 @@ from flexlora.training import models
 from flexlora.training.models import load_base
 from flexlora.wire.encoding import decode_adapter
 
-# DESIGN.md section 4, of the rounds that train.
 ROUND_KEYS = {
     "round",
     "train_loss",
