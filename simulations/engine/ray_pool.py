@@ -152,6 +152,7 @@ class RayPool:
                 if not cohort.wanted:
                     self.untaken.add(cohort)
                 cohort.answer.set_result(cohort.results)
+                cohort.jobs = []
             self.changed.notify_all()
 
     def _end(self, error: Exception) -> None:
