@@ -60,7 +60,7 @@ def request(**values):
     return Request(**values)
 
 
-def test_every_arm_is_scored_on_the_same_rows_and_kept(small_experiment, tmp_path, capsys):
+def test_every_variant_is_scored_on_the_same_rows_and_kept(small_experiment, tmp_path, capsys):
     assert reproduce(small_experiment, seeds=1, out=tmp_path, sets=SMALL) == 0
     kept = json.loads((tmp_path / "results.json").read_text())
     assert [row["variant"] for row in kept["rows"]] == ["the base", "alone", "residual"]
@@ -73,7 +73,7 @@ def test_every_arm_is_scored_on_the_same_rows_and_kept(small_experiment, tmp_pat
     assert last.startswith("residual") and str(tmp_path / "results.json") in said
 
 
-def test_arms_that_are_done_are_not_run_again(small_experiment, tmp_path, monkeypatch):
+def test_variants_that_are_done_are_not_run_again(small_experiment, tmp_path, monkeypatch):
     reproduce(small_experiment, seeds=1, out=tmp_path, sets=SMALL)
     before = (tmp_path / "results.json").read_bytes()
 

@@ -175,7 +175,7 @@ def test_without_a_gap_or_without_rows_nothing_is_claimed():
     assert not any(check.holds for check in order_checks([], PAPER))
 
 
-def test_the_command_runs_every_arm_once_and_its_verdict_is_that_of_the_numbers(
+def test_the_command_runs_every_variant_once_and_its_verdict_is_that_of_the_numbers(
     monkeypatch, tmp_path, capsys
 ):
     """Runs stand in that return a loss per method; the wrong order is told, with status 1."""

@@ -162,7 +162,7 @@ def test_without_runs_nothing_holds():
     assert not any(check.holds for check in run_checks([]))
 
 
-def test_a_key_that_the_arms_decide_is_refused_before_anything_is_kept(tmp_path, capsys):
+def test_a_key_that_the_variants_decide_is_refused_before_anything_is_kept(tmp_path, capsys):
     arguments = ["reproduce", "rank-collapse", "--out", str(tmp_path), "--set", "eval.every=2"]
     assert main(arguments) == 2 and list(tmp_path.iterdir()) == []
     assert "eval.every is set by the experiment 'rank-collapse'" in capsys.readouterr().err
