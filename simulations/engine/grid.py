@@ -128,7 +128,7 @@ class InProcessGrid(Grid):
             ids.append(message_id)
             kind, client_id = (
                 message.metadata.message_type,
-                self._clients[message.metadata.dst_node_id],
+                self._client(message),
             )
             if kind == MessageType.TRAIN:
                 job = decode_train(message, client_id, memo)
@@ -225,15 +225,16 @@ class InProcessGrid(Grid):
     ) -> Iterable[Message]:
         return self.pull_messages(self.push_messages(messages))
 
+    def _client(self, message: Message) -> str:
+        return self._clients[message.metadata.dst_node_id]
+
     def _answer(self, held: _Held, message_id: str) -> Message:
         message, job = held.message, held.job
         lost = self.clock.take(message_id) if self.clock is not None else ""
         if lost:
             return Message(Error(code=LOST_NODE, reason=lost), reply_to=message)
         if held.cohort is None:
-            return encode_capability(
-                self._capability(self._clients[message.metadata.dst_node_id]), reply_to=message
-            )
+            return encode_capability(self._capability(self._client(message)), reply_to=message)
         result = held.result
         if isinstance(result, EvalResult):
             return encode_evaluate(result, reply_to=message)
