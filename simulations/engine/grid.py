@@ -126,10 +126,7 @@ class InProcessGrid(Grid):
             message_id = f"message-{self._pushed}"
             message.metadata.__dict__["_message_id"] = message_id
             ids.append(message_id)
-            kind, client_id = (
-                message.metadata.message_type,
-                self._client(message),
-            )
+            kind, client_id = message.metadata.message_type, self._client(message)
             if kind == MessageType.TRAIN:
                 job = decode_train(message, client_id, memo)
                 self._round = max(self._round, job.server_round)
