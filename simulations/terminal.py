@@ -1,4 +1,4 @@
-"""What a person sees while a run goes: a rank table, a progress bar, a row per round.
+"""The terminal output of a run: a rank table, a progress bar, a row per round.
 
 Quiet where the output is not a terminal: no bar, and the tables as plain text.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -20,16 +20,7 @@ from flexlora.units import human_bytes
 if TYPE_CHECKING:
     from flexlora.server.members.roster import Roster
 
-__all__ = ["TerminalObserver", "make_console"]
-
-
-def make_console() -> Console:
-    """Standard output; 120 columns where it is not a terminal, so that tables are not cut at 80."""
-    # No markup: client ids and paths are text, whatever brackets they hold.
-    console = Console(highlight=False, markup=False)
-    if console.is_terminal:
-        return console
-    return Console(highlight=False, markup=False, width=120)
+__all__ = ["TerminalObserver"]
 
 
 class TerminalObserver:
@@ -52,7 +43,7 @@ class TerminalObserver:
         )
         self._task: TaskID | None = None
 
-    def __enter__(self) -> TerminalObserver:
+    def __enter__(self) -> Self:
         if self.console.is_terminal:
             self.loading.start()
         return self
@@ -197,7 +188,7 @@ def _spelled_ranks(rank_class: RankClass, roster: Roster) -> str:
 
 
 def _out_there(metrics: Mapping[str, object]) -> str:
-    """What the round would have taken in the simulated world, where there is one."""
+    """Seconds and joules of the round in the simulated world, where there is one."""
     found = [(key, metrics.get(key)) for key in ("simulated_seconds", "joules")]
     spelled = [metric_format(key)(value) for key, value in found if isinstance(value, int | float)]
     return f"  out there {', '.join(spelled)}" if spelled else ""

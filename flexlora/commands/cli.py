@@ -210,12 +210,12 @@ def _simulate(options: argparse.Namespace) -> int:
     if not options.resume:
         RunFolder.check_free(out, overwrite=options.overwrite)  # before anything heavy is loaded
 
-    from flexlora.simulations.terminal import make_console
-    from flexlora.simulations.watched_run import watched_run
+    from flexlora.report.console import make_console
+    from flexlora.simulations.simulate import run_in_terminal
 
     console, go_on = make_console(), bool(options.resume)
     try:
-        watched_run(config, out, console=console, overwrite=options.overwrite, go_on=go_on)
+        run_in_terminal(config, out, console=console, overwrite=options.overwrite, go_on=go_on)
     except KeyboardInterrupt:
         done = [row["round"] for row in RunFolder(out).metrics()]
         if not done:
@@ -232,8 +232,8 @@ def _simulate(options: argparse.Namespace) -> int:
 
 
 def _simulate_seeds(config: Config, out: Path, options: argparse.Namespace) -> int:
-    from flexlora.simulations.experiments.seeds import is_series, resume_series, run_series
-    from flexlora.simulations.terminal import make_console
+    from flexlora.report.console import make_console
+    from flexlora.simulations.experiments.seed_series import is_series, resume_series, run_series
 
     console = make_console()
     try:
@@ -258,15 +258,15 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _watch(options: argparse.Namespace) -> int:
+    from flexlora.report.console import make_console
     from flexlora.report.watch import watch
-    from flexlora.simulations.terminal import make_console
 
     return watch(options.target, once=options.once, console=make_console())
 
 
 def _compare(options: argparse.Namespace) -> int:
     from flexlora.report import compare
-    from flexlora.simulations.terminal import make_console
+    from flexlora.report.console import make_console
 
     return compare(options.targets, out=options.out, console=make_console())
 

@@ -25,7 +25,7 @@ from flexlora.simulations.world.clock_models import clock_shape
 from flexlora.wire.encoding import DTYPES
 from flexlora.wire.jobs import Capability, EvalResult, Score, TrainResult
 
-__all__ = ["ECHO", "FEDAVG", "Answers", "Case", "content_bytes"]
+__all__ = ["ECHO", "FEDAVG", "Answers", "ServerCase", "content_bytes"]
 
 FEDAVG, ECHO = "fedavg", "echo"
 EXAMPLES = 10
@@ -33,7 +33,7 @@ SPREAD = 0.02  # of the random numbers
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
+class ServerCase:
     """A server and those who answer it.
 
     Args:
@@ -95,9 +95,9 @@ class Case:
         return json.dumps(asdict(self))
 
     @staticmethod
-    def from_json(text: str) -> Case:
+    def from_json(text: str) -> ServerCase:
         values: dict[str, Any] = json.loads(text)
-        return Case(**values)
+        return ServerCase(**values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +113,7 @@ class Asked:
 class Answers:
     """The answers of all clients; client ``k`` is named by its place."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: ServerCase) -> None:
         self.case = case
         self._asked: dict[tuple[int, str], Asked] = {}
 

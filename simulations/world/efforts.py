@@ -1,4 +1,4 @@
-"""What a train message asks of its client, told before anybody trains: passes, tokens, bytes.
+"""The work of a train message, computed before the training: passes, tokens, bytes.
 
     passes    one for every part of a step; one more for every part of a batch whose gradient turns
               ``lora_A``, at the start and after each restart; those of own factors
@@ -14,8 +14,7 @@ from collections.abc import Iterable, Sequence
 
 from flexlora.clients.worker import Worker
 from flexlora.data.collation import Example
-from flexlora.simulations.world.clock import OwnTraining
-from flexlora.simulations.world.simulated_time import Effort
+from flexlora.simulations.world.clock import Effort, OwnTraining
 from flexlora.training.personal import PersonalPlan
 from flexlora.training.schedule import TrainSettings, num_steps, planned_rows
 from flexlora.wire.encoding import encoded_bytes

@@ -16,7 +16,6 @@ from flexlora.clients.trainer.sockets import check_folder, check_free, reach
 from flexlora.clients.trainer.turns import Busy, Turns
 from flexlora.config.resolve import KEYS, Config, all_keys
 from flexlora.errors import UserError
-from spelled import of_names
 from trainers import query_message, resident, run_config, write_rows
 
 
@@ -129,7 +128,7 @@ def test_the_limit_is_told_to_servers_and_enforced_where_torch_can(tmp_path, mon
     assert reply["capability"]["free-bytes"] == again["capability"]["free-bytes"] == 123_456_789
     config = Node.of(model="embedded", data="/rows").config
     assert "nothing enforces it" in allowance.enforce(
-        config.with_values(of_names(engine__device="cpu")), 2**30
+        config.with_values({"engine.device": "cpu"}), 2**30
     )
     shares = []
     card = type("Card", (), {"total_memory": 16 * 2**30})

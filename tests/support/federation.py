@@ -56,7 +56,7 @@ def small(**changes):
 def nobody_joins(config, out, **more):
     """The run of a federation whose nodes do not come; ``simulate`` would refuse it beforehand."""
     grid = InProcessGrid(Worker(config), limits=CohortLimits(clients=4), wire_dtype="float32")
-    waiting = config.with_values(of_names(server__min_nodes=9, server__wait_seconds=0.0))
+    waiting = config.with_values({"server.min-nodes": 9, "server.wait-seconds": 0.0})
     return federate(grid, waiting, out, **more)
 
 

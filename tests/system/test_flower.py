@@ -35,7 +35,6 @@ from flexlora.server.app import app as server_app
 from flexlora.simulations.engine.cohorts import CohortLimits
 from flexlora.simulations.engine.grid import InProcessGrid
 from flexlora.simulations.simulate import simulate
-from spelled import of_names
 
 BIN = Path(sys.executable).parent
 QUIET = {
@@ -260,9 +259,7 @@ def test_flwr_run_agrees_with_the_engine_and_leaves_no_process(superlink, tmp_pa
         stderr=subprocess.STDOUT,
         text=True,
     )
-    simulate(
-        scenario.with_values(of_names(engine__cohort_size=1)), tmp_path / "engine"
-    )  # meanwhile
+    simulate(scenario.with_values({"engine.cohort-size": 1}), tmp_path / "engine")  # meanwhile
     try:
         out, _ = running.communicate(timeout=150)
     finally:

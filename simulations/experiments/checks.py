@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-__all__ = ["Check", "tell"]
+__all__ = ["Check", "print_verdict"]
 
 SENSES = ("is", "at least", "at most", "more than")
 
@@ -25,8 +25,8 @@ SENSES = ("is", "at least", "at most", "more than")
 class Check:
     """One expected figure beside the one that was seen; where either is missing it never holds.
 
-    ``any_scale``: true of a small run too; other figures are those of scale 1 and are told below
-    it without a judgement.
+    ``any_scale``: true of a small run too; other figures are those of scale 1 and are printed
+    below it without a judgement.
     """
 
     claim: str
@@ -77,7 +77,7 @@ class Check:
         return f"holds within the tolerance of {allowed}" if self.short else "holds"
 
 
-def tell(checks: Sequence[Check], console: Console, *, scale: float) -> int:
+def print_verdict(checks: Sequence[Check], console: Console, *, scale: float) -> int:
     """Print every sentence and their sum; 1 where a judged figure does not hold, else 0."""
     console.print("\nVerdict", style="italic")
     for check in checks:

@@ -1,4 +1,4 @@
-"""What becomes of the tail of ``G`` while clients train, round by round, in a real run.
+"""Energy in the tail of ``G`` while clients train, round by round, in a real run.
 
 The tail of a module is what ``G`` holds above the rank of the weakest class. After every round the
 state is read from the run's own checkpoint:
@@ -6,7 +6,7 @@ state is read from the run's own checkpoint:
     share     |tail(G_t)|^2 / |G_t|^2, all modules together
     kept      <tail(G_{t-1}), G_t> / |tail(G_{t-1})|^2: what the round left of the last one's tail
     law       sum_j c_j S_j^2 / sum_j S_j^2 over that tail, c_j the share of the round's rows that
-              clients of rank >= j sent: what the published form would keep if nobody had trained
+              clients of rank >= j sent: what the published form would keep without training
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["TailObserver", "kept_by_law", "kept_of_tail", "tail_share"]
 
 
 class TailObserver:
-    """Listens to a run and measures its checkpoints; says nothing."""
+    """An observer that measures the checkpoint of every round."""
 
     def __init__(self, run: Path) -> None:
         self.run = run
@@ -43,7 +43,7 @@ class TailObserver:
         pass
 
     def round_finished(self, metrics: Mapping[str, object]) -> None:
-        """The round's checkpoint is on disk before anybody is told."""
+        """Measure the round's checkpoint, which is on disk before observers are called."""
         state, classes = load_checkpoint(self.run / "checkpoint")
         weak = weakest(classes, state.change)
         if self._last is not None and state.round > 1:

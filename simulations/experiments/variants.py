@@ -1,25 +1,25 @@
-"""Arms: the rows of an experiment's table, each the default configuration but for a few keys."""
+"""Variants: the rows of an experiment's table, as changes of the default configuration."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["FIRST_LOOK", "METHODS", "METHODS_GENTLY", "RATES", "SKEW", "STEPS", "Arm", "fixed"]
+__all__ = ["FIRST_LOOK", "METHODS", "METHODS_GENTLY", "RATES", "SKEW", "STEPS", "Variant", "fixed"]
 
 Changes = Mapping[str, object]
 WEAK, STRONG = "weak", "strong"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arm:
+class Variant:
     """One row of the table: a title, and what differs from the default configuration.
 
     Of its ``trials`` the one with the lowest validation loss after half of the rounds, on a seed of
     its own, is run on the seeds of the table; below half the scale the middle one is run untried.
 
     Args:
-        part: the table that the arm stands in, where an experiment has several.
+        part: the table that has the variant, where an experiment has several.
         end: ``weak`` and ``strong`` are the ends of the gap that the others close a share of.
     """
 
@@ -34,10 +34,6 @@ class Arm:
 def fixed(rank: int, **changes: object) -> dict[str, object]:
     """Everybody at one rank."""
     return {"ranks.policy": "fixed", "ranks.fixed": rank, **changes}
-
-
-def federated(method: str, **changes: object) -> dict[str, object]:
-    return {"method.name": method, **changes}
 
 
 # Four clients in five are weak: which part of the gap between everybody weak and everybody strong
@@ -57,7 +53,7 @@ GENTLE_STEPS = tuple({"train.learning-rate": rate} for rate in (5e-4, 1e-3, 2e-3
 POOLED: Changes = {"data.partition": "iid", "clients.count": 1, "fraction-train": 1.0}
 
 
-def method_arms(rates: tuple[Changes, ...], steps: tuple[Changes, ...]) -> tuple[Arm, ...]:
+def method_variants(rates: tuple[Changes, ...], steps: tuple[Changes, ...]) -> tuple[Variant, ...]:
     """Every method, with as many trials for each."""
 
     def skewed(
@@ -66,12 +62,12 @@ def method_arms(rates: tuple[Changes, ...], steps: tuple[Changes, ...]) -> tuple
         trials: tuple[Changes, ...],
         changes: Changes | None = None,
         end: str = "",
-    ) -> Arm:
-        own = federated(method, **SKEW, **(changes or {}))
-        return Arm(title=title, changes=own, trials=trials, end=end)
+    ) -> Variant:
+        own = {"method.name": method, **SKEW, **(changes or {})}
+        return Variant(title=title, changes=own, trials=trials, end=end)
 
     return (
-        Arm(title="the base, untrained", kind="base"),
+        Variant(title="the base, untrained", kind="base"),
         skewed("everybody at rank 2", "residual", rates, fixed(2), WEAK),
         skewed("everybody at rank 16", "residual", rates, fixed(16), STRONG),
         skewed("zero-padded averaging (fedit)", "fedit", steps),
@@ -100,32 +96,37 @@ def method_arms(rates: tuple[Changes, ...], steps: tuple[Changes, ...]) -> tuple
     )
 
 
-METHODS = method_arms(RATES, STEPS)
-METHODS_GENTLY = method_arms(GENTLE_RATES, GENTLE_STEPS)
+METHODS = method_variants(RATES, STEPS)
+METHODS_GENTLY = method_variants(GENTLE_RATES, GENTLE_STEPS)
 
 TWICE = {"method.server-learning-rate": 2.0}
 FIRST_LOOK = (
-    Arm(title="the base, untrained", kind="base"),
-    Arm(title="each client alone", kind="alone"),
-    Arm(title="zero-padded averaging", changes=federated("fedit")),
-    Arm(title="FlexLoRA as published", changes=federated("flexlora")),
-    Arm(
+    Variant(title="the base, untrained", kind="base"),
+    Variant(title="each client alone", kind="alone"),
+    Variant(title="zero-padded averaging", changes={"method.name": "fedit"}),
+    Variant(title="FlexLoRA as published", changes={"method.name": "flexlora"}),
+    Variant(
         title="residual form",
-        changes=federated("residual", **{"method.server-learning-rate": 1.0}),
+        changes={"method.name": "residual", "method.server-learning-rate": 1.0},
     ),
-    Arm(title="residual form, server rate 2", changes=federated("residual", **TWICE)),
-    Arm(title="aligned, server rate 2", changes=federated("aligned", **TWICE)),
-    Arm(
+    Variant(title="residual form, server rate 2", changes={"method.name": "residual", **TWICE}),
+    Variant(title="aligned, server rate 2", changes={"method.name": "aligned", **TWICE}),
+    Variant(
         title="the same, random start",
-        changes=federated("aligned", **TWICE, **{"method.gradient-batches": 0}),
+        changes={"method.name": "aligned", **TWICE, "method.gradient-batches": 0},
     ),
-    Arm(title="everybody at rank 2", changes=federated("flexlora", **fixed(2))),
-    Arm(title="everybody at rank 16", changes=federated("flexlora", **fixed(16))),
-    Arm(
+    Variant(title="everybody at rank 2", changes={"method.name": "flexlora", **fixed(2)}),
+    Variant(title="everybody at rank 16", changes={"method.name": "flexlora", **fixed(16)}),
+    Variant(
         title="pooled data, same rows",
-        changes=federated(
-            "flexlora", **fixed(16), **POOLED, **{"train.per-device-train-batch-size": 64}
-        ),
+        changes={
+            "method.name": "flexlora",
+            **fixed(16),
+            **POOLED,
+            "train.per-device-train-batch-size": 64,
+        },
     ),
-    Arm(title="pooled data, same steps", changes=federated("flexlora", **fixed(16), **POOLED)),
+    Variant(
+        title="pooled data, same steps", changes={"method.name": "flexlora", **fixed(16), **POOLED}
+    ),
 )

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from flexlora.simulations.experiments.verdicts import Check, tell
-from flexlora.simulations.terminal import make_console
+from flexlora.report.console import make_console
+from flexlora.simulations.experiments.checks import Check, print_verdict
 
 
 @pytest.mark.parametrize(
@@ -69,17 +69,17 @@ def test_a_small_run_judges_only_what_is_true_at_any_size(capsys):
     right = Check(claim="always", expected=1.0, seen=1.0, any_scale=True)
     broken = Check(claim="always", expected=1.0, seen=0.0, any_scale=True)
     console = make_console()
-    assert tell([wrong, right], console, scale=1.0) == 1
+    assert print_verdict([wrong, right], console, scale=1.0) == 1
     assert "1 of 2 expected figures hold." in capsys.readouterr().out
-    assert tell([wrong, right], console, scale=0.5) == 0
+    assert print_verdict([wrong, right], console, scale=0.5) == 0
     out = capsys.readouterr().out
     assert "large: expected 1, seen 0 (not judged at scale 0.5)." in out
     assert (
         "1 of 1 expected figures hold; 1 expected figures are those of scale 1 and were not judged."
         in out
     )
-    assert tell([broken, right], console, scale=0.5) == 1
-    assert tell([right], console, scale=1.0) == 0
-    assert tell([wrong], console, scale=0.5) == 0
+    assert print_verdict([broken, right], console, scale=0.5) == 1
+    assert print_verdict([right], console, scale=1.0) == 0
+    assert print_verdict([wrong], console, scale=0.5) == 0
     told = capsys.readouterr().out.splitlines()[-1]
     assert told == "1 expected figures are those of scale 1 and were not judged."

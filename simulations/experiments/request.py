@@ -1,4 +1,4 @@
-"""What a person asked of ``flexlora reproduce``: which seeds, how large, where, with which keys."""
+"""The request of one ``flexlora reproduce``: seeds, scale, output folder, configuration keys."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from rich.console import Console
 from flexlora.config.resolve import Config
 from flexlora.data.clients import EMBEDDED_CLIENTS
 from flexlora.errors import UserError
-from flexlora.simulations.experiments.results import KeptResults
+from flexlora.simulations.experiments.results import ResultsFile
 
-__all__ = ["SEEDS", "Asked", "scaled"]
+__all__ = ["SEEDS", "Request", "scaled"]
 
 SEEDS = 3
 SMALLEST, LARGEST = 0.01, 10.0
@@ -29,7 +29,7 @@ def scaled(count: int, scale: float, *, least: int = 1) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class Request:
     """One call of ``flexlora reproduce``; ``scale`` 1 is what is documented.
 
     Raises:
@@ -57,13 +57,13 @@ class Asked:
 
     @property
     def seeds(self) -> list[int]:
-        """The seeds of the table: as many as were asked for, else three times the scale."""
+        """The seeds of the table: as many as were request for, else three times the scale."""
         count = self.num_seeds or scaled(SEEDS, self.scale)
         return list(range(self.first_seed, self.first_seed + count))
 
-    def kept(self) -> KeptResults:
-        """The numbers that an earlier call with the same words left in ``out``."""
-        return KeptResults.read(
+    def results(self) -> ResultsFile:
+        """The numbers that an earlier call with the same request left in ``out``."""
+        return ResultsFile.read(
             self.out / "results.json", self.name, dict(self.given), scale=self.scale
         )
 
@@ -79,7 +79,7 @@ class Asked:
     ) -> dict[str, object]:
         """Rounds and clients at this scale; what was given with ``--set`` is not scaled.
 
-        ``clients`` is how many the data makes at scale 1; 0 where nobody knows, and then all stay.
+        ``clients`` is how many the data makes at scale 1; 0 where unknown: all stay.
         """
         sizes: dict[str, object] = {ROUNDS: scaled(rounds, self.scale, least=FEWEST_ROUNDS)}
         if clients and self.scale != 1.0:

@@ -1,6 +1,6 @@
 """How much LoRA rank each family of the built-in tasks needs: one family, six ranks, one table.
 
-    python -m flexlora.simulations.experiments.rank_table --json rank_table.json
+    python -m flexlora.simulations.benchmarks.rank_table --json rank_table.json
 
 Every family is learned by itself from the embedded base, at ranks 1 to 32 side by side as six slots
 of one cohort: the same rows, batches and scaling, so that ranks differ in capacity alone. A cell is
@@ -25,7 +25,7 @@ from flexlora.data.tasks import FAMILIES, choose_families, generate_rows
 from flexlora.evaluation.evaluate import exact_match, generate_answers
 from flexlora.lora.adapters import Adapter
 from flexlora.lora.ranks import RankClass
-from flexlora.simulations.terminal import make_console
+from flexlora.report.console import make_console
 from flexlora.training.local import TrainSettings, train
 from flexlora.training.models import BaseModel, load_base
 from flexlora.training.slots import SlotModel, slot_model

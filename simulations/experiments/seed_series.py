@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -23,7 +23,7 @@ from flexlora.report.formats import SCORES, TOTALS, format_metric
 from flexlora.report.records import SERIES_FILE, RunRecords, read_run
 from flexlora.report.text_table import text_table
 from flexlora.runs.folder import RunFolder
-from flexlora.simulations.watched_run import watched_run
+from flexlora.simulations.simulate import run_in_terminal
 from flexlora.wire.files import write_atomically
 
 __all__ = ["SeedSeries", "is_series", "resume_series", "run_series", "scores_of", "summary_of"]
@@ -119,13 +119,7 @@ class SeedSeries:
                     f"'{self.out}' holds a series with {key} = {theirs.get(key)!r}, this one has "
                     f"{mine.get(key)!r}; give another --out, or --overwrite."
                 )
-        return SeedSeries(
-            out=self.out,
-            config=kept.config,
-            first_seed=self.first_seed,
-            seeds=self.seeds,
-            rows=kept.rows,
-        )
+        return replace(self, config=kept.config, rows=kept.rows)
 
     def forget(self) -> None:
         """Nothing of an older series in this folder is resumed; its runs are replaced in turn."""
@@ -136,16 +130,13 @@ class SeedSeries:
     def wanted(self) -> range:
         return range(self.first_seed, self.first_seed + self.seeds)
 
-    def folder(self, seed: int) -> Path:
-        return self.out / f"seed-{seed}"
-
     def go_on(self, console: Console) -> int:
         """Run what is left, print the table, leave ``seeds.json``."""
         threads = resolved(Config.of(self.config)).engine.threads
         self.config["engine.threads"] = threads
         self._write()
         for number, seed in enumerate(self.wanted, start=1):
-            if seed in self.rows and RunFolder.is_run(self.folder(seed)):
+            if seed in self.rows and RunFolder.is_run(self.out / f"seed-{seed}"):
                 console.print(f"Seed {seed} ({number} of {self.seeds}): done before.")
                 continue
             console.print(f"Seed {seed} ({number} of {self.seeds})", style="bold")
@@ -157,10 +148,10 @@ class SeedSeries:
         return 0
 
     def _run(self, seed: int, console: Console) -> None:
-        folder = self.folder(seed)
+        folder = self.out / f"seed-{seed}"
         config = Config.of({**self.config, "seed": seed})
         begun = RunFolder.is_run(folder) and (folder / "checkpoint" / "current.json").is_file()
-        watched_run(config, folder, console=console, overwrite=True, go_on=begun)
+        run_in_terminal(config, folder, console=console, overwrite=True, go_on=begun)
         self.rows[seed] = scores_of(read_run(folder))
         self._write()
 
@@ -194,7 +185,7 @@ class SeedSeries:
 
 
 def scores_of(run: RunRecords) -> dict[str, float]:
-    """What a run came to: scores of the base, scores of the last round, sums over its rounds."""
+    """A run's scores: those of the base, scores of the last round, sums over its rounds."""
     keys = [*SCORES, *(f"{key}/{own}" for key in SCORES for own in run.rank_classes)]
     keys += [f"{key}/personal" for key in SCORES]
     found = {f"base/{key}": run.base(key) for key in SCORES} | {key: run.last(key) for key in keys}

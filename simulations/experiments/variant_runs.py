@@ -1,4 +1,4 @@
-"""How an arm is run: a federation, the base as it is, or each client by itself."""
+"""How a variant is run: a federation, the base as it is, or each client by itself."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from flexlora.aggregation.engine.method import State
 from flexlora.aggregation.engine.state import GlobalChange
 from flexlora.clients.worker import Worker, worker_for
 from flexlora.config.resolve import Config
-from flexlora.errors import UserError
 from flexlora.lora.adapters import Adapter
 from flexlora.lora.ranks import RankClass
 from flexlora.runs.folder import RunFolder
 from flexlora.server.settings import check_config, factoring_of, rank_policy_of
 from flexlora.server.strategy import FlexLoRAStrategy
-from flexlora.simulations.experiments.tails import TailObserver
+from flexlora.simulations.experiments.tail_energy import TailObserver
+from flexlora.simulations.scoring import held_out_scores
 from flexlora.simulations.simulate import simulate
 from flexlora.training.slots import SlotModel
-from flexlora.wire.jobs import EvalJob, Score, TrainJob
+from flexlora.wire.jobs import TrainJob
 
 __all__ = ["RUNNERS", "Runner"]
 
@@ -42,35 +42,22 @@ def _federated(config: Config, out: Path) -> dict[str, float]:
 
 
 def _base(config: Config, out: Path) -> dict[str, float]:
-    worker = worker_for(config)
-    jobs = [
-        EvalJob(client_id=client_id, server_round=0, adapters={}, generate=True)
-        for client_id in worker.client_ids
-    ]
-    total = sum((r.scores["base"] for r in worker.evaluate(jobs) if r.scores), Score())
-    if not total.generated:
-        raise UserError("the data has no test rows to score on; give it a test split.")
-    return {"all clients": total.exact_match / total.generated}
+    score = held_out_scores(worker_for(config), {})["base"]
+    return {"all clients": score.exact_match / score.generated}
 
 
 def _alone(config: Config, out: Path) -> dict[str, float]:
     """Every client trains by itself for as many steps as all rounds together have, at its own rank.
 
-    Scored on the test rows of all clients, as the other arms are, and averaged over clients.
+    Scored on the test rows of all clients, as the other variants are, and averaged over clients.
     """
     check_config(config)
     worker = worker_for(config)
     classes = rank_policy_of(config).assign(worker.client_ids)
-    trained = _train_alone(worker, config, classes)
     by_class: dict[str, list[float]] = {}
-    for client_id, adapter in trained.items():
-        job = {"own": adapter}
-        jobs = [
-            EvalJob(client_id=other, server_round=1, adapters=job, generate=True)
-            for other in worker.client_ids
-        ]
-        total = sum((r.scores["own"] for r in worker.evaluate(jobs) if r.scores), Score())
-        value = total.exact_match / total.generated
+    for client_id, adapter in _train_alone(worker, config, classes).items():
+        score = held_out_scores(worker, {"own": adapter})["own"]
+        value = score.exact_match / score.generated
         by_class.setdefault(classes[client_id].name, []).append(value)
     scores = {name: statistics.fmean(values) for name, values in by_class.items()}
     return {**scores, "all clients": statistics.fmean(v for vs in by_class.values() for v in vs)}
