@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flexlora.aggregation import MethodOptions, check_options
+from flexlora.aggregation import method_options
 from flexlora.aggregation.engine.method import Factoring
+from flexlora.aggregation.engine.options import MethodOptions
 from flexlora.config.resolve import Config
 from flexlora.errors import UserError
 from flexlora.planning.memory_ranks import run_plan
@@ -14,7 +15,7 @@ from flexlora.planning.rank_tables import read_rank_table
 from flexlora.server.transport.resending import Resending
 from flexlora.wire.feedback import check_wire
 
-__all__ = ["ServerSettings", "method_options"]
+__all__ = ["ServerSettings"]
 
 OWN_CARRIED_RANK = ("aligned", "carried")  # methods in which a rank class may name its own
 
@@ -57,8 +58,7 @@ class ServerSettings:
                 f"resume is '{config['resume']}', which is for `flwr run`; with `flexlora "
                 "simulate` use --resume DIR."
             )
-        options = method_options(config)
-        check_options(config["method.name"], vars(options), vars(method_options(Config())))
+        options = _method_options(config)
         check_wire(
             config["wire.dtype"],
             config["method.name"],
@@ -142,8 +142,12 @@ def _refuse_carried(policy: RankPolicy, method: str) -> None:
             )
 
 
-def method_options(config: Config) -> MethodOptions:
-    """The ``method.*`` keys as plain values."""
-    keys = {name: f"method.{name.replace('_', '-')}" for name in MethodOptions.__dataclass_fields__}
-    keys["max_rank"] = "method.server-max-rank"
-    return MethodOptions(**{name: config[key] for name, key in keys.items()})
+def _method_options(config: Config) -> MethodOptions:
+    """The ``method.*`` keys that the method has, and those that were changed."""
+    name, defaults = config["method.name"], Config()
+    given = {
+        key.removeprefix("method."): value
+        for key, value in config.items()
+        if key.startswith("method.") and key != "method.name" and value != defaults[key]
+    }
+    return method_options(name, given)

@@ -79,7 +79,7 @@ class FlexLoRAStrategy(Strategy):
         rank_classes: dict[str, RankClass] | None = None,
     ) -> None:
         self.settings, self.run, self.observer = settings, run, observer
-        self.method = make_method(settings.method, **vars(settings.method_options))
+        self.method = make_method(settings.method, settings.method_options)
         self.state = state
         self.closed = state  # the state of the last round that was written down whole
         self.origin = ""  # Flower's id of the first run in this folder

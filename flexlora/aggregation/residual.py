@@ -14,8 +14,9 @@ from dataclasses import replace
 
 from flexlora.aggregation.engine.method import Factoring, Law, Start, State
 from flexlora.aggregation.engine.open_round import OpenRound
+from flexlora.aggregation.engine.options import FastStepOptions
 from flexlora.aggregation.engine.product_sums import ProductSums
-from flexlora.aggregation.engine.server_step import ServerStep, next_state
+from flexlora.aggregation.engine.server_step import next_state
 from flexlora.aggregation.engine.truncated import StartedFrom, truncated_start
 from flexlora.algebra.decompose import LazySums, MatrixSum
 from flexlora.lora.ranks import RankClass
@@ -31,8 +32,10 @@ class Residual:
         {Law.ORDER, Law.SCALE_OF_WEIGHTS, Law.ZERO_TRAINING, Law.AVERAGE_OF_PRODUCTS},
     )
 
-    def __init__(self, *, step: ServerStep = ServerStep()) -> None:
-        self.step = step
+    Options = FastStepOptions
+
+    def __init__(self, options: FastStepOptions) -> None:
+        self.options = options
 
     def start(self, state: State, rank_class: RankClass, factoring: Factoring) -> Start:
         return truncated_start(state, rank_class, factoring)
@@ -47,7 +50,7 @@ class Residual:
                 total = products.mean(name)
                 return replace(total, terms=total.terms + started.terms(name, -1.0))
 
-            return next_state(state, LazySums(state.change, change), self.step)
+            return next_state(state, LazySums(state.change, change), self.options)
 
         return OpenRound(
             state,

@@ -18,8 +18,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from flexlora.aggregation import GlobalChange, Start, State, make_method
-from flexlora.aggregation.engine.starts import Factoring
+from flexlora.aggregation import make_method
+from flexlora.aggregation.engine.method import State
+from flexlora.aggregation.engine.starts import Factoring, Start
+from flexlora.aggregation.engine.state import GlobalChange
 from flexlora.data.collation import Example
 from flexlora.lora.ranks import RankClass
 from flexlora.seeds import generator

@@ -17,7 +17,9 @@ from typing import Any
 import tomli_w
 import torch
 
-from flexlora.aggregation import GlobalChange, State, make_method
+from flexlora.aggregation import make_method
+from flexlora.aggregation.engine.method import State
+from flexlora.aggregation.engine.state import GlobalChange
 from flexlora.config.resolve import Config
 from flexlora.data.clients import ClientData, client_rows
 from flexlora.data.collation import Example, batch_plan
@@ -169,7 +171,7 @@ def _write_starts(config: Config, base: BaseModel, ranks: Sequence[int], folder:
     settings = ServerSettings.from_config(config)
     shapes = slot_model(base.model, config["lora.target-modules"]).shapes
     state = State(round=0, change=GlobalChange.zero(shapes, torch.float32))
-    method = make_method(settings.method, **vars(settings.method_options))
+    method = make_method(settings.method, settings.method_options)
     for rank in sorted(set(ranks)):
         start = method.start(state, RankClass.of(rank), settings.factoring)
         save_adapter(start.trained, folder / f"rank_{rank}", base=config["model.name"])

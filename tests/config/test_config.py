@@ -5,7 +5,8 @@ import tomllib
 import pytest
 import tomli_w
 
-from flexlora.aggregation import METHODS, MethodOptions
+from flexlora.aggregation import METHODS
+from flexlora.aggregation.engine.options import MethodOptions
 from flexlora.config.resolve import OPTIONS, Config, flatten, read_toml
 from flexlora.errors import UserError
 from flexlora.server.settings import ServerSettings

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from faulty_grid import REPLY, SILENT, Fate, FaultyGrid, Told, lost, people, run, settings
 from federation import StopAt, same_bytes
-from flexlora.aggregation import Update, make_method
-from flexlora.aggregation.engine.method import Factoring
+from flexlora.aggregation import make_method
+from flexlora.aggregation.engine.method import Factoring, Update
 from flexlora.server.observing.observer import LogObserver
 from flexlora.server.transport.exchange import exchange
 from flexlora.server.transport.resending import Letter, Resending

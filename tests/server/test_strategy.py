@@ -20,7 +20,9 @@ from federation import (
     small,
     state_delta,
 )
-from flexlora.aggregation import State, Update, aggregate, check_update, make_method
+from flexlora.aggregation import make_method
+from flexlora.aggregation.aggregate import aggregate
+from flexlora.aggregation.engine.method import State, Update, check_update
 from flexlora.aggregation.engine.state import GlobalChange
 from flexlora.clients.worker import worker_for
 from flexlora.errors import UpdateRefused
@@ -39,7 +41,7 @@ def worker():
 def expected_state(grid, config, server_round=1, *, without=(VICTIM,), state=None):
     """The state that the method makes of the honest replies, ``without`` some clients."""
     settings = ServerSettings.from_config(config)
-    method = make_method(settings.method, **vars(settings.method_options))
+    method = make_method(settings.method, settings.method_options)
     shapes = grid.worker.slots.shapes
     state = state or State(round=0, change=GlobalChange.zero(shapes, torch.float32))
     classes = settings.rank_policy.assign(grid.worker.client_ids)

@@ -11,7 +11,7 @@ import torch
 import families
 import flexlora.planning.memory_ranks
 from builders import random_adapter
-from flexlora.aggregation import LocalPlan, Start
+from flexlora.aggregation.engine.starts import LocalPlan, Start
 from flexlora.config.resolve import Config
 from flexlora.data.collation import Example
 from flexlora.lora.ranks import RankClass

@@ -13,7 +13,7 @@ import torch
 import reference
 from builders import random_adapter, random_examples, tiny_model, train_job
 from cohorts import EPOCHS, cohort, recipe, settings
-from flexlora.aggregation import LocalPlan
+from flexlora.aggregation.engine.starts import LocalPlan
 from flexlora.lora.ranks import RankClass
 from flexlora.training.local import train
 from flexlora.training.slots import SlotModel

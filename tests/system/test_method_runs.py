@@ -23,7 +23,8 @@ from federation import (
     small,
     untimed,
 )
-from flexlora.aggregation import METHODS, LocalPlan
+from flexlora.aggregation import METHODS
+from flexlora.aggregation.engine.starts import LocalPlan
 from flexlora.clients.messages import decode_train as decode_job
 from flexlora.clients.worker import worker_for
 from flexlora.config.paths import EMBEDDED

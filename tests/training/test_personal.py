@@ -9,8 +9,9 @@ import reference
 from builders import random_adapter, random_examples, tiny_model, train_job
 from cohorts import EPOCHS, cohort, recipe
 from federation import small
-from flexlora.aggregation import METHODS, GlobalChange, State, Update, make_method
-from flexlora.aggregation.engine.method import Factoring
+from flexlora.aggregation import METHODS, make_method
+from flexlora.aggregation.engine.method import Factoring, State, Update
+from flexlora.aggregation.engine.state import GlobalChange
 from flexlora.clients.messages import train_reply
 from flexlora.clients.worker import Worker
 from flexlora.lora.adapters import Adapter

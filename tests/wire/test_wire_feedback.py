@@ -7,7 +7,9 @@ import torch
 
 import reference_wire
 from builders import random_adapter, train_job
-from flexlora.aggregation import METHODS, GlobalChange, State
+from flexlora.aggregation import METHODS
+from flexlora.aggregation.engine.method import State
+from flexlora.aggregation.engine.state import GlobalChange
 from flexlora.config.resolve import Config
 from flexlora.errors import UserError
 from flexlora.lora.adapters import Adapter, LoRAFactors
@@ -248,7 +250,7 @@ def test_what_the_server_has_does_not_drift_from_what_its_clients_trained(method
 
 
 def options():
-    from flexlora.aggregation import MethodOptions
+    from flexlora.aggregation.engine.options import MethodOptions
 
     return MethodOptions()
 

@@ -4,27 +4,23 @@ With ``D`` the change that a method asks for and ``G`` the state, all of them ke
 
     sgd        G <- G + eta D
     momentum   V <- beta V + D;  G <- G + eta V                (FedAvgM, arXiv 1909.06335)
-
-Adam's second moment by entry (FedAdam, arXiv 2003.00295) would need the ``[out, in]`` matrix.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from flexlora.aggregation.engine.method import State
+from flexlora.aggregation.engine.options import UNCAPPED, StepOptions
 from flexlora.aggregation.engine.product_sums import svd_term
 from flexlora.aggregation.engine.state import GlobalChange
 from flexlora.algebra.decompose import Decomposition, LazySums, MatrixSum, decompose
 from flexlora.algebra.linalg import FactoredSVD
-from flexlora.errors import UserError, nearest
 
 __all__ = [
-    "UNCAPPED",
-    "ServerStep",
     "dropped_share",
     "next_state",
     "pack_svd",
@@ -32,43 +28,13 @@ __all__ = [
     "unpack_svd",
 ]
 
-UNCAPPED = 1 << 30
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServerStep:
-    """How the server moves, and at how many directions per module it keeps ``G`` (and ``V``).
-
-    Args:
-        error_feedback: what the cap drops is kept apart and added to the next round's sum
-            (ECLoRA, TNNLS 2025); ``V`` is then kept whole.
-
-    Raises:
-        UserError: an unknown optimizer; there is no default branch.
-    """
-
-    learning_rate: float = 1.0
-    optimizer: str = "sgd"
-    momentum: float = 0.9
-    max_rank: int = UNCAPPED
-    error_feedback: bool = False
-
-    def __post_init__(self) -> None:
-        known = ("sgd", "momentum")
-        if self.optimizer not in known:
-            raise UserError(
-                f"the server's optimizer is '{self.optimizer}', expected {', '.join(known)}."
-                f"{nearest(self.optimizer, known)}"
-            )
-
-
 Notes = Mapping[str, Mapping[str, float]]
 
 
 def next_state(
     state: State,
     changes: Mapping[str, MatrixSum],
-    step: ServerStep,
+    step: StepOptions,
     *,
     target: bool = False,
     notes: Notes | None = None,
@@ -79,8 +45,8 @@ def next_state(
     ``notes`` by module join the report.
     """
     extra, notes = dict(state.extra), notes or {}
-    if step.optimizer == "sgd":
-        eta = step.learning_rate
+    if step.server_optimizer == "sgd":
+        eta = step.server_learning_rate
         keep = 1.0 - eta if target else 1.0
 
         def moved(name: str) -> MatrixSum:
@@ -103,25 +69,25 @@ def next_state(
 
 
 def capped(
-    state: State, sums: Mapping[str, MatrixSum], step: ServerStep, notes: Notes | None = None
+    state: State, sums: Mapping[str, MatrixSum], step: StepOptions, notes: Notes | None = None
 ) -> State:
-    """The state one round later whose change is ``sums``, kept at ``step.max_rank`` directions."""
+    """The state one round later: ``sums``, each cut at ``step.server_max_rank`` directions."""
     extra, modules, reports = dict(state.extra), {}, {}
     kept = total = 0.0
     if step.error_feedback:
         asked = sums
         dropped = {name: unpack_svd(extra, "dropped", name) for name in asked}
         sums = LazySums(asked, lambda name: _plus(asked[name], 1.0, dropped[name]))
-    limit = UNCAPPED if step.error_feedback else step.max_rank
+    limit = UNCAPPED if step.error_feedback else step.server_max_rank
     dtype = next(iter(state.change.values())).U.dtype
     for name, result in decompose(sums, max_rank=limit, dtype=dtype).items():
-        svd = result.svd.truncate(step.max_rank)
+        svd = result.svd.truncate(step.server_max_rank)
         total += result.energy
         kept += float(svd.S.double().square().sum())
         modules[name] = contiguous(svd)
         reports[name] = {**(notes or {}).get(name, {}), **_report(result)}
         if step.error_feedback:
-            extra |= pack_svd("dropped", name, tail_of(result.svd, step.max_rank))
+            extra |= pack_svd("dropped", name, tail_of(result.svd, step.server_max_rank))
     return replace(
         state,
         round=state.round + 1,
@@ -133,19 +99,20 @@ def capped(
 
 
 def _moves(
-    state: State, changes: Mapping[str, MatrixSum], step: ServerStep, extra: dict
+    state: State, changes: Mapping[str, MatrixSum], step: StepOptions, extra: dict
 ) -> dict[str, tuple[float, FactoredSVD, float]]:
     """``(weight, V, what V's cap drops)`` per module, with the moments in ``extra`` moved on."""
+    beta = step.server_momentum
     dtype = next(iter(state.change.values())).U.dtype
-    mixed = {
-        name: _plus(change, step.momentum, unpack_svd(state.extra, "velocity", name))
-        for name, change in changes.items()
-    }
+    mixed = {}
+    for name, change in changes.items():
+        last = unpack_svd(state.extra, "velocity", name)
+        mixed[name] = _plus(change, beta, last)
     moves = {}
-    limit = UNCAPPED if step.error_feedback else step.max_rank
+    limit = UNCAPPED if step.error_feedback else step.server_max_rank
     for name, result in decompose(mixed, max_rank=limit, dtype=dtype).items():
         extra |= pack_svd("velocity", name, result.svd)
-        moves[name] = (step.learning_rate, result.svd, dropped_share(result))
+        moves[name] = (step.server_learning_rate, result.svd, dropped_share(result))
     return moves
 
 
