@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from flexlora.aggregation import method_options
-from flexlora.aggregation.engine.method import Factoring
 from flexlora.aggregation.engine.options import MethodOptions
+from flexlora.aggregation.engine.starts import Factoring
 from flexlora.config.resolve import Config
 from flexlora.errors import UserError
 from flexlora.planning.memory_ranks import run_plan

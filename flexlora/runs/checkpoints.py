@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import load, save
 
-from flexlora.aggregation.engine.method import State
+from flexlora.aggregation.engine.state import State
 from flexlora.aggregation.engine.state import GlobalChange
 from flexlora.errors import UserError
 from flexlora.wire.files import write_atomically

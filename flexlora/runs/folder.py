@@ -24,7 +24,7 @@ from typing import Any
 import tomli_w
 from safetensors import SafetensorError
 
-from flexlora.aggregation.engine.method import State
+from flexlora.aggregation.engine.state import State
 from flexlora.runs.checkpoints import load_checkpoint, load_notes, save_checkpoint
 from flexlora.wire.files import write_atomically
 from flexlora.config.resolve import Config

@@ -19,9 +19,8 @@ import torch
 from torch import nn
 
 from flexlora.aggregation import make_method
-from flexlora.aggregation.engine.method import State
 from flexlora.aggregation.engine.starts import Factoring, Start
-from flexlora.aggregation.engine.state import GlobalChange
+from flexlora.aggregation.engine.state import GlobalChange, State
 from flexlora.data.collation import Example
 from flexlora.lora.ranks import RankClass
 from flexlora.seeds import generator

@@ -10,9 +10,10 @@ import reference
 from builders import random_adapter
 from flexlora import Adapter
 from flexlora.aggregation import METHODS, make_method
-from flexlora.aggregation.engine.method import State, Update, check_update
+from flexlora.aggregation.engine.open_round import OpenRound
 from flexlora.aggregation.engine.starts import LocalPlan, Start
-from flexlora.aggregation.engine.state import GlobalChange
+from flexlora.aggregation.engine.state import GlobalChange, State
+from flexlora.aggregation.engine.updates import Update, check_update
 from flexlora.errors import UpdateRefused
 from flexlora.lora.ranks import RankClass
 
@@ -139,7 +140,7 @@ def run_round(name, shapes, expected, updates):
     """The server's loop: check, add, and drop what is refused. Returns the change and refusals."""
     method = make_method(name)
     start = Start(rank_class=RANK_4, base_round=0, trained=expected, digest="d" * 64)
-    opened = method.begin(State(round=0, change=GlobalChange.zero(shapes)), {"rank_4": start})
+    opened = OpenRound(method, State(round=0, change=GlobalChange.zero(shapes)), {"rank_4": start})
     refused = []
     for update in updates:
         try:
@@ -147,7 +148,7 @@ def run_round(name, shapes, expected, updates):
             opened.add(update)
         except UpdateRefused as error:
             refused.append(str(error))
-    return opened.finish().change, refused
+    return opened.close().change, refused
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))

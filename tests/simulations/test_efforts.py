@@ -6,8 +6,8 @@ import torch
 import flexlora.training.local
 from federation import client_rows, small
 from flexlora.aggregation import METHODS, make_method
-from flexlora.aggregation.engine.method import Factoring, LocalPlan, State
-from flexlora.aggregation.engine.state import GlobalChange
+from flexlora.aggregation.engine.starts import Factoring, LocalPlan
+from flexlora.aggregation.engine.state import GlobalChange, State
 from flexlora.clients.worker import Worker
 from flexlora.lora.ranks import RankClass
 from flexlora.simulations.simulate import simulate

@@ -12,8 +12,10 @@ import torch
 
 import reference
 from flexlora.aggregation import make_method
-from flexlora.aggregation.engine.method import Factoring, State, Update, check_update
-from flexlora.aggregation.engine.state import GlobalChange
+from flexlora.aggregation.engine.open_round import OpenRound
+from flexlora.aggregation.engine.starts import Factoring
+from flexlora.aggregation.engine.state import GlobalChange, State
+from flexlora.aggregation.engine.updates import Update, check_update
 from flexlora.algebra.linalg import FactoredSVD
 from flexlora.lora.adapters import Adapter
 from flexlora.lora.ranks import RankClass
@@ -98,15 +100,15 @@ class OneRound:
         check_update(update, start.trained, digest=start.digest, local=local)
         return update
 
-    def open(self, clients=None):
-        return self.method.begin(self.state, self.sent, clients)
+    def open(self, clients=None, **options):
+        return OpenRound(self.method, self.state, self.sent, clients, **options)
 
-    def finish(self, updates, clients=None):
+    def finish(self, updates, clients=None, **options):
         """The state after these updates."""
-        opened = self.open(clients)
+        opened = self.open(clients, **options)
         for update in updates:
             opened.add(update)
-        return opened.finish()
+        return opened.close()
 
 
 def next_state(method, state=None, *, seed=0, count=6, **options):

@@ -8,8 +8,7 @@ import torch
 import reference_wire
 from builders import random_adapter, train_job
 from flexlora.aggregation import METHODS
-from flexlora.aggregation.engine.method import State
-from flexlora.aggregation.engine.state import GlobalChange
+from flexlora.aggregation.engine.state import GlobalChange, State
 from flexlora.config.resolve import Config
 from flexlora.errors import UserError
 from flexlora.lora.adapters import Adapter, LoRAFactors

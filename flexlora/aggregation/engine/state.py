@@ -1,4 +1,4 @@
-"""What the server knows of the model: the global change ``G`` of every module, as an SVD.
+"""What the server carries from round to round: ``G`` of every module as an SVD, and memories.
 
 ``T_r(G)`` is what a client of rank r is sent (FlexLoRA, arXiv 2402.11505, section 3): the first r
 singular directions, split between ``lora_B`` and ``lora_A`` with the scaling divided out, so that
@@ -8,6 +8,7 @@ singular directions, split between ``lora_B`` and ``lora_A`` with the scaling di
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from flexlora.errors import nearest
 from flexlora.lora.adapters import Adapter, LoRAFactors
 from flexlora.seeds import generator
 
-__all__ = ["GlobalChange", "effective_rank"]
+__all__ = ["GlobalChange", "State", "effective_rank"]
 
 
 class GlobalChange(Mapping[str, FactoredSVD]):
@@ -78,11 +79,11 @@ class GlobalChange(Mapping[str, FactoredSVD]):
         missing = total = 0.0
         for name, svd in self.items():
             factors, left = adapter[name], svd.U.double() * svd.S.double()
-            own = inner_product(left, svd.Vh, left, svd.Vh)
+            whole = inner_product(left, svd.Vh, left, svd.Vh)
             B = factors.scaling * factors.lora_B.double()
             cross = inner_product(left, svd.Vh, B, factors.lora_A)
-            missing += own - 2.0 * cross + inner_product(B, factors.lora_A, B, factors.lora_A)
-            total += own
+            missing += whole - 2.0 * cross + inner_product(B, factors.lora_A, B, factors.lora_A)
+            total += whole
         return 1.0 - max(missing, 0.0) / total if total > 0 else 1.0
 
     def effective_rank(self) -> float:
@@ -122,6 +123,31 @@ class GlobalChange(Mapping[str, FactoredSVD]):
         """``G`` whole, every module at its own number of directions (1 where there is none)."""
         ranks = {name: max(1, svd.rank) for name, svd in self.items()}
         return self.adapter(ranks, alpha, rslora=rslora)
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """The server's model after ``round`` rounds (0: before any training).
+
+    ``extra`` holds a method's own tensors (held factors, momentum, what a cap dropped) and is part
+    of a checkpoint. ``modules`` reports on the last round, module by module: the route of its
+    decomposition, seconds, error.
+    """
+
+    round: int
+    change: GlobalChange
+    dropped_energy: float = 0.0
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+    modules: Mapping[str, Mapping[str, float | str]] = field(default_factory=dict)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which ``G`` is stored."""
+        return next(iter(self.change.values())).U.dtype
+
+    def unchanged(self) -> State:
+        """The state after a round that added no update."""
+        return replace(self, round=self.round + 1, dropped_energy=0.0, modules={})
 
 
 def effective_rank(S: Tensor) -> float:
