@@ -49,6 +49,7 @@ class ServerSettings:
     silence_seconds: float = 0.0
     message_ttl_seconds: float = 0.0
     backoff_rounds: int = 0
+    factor_gap: bool = False
 
     @classmethod
     def from_config(cls, config: Config) -> ServerSettings:

@@ -283,7 +283,13 @@ class FlexLoRAStrategy(Strategy):
         """Fold in the replies one by one and close the round's sum; ``state`` is the next one."""
         starts = self._sent | self._late.book.starts
         self._intake = Intake(
-            opened=OpenRound(self.method, self.state, starts, self._asked),
+            opened=OpenRound(
+                self.method,
+                self.state,
+                starts,
+                self._asked,
+                factor_gap=self.settings.factor_gap,
+            ),
             sent=starts,
             class_bytes=self._class_bytes,
             ledger=self._ledger,

@@ -58,7 +58,7 @@ def test_a_run_of_every_method_ends_and_its_adapters_load_in_peft(method, tmp_pa
         (2, 4, 0),
     ]
     for row in trained:
-        assert row["bytes_carried"] >= 0 and row["factor_gap"] >= 0
+        assert row["bytes_carried"] >= 0
         assert set(row["modules"]) == set(strategy.state.change)
         assert all(report["rank"] >= 1 for report in row["modules"].values())
     names = sorted(path.name for path in (tmp_path / "run" / "adapters").iterdir())
