@@ -218,6 +218,21 @@ def test_slora_reports_what_its_cut_drops():
     assert lost > 0 and cut.dropped_energy == pytest.approx(lost / total, rel=1e-9)
 
 
+def test_slora_keeps_what_it_learned_where_the_last_sparse_round_is_empty():
+    """The SVD start came with the close of that round; without one, FedIT began from nothing."""
+    method = make_method("slora", sparse_rounds=2)
+    learned = next_state(method)
+    empty = OneRound(method, learned).finish([])
+    assert empty.round == 2
+    round_ = OneRound(method, empty)
+    for name, factors in round_.sent["rank_7"].trained.items():
+        expected = reference.truncate(learned.change.delta_weight(name), factors.rank)
+        assert reference.relative_error(factors.delta_weight(), expected) < 1e-10
+    strong = [round_.update(k, 5, rank_class="rank_7", trained=False) for k in range(3)]
+    kept = {n: reference.truncate(learned.change.delta_weight(n), 7) for n in THREE_SHAPES}
+    assert distance(round_.finish(strong).change, kept) < 1e-10
+
+
 def test_fed_plora_draws_terms_by_client_and_round_and_everybody_has_the_same_model():
     method = make_method("fed-plora", carried_rank=9)
     state = next_state(method)

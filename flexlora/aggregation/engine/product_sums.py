@@ -1,9 +1,8 @@
-"""Weighted sums of products, ``sum_k w_k s_k B_k A_k`` per module, held as what is smaller.
+"""Weighted sums of products ``sum_k w_k s_k B_k A_k``: as factors or dense, whichever is smaller.
 
-Up to a certain sum of ranks the factors themselves are kept; beyond it they are multiplied into one
-dense matrix per module. What is kept of either lies in memory up to ``HELD_BYTES`` and on disk from
-there on (``spill.py``), and is read back one module at a time: the memory of a round does not grow
-with the number of its clients.
+Up to a certain sum of ranks a module's factors are stored; beyond it they are multiplied into one
+dense matrix. Beyond ``HELD_BYTES`` both are spilled to disk (``spill.py``) and read back one module
+at a time, so the memory of a round does not grow with the number of its clients.
 """
 
 from __future__ import annotations
