@@ -42,7 +42,7 @@ class Shelf:
         self._free: dict[int, list[int]] = {}
 
     def put(self, tensor: Tensor) -> Tensor | Shelved:
-        """A handle for ``read``: the tensor itself if it fits or is not on the CPU, else its place."""
+        """A handle for ``read``: the tensor itself if it fits or is not on the CPU."""
         if tensor.device.type != "cpu" or self._held + tensor.nbytes <= self.held_bytes:
             self._held += tensor.nbytes
             return tensor
