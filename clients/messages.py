@@ -13,7 +13,7 @@ from dataclasses import asdict
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
-from flexlora.aggregation.engine.method import LocalPlan, Start
+from flexlora.aggregation.engine.starts import LocalPlan, Start
 from flexlora.lora.adapters import Adapter
 from flexlora.lora.ranks import RankClass
 from flexlora.wire.encoding import FACTORS, decode_adapter, encode_adapter

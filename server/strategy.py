@@ -22,8 +22,9 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from flexlora.aggregation import make_method
-from flexlora.aggregation.engine.method import Start, State
-from flexlora.aggregation.engine.state import GlobalChange
+from flexlora.aggregation.engine.open_round import OpenRound
+from flexlora.aggregation.engine.starts import Start
+from flexlora.aggregation.engine.state import GlobalChange, State
 from flexlora.config.resolve import Config
 from flexlora.evaluation.evaluate import BASE
 from flexlora.lora.adapters import Adapter
@@ -283,7 +284,13 @@ class FlexLoRAStrategy(Strategy):
         """Fold in the replies one by one and close the round's sum; ``state`` is the next one."""
         starts = self._sent | self._late.book.starts
         self._intake = Intake(
-            opened=self.method.begin(self.state, starts, self._asked),
+            opened=OpenRound(
+                self.method,
+                self.state,
+                starts,
+                self._asked,
+                factor_gap=self.config.eval.factor_gap,
+            ),
             sent=starts,
             class_bytes=self._class_bytes,
             ledger=self._ledger,
@@ -299,7 +306,7 @@ class FlexLoRAStrategy(Strategy):
         cause = self._selected.cause
         if not cause and counted < quorum:
             cause = too_few(counted, quorum, "updates came")
-        self.state = _unchanged(self.state) if cause else self._intake.opened.finish()
+        self.state = self.state.unchanged() if cause else self._intake.opened.close()
         for client_id, rank_class in sorted(self._intake.lowered.items()):
             member = self.roster.members[client_id]
             self.roster.members[client_id] = replace(member, rank_class=rank_class)
@@ -393,8 +400,3 @@ class FlexLoRAStrategy(Strategy):
     def _tell(self, event: str, *args: object) -> None:
         if self.observer is not None:
             getattr(self.observer, event)(*args)
-
-
-def _unchanged(state: State) -> State:
-    """The state after a round that changes nothing."""
-    return replace(state, round=state.round + 1, dropped_energy=0.0, modules={})

@@ -16,8 +16,7 @@ import tomli_w
 import torch
 from rich.table import Table
 
-from flexlora.aggregation.engine.method import State
-from flexlora.aggregation.engine.state import GlobalChange
+from flexlora.aggregation.engine.state import GlobalChange, State
 from flexlora.clients.worker import Worker, worker_for
 from flexlora.config.resolve import Config, resolved
 from flexlora.errors import UserError

@@ -23,45 +23,37 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from flexlora.aggregation import METHODS, method_class
 from flexlora.algebra.linalg import FactoredSVD, product_norm, stack_products, svd_of_product
 from flexlora.errors import UserError
 from flexlora.lora.adapters import Adapter, LoRAFactors, zero_factors
 from flexlora.wire.encoding import FACTORS
 
 __all__ = [
-    "SPACES",
     "check_wire",
     "compensated",
     "feedback_space",
     "lost",
 ]
 
-SPACES = {
-    "aligned": "products",
-    "carried": "products",
-    "fedex-lora": "products",
-    "ffa-lora": "factors",
-    "flora": "products",
-    "florist": "products",
-    "residual": "products",
-    "rolora": "factors",
-}
 KEPT_RANKS = 4  # times that of the factors: what one round rounds away has twice their rank
 WORST_CONDITION = 1e3
 
 
 def feedback_space(method: str, *, error_feedback: bool = False) -> str:
-    """Where a method's updates add up: ``products``, ``factors``, or "" where int8 loses changes.
+    """The ``wire_space`` of the method: ``products``, ``factors``, or "" where int8 loses changes.
 
     With ``error_feedback`` the server's rule for flexlora is that of the residual form.
     """
-    if method == "flexlora" and error_feedback:
-        return "products"
-    return SPACES.get(method, "")
+    chosen = method_class(method)
+    has_option = "error_feedback" in chosen.Options.model_fields
+    options: dict[str, Any] = {"error_feedback": error_feedback} if has_option else {}
+    return chosen(chosen.Options(**options)).wire_space
 
 
 def check_wire(dtype: str, method: str, *, error_feedback: bool = False) -> None:
@@ -76,9 +68,10 @@ def check_wire(dtype: str, method: str, *, error_feedback: bool = False) -> None
     if method == "raflora":
         why = "weighs single terms of an update, which error feedback mixes"
     also = " (or method.error-feedback=true)" if method == "flexlora" else ""
+    others = ", ".join(name for name in METHODS if feedback_space(name))
     raise UserError(
         f"wire.dtype is int8, which method.name={method} cannot use, since it {why}; use "
-        f"wire.dtype=bfloat16{also}, or one of {', '.join(SPACES)}."
+        f"wire.dtype=bfloat16{also}, or one of {others}."
     )
 
 

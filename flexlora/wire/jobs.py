@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from flexlora.aggregation.engine.method import Start
+from flexlora.aggregation.engine.starts import Start
 from flexlora.lora.adapters import Adapter
 
 __all__ = ["PERSONAL", "Capability", "EvalJob", "EvalResult", "Score", "TrainJob", "TrainResult"]

@@ -12,7 +12,9 @@ from dataclasses import dataclass, field, replace
 
 from flwr.app import Message
 
-from flexlora.aggregation.engine.method import Round, Start, Update, check_update
+from flexlora.aggregation.engine.open_round import OpenRound
+from flexlora.aggregation.engine.starts import Start
+from flexlora.aggregation.engine.updates import Update, check_update
 from flexlora.errors import UpdateRefused
 from flexlora.lora.ranks import RankClass
 from flexlora.server.members.roster import Member
@@ -76,7 +78,7 @@ class Intake:
     noted beside a cause, as the copies that were sent, is in the row alone.
     """
 
-    opened: Round
+    opened: OpenRound
     sent: Mapping[str, Start]
     class_bytes: Mapping[str, int]
     ledger: RoundLedger

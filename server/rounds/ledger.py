@@ -6,8 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from flexlora.aggregation.engine.method import State
-from flexlora.aggregation.engine.state import effective_rank
+from flexlora.aggregation.engine.state import State, effective_rank
 from flexlora.algebra.linalg import energy_kept
 from flexlora.lora.adapters import Adapter
 from flexlora.lora.ranks import RankClass

@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 
 from flwr.app import Message, MessageType, RecordDict
 
-from flexlora.aggregation.engine.method import Method, Start, State
+from flexlora.aggregation.engine.method import Method
+from flexlora.aggregation.engine.starts import Start
+from flexlora.aggregation.engine.state import State
 from flexlora.config.resolve import Config
 from flexlora.server.members.roster import Member
 from flexlora.server.settings import factoring_of

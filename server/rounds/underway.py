@@ -19,7 +19,8 @@ from typing import Any
 
 from flwr.serverapp import Grid
 
-from flexlora.aggregation.engine.method import Start, State
+from flexlora.aggregation.engine.starts import Start
+from flexlora.aggregation.engine.state import State
 from flexlora.lora.ranks import RankClass
 from flexlora.runs.checkpoints import load_checkpoint, load_notes
 from flexlora.runs.folder import RunFolder

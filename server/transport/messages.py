@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
-from flexlora.aggregation.engine.method import Start
+from flexlora.aggregation.engine.starts import Start
 from flexlora.errors import UpdateRefused
 from flexlora.lora.adapters import Adapter
 from flexlora.wire.encoding import FACTORS, decode_adapter, encode_adapter

@@ -36,8 +36,8 @@ from flwr.app import Array, RecordDict
 from rich.table import Table
 
 from flexlora.aggregation import make_method
-from flexlora.aggregation.engine.method import Factoring, State
-from flexlora.aggregation.engine.state import GlobalChange
+from flexlora.aggregation.engine.starts import Factoring
+from flexlora.aggregation.engine.state import GlobalChange, State
 from flexlora.clients.trainer.sockets import reach
 from flexlora.clients.worker import Worker
 from flexlora.config.resolve import Config

@@ -25,7 +25,7 @@ import torch
 from flwr.app import Context, Message, MessageType, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from flexlora.aggregation.engine.method import Start
+from flexlora.aggregation.engine.starts import Start
 from flexlora.clients.trainer.client import ask
 from flexlora.clients.trainer.node import Node
 from flexlora.clients.trainer.resident import ResidentTrainer

@@ -15,8 +15,7 @@ import csv
 from collections.abc import Mapping
 from pathlib import Path
 
-from flexlora.aggregation.engine.method import State
-from flexlora.aggregation.engine.state import GlobalChange
+from flexlora.aggregation.engine.state import GlobalChange, State
 from flexlora.algebra.linalg import FactoredSVD, inner_product
 from flexlora.lora.ranks import RankClass
 from flexlora.runs.checkpoints import load_checkpoint

@@ -6,8 +6,7 @@ import statistics
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from flexlora.aggregation.engine.method import State
-from flexlora.aggregation.engine.state import GlobalChange
+from flexlora.aggregation.engine.state import GlobalChange, State
 from flexlora.clients.worker import Worker, worker_for
 from flexlora.config.resolve import Config
 from flexlora.lora.adapters import Adapter

@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from faulty_grid import REPLY, SILENT, Fate, FaultyGrid, Told, lost, people, run, settings
 from federation import StopAt, same_bytes
 from flexlora.aggregation import make_method
-from flexlora.aggregation.engine.method import Factoring, Update
+from flexlora.aggregation.engine.open_round import OpenRound
+from flexlora.aggregation.engine.starts import Factoring
+from flexlora.aggregation.engine.updates import Update
 from flexlora.server.observing.observer import LogObserver
 from flexlora.server.transport.exchange import exchange
 from flexlora.server.transport.resending import Letter, Resending
@@ -339,7 +341,7 @@ def exact(grid, strategy, counted):
         sent[name] = type(start)(
             **{**vars(start), "trained": over_the_wire(start.trained, "float64")}
         ).sealed()
-    opened = method.begin(state, sent)
+    opened = OpenRound(method, state, sent)
     for client_id in counted:
         result = grid.results[1, client_id]
         opened.add(
@@ -351,7 +353,7 @@ def exact(grid, strategy, counted):
                 digest=result.digest,
             )
         )
-    return opened.finish()
+    return opened.close()
 
 
 fate = st.one_of(

@@ -22,8 +22,9 @@ from federation import (
 )
 from flexlora.aggregation import make_method
 from flexlora.aggregation.aggregate import aggregate
-from flexlora.aggregation.engine.method import State, Update, check_update
-from flexlora.aggregation.engine.state import GlobalChange
+from flexlora.aggregation.engine.open_round import OpenRound
+from flexlora.aggregation.engine.state import GlobalChange, State
+from flexlora.aggregation.engine.updates import Update, check_update
 from flexlora.clients.worker import worker_for
 from flexlora.errors import UpdateRefused
 from flexlora.server.settings import factoring_of, rank_policy_of
@@ -48,7 +49,7 @@ def expected_state(grid, config, server_round=1, *, without=(VICTIM,), state=Non
     results = [r for (at, name), r in grid.updates.items() if at == server_round]
     counted = [result for result in results if result.client_id not in without]
     asked = {result.client_id: result.rank_class for result in counted}
-    opened = method.begin(state, sent, asked)
+    opened = OpenRound(method, state, sent, asked)
     for result in counted:
         opened.add(
             Update(
@@ -60,7 +61,7 @@ def expected_state(grid, config, server_round=1, *, without=(VICTIM,), state=Non
                 digest=result.digest,
             )
         )
-    return opened.finish()
+    return opened.close()
 
 
 def replace_array(reply, change, label="lora_A"):

@@ -19,8 +19,11 @@ import torch
 from torch import Tensor
 
 from flexlora.aggregation import make_method
-from flexlora.aggregation.engine.method import Factoring, Method, Start, State, Update, check_update
-from flexlora.aggregation.engine.state import GlobalChange
+from flexlora.aggregation.engine.method import Method
+from flexlora.aggregation.engine.open_round import OpenRound
+from flexlora.aggregation.engine.starts import Factoring, Start
+from flexlora.aggregation.engine.state import GlobalChange, State
+from flexlora.aggregation.engine.updates import Update, check_update
 from flexlora.algebra.linalg import FactoredSVD
 from flexlora.lora.ranks import RankClass, quotas
 from flexlora.planning.rank_policies import PAPER_SHARES, paper_types
@@ -151,7 +154,7 @@ def _untrained_round(method: Method, state: State, case: Case, seed: int) -> Sta
     clients = case.clients()
     factoring = Factoring(alpha=16.0, seed=seed)
     starts = {kind.name: _received(method.start(state, kind, factoring)) for kind in case.classes}
-    opened = method.begin(state, starts, {client: kind.name for client, kind, _ in clients})
+    opened = OpenRound(method, state, starts, {client: kind.name for client, kind, _ in clients})
     for client, kind, rows in clients:
         start = starts[kind.name]
         update = Update(
@@ -164,7 +167,7 @@ def _untrained_round(method: Method, state: State, case: Case, seed: int) -> Sta
         )
         check_update(update, start.trained, digest=start.digest)
         opened.add(update)
-    return opened.finish()
+    return opened.close()
 
 
 def _received(start: Start) -> Start:

@@ -18,8 +18,8 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from federation import small
 from flexlora.aggregation import make_method
-from flexlora.aggregation.engine.method import Factoring, State
-from flexlora.aggregation.engine.state import GlobalChange
+from flexlora.aggregation.engine.starts import Factoring
+from flexlora.aggregation.engine.state import GlobalChange, State
 from flexlora.clients.app import app
 from flexlora.clients.trainer.node import Node
 from flexlora.clients.trainer.resident import ResidentTrainer

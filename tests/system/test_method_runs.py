@@ -58,7 +58,7 @@ def test_a_run_of_every_method_ends_and_its_adapters_load_in_peft(method, tmp_pa
         (2, 4, 0),
     ]
     for row in trained:
-        assert row["bytes_carried"] >= 0 and row["factor_gap"] >= 0
+        assert row["bytes_carried"] >= 0
         assert set(row["modules"]) == set(strategy.state.change)
         assert all(report["rank"] >= 1 for report in row["modules"].values())
     names = sorted(path.name for path in (tmp_path / "run" / "adapters").iterdir())
@@ -122,7 +122,7 @@ def test_sparse_rounds_train_lora_b_and_the_rounds_after_both(tmp_path):
 @pytest.mark.parametrize("wire_dtype", ["float32", "bfloat16"])
 def test_a_client_starts_from_what_the_server_thinks_it_does(method, wire_dtype, tmp_path):
     """Plan, draws and rounded factors: the server computes each client's start as it decodes it."""
-    options = {"method__carried_dtype": "bfloat16"}
+    options = {"method__gradient_batches": 2, "method__carried_dtype": "bfloat16"}
     config = small(
         method__name=method,
         num_server_rounds=2,

@@ -11,8 +11,10 @@ from rich.console import Console
 
 from builders import random_adapter
 from flexlora.aggregation import make_method
-from flexlora.aggregation.engine.method import Factoring, State, Update
-from flexlora.aggregation.engine.state import GlobalChange
+from flexlora.aggregation.engine.open_round import OpenRound
+from flexlora.aggregation.engine.starts import Factoring
+from flexlora.aggregation.engine.state import GlobalChange, State
+from flexlora.aggregation.engine.updates import Update
 from flexlora.clients.messages import evaluate_reply
 from flexlora.clients.worker import Worker
 from flexlora.config.resolve import Config
@@ -62,12 +64,12 @@ def federate(worker, store, rounds=2):
         jobs = store.attach([TrainJob(client_id=name, **told) for name in worker.client_ids])
         results = worker.train(jobs)
         store.keep(results, jobs)
-        opened = method.begin(state, {CLASS.name: start})
+        opened = OpenRound(method, state, {CLASS.name: start})
         for result in results:
             kind = {"rank_class": CLASS.name, "base_round": state.round, "digest": start.digest}
             update = {"client_id": result.client_id, "adapter": result.adapter}
             opened.add(Update(**update, num_examples=result.num_examples, **kind))
-        state = opened.finish()
+        state = opened.close()
     served = {CLASS.name: method.start(state, CLASS, factoring).served()}
     return store.attach_eval(
         [

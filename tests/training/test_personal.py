@@ -10,8 +10,10 @@ from builders import random_adapter, random_examples, tiny_model, train_job
 from cohorts import EPOCHS, cohort, recipe
 from federation import small
 from flexlora.aggregation import METHODS, make_method
-from flexlora.aggregation.engine.method import Factoring, State, Update
-from flexlora.aggregation.engine.state import GlobalChange
+from flexlora.aggregation.engine.open_round import OpenRound
+from flexlora.aggregation.engine.starts import Factoring
+from flexlora.aggregation.engine.state import GlobalChange, State
+from flexlora.aggregation.engine.updates import Update
 from flexlora.clients.messages import train_reply
 from flexlora.clients.worker import Worker
 from flexlora.lora.adapters import Adapter
@@ -159,9 +161,9 @@ def change_of(shapes):
     adapter = random_adapter(shapes, 5, seed=8)
     method = make_method("flexlora")
     state = State(round=0, change=GlobalChange.zero(shapes, torch.float64))
-    opened = method.begin(state, {})
+    opened = OpenRound(method, state, {})
     opened.add(Update(client_id="a", adapter=adapter, num_examples=1))
-    return opened.finish().change
+    return opened.close().change
 
 
 # --- nobody else feels it --------------------------------------------------------------------
