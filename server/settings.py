@@ -11,7 +11,7 @@ from flexlora.errors import UserError
 from flexlora.planning.memory_ranks import run_plan
 from flexlora.planning.rank_policies import RankPolicy
 from flexlora.planning.rank_tables import read_rank_table
-from flexlora.server.transport.resending import Resending
+from flexlora.server.transport.retry_queue import RetryPolicy
 from flexlora.wire.feedback import check_wire
 
 __all__ = ["ServerSettings", "method_options"]
@@ -114,9 +114,9 @@ class ServerSettings:
             return True
         return self.eval_every > 0 and server_round % self.eval_every == 0
 
-    def resending(self, timeout: float) -> Resending:
-        """What is done about lost messages of a round that lasts ``timeout``."""
-        return Resending(
+    def retry_policy(self, timeout: float) -> RetryPolicy:
+        """When messages of a round that lasts ``timeout`` seconds are sent again."""
+        return RetryPolicy(
             resends=self.resends,
             silence_seconds=self.silence_seconds or timeout / 2,
             patience_seconds=self.wait_seconds,

@@ -1,8 +1,8 @@
-"""Nodes that the roster does not know: asked what they are, and taken in between two rounds.
+"""Query nodes that the roster does not know, between two rounds.
 
 A SuperNode with a registered key keeps its node id when it comes back; one without gets another,
-and is then found again by its client's own id. A node that did not answer is asked again, after 1,
-2, 4 ... rounds; one that answered and does not fit, once it has been away.
+and is recognised by its client's own id. A node that did not answer is asked again after 1, 2, 4
+... rounds; one that answered and does not fit, once it has been away.
 """
 
 from __future__ import annotations
@@ -13,102 +13,100 @@ from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from flexlora.server.members.roster import Roster
+from flexlora.server.transport.backoff import backoff
 from flexlora.server.transport.clocks import clock_of
+from flexlora.server.transport.flower_private import set_sender
 from flexlora.server.transport.messages import decode_capability
-from flexlora.server.transport.resending import Letter
+from flexlora.server.transport.retry_queue import PendingMessage
 from flexlora.wire.jobs import Capability
 
 __all__ = ["Newcomers", "query"]
 
-LONGEST_WAIT_SECONDS = 30.0  # for the answer of a node that is new, before a round goes on
-MOST_ROUNDS = 64  # between two questions to a node that does not answer
+LONGEST_WAIT_SECONDS = 30.0  # for the answer of a new node, before a round starts
+MOST_ROUNDS = 64  # between two queries to a node that does not answer
 
 
-def query(node_id: int) -> Letter:
-    """The question what a node can train."""
-    return Letter(Message(RecordDict(), dst_node_id=node_id, message_type=MessageType.QUERY))
+def query(node_id: int) -> PendingMessage:
+    """The message that asks a node for its capability."""
+    return PendingMessage(
+        Message(RecordDict(), dst_node_id=node_id, message_type=MessageType.QUERY)
+    )
 
 
 class Newcomers:
-    """Which nodes have been asked, which have answered, whose answers are not settled yet."""
+    """Queries to nodes, and the reports that are not in the roster yet."""
 
     def __init__(self) -> None:
-        self._open: dict[int, Letter] = {}
-        self._tried: dict[int, tuple[int, int]] = {}  # node id: questions, the round of the last
+        self._open: dict[int, PendingMessage] = {}
+        self._queries: dict[int, tuple[int, int]] = {}  # node id: how many, the round of the last
         self._answered: set[int] = set()
         self._reports: dict[int, Capability] = {}
 
-    def met(self, reports: Mapping[int, Capability]) -> None:
-        """What all nodes said before the first round."""
+    def add_reports(self, reports: Mapping[int, Capability], server_round: int = 0) -> None:
+        """Note which nodes answered for themselves: an error of Flower's names no version."""
         for node_id, report in reports.items():
-            self._note(node_id, report, 0)
+            if report.version:
+                self._answered.add(node_id)
+            else:
+                count, _ = self._queries.get(node_id, (0, 0))
+                self._queries[node_id] = max(1, count), server_round
 
-    def _note(self, node_id: int, report: Capability, server_round: int) -> None:
-        if report.version:  # it spoke for itself: an error of Flower's names no version
-            self._answered.add(node_id)
-        else:
-            times, _ = self._tried.get(node_id, (0, 0))
-            self._tried[node_id] = max(1, times), server_round
-
-    def look(self, grid: Grid, roster: Roster, server_round: int) -> list[int]:
-        """Ask every unknown node that is there and due, and read what has been answered by now."""
-        here = set(grid.get_node_ids())
-        self._answered &= here
+    def poll(self, grid: Grid, roster: Roster, server_round: int) -> list[int]:
+        """Query every unknown node that is connected and due, and read what has been answered."""
+        connected = set(grid.get_node_ids())
+        self._answered &= connected
         members = {member.node_id for member in roster.members.values()}
-        asked = [
-            n for n in sorted(here - members - self._answered) if self._is_due(n, server_round)
-        ]
-        letters = [query(node_id) for node_id in asked]
-        ids = list(grid.push_messages([letter.message for letter in letters])) if letters else []
-        for letter, message_id in zip(letters, ids, strict=True):
-            letter.posted(message_id, 0.0)
-            self._open[letter.node_id] = letter
-            self._tried[letter.node_id] = (
-                self._tried.get(letter.node_id, (0, 0))[0] + 1,
-                server_round,
-            )
+        unknown = sorted(connected - members - self._answered)
+        queries = [query(node_id) for node_id in unknown if self._is_due(node_id, server_round)]
+        messages = [pending.message for pending in queries if pending.message is not None]
+        ids = list(grid.push_messages(messages)) if messages else []
+        for pending, message_id in zip(queries, ids, strict=True):
+            node_id = pending.node_id
+            pending.mark_sent(message_id, 0.0)
+            self._open[node_id] = pending
+            self._queries[node_id] = self._queries.get(node_id, (0, 0))[0] + 1, server_round
         self._read(grid, server_round)
-        return asked
+        return [pending.node_id for pending in queries]
 
     def _is_due(self, node_id: int, server_round: int) -> bool:
-        times, last = self._tried.get(node_id, (0, 0))
-        unsettled = node_id in self._reports or node_id in self._open
-        return not unsettled and (
-            not times or server_round >= last + min(MOST_ROUNDS, 2 ** min(times - 1, 6))
-        )
+        if node_id in self._reports or node_id in self._open:
+            return False
+        count, last = self._queries.get(node_id, (0, 0))
+        return not count or server_round >= last + backoff(count, MOST_ROUNDS)
 
     def _read(self, grid: Grid, server_round: int) -> None:
-        for node_id, letter in list(self._open.items()):
-            replies = list(grid.pull_messages(letter.open))[:1] if letter.open else []
-            if replies or not letter.open:
+        for node_id, pending in list(self._open.items()):
+            replies = list(grid.pull_messages(pending.open))[:1] if pending.open else []
+            if replies or not pending.open:
                 del self._open[node_id]
             for reply in replies:
-                reply.metadata.__dict__["_src_node_id"] = node_id
-                report = decode_capability(reply)
-                self._note(node_id, report, server_round)
-                self._reports[node_id] = report
+                set_sender(reply, node_id)
+                self._reports[node_id] = decode_capability(reply)
+                self.add_reports({node_id: self._reports[node_id]}, server_round)
 
     def wait(self, grid: Grid, roster: Roster, server_round: int, seconds: float) -> None:
-        """``look``, and give those that were asked now some time to answer."""
+        """``poll``, and give the nodes that were asked now some time to answer."""
         clock = clock_of(grid)
         deadline = clock.now() + min(seconds, LONGEST_WAIT_SECONDS)
-        asked = self.look(grid, roster, server_round)
+        asked = self.poll(grid, roster, server_round)
         while any(node_id in self._open for node_id in asked) and clock.now() < deadline:
             clock.wait(deadline)
             self._read(grid, server_round)
 
-    def take(self, grid: Grid, roster: Roster, *, back: bool = False) -> dict[int, Capability]:
-        """Reports that can be settled now, ``back``: only of clients that are members already.
+    def take(
+        self, grid: Grid, roster: Roster, *, members_only: bool = False
+    ) -> dict[int, Capability]:
+        """Remove and return the reports that can enter the roster now.
 
-        One whose client another node still speaks for waits until that node has gone.
+        The report of a client whose former node is still connected waits until that node has gone.
         """
-        here = set(grid.get_node_ids())
-        settled = {}
+        connected = set(grid.get_node_ids())
+        taken = {}
         for node_id, report in list(self._reports.items()):
             member = roster.members.get(report.client_id)
-            taken = member is not None and member.node_id in here - {node_id}
-            if node_id not in here:
+            elsewhere = member is not None and member.node_id in connected - {node_id}
+            if node_id not in connected:
                 del self._reports[node_id]
-            elif not taken and (member is not None or not back):
-                settled[node_id] = self._reports.pop(node_id)
-        return settled
+            elif not elsewhere and (member is not None or not members_only):
+                taken[node_id] = self._reports.pop(node_id)
+        return taken

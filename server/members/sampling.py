@@ -104,10 +104,13 @@ def choose(
 
 
 def _draw(
-    clients: Sequence[Reachable], weights: Sequence[float], count: int, *purpose: object
+    clients: Sequence[Reachable],
+    weights: Sequence[float],
+    count: int,
+    seed: int,
+    *names: str | int,
 ) -> list[str]:
     """``count`` different clients, each draw in proportion to the weights that are left."""
-    seed, *names = purpose
     if count < 1:
         return []
     total = sum(weights)

@@ -22,7 +22,7 @@ from flexlora.config.resolve import Config, resolved
 from flexlora.errors import UserError
 from flexlora.runs.folder import RunFolder
 from flexlora.server.members.roster import Roster
-from flexlora.server.observing.observer import Observer
+from flexlora.server.observing.observer import Observer, Observers
 from flexlora.simulations.experiments.asked import Asked, scaled
 from flexlora.simulations.experiments.verdicts import Check, tell
 from flexlora.simulations.simulate import resume, simulate
@@ -93,31 +93,26 @@ def _unfinished(out: Path, config: Config) -> bool:
     return all(begun[key] == config[key] for key in own)
 
 
-class Witness:
-    """Tells everything on; keeps the roster, and the resident set after each round in ``notes``.
+class Witness(Observers):
+    """Passes every event to ``inner``; keeps the roster, and the resident set after each round.
 
-    Implements ``Observer``. Notes outlive the process, as the run does.
+    Notes outlive the process, as the run does.
     """
 
     def __init__(self, inner: Observer, notes: Path) -> None:
-        self.inner, self.notes = inner, notes
+        super().__init__([], inner)
+        self.notes = notes
         self.roster = Roster()
 
     def met(self, roster: Roster) -> None:
         self.roster = roster
-        self.inner.met(roster)
-
-    def round_started(self, server_round: int, num_rounds: int, num_clients: int) -> None:
-        self.inner.round_started(server_round, num_rounds, num_clients)
-
-    def replied(self, client_id: str, cause: str) -> None:
-        self.inner.replied(client_id, cause)
+        super().met(roster)
 
     def round_finished(self, metrics: Mapping[str, object]) -> None:
         note = {"round": metrics["round"], "bytes": psutil.Process().memory_info().rss}
         with self.notes.open("a", encoding="utf-8") as file:
             file.write(json.dumps(note) + "\n")
-        self.inner.round_finished(metrics)
+        super().round_finished(metrics)
 
     def resident_bytes(self) -> list[int]:
         """After each training round, in order."""

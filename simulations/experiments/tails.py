@@ -20,27 +20,18 @@ from flexlora.aggregation.engine.state import GlobalChange
 from flexlora.algebra.linalg import FactoredSVD, inner_product
 from flexlora.lora.ranks import RankClass
 from flexlora.runs.checkpoints import load_checkpoint
-from flexlora.server.members.roster import Roster
+from flexlora.server.observing.observer import Observer
 
 __all__ = ["TailObserver", "kept_by_law", "kept_of_tail", "tail_share"]
 
 
-class TailObserver:
+class TailObserver(Observer):
     """Listens to a run and measures its checkpoints; says nothing."""
 
     def __init__(self, run: Path) -> None:
         self.run = run
         self.rounds: list[dict[str, object]] = []
         self._last: State | None = None
-
-    def met(self, roster: Roster) -> None:
-        pass
-
-    def round_started(self, server_round: int, num_rounds: int, num_clients: int) -> None:
-        pass
-
-    def replied(self, client_id: str, cause: str) -> None:
-        pass
 
     def round_finished(self, metrics: Mapping[str, object]) -> None:
         """The round's checkpoint is on disk before anybody is told."""

@@ -19,8 +19,8 @@ from flexlora.data.tasks import generate_rows
 from flexlora.evaluation.evaluate import BASE, PERSONAL
 from flexlora.lora.ranks import RankClass
 from flexlora.server.members.roster import Member, Roster
-from flexlora.server.rounds.ledger import eval_metrics, evaluation_rows
-from flexlora.server.transport.messages import decode_evaluate
+from flexlora.server.rounds.round_metrics import eval_metrics, evaluation_rows
+from flexlora.server.transport.messages import decode_eval_result
 from flexlora.simulations.terminal import TerminalObserver
 from flexlora.training.personal import PersonalStore
 from flexlora.wire.jobs import Capability, EvalJob, EvalResult, Score, TrainJob
@@ -130,10 +130,10 @@ def test_own_factors_that_cannot_be_used_cost_only_their_own_score(worker, evalu
 def test_the_reply_holds_the_score_and_the_server_reads_it(worker, evaluations):
     (result,) = worker.evaluate(evaluations[:1])
     reply = SimpleNamespace(has_error=lambda: False, content=evaluate_reply(result))
-    assert decode_evaluate(reply) == result
+    assert decode_eval_result(reply) == result
     told = replace(result, cause="personal factors: no room")
     reply = SimpleNamespace(has_error=lambda: False, content=evaluate_reply(told))
-    assert decode_evaluate(reply) == told
+    assert decode_eval_result(reply) == told
 
 
 # --- on the server ---------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Evaluation: every class's adapter out to the clients that evaluate, their scores back in."""
+"""Evaluation: encode every rank class's adapter for the evaluating clients, decode their scores."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from flwr.app import Message, MessageType
 from flexlora.lora.adapters import Adapter
 from flexlora.server.members.roster import Roster, sample
 from flexlora.server.settings import ServerSettings
-from flexlora.server.transport.messages import decode_evaluate, eval_content, pack
+from flexlora.server.transport.messages import decode_eval_result, encode_eval_job, pack
 from flexlora.wire.jobs import EvalResult
 
 __all__ = ["evaluation_messages", "evaluation_results"]
@@ -25,7 +25,7 @@ def evaluation_messages(
     num_rounds: int,
     origin: str = "",
 ) -> list[Message]:
-    """The same clients every time, each with every class's adapter (round 0: none)."""
+    """To the same clients in every round, each with every class's adapter (round 0: none)."""
     count = max(1, round(settings.eval_fraction * len(roster.members)))
     chosen = sample(roster.members, count, seed=settings.seed, purpose=("evaluate",))
     payloads = {
@@ -33,7 +33,7 @@ def evaluation_messages(
         for name, adapter in served.items()
         if server_round > 0
     }
-    content = eval_content(
+    content = encode_eval_job(
         payloads,
         server_round=server_round,
         generate=settings.generates(server_round, num_rounds),
@@ -52,19 +52,18 @@ def evaluation_messages(
 
 
 def evaluation_results(
-    replies: Iterable[Message], roster: Roster, *, told: Callable[[EvalResult], None]
+    replies: Iterable[Message], roster: Roster, on_evaluated: Callable[[str, str], None]
 ) -> list[EvalResult]:
-    """What the members among the senders answered, each counting as itself and once."""
+    """The members' results, one per client; ``on_evaluated`` gets each client and its cause."""
     by_node = {member.node_id: member for member in roster.members.values()}
     results: dict[str, EvalResult] = {}
     for reply in replies:
-        result = decode_evaluate(reply)
         member = by_node.get(reply.metadata.src_node_id)
         if member is None or member.capability.client_id in results:
             continue
-        client_id = member.capability.client_id
+        result, client_id = decode_eval_result(reply), member.capability.client_id
         if not result.cause and result.client_id != client_id:
             result = EvalResult(client_id=client_id, cause=f"replied as '{result.client_id}'")
         results[client_id] = replace(result, client_id=client_id)
-        told(results[client_id])
+        on_evaluated(client_id, result.cause)
     return list(results.values())
