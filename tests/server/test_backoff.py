@@ -157,7 +157,7 @@ def test_a_resumed_run_leaves_out_the_same_clients():
     state, history = begun.closed, begun.selector.history.to_dict()
     classes = {k: m.rank_class for k, m in begun.roster.members.items()}
     fresh = type(begun)(config, state=state, rank_classes=classes)
-    fresh.go_on({"history": history}, second)
+    fresh.restore({"history": history}, second)
     fresh.start(second)
     asked = [asked_in(grid, "client_1") for grid in (first, second)]
     assert asked[0] + asked[1] == asked_in(whole, "client_1") == [1, 3, 6]

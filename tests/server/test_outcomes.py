@@ -106,7 +106,7 @@ def test_a_reply_of_an_earlier_round_is_marked_and_counts():
     fates = {(1, "client_1"): [Fate(seconds=105.0)], (2, "client_0"): [Fate(seconds=20.0)]}
     config = settings(num_server_rounds=2, server__late_rounds=1, server__resends=0)
     faulty_run(FaultyGrid(people(3), fates), config, observer=told)
-    first, *second = [args[1:] for args in told.of("replied") if args[0] == "client_1"]
+    first, *second = [tuple(args[1:]) for args in told.of("replied") if args[0] == "client_1"]
     assert first == (Outcome.SILENT, "no reply within 100 s", False)
     assert sorted(second, key=lambda args: args[2]) == [
         (Outcome.OK, "", False),
