@@ -25,7 +25,6 @@ from flwr.serverapp.strategy import Result, Strategy
 from flexlora.aggregation import make_method
 from flexlora.aggregation.engine.method import State
 from flexlora.aggregation.engine.state import GlobalChange
-from flexlora.evaluation.evaluate import BASE
 from flexlora.lora.adapters import Adapter
 from flexlora.lora.ranks import RankClass
 from flexlora.runs.folder import RunFolder
@@ -35,12 +34,16 @@ from flexlora.server.members.roster import Member, Roster
 from flexlora.server.members.sampling import History
 from flexlora.server.members.selection import Selector
 from flexlora.server.observing.observer import Observer
-from flexlora.server.rounds import round_metrics
 from flexlora.server.rounds.client_rows import ClientRow, left_out_rows
-from flexlora.server.rounds.evaluation import evaluation_messages, evaluation_results
+from flexlora.server.rounds.evaluation import (
+    eval_metrics,
+    evaluation_messages,
+    evaluation_results,
+    evaluation_rows,
+)
 from flexlora.server.rounds.late_messages import LateMessages
 from flexlora.server.rounds.replies import ReplyHandler
-from flexlora.server.rounds.round_metrics import RoundMetrics
+from flexlora.server.rounds.round_metrics import RoundMetrics, class_metrics, module_metrics
 from flexlora.server.rounds.round_plan import RoundPlan
 from flexlora.server.rounds.training_exchange import training_replies
 from flexlora.server.settings import ServerSettings
@@ -255,7 +258,7 @@ class FlexLoRAStrategy(Strategy):
         for client_id, rank_class in sorted(handler.lowered.items()):
             member = self.roster.members[client_id]
             self.roster.members[client_id] = replace(member, rank_class=rank_class)
-        served = round_metrics.class_metrics(self.state, self.served(self.state))
+        served = class_metrics(self.state, self.served(self.state))
         seconds = time.perf_counter() - began
         if self.metrics.skipped:
             self.observer.round_skipped(server_round, self.metrics.skipped)
@@ -289,8 +292,7 @@ class FlexLoRAStrategy(Strategy):
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord:
         """Sums over clients, then means: per rank class, and each client at its own class."""
         self._eval_results = evaluation_results(replies, self.roster, self.observer.evaluated)
-        metrics = round_metrics.eval_metrics(self._eval_results, self.roster, base=BASE)
-        return MetricRecord({**metrics})
+        return MetricRecord({**eval_metrics(self._eval_results, self.roster)})
 
     def _close_round(self, values: dict[str, Any], clock: Clock) -> None:
         """Write the rows, then the checkpoint: a resume removes rows that have no checkpoint."""
@@ -302,9 +304,9 @@ class FlexLoRAStrategy(Strategy):
                 rows = left_out_rows(0, self.roster.left_out)
             else:
                 classes = self.roster.rank_classes
-                values["modules"] = round_metrics.module_metrics(self.state, classes)
+                values["modules"] = module_metrics(self.state, classes)
             cells = [row.cells() for row in sorted(rows, key=lambda row: row.client_id)]
-            evaluations = round_metrics.evaluation_rows(server_round, self._eval_results)
+            evaluations = evaluation_rows(server_round, self._eval_results)
             self.run.append_round(values, cells, evaluations)
             waited = self.late.write(self.run)
             notes = {"history": history.to_dict(), "under_way": waited, **clock_state(clock)}

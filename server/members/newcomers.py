@@ -15,6 +15,7 @@ from flwr.serverapp import Grid
 from flexlora.server.members.roster import Roster
 from flexlora.server.transport.backoff import backoff
 from flexlora.server.transport.clocks import clock_of
+from flexlora.server.transport.exchange import send
 from flexlora.server.transport.flower_private import set_sender
 from flexlora.server.transport.messages import decode_capability
 from flexlora.server.transport.retry_queue import PendingMessage
@@ -58,13 +59,11 @@ class Newcomers:
         members = {member.node_id for member in roster.members.values()}
         unknown = sorted(connected - members - self._answered)
         queries = [query(node_id) for node_id in unknown if self._is_due(node_id, server_round)]
-        messages = [pending.message for pending in queries if pending.message is not None]
-        ids = list(grid.push_messages(messages)) if messages else []
-        for pending, message_id in zip(queries, ids, strict=True):
-            node_id = pending.node_id
-            pending.mark_sent(message_id, 0.0)
-            self._open[node_id] = pending
-            self._queries[node_id] = self._queries.get(node_id, (0, 0))[0] + 1, server_round
+        send(grid, queries)
+        for pending in queries:
+            count, _ = self._queries.get(pending.node_id, (0, 0))
+            self._open[pending.node_id] = pending
+            self._queries[pending.node_id] = count + 1, server_round
         self._read(grid, server_round)
         return [pending.node_id for pending in queries]
 

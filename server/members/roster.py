@@ -66,9 +66,7 @@ class Roster:
         roster = cls()
         fit: dict[str, tuple[int, Capability]] = {}
         base = _most_common_base(reports.values())
-        for node_id, report in sorted(
-            reports.items(), key=lambda item: (item[1].client_id, item[0])
-        ):
+        for node_id, report in _by_client(reports):
             cause = _unfit(report, base) or policy.too_small(report)
             if not cause and report.client_id in fit:
                 cause = f"node {fit[report.client_id][0]} is this client already"
@@ -110,9 +108,7 @@ class Roster:
         """
         base = (self.fingerprint, tuple(self.shapes))
         joined = []
-        for node_id, report in sorted(
-            reports.items(), key=lambda item: (item[1].client_id, item[0])
-        ):
+        for node_id, report in _by_client(reports):
             client_id = report.client_id
             cause = _unfit(report, base) or policy.too_small(report)
             if not cause and report.shapes != self.shapes:
@@ -149,6 +145,10 @@ class Roster:
         member = Member(node_id=node_id, capability=report, rank_class=rank_class)
         self.members[client_id] = member
         return ""
+
+
+def _by_client(reports: Mapping[int, Capability]) -> list[tuple[int, Capability]]:
+    return sorted(reports.items(), key=lambda item: (item[1].client_id, item[0]))
 
 
 def _most_common_base(reports: Iterable[Capability]) -> tuple:

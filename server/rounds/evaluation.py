@@ -1,19 +1,20 @@
-"""Evaluation: encode every rank class's adapter for the evaluating clients, decode their scores."""
+"""Evaluation: every rank class's adapter to the evaluating clients; their scores as metrics."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from flwr.app import Message, MessageType
 
+from flexlora.evaluation.evaluate import BASE
 from flexlora.lora.adapters import Adapter
 from flexlora.server.members.roster import Roster, sample
 from flexlora.server.settings import ServerSettings
 from flexlora.server.transport.messages import decode_eval_result, encode_eval_job, pack
-from flexlora.wire.jobs import EvalResult
+from flexlora.wire.jobs import PERSONAL, EvalResult, Score
 
-__all__ = ["evaluation_messages", "evaluation_results"]
+__all__ = ["eval_metrics", "evaluation_messages", "evaluation_results", "evaluation_rows"]
 
 
 def evaluation_messages(
@@ -67,3 +68,56 @@ def evaluation_results(
         results[client_id] = replace(result, client_id=client_id)
         on_evaluated(client_id, result.cause)
     return list(results.values())
+
+
+def eval_metrics(results: Sequence[EvalResult], roster: Roster) -> dict[str, float]:
+    """Loss, exact match and ROUGE-L, per rank class and over clients each at its own class.
+
+    ``eval_loss`` is over the rows of every client under the adapter of its own rank class,
+    ``eval_loss/CLASS`` over all rows under the adapter of CLASS. Where clients have personal
+    factors, ``eval_loss/personal`` is with them, and ``eval_loss/global_of_personal`` without them
+    on the same clients' rows.
+    """
+    per_class = dict.fromkeys(roster.rank_classes, Score())
+    total, personal, without = Score(), Score(), Score()
+    with_personal = 0
+    for result in results:
+        if result.client_id not in roster.members or not result.scores:
+            continue
+        everywhere = result.scores.get(BASE)
+        for name in per_class:
+            per_class[name] += everywhere or result.scores.get(name, Score())
+        own_class = roster.members[result.client_id].rank_class.name
+        served = everywhere or result.scores.get(own_class, Score())
+        total += served
+        if PERSONAL in result.scores and served.rows:
+            with_personal += 1
+            personal += result.scores[PERSONAL]
+            without += served
+    named = {PERSONAL: personal, f"global_of_{PERSONAL}": without} if with_personal else {}
+    metrics = dict(_means("", total))
+    for name, score in (per_class | named).items():
+        metrics |= dict(_means(f"/{name}", score))
+    return metrics | ({"personal_clients": with_personal} if with_personal else {})
+
+
+def _means(suffix: str, score: Score) -> list[tuple[str, float]]:
+    if not score.tokens:
+        return []
+    means = [(f"eval_loss{suffix}", score.loss / score.tokens)]
+    if score.generated:
+        means += [
+            (f"eval_exact_match{suffix}", score.exact_match / score.generated),
+            (f"eval_rouge_l{suffix}", score.rouge_l / score.generated),
+        ]
+    return means
+
+
+def evaluation_rows(server_round: int, results: Sequence[EvalResult]) -> list[dict[str, object]]:
+    """One row per client and rank class for ``evaluation.csv``."""
+    rows = []
+    for result in sorted(results, key=lambda r: r.client_id):
+        for name, score in result.scores.items():
+            row = {"round": server_round, "client_id": result.client_id, "rank_class": name}
+            rows.append(row | dict(_means("", score)) | {"rows": score.rows})
+    return rows

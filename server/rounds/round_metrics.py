@@ -1,12 +1,12 @@
 """The rows of one round's clients, and the metrics of ``metrics.jsonl`` computed from them.
 
-Metrics of the global change and of evaluations are functions of the state and of the scores.
+Metrics of the global change are functions of the state; those of scores are in ``evaluation.py``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from flexlora.aggregation.engine.method import State
@@ -15,19 +15,11 @@ from flexlora.algebra.linalg import energy_kept
 from flexlora.lora.adapters import Adapter
 from flexlora.lora.ranks import RankClass
 from flexlora.runs.outcomes import Outcome
-from flexlora.server.members.roster import Roster
 from flexlora.server.members.sampling import History
 from flexlora.server.rounds.client_rows import ClientRow
 from flexlora.server.transport.clocks import Clock
-from flexlora.wire.jobs import PERSONAL, EvalResult, Score
 
-__all__ = [
-    "RoundMetrics",
-    "class_metrics",
-    "eval_metrics",
-    "evaluation_rows",
-    "module_metrics",
-]
+__all__ = ["RoundMetrics", "class_metrics", "module_metrics"]
 
 EQUAL_SECONDS = 1.0  # of every training where no clock measures clients: none is slow
 
@@ -135,57 +127,4 @@ def module_metrics(
             "tail_energy": 1.0 - min(kept.values(), default=1.0),
             **{f"energy_kept/{k}": share for k, share in kept.items()},
         }
-    return rows
-
-
-def eval_metrics(results: Sequence[EvalResult], roster: Roster, *, base: str) -> dict[str, float]:
-    """Loss, exact match and ROUGE-L, per rank class and over clients each at its own class.
-
-    ``eval_loss`` is over the rows of every client under the adapter of its own rank class,
-    ``eval_loss/CLASS`` over all rows under the adapter of CLASS. Where clients have personal
-    factors, ``eval_loss/personal`` is with them, and ``eval_loss/global_of_personal`` without them
-    on the same clients' rows.
-    """
-    per_class = dict.fromkeys(roster.rank_classes, Score())
-    total, personal, without = Score(), Score(), Score()
-    with_personal = 0
-    for result in results:
-        if result.client_id not in roster.members or not result.scores:
-            continue
-        everywhere = result.scores.get(base)
-        for name in per_class:
-            per_class[name] += everywhere or result.scores.get(name, Score())
-        own_class = roster.members[result.client_id].rank_class.name
-        served = everywhere or result.scores.get(own_class, Score())
-        total += served
-        if PERSONAL in result.scores and served.rows:
-            with_personal += 1
-            personal += result.scores[PERSONAL]
-            without += served
-    named = {PERSONAL: personal, f"global_of_{PERSONAL}": without} if with_personal else {}
-    metrics = dict(_means("", total))
-    for name, score in (per_class | named).items():
-        metrics |= dict(_means(f"/{name}", score))
-    return metrics | ({"personal_clients": with_personal} if with_personal else {})
-
-
-def _means(suffix: str, score: Score) -> list[tuple[str, float]]:
-    if not score.tokens:
-        return []
-    means = [(f"eval_loss{suffix}", score.loss / score.tokens)]
-    if score.generated:
-        means += [
-            (f"eval_exact_match{suffix}", score.exact_match / score.generated),
-            (f"eval_rouge_l{suffix}", score.rouge_l / score.generated),
-        ]
-    return means
-
-
-def evaluation_rows(server_round: int, results: Sequence[EvalResult]) -> list[dict[str, object]]:
-    """One row per client and rank class for ``evaluation.csv``."""
-    rows = []
-    for result in sorted(results, key=lambda r: r.client_id):
-        for name, score in result.scores.items():
-            row = {"round": server_round, "client_id": result.client_id, "rank_class": name}
-            rows.append(row | dict(_means("", score)) | {"rows": score.rows})
     return rows
