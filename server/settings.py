@@ -1,4 +1,4 @@
-"""The server's side of a configuration as plain values: read once, at the entry point."""
+"""The server's part of a configuration as plain values, read once at the entry point."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from flexlora.errors import UserError
 from flexlora.planning.memory_ranks import run_plan
 from flexlora.planning.rank_policies import RankPolicy
 from flexlora.planning.rank_tables import read_rank_table
-from flexlora.server.transport.retry_queue import RetryPolicy
 from flexlora.wire.feedback import check_wire
 
 __all__ = ["ServerSettings", "method_options"]
@@ -109,20 +108,10 @@ class ServerSettings:
         )
 
     def evaluates(self, server_round: int, num_rounds: int) -> bool:
-        """Round 0 and the last always; between them every ``eval_every``-th."""
+        """Whether the round ends in an evaluation: round 0, the last, every ``eval_every``-th."""
         if server_round in (0, num_rounds):
             return True
         return self.eval_every > 0 and server_round % self.eval_every == 0
-
-    def retry_policy(self, timeout: float) -> RetryPolicy:
-        """When messages of a round that lasts ``timeout`` seconds are sent again."""
-        return RetryPolicy(
-            resends=self.resends,
-            silence_seconds=self.silence_seconds or timeout / 2,
-            patience_seconds=self.wait_seconds,
-            ttl_seconds=self.message_ttl_seconds,
-            late_seconds=self.late_rounds * timeout,
-        )
 
     def generates(self, server_round: int, num_rounds: int) -> bool:
         """Whether an evaluated round generates answers too."""

@@ -217,22 +217,13 @@ class FlexLoRAStrategy(Strategy):
             metrics=self.metrics,
             roster=self.roster,
             observer=self.observer,
-            max_norm=self.settings.max_update_norm,
-            late_weight=self.settings.late_weight,
+            settings=self.settings,
         )
         return [pending.message for pending in plan.pending if pending.message is not None]
 
     def _plan(self, state: State, members: Sequence[Member], server_round: int) -> RoundPlan:
-        return RoundPlan.of(
-            self.method,
-            state,
-            members,
-            self.settings,
-            server_round=server_round,
-            num_rounds=self.num_rounds,
-            fingerprint=self.roster.fingerprint,
-            origin=self.origin,
-        )
+        when = server_round, self.num_rounds
+        return RoundPlan.of(self.method, state, members, self.settings, *when, self.origin)
 
     @property
     def _handler(self) -> ReplyHandler:
@@ -280,14 +271,8 @@ class FlexLoRAStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         """To the same clients in every round, each with every class's adapter (round 0: none)."""
-        return evaluation_messages(
-            self.served(self.state),
-            self.roster,
-            self.settings,
-            server_round=server_round,
-            num_rounds=self.num_rounds,
-            origin=self.origin,
-        )
+        served, when = self.served(self.state), (server_round, self.num_rounds)
+        return evaluation_messages(served, self.roster, self.settings, *when, self.origin)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord:
         """Sums over clients, then means: per rank class, and each client at its own class."""

@@ -1,7 +1,7 @@
 """The run's numbers for Prometheus, on ``server.metrics-host`` and ``-port`` where a port is given.
 
 Served by prometheus_client from a registry of its own, at ``/metrics``; without TLS and without a
-login, so on the loopback interface unless told otherwise. No client is named in a label.
+login, so on the loopback interface by default. Labels name no client.
 ``templates/grafana-dashboard.json`` draws them.
 """
 

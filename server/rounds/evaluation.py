@@ -21,10 +21,9 @@ def evaluation_messages(
     served: Mapping[str, Adapter],
     roster: Roster,
     settings: ServerSettings,
-    *,
     server_round: int,
     num_rounds: int,
-    origin: str = "",
+    origin: str,
 ) -> list[Message]:
     """To the same clients in every round, each with every class's adapter (round 0: none)."""
     count = max(1, round(settings.eval_fraction * len(roster.members)))

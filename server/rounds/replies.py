@@ -24,6 +24,7 @@ from flexlora.server.rounds.client_rows import ClientRow
 from flexlora.server.rounds.late_messages import LateMessage, LateMessages
 from flexlora.server.rounds.round_metrics import RoundMetrics
 from flexlora.server.rounds.round_plan import RoundPlan
+from flexlora.server.settings import ServerSettings
 from flexlora.server.transport.flower_private import LOST_CODES
 from flexlora.server.transport.messages import content_bytes, decode_train_result
 from flexlora.server.transport.retry_queue import PendingMessage
@@ -51,8 +52,7 @@ class ReplyHandler:
     metrics: RoundMetrics
     roster: Roster
     observer: Observer
-    max_norm: float
-    late_weight: float
+    settings: ServerSettings
     lowered: dict[str, RankClass] = field(default_factory=dict)
     counted: int = 0  # updates of this round in the sum
     counted_late: int = 0  # updates of earlier rounds in it
@@ -165,7 +165,11 @@ class ReplyHandler:
             digest=result.digest,
         )
         check_update(
-            update, start.trained, digest=start.digest, max_norm=self.max_norm, local=start.local
+            update,
+            start.trained,
+            digest=start.digest,
+            max_norm=self.settings.max_update_norm,
+            local=start.local,
         )
         return update
 
@@ -188,7 +192,7 @@ class ReplyHandler:
             self.lowered[update.client_id] = member.rank_class.lowered(rank)
 
     def _weight(self, late: LateMessage) -> float:
-        return self.late_weight ** (self.plan.server_round - late.server_round)
+        return self.settings.late_weight ** (self.plan.server_round - late.server_round)
 
     def _check_same_kind(self, late: LateMessage) -> None:
         """Refuse a late update where the method trains other factors by now."""

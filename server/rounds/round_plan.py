@@ -41,13 +41,11 @@ class RoundPlan:
         state: State,
         members: Sequence[Member],
         settings: ServerSettings,
-        *,
         server_round: int,
         num_rounds: int,
-        fingerprint: str,
-        origin: str = "",
+        origin: str,
     ) -> RoundPlan:
-        """``fingerprint`` names the base that the factors are for, ``origin`` the first run."""
+        """The round after ``state``; ``origin`` is Flower's id of the first run in the folder."""
         classes = {m.rank_class.name: m.rank_class for m in members}
         starts = {
             name: method.start(state, rank_class, settings.factoring)
@@ -59,7 +57,7 @@ class RoundPlan:
                 _payloads(start, settings.wire_dtype),
                 server_round=server_round,
                 num_server_rounds=num_rounds,
-                fingerprint=fingerprint,
+                fingerprint=members[0].capability.fingerprint,  # all members hold the same base
                 origin=origin,
             )
             for name, start in starts.items()

@@ -28,7 +28,15 @@ def retry_policy(grid: Grid, settings: ServerSettings, timeout: float) -> RetryP
     On a simulated clock nothing is sent twice: what a client does in a round is a function of the
     seed, so that a second message would be lost as the first was.
     """
-    return ONCE if clock_of(grid).simulated else settings.retry_policy(timeout)
+    if clock_of(grid).simulated:
+        return ONCE
+    return RetryPolicy(
+        resends=settings.resends,
+        silence_seconds=settings.silence_seconds or timeout / 2,
+        patience_seconds=settings.wait_seconds,
+        ttl_seconds=settings.message_ttl_seconds,
+        late_seconds=settings.late_rounds * timeout,
+    )
 
 
 def ask(

@@ -46,7 +46,7 @@ def set_message_id(message: Message, message_id: str) -> None:
 
 
 def set_sender(reply: Message, node_id: int, reply_to_message_id: str | None = None) -> None:
-    """Whom a reply is from and what it answers: Flower's own error replies name the SuperLink."""
+    """A reply's sender and the message it answers: Flower's error replies name the SuperLink."""
     reply.metadata.__dict__["_src_node_id"] = node_id
     if reply_to_message_id is not None:
         reply.metadata.__dict__["_reply_to_message_id"] = reply_to_message_id
