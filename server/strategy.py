@@ -45,7 +45,6 @@ from flexlora.server.rounds.late_messages import LateMessages
 from flexlora.server.rounds.replies import ReplyHandler
 from flexlora.server.rounds.round_metrics import RoundMetrics, class_metrics, module_metrics
 from flexlora.server.rounds.round_plan import RoundPlan
-from flexlora.server.rounds.training_exchange import training_replies
 from flexlora.server.settings import ServerSettings
 from flexlora.server.transport.clocks import Clock, clock_of, clock_state, restore_clock
 from flexlora.server.transport.exchange import ask
@@ -182,10 +181,7 @@ class FlexLoRAStrategy(Strategy):
         self.metrics.rows += left_out_rows(server_round, left_out)
         messages = self.configure_train(server_round, ArrayRecord(), ConfigRecord(), grid)
         self.observer.round_started(server_round, self.num_rounds, len(messages))
-        history = self.selector.history
-        replies = training_replies(
-            grid, self._handler, self.membership, history, self.settings, timeout
-        )
+        replies = self._handler.replies(grid, timeout)
         _, metrics = self.aggregate_train(server_round, replies)
         result.train_metrics_clientapp[server_round] = metrics
         seconds = clock.now() - began
@@ -215,7 +211,8 @@ class FlexLoRAStrategy(Strategy):
             opened=self.method.begin(self.state, starts, plan.asked),
             late=self.late,
             metrics=self.metrics,
-            roster=self.roster,
+            membership=self.membership,
+            history=self.selector.history,
             observer=self.observer,
             settings=self.settings,
         )
@@ -237,9 +234,7 @@ class FlexLoRAStrategy(Strategy):
         """Add the replies one by one and close the sum; ``state`` is the next one afterwards."""
         handler = self._handler
         for reply in replies:
-            client_id = handler.handle(reply)
-            if client_id:
-                self.selector.history.hear(client_id)
+            handler.handle(reply)
         began = time.perf_counter()
         self.metrics.skipped = handler.skipped(self.settings.quorum)
         if self.metrics.skipped:

@@ -1,4 +1,4 @@
-"""Decode, validate and accumulate the replies of one round of training.
+"""Exchange the messages of one round of training; decode, validate and accumulate the replies.
 
 A reply that comes after its round has closed still counts, within ``server.late-rounds`` rounds. A
 residual form then subtracts the start that it was trained from, and its examples count
@@ -8,16 +8,20 @@ residual form then subtracts the start that it was trained from, and its example
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from flwr.app import Message
+from flwr.serverapp import Grid
 
 from flexlora.aggregation.engine.method import Round, Start, Update, check_update
 from flexlora.errors import UpdateRefused
 from flexlora.lora.ranks import RankClass
 from flexlora.runs.outcomes import Outcome
-from flexlora.server.members.roster import Member, Roster
+from flexlora.seeds import derive_seed
+from flexlora.server.members.membership import Membership
+from flexlora.server.members.roster import Member
+from flexlora.server.members.sampling import History
 from flexlora.server.members.selection import Selected, too_few
 from flexlora.server.observing.observer import Observer
 from flexlora.server.rounds.client_rows import ClientRow
@@ -25,6 +29,8 @@ from flexlora.server.rounds.late_messages import LateMessage, LateMessages
 from flexlora.server.rounds.round_metrics import RoundMetrics
 from flexlora.server.rounds.round_plan import RoundPlan
 from flexlora.server.settings import ServerSettings
+from flexlora.server.transport.clocks import clock_of
+from flexlora.server.transport.exchange import exchange, retry_policy
 from flexlora.server.transport.flower_private import LOST_CODES
 from flexlora.server.transport.messages import content_bytes, decode_train_result
 from flexlora.server.transport.retry_queue import PendingMessage
@@ -50,7 +56,8 @@ class ReplyHandler:
     opened: Round
     late: LateMessages
     metrics: RoundMetrics
-    roster: Roster
+    membership: Membership
+    history: History
     observer: Observer
     settings: ServerSettings
     lowered: dict[str, RankClass] = field(default_factory=dict)
@@ -58,8 +65,63 @@ class ReplyHandler:
     counted_late: int = 0  # updates of earlier rounds in it
     _handled: set[PendingMessage] = field(default_factory=set)
 
-    def handle(self, reply: Message) -> str:
-        """Handle one reply; returns the client that answered a late message itself, if one did."""
+    @property
+    def enough(self) -> bool:
+        """Whether the other replies are not needed."""
+        return bool(self.plan.pending) and self.counted >= self.selected.needed
+
+    def replies(self, grid: Grid, timeout: float) -> Iterator[Message]:
+        """Send the messages, and yield replies until enough updates are in or the time is up.
+
+        At the end clients without a reply get their rows, unanswered messages become late ones, and
+        the history learns whose messages were lost, for back-off.
+        """
+        clock, needed, messages = clock_of(grid), self.selected.needed, self.plan.pending
+        unanswered: list[PendingMessage] = []
+        for pending, reply in exchange(
+            grid,
+            messages,
+            timeout=timeout,
+            policy=retry_policy(grid, self.settings, timeout),
+            late=self.late.pending,
+            enough=lambda: self.enough,
+            on_resent=self._on_resent,
+            find_node=lambda p: self.membership.find_node(
+                grid, p, messages[p], self.plan.server_round
+            ),
+            order=self._order(),
+        ):
+            if reply is not None:
+                yield reply
+            else:
+                unanswered.append(pending)
+        satisfied = self.enough
+        for pending in unanswered:
+            if satisfied:
+                self._no_reply(pending, Outcome.NOT_NEEDED, f"{needed} updates came first")
+            else:
+                self._no_reply(pending, Outcome.SILENT, f"no reply within {timeout:g} s")
+        self.late.close_round(self.plan, clock, () if satisfied else None)
+        for pending, client_id in messages.items():
+            pending.drop_content()
+            if pending.answered and not clock.simulated:
+                self.history.hear(client_id)
+            elif not clock.simulated and (pending.error is not None or not satisfied):
+                self.history.lose(client_id, self.plan.server_round)
+
+    def _on_resent(self, pending: PendingMessage, loss: str) -> None:
+        self.metrics.resent += 1
+        self.observer.resent(self.plan.pending[pending], pending.sent, loss)
+
+    def _order(self) -> dict[PendingMessage, int]:
+        """Which replies are read first: drawn, where more clients are asked than needed."""
+        if self.selected.needed >= len(self.plan.pending):
+            return {}
+        purpose = (self.settings.seed, "arrival", self.plan.server_round)
+        return {p: derive_seed(*purpose, client_id) for p, client_id in self.plan.pending.items()}
+
+    def handle(self, reply: Message) -> None:
+        """Handle one reply: to a message of this round, to a late one, or to neither."""
         message_id = reply.metadata.reply_to_message_id
         pending = next((p for p in self.plan.pending if p.has_sent(message_id)), None)
         if pending is not None and pending not in self._handled:
@@ -67,13 +129,13 @@ class ReplyHandler:
             self._handle_prompt(pending, reply)
         elif pending is None and (late := self.late.pop(message_id)) is not None:
             self._handle_late(late, reply)
-            return "" if reply.has_error() else late.client_id
+            if not reply.has_error():
+                self.history.hear(late.client_id)
         else:
             what = "a second reply" if pending else "a reply to nothing that was sent"
             sender = f"node {reply.metadata.src_node_id}"
             sender = self.plan.pending[pending] if pending else sender
             LOG.warning("%s: %s in round %d, dropped", sender, what, self.plan.server_round)
-        return ""
 
     def skipped(self, quorum: int) -> str:
         """Why the round changes nothing: fewer clients or updates than ``quorum``; else empty."""
@@ -83,14 +145,14 @@ class ReplyHandler:
 
     def _handle_prompt(self, pending: PendingMessage, reply: Message) -> None:
         client_id = self.plan.pending[pending]
-        row = self._row(self.roster.members[client_id], self.plan.asked[client_id], reply)
+        row = self._row(self._member(client_id), self.plan.asked[client_id], reply)
         if row.outcome is not Outcome.OK:
             self.opened.skip(client_id)
         self._record(row, pending)
 
     def _handle_late(self, late: LateMessage, reply: Message) -> None:
         """The joules of a late row were counted in the round that sent the message."""
-        row = self._row(self.roster.members[late.client_id], late.start_name, reply, late)
+        row = self._row(self._member(late.client_id), late.start_name, reply, late)
         prefix = f"late: trained from round {late.start.base_round}"
         row.late, row.cause = True, "; ".join(filter(None, (prefix, row.cause)))
         weight = self._weight(late)
@@ -100,12 +162,15 @@ class ReplyHandler:
             row.simulated_seconds = late.spent.seconds
         self._record(row)
 
-    def no_reply(self, pending: PendingMessage, outcome: Outcome, cause: str) -> None:
+    def _no_reply(self, pending: PendingMessage, outcome: Outcome, cause: str) -> None:
         """A client that sent nothing: it was silent, or is not needed."""
         client_id = self.plan.pending[pending]
         self.opened.skip(client_id)
-        member = self.roster.members[client_id]
+        member = self._member(client_id)
         self._record(ClientRow.of(member, self.plan.server_round, outcome, cause), pending)
+
+    def _member(self, client_id: str) -> Member:
+        return self.membership.roster.members[client_id]
 
     def _record(self, row: ClientRow, pending: PendingMessage | None = None) -> None:
         if pending is not None:
