@@ -15,6 +15,8 @@ from rich.table import Table
 
 from flexlora.lora.ranks import RankClass
 from flexlora.report.formats import format_counts, metric_format
+from flexlora.runs.outcomes import Outcome
+from flexlora.server.observing.observer import Observer
 from flexlora.units import human_bytes
 
 if TYPE_CHECKING:
@@ -23,8 +25,8 @@ if TYPE_CHECKING:
 __all__ = ["TerminalObserver"]
 
 
-class TerminalObserver:
-    """Implements ``flexlora.server.observing.observer.Observer`` on a terminal or a pipe."""
+class TerminalObserver(Observer):
+    """Prints a run to a terminal or a pipe."""
 
     def __init__(self, console: Console, *, personal_rank: int = 0) -> None:
         self.console, self.personal_rank = console, personal_rank
@@ -92,11 +94,22 @@ class TerminalObserver:
         what = f"round {server_round}/{num_rounds}" if server_round else "evaluating the base"
         self._task = self.progress.add_task(what, total=num_clients)
 
-    def replied(self, client_id: str, cause: str) -> None:
+    def replied(self, client_id: str, outcome: Outcome, cause: str, late: bool) -> None:
+        self._advance()
+        if cause and outcome is not Outcome.NOT_NEEDED:
+            self._causes.append(f"  {client_id}: {cause}")
+
+    def evaluated(self, client_id: str, cause: str) -> None:
+        self._advance()
+        if cause:
+            self._causes.append(f"  {client_id}: evaluation: {cause}")
+
+    def round_skipped(self, server_round: int, cause: str) -> None:
+        self._causes.append(f"  round {server_round}: {cause}")
+
+    def _advance(self) -> None:
         if self._task is not None:
             self.progress.advance(self._task)
-        if cause:
-            self._causes.append(f"  {client_id}: {cause}")
 
     def resent(self, client_id: str, attempt: int, cause: str) -> None:
         self._causes.append(f"  {client_id}: sent again ({attempt}), {cause}")

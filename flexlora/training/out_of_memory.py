@@ -89,5 +89,6 @@ def _asking(job: TrainJob) -> TrainResult:
         base_round=job.start.base_round,
         digest=job.start.digest,
         asked_rank=rank // 2,
+        out_of_memory=True,
         cause=cause,
     )

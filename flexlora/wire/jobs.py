@@ -74,6 +74,7 @@ class TrainResult:
 
     ``note`` says what was different about a training that did succeed. ``asked_rank`` is the rank
     that a client without memory for its own asks for from the next round on; 0 asks for nothing.
+    ``out_of_memory`` is why there are no factors.
 
     ``loss_before`` and ``loss_after`` are over the rows of the first step, before any step and
     after the last; ``train_loss`` is the mean over the steps. ``personal`` stays with the client:
@@ -93,6 +94,7 @@ class TrainResult:
     loss_after: float = float("nan")
     train_seconds: float = 0.0
     asked_rank: int = 0
+    out_of_memory: bool = False
     note: str = ""
     cause: str = ""
     personal: Adapter | None = None

@@ -21,7 +21,7 @@ import tomli_w
 
 from flexlora.config.resolve import Config
 from flexlora.errors import UserError
-from flexlora.server.members.roster import Roster
+from flexlora.server.observing.observer import Observer
 from flexlora.simulations.benchmarks.cohort_rows import CohortRow
 from flexlora.simulations.benchmarks.cohort_work import Size
 from flexlora.simulations.simulate import simulate
@@ -33,20 +33,11 @@ FIRST_ROUND = 2  # by then every kind of pass has been made once
 TARGET = 1.1
 
 
-class Peaks:
-    """Implements ``flexlora.server.observing.observer.Observer``: the peak after each round."""
+class Peaks(Observer):
+    """The peak after each round."""
 
     def __init__(self) -> None:
         self.megabytes: list[float] = []
-
-    def met(self, roster: Roster) -> None:
-        pass
-
-    def round_started(self, server_round: int, num_rounds: int, num_clients: int) -> None:
-        pass
-
-    def replied(self, client_id: str, cause: str) -> None:
-        pass
 
     def round_finished(self, metrics: Mapping[str, object]) -> None:
         if metrics["round"]:

@@ -45,7 +45,7 @@ from flexlora.data.clients import client_rows
 from flexlora.errors import UserError
 from flexlora.lora.ranks import RankClass
 from flexlora.report.console import make_console
-from flexlora.server.transport.messages import eval_content, pack, train_content
+from flexlora.server.transport.messages import encode_eval_job, encode_train_job, pack
 from flexlora.simulations.benchmarks.resident_adapter import AdapterRow, adapter_rows
 from flexlora.simulations.benchmarks.resident_case import read_content, write_content
 
@@ -172,10 +172,10 @@ def contents(
     rounds = config.num_server_rounds
     return {
         "query": RecordDict(),
-        "train": train_content(
+        "train": encode_train_job(
             start, payloads, server_round=server_round, num_server_rounds=rounds
         ),
-        "evaluate": eval_content(scored, server_round=server_round, generate=False),
+        "evaluate": encode_eval_job(scored, server_round=server_round, generate=False),
     }
 
 

@@ -36,7 +36,7 @@ from flexlora.config.resolve import Config
 from flexlora.lora.adapters import Adapter, LoRAFactors
 from flexlora.lora.ranks import RankClass
 from flexlora.seeds import generator
-from flexlora.server.transport.messages import content_bytes, pack, train_content
+from flexlora.server.transport.messages import content_bytes, encode_train_job, pack
 from flexlora.simulations.benchmarks.process_memory import peak_bytes, reset_peak, settled_bytes
 from flexlora.simulations.world.clock_models import CLOCK_MODELS, clock_shape
 from flexlora.wire.encoding import DTYPES
@@ -222,7 +222,7 @@ def _message(model: str, rank: int, wire_dtype: str) -> Message:
     rank_class = RankClass(name=f"rank_{rank}", rank=rank)
     start = Start(rank_class=rank_class, base_round=0, trained=adapter)
     payloads = {"trained": pack(adapter, wire_dtype)}
-    content = train_content(start, payloads, server_round=1, num_server_rounds=1)
+    content = encode_train_job(start, payloads, server_round=1, num_server_rounds=1)
     return Message(content, dst_node_id=NODE, message_type=MessageType.TRAIN)
 
 

@@ -16,8 +16,6 @@ from dataclasses import dataclass, replace
 
 from flwr.app import Error, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
-from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
 
 from flexlora.clients.messages import (
     decode_evaluate,
@@ -28,6 +26,12 @@ from flexlora.clients.messages import (
 )
 from flexlora.clients.worker import Worker
 from flexlora.lora.adapters import Adapter
+from flexlora.server.transport.flower_private import (
+    NODE_UNAVAILABLE,
+    Run,
+    act_as_server,
+    set_message_id,
+)
 from flexlora.simulations.engine.cohorts import CohortLimits, plan_cohorts
 from flexlora.simulations.engine.pool import LocalPool, Pending, Pool
 from flexlora.simulations.world.efforts import effort_of
@@ -38,7 +42,6 @@ from flexlora.wire.jobs import Capability, EvalJob, EvalResult, TrainJob, TrainR
 
 __all__ = ["InProcessGrid"]
 
-LOST_NODE = 5  # Flower's code for a node that is gone
 EVALUATED_TOGETHER = 32  # clients; a constant, so that scores do not depend on the workers
 
 
@@ -85,8 +88,7 @@ class InProcessGrid(Grid):
         self._pushed = self._round = 0
         self._met = False
         self._run = Run.create_empty(run_id=1)
-        # Flower's Message reads its sender from the process it is made in.
-        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 0
+        act_as_server(run_id=1)
 
     @property
     def sends_again(self) -> bool:
@@ -124,7 +126,7 @@ class InProcessGrid(Grid):
         for message in messages:
             self._pushed += 1
             message_id = f"message-{self._pushed}"
-            message.metadata.__dict__["_message_id"] = message_id
+            set_message_id(message, message_id)
             ids.append(message_id)
             kind, client_id = message.metadata.message_type, self._client(message)
             if kind == MessageType.TRAIN:
@@ -229,7 +231,7 @@ class InProcessGrid(Grid):
         message, job = held.message, held.job
         lost = self.clock.take(message_id) if self.clock is not None else ""
         if lost:
-            return Message(Error(code=LOST_NODE, reason=lost), reply_to=message)
+            return Message(Error(code=NODE_UNAVAILABLE, reason=lost), reply_to=message)
         if held.cohort is None:
             return encode_capability(self._capability(self._client(message)), reply_to=message)
         result = held.result

@@ -19,27 +19,18 @@ from flexlora.aggregation.engine.state import GlobalChange, State
 from flexlora.algebra.linalg import FactoredSVD, inner_product
 from flexlora.lora.ranks import RankClass
 from flexlora.runs.checkpoints import load_checkpoint
-from flexlora.server.members.roster import Roster
+from flexlora.server.observing.observer import Observer
 
 __all__ = ["TailObserver", "kept_by_law", "kept_of_tail", "tail_share"]
 
 
-class TailObserver:
-    """An observer that measures the checkpoint of every round."""
+class TailObserver(Observer):
+    """Measures the checkpoint of every round."""
 
     def __init__(self, run: Path) -> None:
         self.run = run
         self.rounds: list[dict[str, object]] = []
         self._last: State | None = None
-
-    def met(self, roster: Roster) -> None:
-        pass
-
-    def round_started(self, server_round: int, num_rounds: int, num_clients: int) -> None:
-        pass
-
-    def replied(self, client_id: str, cause: str) -> None:
-        pass
 
     def round_finished(self, metrics: Mapping[str, object]) -> None:
         """Measure the round's checkpoint, which is on disk before observers are called."""

@@ -20,7 +20,11 @@ from flexlora.clients.trainer.service import Limits, listen
 from flexlora.clients.trainer.sockets import DEAD, reach
 from flexlora.clients.trainer.trainer_pb2 import Question
 from flexlora.errors import UserError
-from flexlora.server.transport.messages import decode_capability, decode_evaluate, decode_train
+from flexlora.server.transport.messages import (
+    decode_capability,
+    decode_eval_result,
+    decode_train_result,
+)
 from flexlora.wire.jobs import Capability, EvalResult, TrainResult
 from trainers import (
     asked,
@@ -187,8 +191,8 @@ def test_a_trainer_that_is_not_there_is_a_cause_and_no_fallback(tmp_path, monkey
     reply = Message(content, reply_to=message)
     decode, failed = {
         "query": (decode_capability, Capability.failed("site", cause)),
-        "train": (decode_train, TrainResult.failed("site", cause)),
-        "evaluate": (decode_evaluate, EvalResult(client_id="site", cause=cause)),
+        "train": (decode_train_result, TrainResult.failed("site", cause)),
+        "evaluate": (decode_eval_result, EvalResult(client_id="site", cause=cause)),
     }[kind]
     assert repr(decode(reply)) == repr(failed)
 

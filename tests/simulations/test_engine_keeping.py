@@ -5,6 +5,7 @@ import math
 import pytest
 
 from federation import StopAt, Stopped, client_rows, rounds, small, untimed
+from flexlora.server.observing.observer import Observer
 from flexlora.simulations import simulate as simulation
 from flexlora.simulations.engine.pool import LocalPool
 from flexlora.simulations.simulate import resume, simulate
@@ -148,20 +149,11 @@ def test_two_workers_keep_the_bytes_that_one_keeps(tmp_path):
     assert files[0] == files[1] and files[0]
 
 
-class Held:
+class Held(Observer):
     """An observer that counts what the engine and its world hold after every round."""
 
     def __init__(self, grids):
         self.grids, self.messages, self.payloads, self.trips = grids, [], [], []
-
-    def met(self, roster):
-        pass
-
-    def round_started(self, server_round, num_rounds, num_clients):
-        pass
-
-    def replied(self, client_id, cause):
-        pass
 
     def round_finished(self, metrics):
         held = self.grids[-1]._held.values()

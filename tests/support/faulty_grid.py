@@ -242,10 +242,10 @@ def run(grid, config=None, *, rows=None, **options):
     strategy = FlexLoRAStrategy(config or settings(), **options)
     close = strategy._close_round
 
-    def closed(metrics, simulated=None):
+    def closed(metrics, clock):
         if rows is not None:
-            rows.extend({**row, "metrics": dict(metrics)} for row in strategy._ledger.rows)
-        close(metrics, simulated)
+            rows.extend({**row.cells(), "metrics": metrics} for row in strategy.metrics.rows)
+        close(metrics, clock)
 
     strategy._close_round = closed
     strategy.start(grid)

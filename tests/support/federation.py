@@ -22,7 +22,8 @@ from flexlora.config.resolve import Config
 from flexlora.lora.peft_folder import load_adapter
 from flexlora.runs.folder import RunFolder
 from flexlora.server.app import federate
-from flexlora.server.transport.messages import decode_train
+from flexlora.server.observing.observer import Observer
+from flexlora.server.transport.messages import decode_train_result
 from flexlora.simulations.engine.cohorts import CohortLimits
 from flexlora.simulations.engine.grid import InProcessGrid
 from paths import ROOT
@@ -194,7 +195,7 @@ class TamperingGrid(InProcessGrid):
         client_id = self._client(message)
         server_round = int(message.metadata.group_id)
         start = decode_job(message, client_id).start.for_client(client_id)
-        self.updates[server_round, client_id] = decode_train(reply, start)
+        self.updates[server_round, client_id] = decode_train_result(reply, start)
         return self.tamper(reply, message) if client_id in self.victims else [reply]
 
 
@@ -202,21 +203,18 @@ class Stopped(Exception):
     """Ends a run from the inside, where a test wants it to end."""
 
 
-class StopAt:
+class StopAt(Observer):
     """An observer that raises at one event of one round."""
 
     def __init__(self, event, server_round, error=Stopped):
         self.event, self.server_round, self.error = event, server_round, error
         self.current = 0
 
-    def met(self, roster):
-        pass
-
     def round_started(self, server_round, num_rounds, num_clients):
         self.current = server_round
         self._maybe("round_started")
 
-    def replied(self, client_id, cause):
+    def replied(self, client_id, outcome, cause, late):
         self._maybe("replied")
 
     def round_finished(self, metrics):

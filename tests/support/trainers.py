@@ -28,7 +28,7 @@ from flexlora.clients.trainer.store import KeptReplies
 from flexlora.clients.worker import worker_for
 from flexlora.data.clients import client_rows
 from flexlora.lora.ranks import RankClass
-from flexlora.server.transport.messages import eval_content, pack, train_content
+from flexlora.server.transport.messages import encode_eval_job, encode_train_job, pack
 
 SITE = {"client-id": "site"}
 
@@ -75,7 +75,7 @@ def train_message(config, *, rank=2, server_round=1, method="carried", **job):
     payloads = {"trained": pack(start.trained, config.wire.dtype)}
     if start.carried is not None:
         payloads["carried"] = pack(start.carried, "bfloat16")
-    content = train_content(start, payloads, server_round=server_round, num_server_rounds=4)
+    content = encode_train_job(start, payloads, server_round=server_round, num_server_rounds=4)
     for key, value in job.items():
         content["job"][key] = value
     return message_of(content, MessageType.TRAIN, server_round=server_round)
@@ -85,7 +85,7 @@ def evaluate_message(config, *, ranks=(2, 4), generate=True, server_round=1):
     payloads = {
         f"rank_{rank}": pack(start_of(config, rank=rank).trained, "float32") for rank in ranks
     }
-    content = eval_content(payloads, server_round=server_round, generate=generate)
+    content = encode_eval_job(payloads, server_round=server_round, generate=generate)
     return message_of(content, MessageType.EVALUATE)
 
 

@@ -130,8 +130,8 @@ def test_a_client_starts_from_what_the_server_thinks_it_does(method, wire_dtype,
         **(options if method == "aligned" else {}),
     )
     strategy, _, _, starts = sent_and_got(config, tmp_path / "run")
-    for client_id, name in strategy._asked.items():
-        sent = strategy._sent[name].for_client(client_id)
+    for client_id, name in strategy._open.plan.asked.items():
+        sent = strategy._open.plan.sent[name].for_client(client_id)
         got = starts[2, client_id]
         for label in ("rank_class", "base_round", "carried_dtype", "trainable", "local", "digest"):
             assert getattr(got, label) == getattr(sent, label), label

@@ -1,11 +1,11 @@
-"""What a round sends out: per rank class one start and one payload, per client one message."""
+"""What a round sends: one start and one payload per rank class, one message per client."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from flwr.app import Message, MessageType, RecordDict
+from flwr.app import Message, MessageType
 
 from flexlora.aggregation.engine.method import Method
 from flexlora.aggregation.engine.starts import Start
@@ -13,20 +13,29 @@ from flexlora.aggregation.engine.state import State
 from flexlora.config.resolve import Config
 from flexlora.server.members.roster import Member
 from flexlora.server.settings import factoring_of
-from flexlora.server.transport.messages import Payload, content_bytes, pack, train_content
+from flexlora.server.transport.messages import Payload, content_bytes, encode_train_job, pack
+from flexlora.server.transport.retry_queue import PendingMessage
 from flexlora.wire.encoding import over_the_wire
 
-__all__ = ["Opening"]
+__all__ = ["RoundPlan"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Opening:
-    """One round as it goes out: ``sent`` holds the starts by rank class as clients decode them."""
+class RoundPlan:
+    """One round of training as it is sent.
+
+    Args:
+        sent: the start of every rank class as its clients decode it.
+        asked: the rank class of every client that is asked.
+        class_bytes: the bytes of one message to each class.
+        pending: every message, with its client; clients of a class share one payload.
+    """
 
     server_round: int
-    members: tuple[Member, ...]
-    sent: dict[str, Start]
-    contents: dict[str, RecordDict]
+    sent: dict[str, Start] = field(default_factory=dict)
+    asked: dict[str, str] = field(default_factory=dict)
+    class_bytes: dict[str, int] = field(default_factory=dict)
+    pending: dict[PendingMessage, str] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -35,61 +44,50 @@ class Opening:
         state: State,
         members: Sequence[Member],
         config: Config,
-        *,
         server_round: int,
         num_rounds: int,
-        fingerprint: str,
-        origin: str = "",
-    ) -> Opening:
-        """``fingerprint`` names the base that the factors are for, ``origin`` the run."""
+        origin: str,
+    ) -> RoundPlan:
+        """The round after ``state``; ``origin`` is Flower's id of the first run in the folder."""
         classes = {m.rank_class.name: m.rank_class for m in members}
         starts = {
             name: method.start(state, rank_class, factoring_of(config))
             for name, rank_class in sorted(classes.items())
         }
         contents = {
-            name: train_content(
+            name: encode_train_job(
                 start,
                 _payloads(start, config.wire.dtype),
                 server_round=server_round,
                 num_server_rounds=num_rounds,
-                fingerprint=fingerprint,
+                fingerprint=members[0].capability.fingerprint,  # all members hold the same base
                 origin=origin,
             )
             for name, start in starts.items()
         }
+        pending = {
+            PendingMessage(
+                Message(
+                    contents[member.rank_class.name],
+                    dst_node_id=member.node_id,
+                    message_type=MessageType.TRAIN,
+                    group_id=str(server_round),
+                )
+            ): member.capability.client_id
+            for member in members
+        }
         return cls(
             server_round=server_round,
-            members=tuple(members),
             sent={name: _as_received(s, config.wire.dtype) for name, s in starts.items()},
-            contents=contents,
+            asked={m.capability.client_id: m.rank_class.name for m in members},
+            class_bytes={name: content_bytes(content) for name, content in contents.items()},
+            pending=pending,
         )
 
     @property
-    def asked(self) -> dict[str, str]:
-        """The rank class of every client that is asked."""
-        return {m.capability.client_id: m.rank_class.name for m in self.members}
-
-    @property
-    def class_bytes(self) -> dict[str, int]:
-        """Bytes of one message to each class."""
-        return {name: content_bytes(content) for name, content in self.contents.items()}
-
-    @property
     def bytes_carried(self) -> int:
+        """Of what is sent, the bytes of frozen factors."""
         return sum(self.sent[name].carried_bytes for name in self.asked.values())
-
-    def messages(self) -> dict[str, Message]:
-        """By client id; clients of a class share one payload."""
-        return {
-            member.capability.client_id: Message(
-                self.contents[member.rank_class.name],
-                dst_node_id=member.node_id,
-                message_type=MessageType.TRAIN,
-                group_id=str(self.server_round),
-            )
-            for member in self.members
-        }
 
 
 def _payloads(start: Start, dtype: str) -> dict[str, Payload]:
@@ -100,7 +98,7 @@ def _payloads(start: Start, dtype: str) -> dict[str, Payload]:
 
 
 def _as_received(start: Start, dtype: str) -> Start:
-    """The start as the client decodes it: what a residual form must subtract."""
+    """The start as the client decodes it, which a residual form must subtract."""
     carried = start.carried
     if carried is not None:
         carried = over_the_wire(carried, start.carried_dtype or dtype)
