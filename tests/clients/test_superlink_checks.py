@@ -73,7 +73,7 @@ def test_a_server_that_is_no_superlink(said, words, ca, good):
 def test_the_version_of_a_superlink(version, status, words):
     with serving(Said(version=version)) as port:
         finding = asked(port)["superlink"]
-    assert finding.status == status and words in finding.told
+    assert finding.status == status and words in finding.message
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_the_version_of_a_superlink(version, status, words):
 def test_two_clocks(ahead, status, words):
     with serving(Said(ahead=ahead)) as port:
         finding = asked(port)["clock"]
-    assert finding.status == status and words in finding.told, finding.told
+    assert finding.status == status and words in finding.message, finding.message
 
 
 @pytest.mark.parametrize(
@@ -110,10 +110,10 @@ def test_two_clocks(ahead, status, words):
     ],
 )
 def test_the_control_path(control, own, status, words, monkeypatch):
-    monkeypatch.setattr(tls_checks, "is_own", lambda address: own)
+    monkeypatch.setattr(tls_checks, "is_loopback", lambda address: own)
     with serving(Said(control=control)) as port:
         finding = asked(port)["control path"]
-    assert finding.status == status and words in finding.told
+    assert finding.status == status and words in finding.message
 
 
 def test_a_server_that_breaks_off(monkeypatch):
@@ -190,7 +190,8 @@ def test_a_file_that_holds_no_key(tmp_path):
 def test_a_trainer_that_is_not_there(tmp_path):
     finding = check_trainer(tmp_path / "none.sock")
     assert (
-        finding.status == "failed" and "cannot be reached: there is no such socket" in finding.told
+        finding.status == "failed"
+        and "cannot be reached: there is no such socket" in finding.message
     )
     assert finding.remedy.startswith("flexlora client serve --socket")
 
@@ -199,8 +200,8 @@ def test_a_trainer_that_listens(tmp_path):
     with resident(write_rows(tmp_path / "data"), tmp_path / "kept") as made:
         finding = check_trainer(made.path)
     assert finding.status == "ok", finding
-    assert f"FlexLoRA {flexlora.__version__} holds embedded on cpu" in finding.told
-    assert finding.told.endswith(": idle")
+    assert f"FlexLoRA {flexlora.__version__} holds embedded on cpu" in finding.message
+    assert finding.message.endswith(": idle")
 
 
 @pytest.mark.parametrize(
@@ -217,7 +218,7 @@ def test_how_a_trainer_is(changes, status, words, monkeypatch):
     reply = HealthReply(**{**told, "device": "cpu", **changes})
     monkeypatch.setattr(trainer_client, "health", lambda path: reply)
     finding = check_trainer(Path("/run/flexlora/trainer.sock"))
-    assert finding.status == status and words in finding.told
+    assert finding.status == status and words in finding.message
 
 
 # The command
@@ -251,7 +252,7 @@ def test_the_command_fails_where_a_check_did(monkeypatch, capsys, ca, good):
     ],
 )
 def test_what_was_mistyped_is_told_before_anything_is_tried(given, message, monkeypatch, capsys):
-    monkeypatch.setattr(superlink_checks, "look", pytest.fail)
+    monkeypatch.setattr(superlink_checks, "inspect_endpoint", pytest.fail)
     status, _, err = run_doctor(monkeypatch, capsys, *given)
     assert status == 2 and message in err and err.count("\n") == 1
 

@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives import serialization
 
 from flexlora.clients.setup.superlink_checks import check_superlink
 from flexlora.deploy import connections, tls_checks
+from flexlora.deploy.hosts import join_address, split_address
 from flexlora.deploy.tls_checks import span
 from flexlora.errors import UserError
 from tls_servers import (
@@ -58,8 +59,8 @@ def good(folder, ca):
     [("10.0.0.1:8000", ("10.0.0.1", 8000)), ("[::1]:80", ("::1", 80)), ("host:1", ("host", 1))],
 )
 def test_addresses(text, address):
-    assert connections.parse_address(text) == address
-    assert connections.spelled(*address) == text
+    assert split_address(text, "--superlink") == address
+    assert join_address(*address) == text
 
 
 @pytest.mark.parametrize(
@@ -68,12 +69,12 @@ def test_addresses(text, address):
         *((text, "expected HOST:PORT") for text in ("host", ":80", "host:", "host:x", "host:-1")),
         ("host:70000", "expected HOST:PORT"),
         ("https://host:9092", "try 'host:9092'"),
-        ("::1:80", r"expected brackets around an IPv6 address: '\[::1\]:80'"),
+        ("::1:80", r"expected HOST:PORT with brackets around an IPv6 address: '\[::1\]:80'"),
     ],
 )
 def test_what_is_no_address_is_refused(text, message):
     with pytest.raises(UserError, match=message):
-        connections.parse_address(text)
+        split_address(text, "--superlink")
 
 
 # The connection
@@ -149,8 +150,10 @@ def test_a_superlink_over_tls_whose_certificate_is_in_order(ca, good):
         found = asked(port, ca)
     assert {finding.status for finding in found.values()} == {"ok"}
     assert list(found) == ["certificate", "superlink", "clock", "control path"]
-    assert "signed by 'CN=FlexLoRA CA', for localhost, 127.0.0.1, ::1" in found["certificate"].told
-    assert found["superlink"].told.endswith("is a SuperLink of Flower 1.41.0 over TLS")
+    assert (
+        "signed by 'CN=FlexLoRA CA', for localhost, 127.0.0.1, ::1" in found["certificate"].message
+    )
+    assert found["superlink"].message.endswith("is a SuperLink of Flower 1.41.0 over TLS")
 
 
 @pytest.mark.parametrize("host", ["localhost", "::1"])
@@ -240,7 +243,8 @@ def test_a_certificate_that_ends_soon_still_works(folder, ca):
     with serving(signer=server) as port:
         found = asked(port, ca)
     assert (
-        found["certificate"].status == "warning" and "ends in 5 days" in found["certificate"].told
+        found["certificate"].status == "warning"
+        and "ends in 5 days" in found["certificate"].message
     )
     assert found["superlink"].status == "ok"
 
@@ -250,7 +254,7 @@ def test_names_from_the_other_side_do_not_steer_a_terminal(folder, ca):
     server = Signer.make(folder, "superlink", by=loud, names=HERE)
     with serving(signer=server) as port:
         last = only(asked(port, ca), "failed", "certificate", "red")
-    assert last.told.isprintable()
+    assert last.message.isprintable()
 
 
 def files(folder, ca, good):
@@ -290,10 +294,10 @@ def test_plain_http(ca, monkeypatch):
         assert "--ssl-certfile" in last.remedy
         own = asked(port)
         assert own["superlink"].status == "ok" and "certificate" not in own
-        monkeypatch.setattr(tls_checks, "is_own", lambda address: False)
+        monkeypatch.setattr(tls_checks, "is_loopback", lambda address: False)
         found = asked(port)
         assert found["certificate"].status == "warning"
-        assert "whoever is between" in found["certificate"].told
+        assert "whoever is between" in found["certificate"].message
         assert found["superlink"].status == "ok"
 
 
@@ -305,15 +309,15 @@ def test_plain_http(ca, monkeypatch):
     ],
 )
 def test_which_addresses_never_leave_the_machine(address, own):
-    assert connections.is_own(address) is own
+    assert connections.is_loopback(address) is own
 
 
 def test_a_proxy_in_the_environment_that_only_flower_would_use(monkeypatch):
     monkeypatch.setenv("HTTP_PROXY", "http://user:secret@proxy.example:3128")
     with serving() as port:
         finding = asked(port)["proxy"]
-        assert finding.status == "warning" and "through 'proxy.example'" in finding.told
-        assert "secret" not in finding.told and finding.remedy == "export NO_PROXY=127.0.0.1"
+        assert finding.status == "warning" and "through 'proxy.example'" in finding.message
+        assert "secret" not in finding.message and finding.remedy == "export NO_PROXY=127.0.0.1"
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         assert "proxy" not in asked(port)
 

@@ -26,7 +26,7 @@ import psutil
 
 from federation import ONE_THREAD, ROOT
 from flexlora.clients.trainer.client import health
-from flexlora.clients.trainer.sockets import reach
+from flexlora.clients.trainer.sockets import connection_error
 from flexlora.config.resolve import Config
 from flexlora.data.tasks import generate_rows
 from flexlora.deploy.certificates import make_authority, make_server
@@ -233,7 +233,7 @@ class Trainer:
         self.path, self.log, self.process = path, log, process
 
     def ready(self):
-        until(lambda: not reach(self.path), SLOWLY, lambda: tail(self.log))
+        until(lambda: not connection_error(self.path), SLOWLY, lambda: tail(self.log))
         return self
 
     def doing(self, *words):

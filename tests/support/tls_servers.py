@@ -209,7 +209,7 @@ def by_name(findings):
     found = {finding.name: finding for finding in findings}
     assert len(found) == len(findings)
     for finding in findings:
-        assert finding.name and "\n" not in finding.told and len(finding.told) < 330, finding
+        assert finding.name and "\n" not in finding.message and len(finding.message) < 330, finding
         assert bool(finding.remedy) == (finding.status != "ok"), finding
     return found
 
@@ -224,7 +224,7 @@ def only(findings, status, name, *words):
     last = list(findings.values())[-1]
     assert (last.status, last.name) == (status, name), last
     for word in words:
-        assert word in last.told, last.told
+        assert word in last.message, last.message
     return last
 
 

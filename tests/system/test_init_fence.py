@@ -12,7 +12,7 @@ import pytest
 import yaml
 from flwr.superlink.main import create_app
 
-from flexlora.clients.setup import findings as found_here
+from flexlora.clients.setup import machine_plan as found_here
 from flexlora.clients.setup.init import client_init
 from flexlora.server.init import ServerInit, server_init
 from init_folders import HOSTS, both_folders, free_ports, node_of, status, text_of

@@ -12,7 +12,7 @@ from rich.console import Console
 from builders import random_adapter
 from flexlora.aggregation import GlobalChange, State, Update, make_method
 from flexlora.aggregation.engine.method import Factoring
-from flexlora.clients.messages import evaluate_reply
+from flexlora.clients.messages import encode_evaluate_result
 from flexlora.clients.worker import Worker
 from flexlora.config.resolve import Config
 from flexlora.data.tasks import generate_rows
@@ -129,10 +129,10 @@ def test_own_factors_that_cannot_be_used_cost_only_their_own_score(worker, evalu
 
 def test_the_reply_holds_the_score_and_the_server_reads_it(worker, evaluations):
     (result,) = worker.evaluate(evaluations[:1])
-    reply = SimpleNamespace(has_error=lambda: False, content=evaluate_reply(result))
+    reply = SimpleNamespace(has_error=lambda: False, content=encode_evaluate_result(result))
     assert decode_evaluate(reply) == result
     told = replace(result, cause="personal factors: no room")
-    reply = SimpleNamespace(has_error=lambda: False, content=evaluate_reply(told))
+    reply = SimpleNamespace(has_error=lambda: False, content=encode_evaluate_result(told))
     assert decode_evaluate(reply) == told
 
 

@@ -120,10 +120,10 @@ def test_a_real_superlink_with_tls_and_node_authentication(tmp_path, ca, good, m
         ours = [
             found[name].status for name in ("certificate", "superlink", "clock", "control path")
         ]
-        assert ours == ["ok"] * 4 and "of Flower 1.41" in found["superlink"].told
-        assert "does not know the key" in found["node key"].told
+        assert ours == ["ok"] * 4 and "of Flower 1.41" in found["superlink"].message
+        assert "does not know the key" in found["node key"].message
         flwr(environment, "supernode", "register", f"{key}.pub", "own")
-        assert asked(port, ca, key=key)["node key"].told.endswith("is registered")
+        assert asked(port, ca, key=key)["node key"].message.endswith("is registered")
         for off, status in ((8.0, "failed"), (3.0, "ok"), (-300.0, "ok"), (-308.0, "failed")):
             clock = SimpleNamespace(time=lambda off=off: time.time() + off)
             monkeypatch.setattr(node_key_checks, "time", clock)
@@ -137,5 +137,5 @@ def test_a_real_superlink_in_the_clear(tmp_path, ca):
     with real_superlink(tmp_path, "--insecure") as (port, _):
         found = asked(port)
         assert {finding.status for finding in found.values()} == {"ok"}, found
-        assert "over plain HTTP" in found["superlink"].told
+        assert "over plain HTTP" in found["superlink"].message
         only(asked(port, ca), "failed", "certificate", "speaks plain HTTP")

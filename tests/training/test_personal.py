@@ -11,7 +11,7 @@ from cohorts import EPOCHS, cohort, recipe
 from federation import small
 from flexlora.aggregation import METHODS, GlobalChange, State, Update, make_method
 from flexlora.aggregation.engine.method import Factoring
-from flexlora.clients.messages import train_reply
+from flexlora.clients.messages import encode_train_result
 from flexlora.clients.worker import Worker
 from flexlora.lora.adapters import Adapter
 from flexlora.lora.ranks import RankClass
@@ -223,7 +223,7 @@ def reply_bytes(results):
     """Everything that goes to the server, without what a clock has measured."""
     replies = []
     for result in results:
-        content = train_reply(replace(result, train_seconds=0.0), dtype="float32")
+        content = encode_train_result(replace(result, train_seconds=0.0), dtype="float32")
         arrays = {key: bytes(array.data) for key, array in content["update"].items()}
         values = [(k, dict(record)) for k, record in content.config_records.items()]
         replies.append((arrays, values))
