@@ -177,7 +177,7 @@ def test_a_file_that_holds_no_key(tmp_path):
         tmp_path / "absent": "cannot be read: No such file",
         Path(f"{path}.pub"): "is no private key in OpenSSH's format",
         locked: "or it has a passphrase",
-        strange: "is not on one of NIST's elliptic curves",
+        strange: "is not on a NIST curve",
     }
     with serving() as port:
         for file, words in cases.items():
