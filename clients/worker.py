@@ -146,7 +146,7 @@ class Worker:
 
     @property
     def slots(self) -> SlotModel:
-        """The first base with its LoRA layers; injects them again if another worker replaced them."""
+        """The first base with its LoRA layers, injected again if another worker replaced them."""
         return self.slots_of(next(iter(self.bases)))
 
     def slots_of(self, kind: str) -> SlotModel:

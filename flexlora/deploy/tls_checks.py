@@ -119,8 +119,8 @@ def _explained(
         return _out_of_time(host, port, (certificate, *trusted))
     if error.verify_code in OTHER_NAME:
         message = (
-            f"'{host}' is not among the names of the certificate of {join_address(host, port)}: it is "
-            f"for {_names(certificate)}."
+            f"'{host}' is not among the names of the certificate of {join_address(host, port)}: it "
+            f"is for {_names(certificate)}."
         )
         return failed(message, _reissue(host), name=NAME)
     return _unknown_signer(error, host, port, certificate, authorities)

@@ -21,28 +21,10 @@ from flexlora.clients.trainer.trainer_pb2 import HealthReply
 from flexlora.commands.cli import main
 from flexlora.deploy import doctor, tls_checks
 from flexlora.simulations import flower_checks
-from tls_servers import DAY, HERE, Said, Signer, asked, key_file, only, serving, without_proxies
+from tls_servers import DAY, Said, asked, key_file, only, serving
 from trainers import resident, write_rows
 
-
-@pytest.fixture(autouse=True)
-def no_proxy(monkeypatch):
-    without_proxies(monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("certificates")
-
-
-@pytest.fixture(scope="module")
-def ca(folder):
-    return Signer.make(folder, "FlexLoRA CA", ca=True)
-
-
-@pytest.fixture(scope="module")
-def good(folder, ca):
-    return Signer.make(folder, "superlink", by=ca, names=HERE)
+pytestmark = pytest.mark.usefixtures("no_proxy")
 
 
 # Whether it is a SuperLink, and what it answers
@@ -57,8 +39,8 @@ def good(folder, ca):
         (Said(fleet=(502, None), health=200), "a proxy that does not reach its SuperLink (502)"),
     ],
 )
-def test_a_server_that_is_no_superlink(said, words, ca, good):
-    with serving(said, signer=good) as port:
+def test_a_server_that_is_no_superlink(said, words, ca, leaf):
+    with serving(said, certificate=leaf) as port:
         only(asked(port, ca), "failed", "superlink", words)
 
 
@@ -232,12 +214,12 @@ def run_doctor(monkeypatch, capsys, *arguments):
     return status, out.out, out.err
 
 
-def test_the_command_fails_where_a_check_did(monkeypatch, capsys, ca, good):
-    with serving(signer=good) as port:
+def test_the_command_fails_where_a_check_did(monkeypatch, capsys, ca, leaf):
+    with serving(certificate=leaf) as port:
         given = ("--superlink", f"127.0.0.1:{port}", "--format", "json")
         status, out, _ = run_doctor(monkeypatch, capsys, *given, "--root-certificates", ca.file)
         assert status == 0 and json.loads(out)["ok"] is True
-        status, out, _ = run_doctor(monkeypatch, capsys, *given, "--root-certificates", good.file)
+        status, out, _ = run_doctor(monkeypatch, capsys, *given, "--root-certificates", leaf.file)
     told = json.loads(out)
     assert status == 1 and told["ok"] is False
     assert told["findings"][-1]["name"] == "certificate" and told["findings"][-1]["remedy"]

@@ -14,7 +14,6 @@ from faulty_grid import run as faulty_run
 from federation import client_rows, federation, same_bytes, small
 from flexlora.aggregation import GlobalChange, State, Update, make_method
 from flexlora.aggregation.engine.method import Factoring
-from flexlora.clients.worker import Worker
 from flexlora.lora.ranks import RankClass
 from flexlora.simulations.engine.cohorts import CohortLimits
 from flexlora.simulations.engine.grid import InProcessGrid
@@ -22,11 +21,6 @@ from flexlora.simulations.engine.grid import InProcessGrid
 VICTIM = "client_02"
 SHAPES = {"attn.q": (12, 12), "mlp.up": (20, 12)}
 LATE = Fate(seconds=105.0)  # the round lasts 100
-
-
-@pytest.fixture(scope="module")
-def worker():
-    return Worker(small())
 
 
 class SlowGrid(InProcessGrid):

@@ -18,15 +18,9 @@ from federation import (
     untimed,
 )
 from flexlora.clients.messages import encode_capability
-from flexlora.clients.worker import worker_for
 from flexlora.errors import UserError
 
 VICTIM = "client_01"
-
-
-@pytest.fixture(scope="module")
-def worker():
-    return worker_for(small())
 
 
 class NodesGrid(TamperingGrid):

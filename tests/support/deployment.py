@@ -23,13 +23,13 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
+import trustme
 
 from federation import ONE_THREAD, ROOT
 from flexlora.clients.trainer.client import health
 from flexlora.clients.trainer.sockets import connection_error
 from flexlora.config.resolve import Config
 from flexlora.data.tasks import generate_rows
-from flexlora.deploy.certificates import make_authority, make_server
 from flexlora.deploy.node_keys import make_node_keys
 from flexlora.errors import UserError
 from flexlora.runs.folder import RunFolder
@@ -94,13 +94,13 @@ def once(tmp_path_factory, name, make):
 
 
 def write_certificates(folder):
-    """What ``flexlora server init`` makes for a server, and the CA of another."""
-    authority = make_authority("a test's federation", days=1)
-    server = make_server(authority, [], days=1)
-    stranger = make_authority("another federation", days=1)
-    for name, issued in (("ca", authority), ("server", server), ("stranger", stranger)):
-        (folder / f"{name}.pem").write_bytes(issued.certificate_pem)
-    (folder / "server.key").write_bytes(server.key_pem)
+    """A CA, a server's certificate and key, and the CA of another federation."""
+    ca, stranger = trustme.CA(), trustme.CA()
+    server = ca.issue_cert("localhost", "127.0.0.1", "::1")
+    ca.cert_pem.write_to_path(folder / "ca.pem")
+    stranger.cert_pem.write_to_path(folder / "stranger.pem")
+    server.cert_chain_pems[0].write_to_path(folder / "server.pem")
+    server.private_key_pem.write_to_path(folder / "server.key")
 
 
 def write_node_key(folder):

@@ -19,30 +19,10 @@ import psutil
 import pytest
 
 from flexlora.clients.setup import node_key_checks
-from tls_servers import HERE, Signer, asked, key_file, only, without_proxies
+from tls_servers import asked, key_file, only
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_proxy")]
 BIN = Path(sys.executable).parent
-
-
-@pytest.fixture(autouse=True)
-def no_proxy(monkeypatch):
-    without_proxies(monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("certificates")
-
-
-@pytest.fixture(scope="module")
-def ca(folder):
-    return Signer.make(folder, "FlexLoRA CA", ca=True)
-
-
-@pytest.fixture(scope="module")
-def good(folder, ca):
-    return Signer.make(folder, "superlink", by=ca, names=HERE)
 
 
 def free_port():
@@ -103,14 +83,14 @@ def flwr(environment, *words):
     return done.stdout
 
 
-def test_a_real_superlink_with_tls_and_node_authentication(tmp_path, ca, good, monkeypatch):
+def test_a_real_superlink_with_tls_and_node_authentication(tmp_path, ca, leaf, monkeypatch):
     """The answers that ``Said`` gives are those of Flower, and asking changes nothing there."""
     key = key_file(tmp_path)
     tls = (
         "--ssl-certfile",
-        good.file,
+        leaf.file,
         "--ssl-keyfile",
-        good.key_file,
+        leaf.key_file,
         "--ssl-ca-certfile",
         ca.file,
     )
