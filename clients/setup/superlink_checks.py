@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import ssl
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -23,7 +24,7 @@ from flexlora.deploy.certificates import Authorities, AuthoritiesRefused, read_a
 from flexlora.deploy.connections import HttpResponse, Link, Stopped
 from flexlora.deploy.doctor import Check, Finding, failed, ok, warning
 from flexlora.deploy.hosts import split_address
-from flexlora.deploy.tls_checks import Endpoint, check_certificate, inspect_endpoint, span
+from flexlora.deploy.tls_checks import check_certificate, inspect_endpoint, span
 from flexlora.errors import UserError
 
 __all__ = ["check_superlink", "check_trainer", "node_checks"]
@@ -70,17 +71,15 @@ def check_superlink(
 
 
 def _steps(host: str, port: int, roots: Path | None, key: Path | None) -> Iterator[Finding]:
-    endpoint = inspect_endpoint(host, port)
-    yield from _proxied(host, endpoint)
-    local = endpoint.is_loopback
-    link = Link(host=host, port=port, context=None, is_loopback=local)
-    if endpoint.certificate is None:
+    link = inspect_endpoint(host, port)
+    yield from _proxied(link)
+    if link.certificate is None:
         yield from _plain_http(link, roots)
     else:
         authorities = _authorities(roots) if roots else None
         context = authorities.context() if authorities else _default_trust()
-        yield check_certificate(host, port, endpoint.certificate, context, authorities)
-        link = Link(host=host, port=port, context=context, is_loopback=local)
+        yield check_certificate(link, link.certificate, context, authorities)
+        link = replace(link, context=context)
     health = link.get("/health")
     yield _is_superlink(link, health)
     yield _clock(link, health)
@@ -103,18 +102,18 @@ def _default_trust() -> ssl.SSLContext:
     return httpx.create_ssl_context()
 
 
-def _proxied(host: str, endpoint: Endpoint) -> Iterator[Finding]:
+def _proxied(link: Link) -> Iterator[Finding]:
     """Flower's HTTP client uses the environment's proxy, these checks do not."""
-    scheme = "http" if endpoint.certificate is None else "https"
+    scheme = "http" if link.certificate is None else "https"
     proxies = getproxies()
     proxy = proxies.get(scheme) or proxies.get("all")
-    if proxy and not proxy_bypass(host):
+    if proxy and not proxy_bypass(link.host):
         where = urlsplit(proxy if "://" in proxy else f"//{proxy}").hostname
         message = (
-            f"{scheme.upper()}_PROXY would take Flower's connections to {host} through '{where}'; "
-            "these checks went there directly."
+            f"{scheme.upper()}_PROXY would take Flower's connections to {link.host} through "
+            f"'{where}'; these checks went there directly."
         )
-        yield warning(message, f"export NO_PROXY={host}", name="proxy")
+        yield warning(message, f"export NO_PROXY={link.host}", name="proxy")
 
 
 def _plain_http(link: Link, roots: Path | None) -> Iterator[Finding]:

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from ipaddress import ip_address
 
+from cryptography import x509
+
 from flexlora.deploy.doctor import Finding, failed
 from flexlora.deploy.hosts import join_address
 
@@ -24,10 +26,8 @@ __all__ = [
     "HttpResponse",
     "Link",
     "Stopped",
-    "connect",
     "is_loopback",
     "reason",
-    "request",
 ]
 
 SECONDS = 5.0  # for a connection, for a handshake and for each read
@@ -68,35 +68,94 @@ class HttpResponse:
 
 @dataclass(frozen=True, kw_only=True)
 class Link:
-    """A server that can be reached: over trusted TLS, or over plain HTTP (no ``context``)."""
+    """A server: over TLS trusted by ``context``, or over plain HTTP without one.
+
+    ``certificate`` is what it showed in an unverified handshake, None if it speaks plain HTTP.
+    """
 
     host: str
     port: int
-    context: ssl.SSLContext | None
-    is_loopback: bool
+    is_loopback: bool = False
+    certificate: x509.Certificate | None = None
+    context: ssl.SSLContext | None = None
 
     @property
     def address(self) -> str:
         return join_address(self.host, self.port)
 
     def get(self, path: str) -> HttpResponse:
-        return self._request("GET", path, {}, b"")
+        return self._answered("GET", path, {}, b"")
 
     def post(self, path: str, headers: Mapping[str, str], body: bytes = b"") -> HttpResponse:
-        return self._request("POST", path, headers, body)
+        return self._answered("POST", path, headers, body)
 
-    def _request(
+    def _answered(
         self, method: str, path: str, headers: Mapping[str, str], body: bytes
     ) -> HttpResponse:
         try:
-            return request(
-                self.host, self.port, method, path, context=self.context, headers=headers, body=body
-            )
+            return self.request(method, path, headers, body)
         except (OSError, http.client.HTTPException) as error:
             cause = reason(error)
             message = f"{self.address} breaks off its answer to {method} {path}: {cause}."
             remedy = f"ss -ltnp 'sport = :{self.port}' (on the server; its log says why)"
             raise Stopped(failed(message, remedy)) from None
+
+    def request(
+        self, method: str, path: str, headers: Mapping[str, str] | None = None, body: bytes = b""
+    ) -> HttpResponse:
+        """One request over a connection of its own.
+
+        Raises:
+            OSError, http.client.HTTPException: no response, or one that is not HTTP.
+        """
+        if self.context is None:
+            made = http.client.HTTPConnection(self.host, self.port, timeout=SECONDS)
+        else:
+            made = http.client.HTTPSConnection(
+                self.host, self.port, timeout=SECONDS, context=self.context
+            )
+        try:
+            made.connect()
+            asked = time.time()
+            made.request(method, path, body=body, headers=dict(headers or {}))
+            response = made.getresponse()
+            came = time.time()
+            date = _seconds(response.getheader("Date"))
+            content = response.read(LARGEST)
+        finally:
+            made.close()
+        return HttpResponse(status=response.status, body=content, date=date, asked=asked, came=came)
+
+    def connect(self) -> socket.socket:
+        """A TCP connection.
+
+        Raises:
+            Stopped: with the cause.
+        """
+        try:
+            return socket.create_connection((self.host, self.port), timeout=SECONDS)
+        except (OSError, UnicodeError) as error:
+            raise Stopped(failed(*_unreachable(self, error))) from None
+
+
+def _unreachable(link: Link, error: Exception) -> tuple[str, str]:
+    """What a failed connection means, and a remedy."""
+    address, host, port = link.address, link.host, link.port
+    if isinstance(error, socket.gaierror | UnicodeError):
+        message = f"the name '{host}' cannot be resolved here: {reason(error)}."
+        return message, f"getent hosts {host}"
+    if isinstance(error, ConnectionRefusedError):
+        message = f"{address} refuses connections: the machine is there, and nothing listens there."
+        where = "on the server: does its SuperLink run with this --port?"
+        return message, f"ss -ltn 'sport = :{port}' ({where})"
+    if isinstance(error, TimeoutError):
+        causes = "a firewall is between, or it is off"
+        message = f"{address} does not answer within {SECONDS:g} s: {causes}."
+        return (
+            message,
+            f"nc -vz -w 5 {host} {port} (once the server's firewall lets the port through)",
+        )
+    return f"{address} cannot be reached: {reason(error)}.", f"ip route get {host}"
 
 
 def reason(error: BaseException) -> str:
@@ -105,69 +164,10 @@ def reason(error: BaseException) -> str:
     return str(text or type(error).__name__).splitlines()[0].rstrip(".")
 
 
-def connect(host: str, port: int) -> socket.socket:
-    """A TCP connection.
-
-    Raises:
-        Stopped: with the cause.
-    """
-    address = join_address(host, port)
-    try:
-        return socket.create_connection((host, port), timeout=SECONDS)
-    except (socket.gaierror, UnicodeError) as error:
-        message = f"the name '{host}' cannot be resolved here: {reason(error)}."
-        remedy = f"getent hosts {host}"
-    except ConnectionRefusedError:
-        message = f"{address} refuses connections: the machine is there, and nothing listens there."
-        remedy = (
-            f"ss -ltn 'sport = :{port}' (on the server: does its SuperLink run with this --port?)"
-        )
-    except TimeoutError:
-        message = (
-            f"{address} does not answer within {SECONDS:g} s: a firewall is between, or it is off."
-        )
-        remedy = f"nc -vz -w 5 {host} {port} (once the server's firewall lets the port through)"
-    except OSError as error:
-        message, remedy = f"{address} cannot be reached: {reason(error)}.", f"ip route get {host}"
-    raise Stopped(failed(message, remedy))
-
-
 def is_loopback(address: str) -> bool:
     """Whether an IP address never leaves this machine."""
     ip = ip_address(address.partition("%")[0])
     return (getattr(ip, "ipv4_mapped", None) or ip).is_loopback
-
-
-def request(
-    host: str,
-    port: int,
-    method: str,
-    path: str,
-    *,
-    context: ssl.SSLContext | None,
-    headers: Mapping[str, str] | None = None,
-    body: bytes = b"",
-) -> HttpResponse:
-    """One request over TLS, or in the clear where ``context`` is None.
-
-    Raises:
-        OSError, http.client.HTTPException: no response, or one that is not HTTP.
-    """
-    if context is None:
-        made = http.client.HTTPConnection(host, port, timeout=SECONDS)
-    else:
-        made = http.client.HTTPSConnection(host, port, timeout=SECONDS, context=context)
-    try:
-        made.connect()
-        asked = time.time()
-        made.request(method, path, body=body, headers=dict(headers or {}))
-        response = made.getresponse()
-        came = time.time()
-        date = _seconds(response.getheader("Date"))
-        content = response.read(LARGEST)
-    finally:
-        made.close()
-    return HttpResponse(status=response.status, body=content, date=date, asked=asked, came=came)
 
 
 def _seconds(date: str | None) -> float | None:

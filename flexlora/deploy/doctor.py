@@ -8,7 +8,6 @@ needs Flower, ``clients/setup/superlink_checks.py`` those of a node's SuperLink 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import socket
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from flexlora.errors import UserError, nearest, one_line
+from flexlora.wire.files import write_atomically
 
 __all__ = ["CHECKS", "Check", "Finding", "check_format", "diagnose", "report"]
 
@@ -176,13 +176,9 @@ def check_disk(folder: Path) -> Finding:
     free = shutil.disk_usage(where).free
     try:
         with tempfile.TemporaryDirectory(dir=where, prefix=".flexlora-doctor-") as made:
-            first, second = Path(made) / "a", Path(made) / "b"
-            with first.open("wb") as file:
-                file.write(b"flexlora")
-                file.flush()
-                os.fsync(file.fileno())
-            first.rename(second)
-            intact = second.read_bytes() == b"flexlora"
+            path = Path(made) / "written"
+            write_atomically(path, b"flexlora")
+            intact = path.read_bytes() == b"flexlora"
     except OSError as error:
         reason = error.strerror or str(error)
         return failed(f"'{where}' cannot be written to: {reason}.", f"chmod u+rwx '{where}'")

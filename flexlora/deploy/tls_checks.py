@@ -10,17 +10,16 @@ import http.client
 import ssl
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from datetime import UTC, datetime
 
 from cryptography import x509
 
 from flexlora.deploy.certificates import Authorities, printable, quoted
-from flexlora.deploy.connections import SECONDS, Stopped, connect, is_loopback, reason, request
+from flexlora.deploy.connections import SECONDS, Link, Stopped, is_loopback, reason
 from flexlora.deploy.doctor import Finding, failed, ok, warning
-from flexlora.deploy.hosts import join_address
 
-__all__ = ["Endpoint", "check_certificate", "inspect_endpoint", "span"]
+__all__ = ["check_certificate", "inspect_endpoint", "span"]
 
 SOON = 14 * 86400.0  # seconds before a certificate's end in which doctor warns
 # X509_V_ERR_* of OpenSSL's x509_vfy.h
@@ -29,35 +28,27 @@ OTHER_NAME = {62, 64}
 NAME = "certificate"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Endpoint:
-    """What listens at an address; without a certificate it speaks plain HTTP."""
-
-    certificate: x509.Certificate | None
-    is_loopback: bool
-
-
-def inspect_endpoint(host: str, port: int) -> Endpoint:
+def inspect_endpoint(host: str, port: int) -> Link:
     """Connect and shake hands without verification; no request is sent over TLS.
 
     Raises:
         Stopped: no connection, or neither TLS nor HTTP is spoken there.
     """
-    unverified = _unverified()
-    with connect(host, port) as plain:
-        local = is_loopback(plain.getpeername()[0])
+    link = Link(host=host, port=port)
+    with link.connect() as plain:
+        link = replace(link, is_loopback=is_loopback(plain.getpeername()[0]))
         try:
-            with unverified.wrap_socket(plain, server_hostname=host) as secured:
+            with _unverified().wrap_socket(plain, server_hostname=host) as secured:
                 der = secured.getpeercert(binary_form=True) or b""
         except OSError as error:
             no_tls: OSError = error
         else:
-            return Endpoint(certificate=x509.load_der_x509_certificate(der), is_loopback=local)
+            return replace(link, certificate=x509.load_der_x509_certificate(der))
     try:
-        request(host, port, "GET", "/health", context=None)
+        link.request("GET", "/health")
     except (OSError, http.client.HTTPException) as error:
-        raise Stopped(_unknown_protocol(host, port, no_tls, error)) from None
-    return Endpoint(certificate=None, is_loopback=local)
+        raise Stopped(_unknown_protocol(link, no_tls, error)) from None
+    return link
 
 
 def _unverified() -> ssl.SSLContext:
@@ -66,91 +57,79 @@ def _unverified() -> ssl.SSLContext:
     return context
 
 
-def _unknown_protocol(host: str, port: int, no_tls: OSError, no_http: Exception) -> Finding:
-    address = join_address(host, port)
-    remedy = f"ss -ltnp 'sport = :{port}' (on the server: what listens there?)"
+def _unknown_protocol(link: Link, no_tls: OSError, no_http: Exception) -> Finding:
+    message = f"{link.address} takes connections and "
     if isinstance(no_tls, TimeoutError) and isinstance(no_http, TimeoutError):
-        message = f"takes connections and says nothing within {SECONDS:g} seconds"
+        message += f"says nothing within {SECONDS:g} seconds."
     else:
         causes = f"TLS: {reason(no_tls)}; HTTP: {reason(no_http)}"
-        message = f"takes connections and speaks neither TLS nor HTTP ({causes})"
-    return failed(f"{address} {message}.", remedy)
+        message += f"speaks neither TLS nor HTTP ({causes})."
+    return failed(message, f"ss -ltnp 'sport = :{link.port}' (on the server: what listens there?)")
 
 
 def check_certificate(
-    host: str,
-    port: int,
+    link: Link,
     certificate: x509.Certificate,
     context: ssl.SSLContext,
     authorities: Authorities | None,
 ) -> Finding:
-    """A handshake with ``context``'s trust, where ``host`` must be in the certificate.
+    """A handshake with ``context``'s trust; the certificate must name the link's host.
 
     Raises:
         Stopped: it is not trusted, and why.
     """
-    address = join_address(host, port)
     try:
-        with connect(host, port) as plain, context.wrap_socket(plain, server_hostname=host) as tls:
+        with (
+            link.connect() as plain,
+            context.wrap_socket(plain, server_hostname=link.host) as tls,
+        ):
             version = tls.version()
     except ssl.SSLCertVerificationError as error:
-        raise Stopped(_explained(error, host, port, certificate, authorities)) from None
+        raise Stopped(_refusal(error, link, certificate, authorities)) from None
     except OSError as error:
-        message = f"{address} breaks off the TLS handshake: {reason(error)}."
-        remedy = f"openssl s_client -connect {address} -brief"
+        message = f"{link.address} breaks off the TLS handshake: {reason(error)}."
+        remedy = f"openssl s_client -connect {link.address} -brief"
         raise Stopped(failed(message, remedy, name=NAME)) from None
     left = certificate.not_valid_after_utc.timestamp() - time.time()
     seen = f"signed by {quoted(certificate.issuer)}, for {_names(certificate)}"
     if left < SOON:
-        message = f"the certificate of {address} ends in {span(left)}; it is {seen}."
-        return warning(message, _reissue(host), name=NAME)
+        message = f"the certificate of {link.address} ends in {span(left)}; it is {seen}."
+        return warning(message, _reissue(link), name=NAME)
     return ok(f"{seen}, until {certificate.not_valid_after_utc:%Y-%m-%d} ({version})", name=NAME)
 
 
-def _explained(
+def _refusal(
     error: ssl.SSLCertVerificationError,
-    host: str,
-    port: int,
+    link: Link,
     certificate: x509.Certificate,
     authorities: Authorities | None,
 ) -> Finding:
+    """What is wrong with a certificate that OpenSSL refuses."""
     if error.verify_code in OUT_OF_TIME:
         trusted = authorities.certificates if authorities else ()
-        return _out_of_time(host, port, (certificate, *trusted))
+        return _out_of_time(link, (certificate, *trusted))
     if error.verify_code in OTHER_NAME:
         message = (
-            f"'{host}' is not among the names of the certificate of {join_address(host, port)}: it "
-            f"is for {_names(certificate)}."
+            f"'{link.host}' is not among the names of the certificate of {link.address}: it is "
+            f"for {_names(certificate)}."
         )
-        return failed(message, _reissue(host), name=NAME)
-    return _unknown_signer(error, host, port, certificate, authorities)
-
-
-def _unknown_signer(
-    error: ssl.SSLCertVerificationError,
-    host: str,
-    port: int,
-    certificate: x509.Certificate,
-    authorities: Authorities | None,
-) -> Finding:
-    signer, address = certificate.issuer, join_address(host, port)
+        return failed(message, _reissue(link), name=NAME)
+    signer = certificate.issuer
     whose = "itself" if signer == certificate.subject else quoted(signer)
-    message = f"the certificate of {address} is signed by {whose}"
+    message = f"the certificate of {link.address} is signed by {whose}"
     if authorities is None:
-        again = f"flexlora doctor --superlink {address} --root-certificates CA.pem"
+        again = f"flexlora doctor --superlink {link.address} --root-certificates CA.pem"
         return failed(f"{message}, whom this machine does not trust by itself.", again, name=NAME)
-    remedy = (
-        f"openssl x509 -noout -subject -fingerprint -sha256 -in '{authorities.path}' (here, there)"
-    )
-    if any(signer == known.subject for known in authorities.certificates):
-        message += f", and '{authorities.path}' has one of that name with which it does not verify"
+    path, trusted = authorities.path, authorities.certificates
+    if any(signer == known.subject for known in trusted):
+        message += f", and '{path}' has one of that name with which it does not verify"
     else:
-        known = ", ".join(quoted(known.subject) for known in authorities.certificates[:3])
-        message += f", and '{authorities.path}' holds {known}"
+        message += f", and '{path}' holds {', '.join(quoted(c.subject) for c in trusted[:3])}"
+    remedy = f"openssl x509 -noout -subject -fingerprint -sha256 -in '{path}' (here, there)"
     return failed(f"{message} ({error.verify_message}).", remedy, name=NAME)
 
 
-def _out_of_time(host: str, port: int, certificates: Sequence[x509.Certificate]) -> Finding:
+def _out_of_time(link: Link, certificates: Sequence[x509.Certificate]) -> Finding:
     """Expired or not yet valid; the server's clock tells whether ours is wrong."""
     here = time.time()
     for certificate in certificates:
@@ -163,8 +142,12 @@ def _out_of_time(host: str, port: int, certificates: Sequence[x509.Certificate])
         if here < first
         else f"ended on {_day(last)}, {span(here - last)} ago"
     )
-    message = f"the {whose} of {join_address(host, port)} {when}"
-    there = _their_time(host, port)
+    message = f"the {whose} of {link.address} {when}"
+    try:
+        # Unverified: the server's clock only serves to explain the refusal.
+        there = replace(link, context=_unverified()).request("GET", "/health").date
+    except (OSError, http.client.HTTPException):
+        there = None
     if there is None:
         message += f", if this machine's clock ({_day(here)}) is right"
     elif first <= there <= last:
@@ -172,15 +155,7 @@ def _out_of_time(host: str, port: int, certificates: Sequence[x509.Certificate])
         return failed(f"{message}.", "timedatectl set-ntp true", name=NAME)
     else:
         message += ", by the server's clock too"
-    return failed(f"{message}.", _reissue(host), name=NAME)
-
-
-def _their_time(host: str, port: int) -> float | None:
-    """The server's clock over unverified TLS; it only serves to explain a refusal."""
-    try:
-        return request(host, port, "GET", "/health", context=_unverified()).date
-    except (OSError, http.client.HTTPException):
-        return None
+    return failed(f"{message}.", _reissue(link), name=NAME)
 
 
 def _validity(certificate: x509.Certificate) -> tuple[float, float]:
@@ -190,8 +165,8 @@ def _validity(certificate: x509.Certificate) -> tuple[float, float]:
     )
 
 
-def _reissue(host: str) -> str:
-    return f"flexlora server init DIR --host {host} (on the server: makes another)"
+def _reissue(link: Link) -> str:
+    return f"flexlora server init DIR --host {link.host} (on the server: makes another)"
 
 
 def _names(certificate: x509.Certificate) -> str:

@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import os
 import subprocess
 import sys
 from collections import namedtuple
@@ -169,7 +170,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     def refuses(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(doctor.os, "fsync", refuses)
+    monkeypatch.setattr(os, "fsync", refuses)
     status, sentence = told(doctor.check_disk(tmp_path))
     assert (
         status == "failed" and sentence == f"'{tmp_path}' cannot be written to: Permission denied."

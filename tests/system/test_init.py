@@ -19,7 +19,7 @@ from flwr.cli.build import build_fab_from_disk
 from flwr.cli.flower_config import parse_superlink_connection
 from flwr.common.config import parse_config_args
 
-from flexlora.clients.setup import machine_plan as found_here
+from flexlora.clients.setup import machine_plan
 from flexlora.clients.setup.init import client_init
 from flexlora.clients.setup.machine_plan import plan_machine
 from flexlora.commands.cli import main
@@ -169,7 +169,7 @@ def test_scripts_are_shell(made, place):
 
 def test_findings_are_this_machines(made):
     told = json.loads(text_of(made / "node" / "findings.json"))
-    probed = found_here.probe(found_here.pick_device("cpu"))
+    probed = machine_plan.probe(machine_plan.pick_device("cpu"))
     assert tuple(told["kernels"]) == probed.runs and told["quantization"] == "none"
     assert "12 rows to train on" in text_of(made / "node" / "README.md")
 
@@ -182,7 +182,7 @@ def test_a_small_memory_takes_a_smaller_base_and_a_broken_kernel_is_not_proposed
     assert (large.quantization, small.quantization) == ("none", "nf4")
     assert "--memory-limit 2.5GiB " in small.values()["memory_limit"]
     broken = Probe(runs=("bf16",), absent=("nf4: no such kernel", "8bit: no", "adamw_8bit: no"))
-    monkeypatch.setattr(found_here, "probe", lambda device: broken)
+    monkeypatch.setattr(machine_plan, "probe", lambda device: broken)
     with pytest.raises(UserError, match="does not fit"):
         plan_machine(model=config, memory_limit="1.5GiB", **asked)
     assert plan_machine(model=config, memory_limit="64GiB", **asked).quantization == "none"
