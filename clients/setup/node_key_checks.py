@@ -30,7 +30,7 @@ def check_node_key(link: Link, path: Path) -> Finding:
     )
 
     headers, body = activation_that_is_refused(read_key(path), time.time())
-    answer = link.post("/v1/fleet/activate-node", headers, body)
+    answer = link.ask("POST", "/v1/fleet/activate-node", headers, body)
     if answer.code == BAD_HEARTBEAT and path.stat().st_mode & 0o077:
         message = f"the key in '{path}' is registered, and others on this machine may read it."
         return warning(message, f"chmod 600 '{path}'", name=NAME)

@@ -80,7 +80,7 @@ def _steps(host: str, port: int, roots: Path | None, key: Path | None) -> Iterat
         context = authorities.context() if authorities else _default_trust()
         yield check_certificate(link, link.certificate, context, authorities)
         link = replace(link, context=context)
-    health = link.get("/health")
+    health = link.ask("GET", "/health")
     yield _is_superlink(link, health)
     yield _clock(link, health)
     yield _control(link)
@@ -137,7 +137,7 @@ def _is_superlink(link: Link, health: HttpResponse) -> Finding:
     """
     from flexlora.clients.setup.flower_private import WRONG_TYPE
 
-    fleet = link.post("/v1/fleet/activate-node", REFUSED_TYPE)
+    fleet = link.ask("POST", "/v1/fleet/activate-node", REFUSED_TYPE)
     spoken = "TLS" if link.context else "plain HTTP"
     if health.status in PROXY_ERRORS or fleet.status in PROXY_ERRORS:
         message = f"{link.address} is a proxy that does not reach its SuperLink ({fleet.status})."
@@ -148,19 +148,19 @@ def _is_superlink(link: Link, health: HttpResponse) -> Finding:
             f"{spoken} (/health: status {health.status}, nodes' path: {fleet.status})."
         )
         raise Stopped(failed(message, "flower-superlink --help (is this its --host and --port?)"))
-    version, own = _version(link), metadata.version("flwr")
+    version, ours = _version(link), metadata.version("flwr")
     if not version:
         return ok(f"{link.address} is a SuperLink over {spoken}; its version does not show")
-    if version.split(".")[:2] != own.split(".")[:2]:
-        message = f"{link.address} is a SuperLink of Flower {version}, this machine has {own}."
-        return warning(message, f"pip install 'flwr=={own}' (on the server)")
+    if version.split(".")[:2] != ours.split(".")[:2]:
+        message = f"{link.address} is a SuperLink of Flower {version}, this machine has {ours}."
+        return warning(message, f"pip install 'flwr=={ours}' (on the server)")
     return ok(f"{link.address} is a SuperLink of Flower {version} over {spoken}")
 
 
 def _version(link: Link) -> str:
     """The version in the SuperLink's OpenAPI document, "" where a proxy hides it."""
     try:
-        info = json.loads(link.get("/openapi.json").body)["info"]
+        info = json.loads(link.ask("GET", "/openapi.json").body)["info"]
         return str(info["version"])[:20] if info["title"] == "SuperLink API" else ""
     except (ValueError, KeyError, TypeError):
         return ""
@@ -195,7 +195,7 @@ def _control(link: Link) -> Finding:
     from flexlora.clients.setup.flower_private import WRONG_TYPE
 
     name = "control path"
-    answer = link.post("/v1/control/list-nodes", REFUSED_TYPE)
+    answer = link.ask("POST", "/v1/control/list-nodes", REFUSED_TYPE)
     if answer.code != WRONG_TYPE:
         return ok(f"shut from here (status {answer.status})", name=name)
     if link.is_loopback:
@@ -217,12 +217,12 @@ def check_trainer(path: Path) -> Finding:
         state = health(path.absolute())
     except UserError as error:
         return failed(str(error), serve)
-    own = flexlora.__version__
-    if state.version != own:
-        wrong = f"the trainer on '{path}' is FlexLoRA {state.version}, this one is {own}."
+    ours = flexlora.__version__
+    if state.version != ours:
+        wrong = f"the trainer on '{path}' is FlexLoRA {state.version}, this one is {ours}."
         return failed(wrong, f"{serve} (started again from this installation)")
     if state.stopping:
         return warning(f"the trainer on '{path}' is stopping.", serve)
     held = "" if state.quantization == "none" else f" in {state.quantization}"
     doing = f"{state.doing} for {span(state.seconds)}" if state.doing else "idle"
-    return ok(f"FlexLoRA {own} holds {state.model}{held} on {state.device}: {doing}")
+    return ok(f"FlexLoRA {ours} holds {state.model}{held} on {state.device}: {doing}")

@@ -131,18 +131,18 @@ def _record(name: str, record: object) -> Record:
 
 def _value(key: str, value: object) -> Value:
     """One value under the name of its type; an empty list counts as one of texts."""
-    made = Value()
-    if not isinstance(value, list):
-        if type(value) not in _SCALARS:
-            raise ContentRefused(f"'{key}' is {value!r}, expected a scalar or a list of them.")
-        setattr(made, _SCALARS[type(value)], value)
-        return made
-    kinds = {type(item) for item in value} or {str}
+    made, items = Value(), value if isinstance(value, list) else [value]
+    kinds = {type(item) for item in items} or {str}
     if len(kinds) > 1 or not kinds <= _SCALARS.keys():
-        raise ContentRefused(f"'{key}' is {value!r}, expected a list of one type of scalar.")
-    held = getattr(made, f"{_SCALARS[kinds.pop()]}s")
-    held.items.extend(value)
-    held.SetInParent()
+        wanted = "a list of one type of scalar" if value is items else "a scalar or a list of them"
+        raise ContentRefused(f"'{key}' is {value!r}, expected {wanted}.")
+    name = _SCALARS[kinds.pop()]
+    if isinstance(value, list):
+        held = getattr(made, f"{name}s")
+        held.items.extend(value)
+        held.SetInParent()  # keeps an empty list
+    else:
+        setattr(made, name, value)
     return made
 
 

@@ -39,6 +39,10 @@ LONGEST_CAUSE = 2000  # characters; a gRPC status holds a few kilobytes
 SEND_SECONDS = 30.0  # for replies that are being sent when the trainer stops
 
 
+Context = grpc.ServicerContext
+Questions = Iterator[Question]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Limits:
     """Bytes of a request, seconds of waiting for the lock, seconds without a byte."""
@@ -61,22 +65,16 @@ class TrainerService(TrainerServicer):
         self.trainer, self.limits, self.log = trainer, limits or Limits(), log or ActivityLog()
         self.lock = RequestLock(wait_seconds=self.limits.wait_seconds)
 
-    def Capability(
-        self, request_iterator: Iterator[Question], context: grpc.ServicerContext
-    ) -> Iterator[Answer]:
+    def Capability(self, request_iterator: Questions, context: Context) -> Iterator[Answer]:
         return self._serve(MessageType.QUERY, request_iterator, context)
 
-    def Train(
-        self, request_iterator: Iterator[Question], context: grpc.ServicerContext
-    ) -> Iterator[Answer]:
+    def Train(self, request_iterator: Questions, context: Context) -> Iterator[Answer]:
         return self._serve(MessageType.TRAIN, request_iterator, context)
 
-    def Evaluate(
-        self, request_iterator: Iterator[Question], context: grpc.ServicerContext
-    ) -> Iterator[Answer]:
+    def Evaluate(self, request_iterator: Questions, context: Context) -> Iterator[Answer]:
         return self._serve(MessageType.EVALUATE, request_iterator, context)
 
-    def Health(self, request: HealthRequest, context: grpc.ServicerContext) -> HealthReply:
+    def Health(self, request: HealthRequest, context: Context) -> HealthReply:
         doing, seconds = self.lock.current
         trainer, (files, size) = self.trainer, self.trainer.replies.usage()
         return HealthReply(
@@ -96,9 +94,7 @@ class TrainerService(TrainerServicer):
             **vars(trainer.totals),
         )
 
-    def _serve(
-        self, message_type: str, questions: Iterator[Question], context: grpc.ServicerContext
-    ) -> Iterator[Answer]:
+    def _serve(self, message_type: str, questions: Questions, context: Context) -> Iterator[Answer]:
         try:
             reply = self._reply(message_type, questions, context)
         except Exception as error:
@@ -113,9 +109,7 @@ class TrainerService(TrainerServicer):
         finally:
             reply.close()
 
-    def _reply(
-        self, message_type: str, questions: Iterator[Question], context: grpc.ServicerContext
-    ) -> PreparedReply:
+    def _reply(self, message_type: str, questions: Questions, context: Context) -> PreparedReply:
         call = self._call(questions, context)
         client_id = self.trainer.check(call)
         stored = self.trainer.find(message_type, call, client_id)
@@ -130,7 +124,7 @@ class TrainerService(TrainerServicer):
             parts = self._parts(questions, context)
             return self.trainer.work(message_type, call, client_id, parts)
 
-    def _call(self, questions: Iterator[Question], context: grpc.ServicerContext) -> Call:
+    def _call(self, questions: Questions, context: Context) -> Call:
         with cancel_if_stalled(context, self.limits.stall_seconds):
             first = next(questions, None)
         if first is None or first.WhichOneof("part") != "call":
@@ -143,9 +137,7 @@ class TrainerService(TrainerServicer):
             )
         return first.call
 
-    def _parts(
-        self, questions: Iterator[Question], context: grpc.ServicerContext
-    ) -> Iterator[bytes]:
+    def _parts(self, questions: Questions, context: Context) -> Iterator[bytes]:
         with cancel_if_stalled(context, self.limits.stall_seconds) as moved:
             for question in questions:
                 if question.WhichOneof("part") != "data":
@@ -156,17 +148,19 @@ class TrainerService(TrainerServicer):
 
 def refusal(error: Exception) -> tuple[grpc.StatusCode, str]:
     """The gRPC status and the cause of a call that failed."""
-    if isinstance(error, UserError):
-        return grpc.StatusCode.FAILED_PRECONDITION, str(error)
-    if isinstance(error, ContentRefused):
-        return grpc.StatusCode.INVALID_ARGUMENT, str(error)
-    if isinstance(error, Busy):
-        return grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)
+    statuses = {
+        UserError: grpc.StatusCode.FAILED_PRECONDITION,
+        ContentRefused: grpc.StatusCode.INVALID_ARGUMENT,
+        Busy: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    }
+    for kind, status in statuses.items():
+        if isinstance(error, kind):
+            return status, str(error)
     return grpc.StatusCode.INTERNAL, one_line(error)
 
 
 @contextmanager
-def cancel_if_stalled(context: grpc.ServicerContext, seconds: float) -> Iterator[threading.Event]:
+def cancel_if_stalled(context: Context, seconds: float) -> Iterator[threading.Event]:
     """Cancel the call if the event is not set for ``seconds``: a silent caller holds the lock."""
     moved, ended = threading.Event(), threading.Event()
 

@@ -32,7 +32,7 @@ NODE_KEY = "trainer-socket"  # in a node's config
 VARIABLE = "FLEXLORA_TRAINER_SOCKET"
 LONGEST = 107  # bytes of a path in Linux's sockaddr_un, without the final zero
 CONNECT_SECONDS = 5.0
-DEAD = "nobody listens there any more"
+DEAD = "no process listens there any more"
 
 
 def default_socket() -> Path:

@@ -83,15 +83,10 @@ class Link:
     def address(self) -> str:
         return join_address(self.host, self.port)
 
-    def get(self, path: str) -> HttpResponse:
-        return self._answered("GET", path, {}, b"")
-
-    def post(self, path: str, headers: Mapping[str, str], body: bytes = b"") -> HttpResponse:
-        return self._answered("POST", path, headers, body)
-
-    def _answered(
-        self, method: str, path: str, headers: Mapping[str, str], body: bytes
+    def ask(
+        self, method: str, path: str, headers: Mapping[str, str] | None = None, body: bytes = b""
     ) -> HttpResponse:
+        """``request``, where no response stops the checks."""
         try:
             return self.request(method, path, headers, body)
         except (OSError, http.client.HTTPException) as error:

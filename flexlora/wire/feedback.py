@@ -118,13 +118,16 @@ def _error_of(error: Adapter | None, name: str, new: LoRAFactors) -> LoRAFactors
     """The stored error of a module, None without one."""
     if error is None:
         return None
-    kept = error.get(name)
-    if kept is None or (kept.out_features, kept.in_features) != (new.out_features, new.in_features):
+    stored = error.get(name)
+    if stored is None or (stored.out_features, stored.in_features) != (
+        new.out_features,
+        new.in_features,
+    ):
         raise UserError(
-            f"module '{name}': what was kept of earlier rounding is not of its shape; was it made "
+            f"module '{name}': the stored rounding error has another shape; was it made "
             "with another target list?"
         )
-    return kept
+    return stored
 
 
 def _plus_product(
