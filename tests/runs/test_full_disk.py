@@ -160,7 +160,7 @@ def test_a_trainer_without_room_still_answers_and_says_that_nothing_was_kept(tmp
         partial = reply.with_name(f"{reply.name}.partial")
         partial.symlink_to(FULL)
         second = made.ask(train_message(config), config)
-        assert not partial.is_symlink() and made.trainer.kept.held() == (0, 0)
+        assert not partial.is_symlink() and made.trainer.replies.usage() == (0, 0)
         third = made.ask(train_message(config), config)
         fourth = made.ask(train_message(config), config)
         assert (made.trainer.totals.trained, made.trainer.totals.from_disk) == (3, 1)
