@@ -1,8 +1,8 @@
 """A federation of real processes on loopback: TLS, node keys, resident trainers, supervised nodes.
 
-What ``docs/deploy.md`` does on two machines, on one: a CA and a server certificate, a registered key
-per node, ``flower-superlink`` with a database, every node with a Flower home of its own, and whoever
-ends is started again, as systemd's ``Restart=always`` does. Every process carries a mark in its
+What ``docs/deploy.md`` does on two machines, on one: a CA and a server certificate, a registered
+key per node, ``flower-superlink`` with a database, a Flower home per node, and whatever ends is
+started again, as systemd's ``Restart=always`` does. Every process carries a mark in its
 environment, and all that carry it end with the block.
 """
 
