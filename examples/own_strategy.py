@@ -77,7 +77,7 @@ if __name__ == "__main__":
     from flexlora.simulations.engine.cohorts import resolved_limits
     from flexlora.simulations.simulate import make_grid
 
-    config = Config(CONFIG)
+    config = Config.of(CONFIG)
     worker = worker_for(config)
     grid = make_grid(resolved_limits(config, worker), worker)
     run_server(grid, Context(1, 0, {}, RecordDict(), dict(config)))

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from flexlora.clients.trainer.sockets import (
     check_folder,
@@ -21,16 +21,21 @@ from flexlora.clients.trainer.sockets import (
     remove,
 )
 from flexlora.errors import UserError
+from flexlora.units import human_bytes, parse_bytes
+
+if TYPE_CHECKING:
+    from flexlora.clients.trainer.activity_log import ActivityLog
+    from flexlora.clients.trainer.resident import ResidentTrainer
 
 __all__ = ["ServeOptions", "health_command", "serve"]
 
 ABORTED = 1
-ONE_WISH = 1.0  # seconds
+SAME_SIGNAL_SECONDS = 1.0  # some senders signal a process and then its group
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions:
-    """The command line of ``serve``; "" is what was not given."""
+    """The command line of ``serve``; "" means not given."""
 
     model: str
     data: str
@@ -52,31 +57,36 @@ class ServeOptions:
 def serve(options: ServeOptions) -> int:
     """Load the base, listen, and work until SIGTERM or Ctrl-C; the exit status.
 
-    0 if what was in flight could end within ``--grace`` seconds, 1 if it was aborted.
+    0 if the running request ended within ``--grace`` seconds, 1 if it was aborted.
 
     Raises:
-        UserError: whatever a person mistyped, a socket that is taken, a model that does not fit.
+        UserError: a mistyped option, a socket that is in use, a model that does not fit.
     """
     path = _checked_socket(options)  # before anything heavy is loaded
 
-    from flexlora.clients.trainer.service import TrainerService, listen, stop
-    from flexlora.clients.trainer.telling import Teller
+    from rich.console import Console
 
-    limits = _limits(options)
-    with Teller(_console()) as teller, stop_signals() as signals:
-        trainer = _trainer(options, teller)
-        service = TrainerService(trainer, limits=limits, teller=teller)
+    from flexlora.clients.trainer.activity_log import ActivityLog
+    from flexlora.clients.trainer.service import Limits, TrainerService, listen, stop
+
+    _check_times(options)
+    largest = parse_bytes(options.max_request, "--max-request")
+    limits = Limits(request_bytes=largest, wait_seconds=options.wait)
+    console = Console(highlight=False, markup=False)
+    with ActivityLog(console) as log, stop_signals() as signals:
+        trainer = _trainer(options, log)
+        service = TrainerService(trainer, limits=limits, log=log)
         try:
             server = listen(service, path, options.group)
             server.start()
         except UserError:
             trainer.close()
             raise
-        teller.line(_ready(trainer, path))
+        log.line(_ready(trainer, path))
         signals.stop.wait()
-        teller.line(f"stopping: what is in flight has {options.grace:g} s to end")
+        log.line(f"stopping: what is in flight has {options.grace:g} s to end")
         ended = _stop(lambda: stop(service, server, path, options.grace), signals.now)
-        teller.line("stopped" if ended else "stopped: what was in flight is aborted")
+        log.line("stopped" if ended else "stopped: what was in flight is aborted")
     if not ended:
         remove(path)
         sys.stdout.flush()
@@ -85,29 +95,29 @@ def serve(options: ServeOptions) -> int:
 
 
 def health_command(socket: str) -> int:
-    """Print how the trainer is; exit status 1 where it is stopping.
+    """Print the trainer's state; exit status 1 if it is stopping.
 
     Raises:
-        UserError: no trainer there.
+        UserError: no trainer on the socket.
     """
     from flexlora.clients.trainer.client import health
-    from flexlora.units import human_bytes
 
-    told = health(_socket(socket))
-    doing = f"{told.doing}, for {told.seconds:.0f} s" if told.doing else "idle"
+    state = health(_socket(socket))
+    doing = f"{state.doing}, for {state.seconds:.0f} s" if state.doing else "idle"
     lines = {
-        "now": "stopping" if told.stopping else doing,
-        "version": told.version,
-        "base": f"{told.model}, {told.quantization}, fingerprint {told.fingerprint}",
-        "device": f"{told.device}, {human_bytes(told.free_bytes)} for a training and its base",
-        "runs": ", ".join(told.runs) or "no kernel",
-        "absent": "; ".join(told.absent) or "no kernel",
-        "done": f"{told.trained} trained, {told.evaluated} evaluated, {told.from_disk} from disk",
-        "kept": f"{told.kept_files} replies, {human_bytes(told.kept_bytes)}",
+        "now": "stopping" if state.stopping else doing,
+        "version": state.version,
+        "base": f"{state.model}, {state.quantization}, fingerprint {state.fingerprint}",
+        "device": f"{state.device}, {human_bytes(state.free_bytes)} for a training and its base",
+        "runs": ", ".join(state.runs) or "no kernel",
+        "absent": "; ".join(state.absent) or "no kernel",
+        "done": f"{state.trained} trained, {state.evaluated} evaluated, "
+        f"{state.from_disk} from disk",
+        "kept": f"{state.kept_files} replies, {human_bytes(state.kept_bytes)}",
     }
     for name, text in lines.items():
         print(f"{name:<8} {text}")
-    return 1 if told.stopping else 0
+    return 1 if state.stopping else 0
 
 
 def _socket(given: str) -> Path:
@@ -115,7 +125,7 @@ def _socket(given: str) -> Path:
 
 
 def _checked_socket(options: ServeOptions) -> Path:
-    """The socket's path, free and in a folder that is safe."""
+    """The socket's path, unused and in a safe folder."""
     path = _socket(options.socket)
     check_folder(path)
     check_free(path)
@@ -124,37 +134,21 @@ def _checked_socket(options: ServeOptions) -> Path:
     return path
 
 
-def _limits(options: ServeOptions) -> Any:
-    from flexlora.clients.trainer.service import Limits
-
+def _check_times(options: ServeOptions) -> None:
     named = {"--keep-hours": options.keep_hours, "--wait": options.wait, "--grace": options.grace}
     for flag, value in named.items():
         if not value >= 0:
             raise UserError(f"{flag} is {value:g}, expected 0 or more.")
-    largest = _size(options.max_request, "--max-request")
-    return Limits(request_bytes=largest, wait_seconds=options.wait)
 
 
-def _console() -> Any:
-    from rich.console import Console
-
-    return Console(highlight=False, markup=False)
-
-
-def _size(text: str, flag: str) -> int:
-    from flexlora.clients.trainer.allowance import parse_size
-
-    return parse_size(text, flag)
-
-
-def _trainer(options: ServeOptions, teller: Any) -> Any:
-    """The trainer with its base loaded; what does not fit the memory limit is not loaded."""
-    from flexlora.clients.trainer.allowance import enforce, smallest_plan
-    from flexlora.clients.trainer.node import Node
+def _trainer(options: ServeOptions, log: ActivityLog) -> ResidentTrainer:
+    """The trainer with its base loaded, once the memory limit allows some training."""
+    from flexlora.clients.trainer.memory_limit import enforce, smallest_plan
+    from flexlora.clients.trainer.owner_config import OwnerConfig
+    from flexlora.clients.trainer.reply_store import ReplyStore, default_folder
     from flexlora.clients.trainer.resident import ResidentTrainer
-    from flexlora.clients.trainer.store import KeptReplies, default_folder
 
-    node = Node.of(
+    owner = OwnerConfig.of(
         model=options.model,
         data=options.data,
         quantization=options.quantization,
@@ -162,26 +156,26 @@ def _trainer(options: ServeOptions, teller: Any) -> Any:
         client_id=options.client_id,
         sets=tuple(options.set),
     )
-    limit = _size(options.memory_limit, "--memory-limit") if options.memory_limit else 0
+    limit = parse_bytes(options.memory_limit, "--memory-limit") if options.memory_limit else 0
     if limit:
-        choice = smallest_plan(node.config, limit)
-        teller.line(f"memory limit: a training at rank {choice.plan.rank} fits it")
-        teller.line(enforce(node.config, limit))
-    kept = KeptReplies(
+        choice = smallest_plan(owner.config, limit)
+        log.line(f"memory limit: a training at rank {choice.plan.rank} fits it")
+        log.line(enforce(owner.config, limit))
+    replies = ReplyStore(
         Path(options.state).expanduser() if options.state else default_folder(),
-        max_bytes=_size(options.keep, "--keep"),
+        max_bytes=parse_bytes(options.keep, "--keep"),
         max_seconds=options.keep_hours * 3600,
     )
-    teller.line(f"loading {options.model}")
+    log.line(f"loading {options.model}")
     try:
-        return ResidentTrainer(node=node, kept=kept, limit_bytes=limit)
+        return ResidentTrainer(owner=owner, replies=replies, limit_bytes=limit)
     except BaseException:
-        kept.close()
+        replies.close()
         raise
 
 
-def _ready(trainer: Any, path: Path) -> str:
-    config = trainer.node.config
+def _ready(trainer: ResidentTrainer, path: Path) -> str:
+    config = trainer.owner.config
     return (
         f"ready on {path}: {config.model.name} ({config.model.quantization}) on "
         f"{trainer.device}, {trainer.num_examples} train rows, kernels "
@@ -190,10 +184,7 @@ def _ready(trainer: Any, path: Path) -> str:
 
 
 class Signals:
-    """``stop`` at the first SIGTERM or Ctrl-C, ``now`` at another one a while later.
-
-    Some who end a process send the signal to it and to its group: that is one wish, not two.
-    """
+    """Sets ``stop`` at the first SIGTERM or Ctrl-C, and ``now`` at a later one."""
 
     def __init__(self) -> None:
         self.stop, self.now = threading.Event(), threading.Event()
@@ -203,16 +194,16 @@ class Signals:
         if not self.stop.is_set():
             self._first = time.monotonic()
             self.stop.set()
-        elif time.monotonic() - self._first > ONE_WISH:
+        elif time.monotonic() - self._first > SAME_SIGNAL_SECONDS:
             self.now.set()
 
 
 @contextmanager
 def stop_signals() -> Iterator[Signals]:
-    """What SIGTERM and Ctrl-C set, for as long as the block lasts."""
+    """Handle SIGTERM and Ctrl-C for as long as the block lasts."""
     signals = Signals()
-    wanted = (signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.signal(number, signals) for number in wanted}
+    handled = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, signals) for number in handled}
     try:
         yield signals
     finally:
@@ -220,11 +211,11 @@ def stop_signals() -> Iterator[Signals]:
             signal.signal(number, handler)
 
 
-def _stop(stopping: Callable[[], bool], again: threading.Event) -> bool:
-    """Whether ``stopping()`` says that all has ended; a second signal does not wait for it."""
-    answer: list[bool] = []
-    thread = threading.Thread(target=lambda: answer.append(stopping()), daemon=True)
+def _stop(stopping: Callable[[], bool], now: threading.Event) -> bool:
+    """The result of ``stopping()``, False as soon as ``now`` is set."""
+    ended: list[bool] = []
+    thread = threading.Thread(target=lambda: ended.append(stopping()), daemon=True)
     thread.start()
-    while thread.is_alive() and not again.wait(0.1):
+    while thread.is_alive() and not now.wait(0.1):
         continue
-    return bool(answer and answer[0])
+    return bool(ended and ended[0])

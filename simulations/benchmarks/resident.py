@@ -38,7 +38,7 @@ from rich.table import Table
 from flexlora.aggregation import make_method
 from flexlora.aggregation.engine.starts import Factoring
 from flexlora.aggregation.engine.state import GlobalChange, State
-from flexlora.clients.trainer.sockets import reach
+from flexlora.clients.trainer.sockets import connection_error
 from flexlora.clients.worker import Worker
 from flexlora.config.resolve import Config
 from flexlora.data.clients import client_rows
@@ -222,7 +222,7 @@ def serving(model: str, data: Path, folder: Path, threads: int) -> Iterator[Path
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + START
-        while reach(path):
+        while connection_error(path):
             if process.poll() is not None or time.monotonic() > deadline:
                 raise UserError("the trainer does not listen; its own words are above.")
             time.sleep(0.1)

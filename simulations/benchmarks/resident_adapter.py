@@ -27,10 +27,10 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from flexlora.aggregation.engine.starts import Start
 from flexlora.clients.trainer.client import ask
-from flexlora.clients.trainer.node import Node
+from flexlora.clients.trainer.owner_config import OwnerConfig
+from flexlora.clients.trainer.reply_store import ReplyStore
 from flexlora.clients.trainer.resident import ResidentTrainer
 from flexlora.clients.trainer.service import Limits, TrainerService, listen, stop
-from flexlora.clients.trainer.store import KeptReplies
 from flexlora.clients.worker import Worker
 from flexlora.config.resolve import Config
 from flexlora.lora.adapters import Adapter, LoRAFactors
@@ -177,9 +177,9 @@ class _Echo:
 
 def serve(folder: Path, data: Path) -> None:
     """A trainer on ``folder/socket`` until standard input ends; then what its peak grew by."""
-    node = Node.of(model="embedded", data=str(data), sets=("engine.threads=1",))
-    kept = KeptReplies(folder / "kept", max_bytes=8 * GIBIBYTE, max_seconds=3600.0)
-    trainer = _EchoTrainer(node=node, kept=kept)
+    node = OwnerConfig.of(model="embedded", data=str(data), sets=("engine.threads=1",))
+    kept = ReplyStore(folder / "kept", max_bytes=8 * GIBIBYTE, max_seconds=3600.0)
+    trainer = _EchoTrainer(owner=node, replies=kept)
     service = TrainerService(trainer, limits=Limits(request_bytes=8 * GIBIBYTE))
     server = listen(service, folder / "socket")
     server.start()

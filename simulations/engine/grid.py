@@ -18,11 +18,11 @@ from flwr.app import Error, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from flexlora.clients.messages import (
-    decode_evaluate,
-    decode_train,
+    decode_evaluate_job,
+    decode_train_job,
     encode_capability,
-    encode_evaluate,
-    encode_train,
+    encode_evaluate_result,
+    encode_train_result,
 )
 from flexlora.clients.worker import Worker
 from flexlora.lora.adapters import Adapter
@@ -130,12 +130,12 @@ class InProcessGrid(Grid):
             ids.append(message_id)
             kind, client_id = message.metadata.message_type, self._client(message)
             if kind == MessageType.TRAIN:
-                job = decode_train(message, client_id, memo)
+                job = decode_train_job(message.content, client_id, memo)
                 self._round = max(self._round, job.server_round)
                 if self._send(message, job):
                     trained[message_id] = job
             elif kind == MessageType.EVALUATE:
-                evaluated[message_id] = decode_evaluate(message, client_id, memo)
+                evaluated[message_id] = decode_evaluate_job(message.content, client_id, memo)
                 self._round = max(self._round, evaluated[message_id].server_round)
             else:
                 self._met = True
@@ -233,18 +233,22 @@ class InProcessGrid(Grid):
         if lost:
             return Message(Error(code=NODE_UNAVAILABLE, reason=lost), reply_to=message)
         if held.cohort is None:
-            return encode_capability(self._capability(self._client(message)), reply_to=message)
+            return Message(
+                encode_capability(self._capability(self._client(message))), reply_to=message
+            )
         result = held.result
         if isinstance(result, EvalResult):
-            return encode_evaluate(result, reply_to=message)
+            return Message(encode_evaluate_result(result), reply_to=message)
         assert job is not None
         self._keep(held)
         uplink = Uplink.of(self.worker.config, self.feedback, dtype=self.wire_dtype)
-        return encode_train(
-            uplink.ready(result, job),
-            dtype=self.wire_dtype,
+        return Message(
+            encode_train_result(
+                uplink.ready(result, job),
+                dtype=self.wire_dtype,
+                start=job.start.for_client(job.client_id),
+            ),
             reply_to=message,
-            start=job.start.for_client(job.client_id),
         )
 
     def _capability(self, client_id: str) -> Capability:

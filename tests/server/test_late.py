@@ -17,7 +17,6 @@ from flexlora.aggregation.engine.open_round import OpenRound
 from flexlora.aggregation.engine.starts import Factoring
 from flexlora.aggregation.engine.state import GlobalChange, State
 from flexlora.aggregation.engine.updates import Update
-from flexlora.clients.worker import Worker
 from flexlora.lora.ranks import RankClass
 from flexlora.simulations.engine.cohorts import CohortLimits
 from flexlora.simulations.engine.grid import InProcessGrid
@@ -25,11 +24,6 @@ from flexlora.simulations.engine.grid import InProcessGrid
 VICTIM = "client_02"
 SHAPES = {"attn.q": (12, 12), "mlp.up": (20, 12)}
 LATE = Fate(seconds=105.0)  # the round lasts 100
-
-
-@pytest.fixture(scope="module")
-def worker():
-    return Worker(small())
 
 
 class SlowGrid(InProcessGrid):

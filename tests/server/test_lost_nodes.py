@@ -1,19 +1,12 @@
 """Nodes that are lost, and failures without a word: none ends the run."""
 
-import pytest
 import torch
 from flwr.app import Error, Message
 
 from federation import TamperingGrid, client_rows, federation, rounds, small
-from flexlora.clients.worker import Worker
 from flexlora.errors import one_line
 
 VICTIM = "client_02"
-
-
-@pytest.fixture(scope="module")
-def worker():
-    return Worker(small())
 
 
 def from_the_superlink(reply, message):

@@ -34,11 +34,6 @@ VICTIM = "client_01"
 MODULE = "model.layers.0.self_attn.q_proj"
 
 
-@pytest.fixture(scope="module")
-def worker():
-    return worker_for(small())
-
-
 def expected_state(grid, config, server_round=1, *, without=(VICTIM,), state=None):
     """The state that the method makes of the honest replies, ``without`` some clients."""
     method = make_method(config.method.name, config.method)

@@ -19,7 +19,7 @@ import torch
 
 from builders import random_adapter, train_job
 from federation import small, untimed
-from flexlora.clients.worker import Worker, worker_for
+from flexlora.clients.worker import Worker
 from flexlora.config.resolve import resolved
 from flexlora.errors import UserError
 from flexlora.simulations.engine.pool import LocalPool, make_pool
@@ -31,6 +31,7 @@ from flexlora.wire.jobs import EvalJob
 pytestmark = pytest.mark.slow
 
 CONFIG = resolved(small(clients__count=8, engine__workers=2, train__max_steps=10))
+WORKER_CONFIG = CONFIG
 LONG = CONFIG.with_values({"train.max-steps": 150})  # seconds: time to be killed in
 PATIENCE = 120.0
 
@@ -49,11 +50,6 @@ def pool(pools):
     if not pools or pools[-1].ended is not None:
         pools.append(RayPool(CONFIG, workers=2))
     return pools[-1]
-
-
-@pytest.fixture(scope="module")
-def worker():
-    return worker_for(CONFIG)
 
 
 @pytest.fixture(scope="module")

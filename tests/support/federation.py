@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from flwr.app import MessageType
 
-from flexlora.clients.messages import decode_train as decode_job
+from flexlora.clients.messages import decode_train_job
 from flexlora.clients.worker import Worker
 from flexlora.config.resolve import Config
 from flexlora.lora.peft_folder import load_adapter
@@ -194,7 +194,7 @@ class TamperingGrid(InProcessGrid):
             return [reply]
         client_id = self._client(message)
         server_round = int(message.metadata.group_id)
-        start = decode_job(message, client_id).start.for_client(client_id)
+        start = decode_train_job(message.content, client_id).start.for_client(client_id)
         self.updates[server_round, client_id] = decode_train_result(reply, start)
         return self.tamper(reply, message) if client_id in self.victims else [reply]
 

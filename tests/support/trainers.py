@@ -21,10 +21,10 @@ from flexlora.aggregation import make_method
 from flexlora.aggregation.engine.starts import Factoring
 from flexlora.aggregation.engine.state import GlobalChange, State
 from flexlora.clients.app import app
-from flexlora.clients.trainer.node import Node
+from flexlora.clients.trainer.owner_config import OwnerConfig
+from flexlora.clients.trainer.reply_store import ReplyStore
 from flexlora.clients.trainer.resident import ResidentTrainer
 from flexlora.clients.trainer.service import Limits, TrainerService, listen, stop
-from flexlora.clients.trainer.store import KeptReplies
 from flexlora.clients.worker import worker_for
 from flexlora.data.clients import client_rows
 from flexlora.lora.ranks import RankClass
@@ -217,13 +217,13 @@ def resident(
     data, state, *, limits=None, client_id="", limit_bytes=0, keep_bytes=10**8, group="", name="s"
 ):
     """A trainer of the embedded base over ``data``, its replies kept in ``state``."""
-    node = Node.of(
+    node = OwnerConfig.of(
         model="embedded", data=str(data), client_id=client_id, sets=("engine.threads=1",)
     )
     # A path of a test's own folder may be too long for a socket.
     folder = Path(tempfile.mkdtemp(prefix="flx-"))
-    kept = KeptReplies(Path(state), max_bytes=keep_bytes, max_seconds=3600.0)
-    trainer = ResidentTrainer(node=node, kept=kept, limit_bytes=limit_bytes)
+    kept = ReplyStore(Path(state), max_bytes=keep_bytes, max_seconds=3600.0)
+    trainer = ResidentTrainer(owner=node, replies=kept, limit_bytes=limit_bytes)
     service = TrainerService(trainer, limits=limits or Limits(wait_seconds=30.0))
     server = listen(service, folder / name, group)
     server.start()

@@ -25,7 +25,7 @@ from federation import (
 )
 from flexlora.aggregation import METHODS
 from flexlora.aggregation.engine.starts import LocalPlan
-from flexlora.clients.messages import decode_train as decode_job
+from flexlora.clients.messages import decode_train_job
 from flexlora.clients.worker import worker_for
 from flexlora.config.paths import EMBEDDED
 from flexlora.lora.adapters import Adapter
@@ -152,7 +152,7 @@ def sent_and_got(config, folder, **options):
             for message in messages:
                 if message.metadata.message_type == "train":
                     client_id = self._client(message)
-                    start = decode_job(message, client_id).start.for_client(client_id)
+                    start = decode_train_job(message.content, client_id).start.for_client(client_id)
                     starts[int(message.metadata.group_id), client_id] = start
             return super().push_messages(messages)
 

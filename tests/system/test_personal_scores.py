@@ -15,7 +15,7 @@ from flexlora.aggregation.engine.open_round import OpenRound
 from flexlora.aggregation.engine.starts import Factoring
 from flexlora.aggregation.engine.state import GlobalChange, State
 from flexlora.aggregation.engine.updates import Update
-from flexlora.clients.messages import evaluate_reply
+from flexlora.clients.messages import encode_evaluate_result
 from flexlora.clients.worker import Worker
 from flexlora.config.resolve import Config
 from flexlora.data.tasks import generate_rows
@@ -132,10 +132,10 @@ def test_own_factors_that_cannot_be_used_cost_only_their_own_score(worker, evalu
 
 def test_the_reply_holds_the_score_and_the_server_reads_it(worker, evaluations):
     (result,) = worker.evaluate(evaluations[:1])
-    reply = SimpleNamespace(has_error=lambda: False, content=evaluate_reply(result))
+    reply = SimpleNamespace(has_error=lambda: False, content=encode_evaluate_result(result))
     assert decode_eval_result(reply) == result
     told = replace(result, cause="personal factors: no room")
-    reply = SimpleNamespace(has_error=lambda: False, content=evaluate_reply(told))
+    reply = SimpleNamespace(has_error=lambda: False, content=encode_evaluate_result(told))
     assert decode_eval_result(reply) == told
 
 

@@ -14,7 +14,7 @@ from flexlora.aggregation.engine.open_round import OpenRound
 from flexlora.aggregation.engine.starts import Factoring
 from flexlora.aggregation.engine.state import GlobalChange, State
 from flexlora.aggregation.engine.updates import Update
-from flexlora.clients.messages import train_reply
+from flexlora.clients.messages import encode_train_result
 from flexlora.clients.worker import Worker
 from flexlora.lora.adapters import Adapter
 from flexlora.lora.ranks import RankClass
@@ -231,7 +231,7 @@ def reply_bytes(results):
     """Everything that goes to the server, without what a clock has measured."""
     replies = []
     for result in results:
-        content = train_reply(replace(result, train_seconds=0.0), dtype="float32")
+        content = encode_train_result(replace(result, train_seconds=0.0), dtype="float32")
         arrays = {key: bytes(array.data) for key, array in content["update"].items()}
         values = [(k, dict(record)) for k, record in content.config_records.items()]
         replies.append((arrays, values))

@@ -341,7 +341,7 @@ def test_an_error_of_other_modules_is_told(tmp_path):
     other = random_adapter({"attn.q": (24, 16), "mlp.up": (16, 25)}, 4, dtype=torch.float32)
     result, adapter = upload_of(uplink_over(store), "a", 2, held=other)
     assert result.adapter.digest() == adapter.digest()
-    assert "module 'mlp.up': what was kept of earlier rounding is not of its shape" in result.note
+    assert "module 'mlp.up': the stored rounding error has another shape" in result.note
 
 
 def test_an_error_outlasts_a_change_of_rank():

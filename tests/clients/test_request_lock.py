@@ -1,4 +1,4 @@
-"""One training at a time: who waits, who is told, who has gone, and how a trainer stops."""
+"""One request at a time: waiting, refusals, callers that disconnect, and how a trainer stops."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 import pytest
 
 from flexlora.clients.trainer.client import call_of, health, questions, trainer_on
+from flexlora.clients.trainer.request_lock import Busy, RequestLock
 from flexlora.clients.trainer.service import Limits
 from flexlora.clients.worker import Worker
 from trainers import (
@@ -64,7 +65,7 @@ def test_a_second_request_waits_for_the_first(data, tmp_path, held):
             thread.join(20)
         assert [cause_of(reply[0]) for reply in (one, two, three)] == ["", "", ""]
         # The third was the same as the first: when its turn came, it had been done.
-        assert (made.trainer.tally.trained, made.trainer.tally.from_disk) == (1, 1)
+        assert (made.trainer.totals.trained, made.trainer.totals.from_disk) == (1, 1)
         assert values_of(one[0]) == values_of(three[0])
 
 
@@ -100,7 +101,7 @@ def test_a_training_whose_caller_has_gone_is_finished_and_kept(data, tmp_path, h
         go.set()
         reply = made.ask(train_message(config), config)
         assert cause_of(reply) == ""
-        assert (made.trainer.tally.trained, made.trainer.tally.from_disk) == (1, 1)
+        assert (made.trainer.totals.trained, made.trainer.totals.from_disk) == (1, 1)
 
 
 def test_a_stop_lets_the_training_end_and_takes_no_more(data, tmp_path, held):
@@ -130,3 +131,21 @@ def test_a_stop_does_not_wait_longer_than_its_grace(data, tmp_path, held):
         working.join(20)
         assert "went away while it was asked" in cause_of(done[0]) and not made.path.exists()
         go.set()
+
+
+def test_few_requests_wait_and_the_lock_can_be_closed():
+    lock = RequestLock(wait_seconds=0.0, most_waiting=1)
+    with lock.held("one thing"):
+        assert lock.current[0] == "one thing"
+        with pytest.raises(Busy, match=r"busy \(one thing, for 0 s\); this request waited 0 s"):
+            lock.held("another").__enter__()
+        lock.most_waiting = 0
+        with pytest.raises(Busy, match="and 0 more requests wait"):
+            lock.held("another").__enter__()
+        lock.most_waiting, lock.wait_seconds = 1, 9.0
+        with pytest.raises(Busy, match="the caller has gone"):
+            lock.held("another", alive=lambda: False).__enter__()
+        assert lock.close(0.0) is False
+        with pytest.raises(Busy, match="the trainer is stopping"):
+            lock.held("another").__enter__()
+    assert lock.current == ("", 0.0) and lock.close(0.0) is True

@@ -1,4 +1,4 @@
-"""The socket's place, what is the node owner's, the memory limit, and turns."""
+"""The socket's folder, the owner's keys and the memory limit."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ import stat
 import pytest
 import torch
 
-from flexlora.clients.trainer import allowance
-from flexlora.clients.trainer.node import Node, job_config, owned
-from flexlora.clients.trainer.sockets import check_folder, check_free, reach
-from flexlora.clients.trainer.turns import Busy, Turns
+from flexlora.clients.trainer import memory_limit
+from flexlora.clients.trainer.owner_config import OwnerConfig, is_owner_key, job_config
+from flexlora.clients.trainer.sockets import check_folder, check_free, connection_error
 from flexlora.config.resolve import KEYS, Config, all_keys
 from flexlora.errors import UserError
 from trainers import query_message, resident, run_config, write_rows
@@ -61,13 +60,13 @@ def test_only_a_dead_socket_is_removed(tmp_path, monkeypatch):
         listening.listen()
         with pytest.raises(UserError, match="a trainer listens on 's' already"):
             check_free(here)
-        assert here.exists() and reach(here) == ""
+        assert here.exists() and connection_error(here) == ""
     check_free(here)
-    assert not here.exists() and reach(here) == "there is no such socket"
+    assert not here.exists() and connection_error(here) == "there is no such socket"
 
 
 def test_a_run_can_change_nothing_that_is_the_nodes(tmp_path):
-    node = Node.of(model="embedded", data="/rows", sets=("model.dtype=bfloat16",))
+    node = OwnerConfig.of(model="embedded", data="/rows", sets=("model.dtype=bfloat16",))
     wanted = {
         **Config(),
         "model.name": "owner/other",
@@ -94,31 +93,28 @@ def test_no_key_that_names_a_place_travels():
     places = [key for key, option in all_keys().items() if re.search(names_a_place, option.help)]
     assert {"model.name", "data.path", "data.name", "out", "ranks.file"} <= set(places)
     run = {key: "/from/the/run" for key in places if isinstance(KEYS[key].default, str)}
-    node = Node.of(model="embedded", data="/rows").config
+    node = OwnerConfig.of(model="embedded", data="/rows").config
     assert "/from/the/run" not in job_config(node, run).values()
 
 
 @pytest.mark.parametrize("item", ["train.max-steps=3", "data.path=/x", "clients.count=3", "seed=1"])
 def test_the_owner_sets_only_what_is_the_owners(item):
     if item.startswith("data.path"):
-        assert Node.of(model="m", data="/y", sets=(item,)).config.data.path == "/x"
+        assert OwnerConfig.of(model="m", data="/y", sets=(item,)).config.data.path == "/x"
         return
     with pytest.raises(UserError, match=r"is not the node's to say; expected one of model\.name"):
-        Node.of(model="m", data="/y", sets=(item,))
-    assert owned("model.dtype") and not owned("data.template")
+        OwnerConfig.of(model="m", data="/y", sets=(item,))
+    assert is_owner_key("model.dtype") and not is_owner_key("data.template")
 
 
 def test_a_model_that_does_not_fit_the_memory_limit_is_the_planners_sentence():
-    node = Node.of(model="embedded", data="/rows")
+    node = OwnerConfig.of(model="embedded", data="/rows")
     with pytest.raises(UserError, match=r"does not fit 1,000,000 bytes: at rank 1 .* more"):
-        allowance.smallest_plan(node.config, 10**6)
-    assert allowance.smallest_plan(node.config, 6 * 2**30).plan.rank >= 1
-    wide = Node.of(model="embedded", data="/rows", sets=("model.dtype=float64",))
+        memory_limit.smallest_plan(node.config, 10**6)
+    assert memory_limit.smallest_plan(node.config, 6 * 2**30).plan.rank >= 1
+    wide = OwnerConfig.of(model="embedded", data="/rows", sets=("model.dtype=float64",))
     with pytest.raises(UserError, match="--memory-limit plans bases in float32 and bfloat16"):
-        allowance.smallest_plan(wide.config, 6 * 2**30)
-    for text in ("6", "0GiB", "many"):
-        with pytest.raises(UserError, match=f"--memory-limit is '{text}', expected a number and"):
-            allowance.parse_size(text, "--memory-limit")
+        memory_limit.smallest_plan(wide.config, 6 * 2**30)
 
 
 def test_the_limit_is_told_to_servers_and_enforced_where_torch_can(tmp_path, monkeypatch):
@@ -126,36 +122,18 @@ def test_the_limit_is_told_to_servers_and_enforced_where_torch_can(tmp_path, mon
         reply = made.ask(query_message(), run_config())
         again = made.ask(query_message(), run_config(seed=3))
     assert reply["capability"]["free-bytes"] == again["capability"]["free-bytes"] == 123_456_789
-    config = Node.of(model="embedded", data="/rows").config
-    assert "nothing enforces it" in allowance.enforce(
+    config = OwnerConfig.of(model="embedded", data="/rows").config
+    assert "nothing enforces it" in memory_limit.enforce(
         config.with_values({"engine.device": "cpu"}), 2**30
     )
     shares = []
     card = type("Card", (), {"total_memory": 16 * 2**30})
-    monkeypatch.setattr(allowance, "pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(memory_limit, "pick_device", lambda name: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
     monkeypatch.setattr(
         torch.cuda, "set_per_process_memory_fraction", lambda share, device: shares.append(share)
     )
-    assert "47% of the card" in allowance.enforce(config, 8 * 2**30)
+    assert "47% of the card" in memory_limit.enforce(config, 8 * 2**30)
     assert shares == [7.5 / 16]
     with pytest.raises(UserError, match="bytes, but the card has"):
-        allowance.enforce(config, 17 * 2**30)
-
-
-def test_turns_are_few_and_end():
-    turns = Turns(wait_seconds=0.0, most_waiting=1)
-    with turns.taken("one thing"):
-        assert turns.now[0] == "one thing"
-        with pytest.raises(Busy, match=r"busy \(one thing, for 0 s\); this request waited 0 s"):
-            turns.taken("another").__enter__()
-        turns.most_waiting = 0
-        with pytest.raises(Busy, match="and 0 more requests wait"):
-            turns.taken("another").__enter__()
-        turns.most_waiting, turns.wait_seconds = 1, 9.0
-        with pytest.raises(Busy, match="the caller has gone"):
-            turns.taken("another", alive=lambda: False).__enter__()
-        assert turns.close(0.0) is False
-        with pytest.raises(Busy, match="the trainer is stopping"):
-            turns.taken("another").__enter__()
-    assert turns.now == ("", 0.0) and turns.close(0.0) is True
+        memory_limit.enforce(config, 17 * 2**30)

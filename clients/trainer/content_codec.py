@@ -1,10 +1,9 @@
-"""The content of a Flower message as a header and a stream of bytes, and back; torch is not needed.
+"""Encode a Flower message's content as a header and a stream of bytes, without torch.
 
-    RecordDict  ->  Content (names, shapes, values, SHA-256 of the bytes)  +  parts of at most 1 MiB
-    RecordDict  <-  Content                                                +  the same parts
+    RecordDict  <->  Content (names, shapes, values, SHA-256 of the bytes)  +  parts up to 1 MiB
 
-Arrays follow each other without gaps, so that a thousand small ones are a few parts. A part is cut
-out of an array when its turn comes: what is held twice is one part, never the whole.
+Arrays follow each other without gaps, so that a thousand small ones fill a few parts. Parts are cut
+lazily: one part is held twice, never the whole content.
 """
 
 from __future__ import annotations
@@ -20,28 +19,27 @@ from flexlora.clients.trainer.trainer_pb2 import ArraySpec, Content, Entry, Reco
 __all__ = [
     "PART_BYTES",
     "ContentRefused",
-    "data_bytes",
-    "data_parts",
-    "describe",
-    "read_entries",
-    "rebuild",
-    "write_entries",
+    "array_bytes",
+    "array_parts",
+    "decode_content",
+    "decode_entries",
+    "encode_entries",
+    "encode_header",
 ]
 
 PART_BYTES = 2**20
-# A whole number is not a flag here: bool comes before int, of which it is a kind.
 _SCALARS = {bool: "flag", int: "whole", float: "number", str: "text", bytes: "raw"}
 
 
 class ContentRefused(ValueError):
-    """A header or bytes that are not what they say; nothing was done with them."""
+    """A header or bytes that do not match; nothing was done with them."""
 
 
-def describe(content: Mapping[str, object]) -> Content:
-    """The header of a content; its arrays' bytes are read once, for the digest.
+def encode_header(content: Mapping[str, object]) -> Content:
+    """The header of a content; reads its arrays' bytes once, for the digest.
 
     Raises:
-        ContentRefused: a record or a value that has no place in a header.
+        ContentRefused: a record or a value of a type that a header cannot hold.
     """
     records = [_record(name, record) for name, record in content.items()]
     digest = hashlib.sha256()
@@ -50,12 +48,12 @@ def describe(content: Mapping[str, object]) -> Content:
     return Content(records=records, digest=digest.digest())
 
 
-def data_bytes(header: Content) -> int:
-    """Bytes of all arrays that a header announces."""
+def array_bytes(header: Content) -> int:
+    """Bytes of all arrays in a header."""
     return sum(spec.size for record in header.records for spec in record.arrays.items)
 
 
-def data_parts(content: Mapping[str, object]) -> Iterator[bytes]:
+def array_parts(content: Mapping[str, object]) -> Iterator[bytes]:
     """The bytes of all arrays, end to end, cut every ``PART_BYTES``."""
     waiting = bytearray()
     for array in _arrays(content):
@@ -71,14 +69,13 @@ def data_parts(content: Mapping[str, object]) -> Iterator[bytes]:
         yield bytes(waiting)
 
 
-def rebuild(header: Content, parts: Iterable[bytes]) -> RecordDict:
-    """The content behind ``header``, its arrays filled from ``parts`` as they come.
+def decode_content(header: Content, parts: Iterable[bytes]) -> RecordDict:
+    """The content of ``header`` with its arrays' bytes read from ``parts``.
 
     Raises:
-        ContentRefused: more or fewer bytes than announced, other bytes than the digest's, a name
-            given twice.
+        ContentRefused: too many or too few bytes, another digest, a name given twice.
     """
-    feed, content = _Feed(parts), RecordDict()
+    feed, content = _PartReader(parts), RecordDict()
     for record in header.records:
         if record.name in content:
             raise ContentRefused(f"the record '{record.name}' comes twice.")
@@ -86,20 +83,20 @@ def rebuild(header: Content, parts: Iterable[bytes]) -> RecordDict:
         if kind == "arrays":
             content[record.name] = ArrayRecord(_named_arrays(record, feed))
         elif kind == "values":
-            content[record.name] = ConfigRecord(read_entries(record.values.entries))
+            content[record.name] = ConfigRecord(decode_entries(record.values.entries))
         else:
             raise ContentRefused(f"the record '{record.name}' holds nothing.")
     feed.end(header.digest)
     return content
 
 
-def write_entries(values: Mapping[str, object]) -> list[Entry]:
-    """Keys and scalars, or lists of scalars of one type, as entries."""
+def encode_entries(values: Mapping[str, object]) -> list[Entry]:
+    """Entries of scalars and of lists of scalars of one type."""
     return [Entry(key=key, value=_value(key, value)) for key, value in values.items()]
 
 
-def read_entries(entries: Iterable[Entry]) -> dict[str, Any]:
-    """The keys and values behind ``write_entries``.
+def decode_entries(entries: Iterable[Entry]) -> dict[str, Any]:
+    """The inverse of ``encode_entries``.
 
     Raises:
         ContentRefused: a key given twice, or one without a value.
@@ -115,14 +112,16 @@ def read_entries(entries: Iterable[Entry]) -> dict[str, Any]:
 
 
 def _record(name: str, record: object) -> Record:
+    made = Record(name=name)
     if isinstance(record, ConfigRecord):
-        made = Record(name=name)
-        made.values.entries.extend(write_entries(record))
-        made.values.SetInParent()  # a record without entries is a record all the same
+        made.values.entries.extend(encode_entries(record))
+        made.values.SetInParent()  # keeps a record without entries
         return made
     if isinstance(record, ArrayRecord):
-        made = Record(name=name)
-        made.arrays.items.extend(_spec(key, array) for key, array in record.items())
+        made.arrays.items.extend(
+            ArraySpec(key=key, dtype=a.dtype, shape=a.shape, stype=a.stype, size=len(a.data))
+            for key, a in record.items()
+        )
         made.arrays.SetInParent()
         return made
     raise ContentRefused(
@@ -130,26 +129,20 @@ def _record(name: str, record: object) -> Record:
     )
 
 
-def _spec(key: str, array: Array) -> ArraySpec:
-    return ArraySpec(
-        key=key, dtype=array.dtype, shape=array.shape, stype=array.stype, size=len(array.data)
-    )
-
-
 def _value(key: str, value: object) -> Value:
-    """One value under the name of its type; a list is as its first item, an empty one as texts."""
-    made = Value()
-    if not isinstance(value, list):
-        if type(value) not in _SCALARS:
-            raise ContentRefused(f"'{key}' is {value!r}, expected a scalar or a list of them.")
-        setattr(made, _SCALARS[type(value)], value)
-        return made
-    kinds = {type(item) for item in value} or {str}
+    """One value under the name of its type; an empty list counts as one of texts."""
+    made, items = Value(), value if isinstance(value, list) else [value]
+    kinds = {type(item) for item in items} or {str}
     if len(kinds) > 1 or not kinds <= _SCALARS.keys():
-        raise ContentRefused(f"'{key}' is {value!r}, expected a list of one type of scalar.")
-    held = getattr(made, f"{_SCALARS[kinds.pop()]}s")
-    held.items.extend(value)
-    held.SetInParent()
+        wanted = "a list of one type of scalar" if value is items else "a scalar or a list of them"
+        raise ContentRefused(f"'{key}' is {value!r}, expected {wanted}.")
+    name = _SCALARS[kinds.pop()]
+    if isinstance(value, list):
+        held = getattr(made, f"{name}s")
+        held.items.extend(value)
+        held.SetInParent()  # keeps an empty list
+    else:
+        setattr(made, name, value)
     return made
 
 
@@ -159,7 +152,7 @@ def _arrays(content: Mapping[str, object]) -> Iterator[Array]:
             yield from record.values()
 
 
-def _named_arrays(record: Record, feed: _Feed) -> dict[str, Array]:
+def _named_arrays(record: Record, feed: _PartReader) -> dict[str, Array]:
     arrays: dict[str, Array] = {}
     for spec in record.arrays.items:
         if spec.key in arrays:
@@ -169,8 +162,8 @@ def _named_arrays(record: Record, feed: _Feed) -> dict[str, Array]:
     return arrays
 
 
-class _Feed:
-    """Parts handed out in pieces of other sizes; each byte is copied once, into its array."""
+class _PartReader:
+    """Reads arrays out of parts of other sizes; copies each byte once, into its array."""
 
     def __init__(self, parts: Iterable[bytes]) -> None:
         self._parts, self._left = iter(parts), memoryview(b"")

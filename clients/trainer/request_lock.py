@@ -1,4 +1,4 @@
-"""One request at a time: whoever comes meanwhile waits, not for ever, and is told for whom."""
+"""Runs one request at a time; others wait up to ``wait_seconds``, then fail."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-__all__ = ["Busy", "Turns"]
+__all__ = ["Busy", "RequestLock"]
 
-LOOK = 0.2  # seconds between looks at whether a waiting caller is still there
+POLL_SECONDS = 0.2  # between checks whether a waiting caller is still connected
 
 
 class Busy(Exception):
-    """A request that did not get its turn, and why."""
+    """Why a request did not get the lock."""
 
 
-class Turns:
-    """A lock with a sign on it.
+class RequestLock:
+    """A lock that can say what holds it.
 
     Args:
         wait_seconds: how long a request waits for the one before it.
@@ -32,13 +32,13 @@ class Turns:
         self.stopping = False
 
     @property
-    def now(self) -> tuple[str, float]:
-        """What is being done and for how many seconds; "" for nothing."""
+    def current(self) -> tuple[str, float]:
+        """The running request and its age in seconds; "" when idle."""
         doing = self._doing
         return doing, time.monotonic() - self._since if doing else 0.0
 
     def close(self, seconds: float) -> bool:
-        """Give no more turns; whether the last one ended within ``seconds``."""
+        """Refuse further requests; whether the running one ended within ``seconds``."""
         self.stopping = True
         if not self._lock.acquire(timeout=max(0.0, seconds)):
             return False
@@ -46,8 +46,8 @@ class Turns:
         return True
 
     @contextmanager
-    def taken(self, doing: str, alive: Callable[[], bool] = lambda: True) -> Iterator[None]:
-        """The turn, for as long as the block lasts.
+    def held(self, doing: str, alive: Callable[[], bool] = lambda: True) -> Iterator[None]:
+        """The lock, for as long as the block lasts.
 
         Raises:
             Busy: too many wait, the wait was too long, the caller has gone, or the trainer stops.
@@ -69,7 +69,7 @@ class Turns:
         try:
             while not self.stopping:
                 left = deadline - time.monotonic()
-                if self._lock.acquire(timeout=max(0.0, min(LOOK, left))):
+                if self._lock.acquire(timeout=max(0.0, min(POLL_SECONDS, left))):
                     if not self.stopping:
                         return
                     self._lock.release()
@@ -83,5 +83,5 @@ class Turns:
                 self._waiting -= 1
 
     def _busy(self) -> str:
-        doing, seconds = self.now
+        doing, seconds = self.current
         return f"the trainer is busy ({doing}, for {seconds:.0f} s)"

@@ -1,7 +1,7 @@
-"""What this machine can train, found out for ``flexlora client init``: kernels run, bytes counted.
+"""What this machine can train, for ``flexlora client init``: run the kernels, count the bytes.
 
-The planner prefers a base that is rounded less, and takes a smaller one only where a larger trained
-rank fits with it (``planner.py``); what it may choose from is what ran here (``probing.py``).
+The planner chooses among the quantizations whose kernels ran. It prefers a base that is rounded
+less, and takes a smaller one only where a larger trained rank fits with it (``planner.py``).
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from flexlora.planning.model_config import read_shape
 from flexlora.planning.planner import Choice, Request, make_plan, needed_bytes
 from flexlora.planning.probing import Probe, device_name, free_bytes, probe, require
 from flexlora.training.models import pick_device
-from flexlora.units import human_bytes
+from flexlora.units import human_bytes, parse_bytes
 
-__all__ = ["Findings", "find"]
+__all__ = ["MachinePlan", "plan_machine"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Findings:
-    """Plain values, as they are written to ``findings.json``."""
+class MachinePlan:
+    """The content of ``findings.json``."""
 
     device: str
     device_name: str
@@ -37,7 +37,7 @@ class Findings:
     reason: str
 
     def values(self) -> dict[str, str]:
-        """What the templates are filled with."""
+        """Values for the templates."""
         default = Model().dtype
         limit = f"--memory-limit {self.memory_limit} " if self.memory_limit else ""
         absent = f"; not: {', '.join(self.absent)}" if self.absent else ""
@@ -56,14 +56,14 @@ class Findings:
         }
 
 
-def find(
+def plan_machine(
     *, model: str, device: str, quantization: str, memory_limit: str, num_examples: int
-) -> Findings:
+) -> MachinePlan:
     """Run the kernels on ``device``, and plan ``model`` with those that ran.
 
     Raises:
-        UserError: a device that is not there, a quantization that does not run here, a model that
-            cannot be planned for or does not fit at any rank.
+        UserError: a missing device, a quantization that does not run here, a model that cannot be
+            planned for or does not fit at any rank.
     """
     where = pick_device(device)
     if quantization:
@@ -71,10 +71,10 @@ def find(
     seen, on_card = probe(where), where.type == "cuda"
     memory = free_bytes(where)
     if memory_limit:
-        memory = min(memory, _limit(memory_limit))
+        memory = min(memory, parse_bytes(memory_limit, "--memory-limit"))
     choice = _plan(model, seen, on_card, memory, quantization, num_examples)
     chosen = choice.plan.quantization
-    return Findings(
+    return MachinePlan(
         device=where.type if device != "auto" else "auto",
         device_name=device_name(where),
         on_card=on_card,
@@ -107,9 +107,3 @@ def _plan(
         runtime_bytes=CUDA_RUNTIME if on_card else CPU_RUNTIME,
     )
     return make_plan(shape, request)
-
-
-def _limit(text: str) -> int:
-    from flexlora.clients.trainer.allowance import parse_size
-
-    return parse_size(text, "--memory-limit")

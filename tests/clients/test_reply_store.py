@@ -8,19 +8,19 @@ import time
 
 import pytest
 
-from flexlora.clients.trainer.contents import (
+from flexlora.clients.trainer.content_codec import (
     PART_BYTES,
-    data_parts,
-    describe,
+    array_parts,
+    encode_header,
 )
-from flexlora.clients.trainer.store import KeptReplies
+from flexlora.clients.trainer.reply_store import ReplyStore
 from flexlora.clients.trainer.trainer_pb2 import Reply
 from flexlora.errors import UserError
 from trainers import content_of
 
 
 def kept_reply(content):
-    return Reply(content=describe(content)), list(data_parts(content))
+    return Reply(content=encode_header(content)), list(array_parts(content))
 
 
 def names(folder):
@@ -29,8 +29,8 @@ def names(folder):
 
 def test_a_kept_reply_is_read_back_as_it_was_and_for_this_user_alone(tmp_path):
     header, parts = kept_reply(content_of(PART_BYTES + 9, 3))
-    kept = KeptReplies(tmp_path / "kept", max_bytes=10**8, max_seconds=60)
-    written = kept.keep("a", header, iter(parts))
+    kept = ReplyStore(tmp_path / "kept", max_bytes=10**8, max_seconds=60)
+    written = kept.put("a", header, iter(parts))
     found = kept.find("a")
     for reply in (written, found):
         assert reply.header == header and b"".join(reply.parts()) == b"".join(parts)
@@ -43,8 +43,8 @@ def test_a_kept_reply_is_read_back_as_it_was_and_for_this_user_alone(tmp_path):
 @pytest.mark.parametrize("at", [0, 9, 300, -40, -1])
 def test_a_damaged_file_counts_as_absent(tmp_path, at):
     header, parts = kept_reply(content_of(500))
-    kept = KeptReplies(tmp_path, max_bytes=10**8, max_seconds=60)
-    kept.keep("a", header, parts).close()
+    kept = ReplyStore(tmp_path, max_bytes=10**8, max_seconds=60)
+    kept.put("a", header, parts).close()
     data = bytearray((tmp_path / "a.reply").read_bytes())
     data[at] ^= 1
     (tmp_path / "a.reply").write_bytes(data)
@@ -57,53 +57,53 @@ def test_a_damaged_file_counts_as_absent(tmp_path, at):
 
 def test_a_write_that_breaks_leaves_nothing_and_what_a_crash_left_is_swept(tmp_path):
     header, parts = kept_reply(content_of(500))
-    kept = KeptReplies(tmp_path, max_bytes=10**8, max_seconds=60)
+    kept = ReplyStore(tmp_path, max_bytes=10**8, max_seconds=60)
 
     def broken():
         yield parts[0]
         raise OSError("no room")
 
     with pytest.raises(OSError, match="no room"):
-        kept.keep("a", header, broken())
+        kept.put("a", header, broken())
     assert names(tmp_path) == []
     (tmp_path / "b.reply.partial").write_bytes(b"half")
     kept.close()
-    KeptReplies(tmp_path, max_bytes=10**8, max_seconds=60).close()
+    ReplyStore(tmp_path, max_bytes=10**8, max_seconds=60).close()
     assert names(tmp_path) == []
 
 
 def test_the_oldest_replies_go_first_and_the_one_just_made_can_still_be_read(tmp_path):
     header, parts = kept_reply(content_of(1000))
-    kept = KeptReplies(tmp_path, max_bytes=10**8, max_seconds=60)
-    kept.keep("a", header, parts).close()
+    kept = ReplyStore(tmp_path, max_bytes=10**8, max_seconds=60)
+    kept.put("a", header, parts).close()
     size = (tmp_path / "a.reply").stat().st_size
     kept.max_bytes = 2 * size
     for age, name in ((30, "a"), (20, "b")):
-        kept.keep(name, header, parts).close()
+        kept.put(name, header, parts).close()
         os.utime(tmp_path / f"{name}.reply", (time.time() - age,) * 2)
-    kept.keep("c", header, parts).close()
-    assert names(tmp_path) == ["b.reply", "c.reply"] and kept.held() == (2, 2 * size)
+    kept.put("c", header, parts).close()
+    assert names(tmp_path) == ["b.reply", "c.reply"] and kept.usage() == (2, 2 * size)
     kept.max_bytes = size - 1
-    last = kept.keep("d", header, parts)
+    last = kept.put("d", header, parts)
     assert names(tmp_path) == [] and b"".join(last.parts()) == b"".join(parts)
     kept.close()
 
 
 def test_replies_that_are_too_old_are_not_given(tmp_path):
     header, parts = kept_reply(content_of(10))
-    kept = KeptReplies(tmp_path, max_bytes=10**8, max_seconds=60)
-    kept.keep("a", header, parts).close()
+    kept = ReplyStore(tmp_path, max_bytes=10**8, max_seconds=60)
+    kept.put("a", header, parts).close()
     os.utime(tmp_path / "a.reply", (time.time() - 61,) * 2)
     assert kept.find("a") is None and names(tmp_path) == []
     kept.close()
 
 
 def test_two_trainers_do_not_share_a_folder(tmp_path):
-    kept = KeptReplies(tmp_path, max_bytes=1, max_seconds=1)
+    kept = ReplyStore(tmp_path, max_bytes=1, max_seconds=1)
     with pytest.raises(UserError, match="another trainer keeps its replies in"):
-        KeptReplies(tmp_path, max_bytes=1, max_seconds=1)
+        ReplyStore(tmp_path, max_bytes=1, max_seconds=1)
     kept.close()
-    KeptReplies(tmp_path, max_bytes=1, max_seconds=1).close()
+    ReplyStore(tmp_path, max_bytes=1, max_seconds=1).close()
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot be used: .*; give --state another"):
-        KeptReplies(tmp_path / "file", max_bytes=1, max_seconds=1)
+        ReplyStore(tmp_path / "file", max_bytes=1, max_seconds=1)

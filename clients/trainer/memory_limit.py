@@ -1,9 +1,8 @@
-"""``--memory-limit``: whether any training fits it, and what holds the process to it.
+"""``--memory-limit``: check that some training fits it, and enforce it where torch can.
 
-On CUDA torch's allocator refuses what goes beyond; the trainer then halves its micro-batch or asks
-for a lower rank, as on a smaller card. On the CPU nothing enforces the limit (one on the address
-space would end the process, not the training): the plan is checked against it, and servers are told
-it as the memory that is free.
+On CUDA torch's allocator refuses more than the limit; the trainer then halves its micro-batch or
+asks for a lower rank, as on a smaller card. On the CPU nothing enforces it (a limit on the address
+space would end the process): it bounds the plan, and servers see it as the free memory.
 """
 
 from __future__ import annotations
@@ -16,31 +15,15 @@ from flexlora.planning.devices import CPU_RUNTIME, CUDA_RUNTIME
 from flexlora.planning.model_config import read_shape
 from flexlora.planning.planner import Choice, Request, make_plan
 from flexlora.training.models import pick_device
-from flexlora.units import parse_bytes
 
-__all__ = ["enforce", "parse_size", "smallest_plan"]
-
-
-def parse_size(text: str, flag: str) -> int:
-    """``6GiB`` as bytes.
-
-    Raises:
-        UserError: no number with a unit, or nothing at all of it, naming ``flag``.
-    """
-    try:
-        size = parse_bytes(text)
-    except UserError:
-        size = 0
-    if size < 1:
-        raise UserError(f"{flag} is '{text}', expected a number and a unit, like 6GiB or 500MB.")
-    return size
+__all__ = ["enforce", "smallest_plan"]
 
 
 def smallest_plan(config: Config, limit_bytes: int) -> Choice:
-    """The plan that the limit allows for this node's base: at least rank 1, one row at a time.
+    """The plan within the limit for the node's base: at least rank 1, one row at a time.
 
     Raises:
-        UserError: not even that fits, with what is missing; a base that cannot be planned for.
+        UserError: not even that fits, with the bytes that are missing; a base in float64.
     """
     if config.model.dtype == "float64":
         raise UserError(
@@ -49,10 +32,9 @@ def smallest_plan(config: Config, limit_bytes: int) -> Choice:
         )
     shape = read_shape(config.model.name)
     on_card = pick_device(config.engine.device).type == "cuda"
-    length = config.train.max_length
     request = Request(
         memory_bytes=limit_bytes,
-        max_length=min(length, shape.max_positions),
+        max_length=min(config.train.max_length, shape.max_positions),
         quantization=config.model.quantization,
         attention=config.model.attn_implementation,
         bfloat16=config.model.dtype == "bfloat16",
@@ -64,7 +46,7 @@ def smallest_plan(config: Config, limit_bytes: int) -> Choice:
 
 
 def enforce(config: Config, limit_bytes: int) -> str:
-    """Hold the process to the limit where that can be done; a sentence about what was done.
+    """Apply the limit to torch's allocator on CUDA; returns a sentence that says what was done.
 
     Raises:
         UserError: a limit beyond the card's memory.

@@ -11,15 +11,15 @@ from google.protobuf.descriptor import FieldDescriptor
 
 from federation import ROOT
 from flexlora.clients.trainer import trainer_pb2
-from flexlora.clients.trainer.contents import (
+from flexlora.clients.trainer.content_codec import (
     PART_BYTES,
     ContentRefused,
-    data_bytes,
-    data_parts,
-    describe,
-    read_entries,
-    rebuild,
-    write_entries,
+    array_bytes,
+    array_parts,
+    decode_content,
+    decode_entries,
+    encode_entries,
+    encode_header,
 )
 from flexlora.clients.trainer.trainer_pb2 import Content
 from trainers import content_of
@@ -31,11 +31,11 @@ from trainers import content_of
 )
 def test_a_content_comes_back_as_it_went_in_parts_that_are_small_enough(sizes):
     content = content_of(*sizes)
-    header, parts = describe(content), list(data_parts(content))
-    assert data_bytes(header) == sum(sizes) + 3 == sum(map(len, parts))
+    header, parts = encode_header(content), list(array_parts(content))
+    assert array_bytes(header) == sum(sizes) + 3 == sum(map(len, parts))
     assert all(0 < len(part) <= PART_BYTES for part in parts)
     assert all(len(part) == PART_BYTES for part in parts[:-1])
-    back = rebuild(Content.FromString(header.SerializeToString()), parts)
+    back = decode_content(Content.FromString(header.SerializeToString()), parts)
     assert list(back) == list(content)
     assert back["arrays"] == content["arrays"] and back["more"] == content["more"]
     first, second = (dict(held["values"]) for held in (content, back))
@@ -45,22 +45,22 @@ def test_a_content_comes_back_as_it_went_in_parts_that_are_small_enough(sizes):
 
 def test_parts_may_be_cut_anywhere():
     content = content_of(1000, 70_000)
-    whole = b"".join(data_parts(content))
+    whole = b"".join(array_parts(content))
     pieces = [whole[at : at + 777] for at in range(0, len(whole), 777)]
-    assert rebuild(describe(content), pieces)["arrays"] == content["arrays"]
+    assert decode_content(encode_header(content), pieces)["arrays"] == content["arrays"]
 
 
 def test_neither_side_holds_a_second_copy_of_the_whole():
     """A sender holds a part beside the arrays; a receiver the pieces of one array beside them."""
     large = 4 * PART_BYTES
     content = content_of(*[large] * 8)
-    header = describe(content)
+    header = encode_header(content)
     tracemalloc.start()
     try:
-        assert sum(map(len, data_parts(content))) == 8 * large + 3
+        assert sum(map(len, array_parts(content))) == 8 * large + 3
         assert tracemalloc.get_traced_memory()[1] < 4 * PART_BYTES
         tracemalloc.reset_peak()
-        back = rebuild(header, data_parts(content))
+        back = decode_content(header, array_parts(content))
         assert tracemalloc.get_traced_memory()[1] < 8 * large + 2 * large
     finally:
         tracemalloc.stop()
@@ -69,27 +69,27 @@ def test_neither_side_holds_a_second_copy_of_the_whole():
 
 def test_what_has_no_place_in_a_header_is_refused():
     with pytest.raises(ContentRefused, match="'m' is MetricRecord, expected arrays or values"):
-        describe(RecordDict({"m": MetricRecord({"loss": 1.0})}))
+        encode_header(RecordDict({"m": MetricRecord({"loss": 1.0})}))
     with pytest.raises(ContentRefused, match=r"'x' is None, expected a scalar"):
-        write_entries({"x": None})
+        encode_entries({"x": None})
     with pytest.raises(ContentRefused, match=r"'x' is \[1, 'a'\], expected a list of one type"):
-        write_entries({"x": [1, "a"]})
+        encode_entries({"x": [1, "a"]})
 
 
 def test_headers_that_say_a_thing_twice_or_nothing_are_refused():
-    header = describe(content_of(4))
+    header = encode_header(content_of(4))
     for index, words in ((0, "record 'values' comes twice"), (1, "record 'arrays' comes twice")):
         double = Content.FromString(header.SerializeToString())
         double.records.append(double.records[index])
         with pytest.raises(ContentRefused, match=words):
-            rebuild(double, data_parts(content_of(4)))
-    entries = write_entries({"a": 1})
+            decode_content(double, array_parts(content_of(4)))
+    entries = encode_entries({"a": 1})
     with pytest.raises(ContentRefused, match="'a' comes twice"):
-        read_entries([*entries, *entries])
+        decode_entries([*entries, *entries])
     with pytest.raises(ContentRefused, match="'a' comes without a value"):
-        read_entries([trainer_pb2.Entry(key="a")])
+        decode_entries([trainer_pb2.Entry(key="a")])
     with pytest.raises(ContentRefused, match="the record 'r' holds nothing"):
-        rebuild(Content(records=[trainer_pb2.Record(name="r")]), [])
+        decode_content(Content(records=[trainer_pb2.Record(name="r")]), [])
 
 
 def declared(text):

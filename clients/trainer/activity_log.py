@@ -1,4 +1,4 @@
-"""What the trainer's owner sees: a running clock on a terminal, a line per event elsewhere."""
+"""The trainer's output: one line per event, and on a terminal a clock beside what is running."""
 
 from __future__ import annotations
 
@@ -9,14 +9,11 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-__all__ = ["Teller"]
+__all__ = ["ActivityLog"]
 
 
-class Teller:
-    """Lines with the time before them; on a terminal also what is being done, and since when.
-
-    Without a console it is silent.
-    """
+class ActivityLog:
+    """Timestamped lines on a console; silent without one."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(quiet=True)
@@ -29,7 +26,7 @@ class Teller:
             disable=not self.console.is_terminal,
         )
 
-    def __enter__(self) -> Teller:
+    def __enter__(self) -> ActivityLog:
         self._progress.start()
         return self
 
@@ -37,12 +34,12 @@ class Teller:
         self._progress.stop()
 
     def line(self, text: str) -> None:
-        """One event, whole on its line."""
+        """Print one event, unwrapped."""
         self.console.print(f"{time.strftime('%H:%M:%S')}  {text}", soft_wrap=True)
 
     @contextmanager
-    def working(self, text: str) -> Iterator[None]:
-        """A clock beside ``text`` for as long as the block lasts."""
+    def running(self, text: str) -> Iterator[None]:
+        """Show a clock beside ``text`` for as long as the block lasts."""
         task = self._progress.add_task(text, total=None)
         try:
             yield

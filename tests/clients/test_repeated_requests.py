@@ -58,11 +58,11 @@ def test_a_repeated_round_is_the_same_bytes_from_disk_and_when_trained_again(dat
     with resident(data, kept) as made:
         message = train_message(config, server_round=2, method="residual")
         assert arrays_of(made.ask(message, config)) == arrays_of(second)
-        assert made.trainer.tally.from_disk == 1
+        assert made.trainer.totals.from_disk == 1
     forget(kept)
     with resident(data, kept) as made:
         again = rounds_of(made, config, 2)
-        assert made.trainer.tally.from_disk == 0
+        assert made.trainer.totals.from_disk == 0
     for one, other in zip((first, second), again, strict=True):
         assert values_of(one, without=MEASURED) == values_of(other, without=MEASURED)
     with resident(data, tmp_path / "elsewhere") as made:

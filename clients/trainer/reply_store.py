@@ -1,9 +1,10 @@
-"""Finished replies on disk: a request that comes again gets the same bytes, after a restart too.
+"""Finished replies on disk: a repeated request gets the same bytes, also after a restart.
 
-A file is ``length of the header (8 bytes) | Reply | bytes of the arrays | SHA-256 of all before``,
-written beside its place and renamed into it. Its name holds the kind of request, the run, the round
-and a digest of everything that the reply depends on. The oldest go first when there are too many
-bytes; what a crash has left half written is swept at the next start.
+    file = length of the header (8 bytes) | Reply | bytes of the arrays | SHA-256 of all before
+
+Files are written under a temporary name and renamed. The name holds the kind of request, the run,
+the round and a digest of everything that the reply depends on. Beyond ``max_bytes`` the oldest are
+evicted; files that a crash left unfinished are removed at the next start.
 """
 
 from __future__ import annotations
@@ -15,30 +16,31 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
 from google.protobuf.message import DecodeError
 
-from flexlora.clients.trainer.contents import PART_BYTES, data_bytes
+from flexlora.clients.trainer.content_codec import PART_BYTES, array_bytes
 from flexlora.clients.trainer.trainer_pb2 import Reply
 from flexlora.errors import UserError
 
-__all__ = ["KeptReplies", "KeptReply", "default_folder"]
+__all__ = ["ReplyStore", "StoredReply", "default_folder"]
 
 PREFIX = 8
 SUFFIX = hashlib.sha256().digest_size
 
 
 def default_folder() -> Path:
-    """Where a user's programs keep what should outlast a restart."""
+    """The user's state folder (XDG)."""
     state = os.environ.get("XDG_STATE_HOME")
     return (Path(state) if state else Path.home() / ".local" / "state") / "flexlora" / "trainer"
 
 
 @dataclass(frozen=True, kw_only=True)
-class KeptReply:
-    """One reply as it lies on disk, open: it can be read to its end though it be removed."""
+class StoredReply:
+    """An open reply; it can be read to its end even when its file is removed."""
 
     header: Reply
     file: BinaryIO
@@ -55,11 +57,11 @@ class KeptReply:
         self.file.close()
 
 
-class KeptReplies:
-    """A folder of replies of one trainer, for this user's eyes only.
+class ReplyStore:
+    """The replies of one trainer, in a folder that only this user can read.
 
     Raises:
-        UserError: a folder that cannot be used, or that another trainer uses.
+        UserError: a folder that cannot be used, or that another trainer has locked.
     """
 
     def __init__(self, folder: Path, *, max_bytes: int, max_seconds: float) -> None:
@@ -85,11 +87,11 @@ class KeptReplies:
         self.trim()
 
     def close(self) -> None:
-        """Let another trainer have the folder."""
+        """Unlock the folder."""
         self._lock.close()
 
-    def find(self, name: str) -> KeptReply | None:
-        """The reply kept under ``name``; a damaged file is removed and counts as absent."""
+    def find(self, name: str) -> StoredReply | None:
+        """The reply stored as ``name``; removes a damaged or expired file."""
         path = self._path(name)
         try:
             file = path.open("rb")
@@ -104,11 +106,11 @@ class KeptReplies:
             path.unlink(missing_ok=True)
             return None
 
-    def keep(self, name: str, header: Reply, parts: Iterable[bytes]) -> KeptReply:
-        """Write a reply, synced before it has its name, and open it; older ones may have to go.
+    def put(self, name: str, header: Reply, parts: Iterable[bytes]) -> StoredReply:
+        """Write and sync a reply, rename it into place, open it, and evict old ones.
 
         Raises:
-            OSError: no room on the disk; nothing is left behind.
+            OSError: no room on the disk; the partial file is removed.
         """
         path = self._path(name)
         partial = path.with_name(f"{path.name}.partial")
@@ -122,12 +124,12 @@ class KeptReplies:
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
-        kept = _read(path.open("rb"))
+        stored = _read(path.open("rb"))
         self.trim()
-        return kept
+        return stored
 
     def trim(self) -> None:
-        """Remove what is too old, then the oldest until the rest is within its bytes."""
+        """Remove expired replies, then the oldest until the rest fits ``max_bytes``."""
         files = sorted(self._files())
         total = sum(size for _, size, _ in files)
         for written, size, path in files:
@@ -135,13 +137,13 @@ class KeptReplies:
                 total -= size
                 path.unlink(missing_ok=True)
 
-    def held(self) -> tuple[int, int]:
-        """How many replies are kept, and their bytes."""
+    def usage(self) -> tuple[int, int]:
+        """The number of replies and their bytes."""
         sizes = [size for _, size, _ in self._files()]
         return len(sizes), sum(sizes)
 
     def _files(self) -> Iterator[tuple[float, int, Path]]:
-        """When each was written, its bytes and its path; one may go while another is looked at."""
+        """Time, size and path of each reply; skips those removed meanwhile."""
         for path in self.folder.glob("*.reply"):
             with suppress(FileNotFoundError):
                 found = path.stat()
@@ -152,25 +154,22 @@ class KeptReplies:
 
 
 def _write(file: BinaryIO, header: Reply, parts: Iterable[bytes]) -> None:
-    digest, told = hashlib.sha256(), header.SerializeToString()
-    for piece in (len(told).to_bytes(PREFIX, "little"), told):
+    digest, encoded = hashlib.sha256(), header.SerializeToString()
+    for piece in chain((len(encoded).to_bytes(PREFIX, "little"), encoded), parts):
         digest.update(piece)
         file.write(piece)
-    for part in parts:
-        digest.update(part)
-        file.write(part)
     file.write(digest.digest())
 
 
-def _read(file: BinaryIO) -> KeptReply:
-    """The reply in an open file, all of whose bytes are read once against their digest."""
+def _read(file: BinaryIO) -> StoredReply:
+    """The reply in an open file; reads the whole file once to check its digest."""
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(PREFIX), "little")
     if not 0 <= length <= size - PREFIX - SUFFIX:
         raise ValueError("no header")
     header = Reply.FromString(file.read(length))
     start = PREFIX + length
-    if size != start + data_bytes(header.content) + SUFFIX:
+    if size != start + array_bytes(header.content) + SUFFIX:
         raise ValueError("another size")
     digest = hashlib.sha256()
     file.seek(0)
@@ -178,7 +177,7 @@ def _read(file: BinaryIO) -> KeptReply:
         digest.update(piece)
     if file.read(SUFFIX) != digest.digest():
         raise ValueError("another digest")
-    return KeptReply(header=header, file=file, start=start, size=size - SUFFIX - start)
+    return StoredReply(header=header, file=file, start=start, size=size - SUFFIX - start)
 
 
 def _pieces(file: BinaryIO, size: int) -> Iterator[bytes]:
