@@ -14,7 +14,6 @@ from flwr.clientapp import ClientApp
 from flexlora.clients.trainer.failures import failure
 from flexlora.clients.trainer.sockets import socket_of
 from flexlora.errors import one_line
-from flexlora.training import collector
 
 __all__ = ["app"]
 
@@ -52,7 +51,6 @@ def _reply(message: Message, context: Context) -> Message:
 def _answer(message: Message, context: Context) -> RecordDict:
     socket = socket_of(context.node_config)
     if socket is None:
-        collector.loading()
         from flexlora.clients.trainer.in_process import answer_here  # loads torch
 
         return answer_here(message, context)

@@ -24,7 +24,6 @@ from flexlora.evaluation import evaluate
 from flexlora.planning.base_shares import deal_quantizations, parse_base_shares
 from flexlora.planning.probing import device_name, free_bytes, probe, require, require_optimizer
 from flexlora.seeds import derive_seed
-from flexlora.training import collector
 from flexlora.training.local import TrainSettings, train
 from flexlora.training.models import BaseModel, load_base, pick_device
 from flexlora.training.out_of_memory import within_memory
@@ -43,7 +42,6 @@ def worker_for(config: Config) -> Worker:
     if key not in _workers:
         _workers.clear()  # one configuration at a time: another one's data need not stay
         _workers[key] = Worker(config)
-        collector.loaded()
     return _workers[key]
 
 

@@ -14,7 +14,6 @@ from typing import NoReturn
 from flexlora.commands.nodes import add_node_commands
 from flexlora.config.resolve import OPTIONS, Config
 from flexlora.errors import UserError, nearest
-from flexlora.training import collector
 
 __all__ = ["main"]
 
@@ -36,8 +35,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    if arguments is None:  # the process is this command's alone
-        collector.loading()
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.run is None:

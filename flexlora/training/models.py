@@ -6,8 +6,7 @@ bfloat16, float32 or float64, in 8 bits (LLM.int8(), arXiv 2208.07339), or as NF
 quantization (QLoRA, arXiv 2305.14314).
 
 Attention runs as the library would run it (``auto``: torch's fused ``sdpa`` where the model has
-it, else ``eager``, which keeps scores ``[heads, T, T]``), or as asked for. On a CPU ``auto`` takes
-our own kernel for heads that are too narrow for torch's (``attention.py``).
+it, else ``eager``, which keeps scores ``[heads, T, T]``), or as asked for.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ import torch
 
 from flexlora.config.paths import EMBEDDED
 from flexlora.errors import UserError
-from flexlora.training.attention import prefer_narrow
 
 __all__ = ["BaseModel", "load_base", "pick_device", "resolve_name"]
 
@@ -173,8 +171,6 @@ def _load(
     if quantization == "none":
         model.to(device)
     model.requires_grad_(False).eval()
-    if attention == "auto" and device.type == "cpu" and dtype != "bfloat16":
-        prefer_narrow(model)
     return BaseModel(
         name=name,
         model=model,

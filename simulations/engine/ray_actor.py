@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 import flexlora
 from flexlora.config.resolve import Config
-from flexlora.training import collector
 
 if TYPE_CHECKING:
     import numpy as np
@@ -98,7 +97,6 @@ class CohortActor:
         self.config = Config(values)
         threads = str(self.config["engine.threads"])
         os.environ.update(dict.fromkeys(THREAD_VARIABLES, threads))
-        collector.loading()
         self.adapters: dict[str, Adapter] = {}
 
     def placed(self) -> tuple[str, int]:

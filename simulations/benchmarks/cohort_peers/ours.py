@@ -20,7 +20,6 @@ from flexlora.config.resolve import Config
 from flexlora.server.members.roster import Roster
 from flexlora.simulations.benchmarks.cohort_peers.work import Stamps, write_report
 from flexlora.simulations.simulate import simulate
-from flexlora.training import collector
 
 
 class Rounds:
@@ -84,5 +83,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    collector.loading()  # as the command does
     main()
