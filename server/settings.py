@@ -58,7 +58,7 @@ class ServerSettings:
                 "simulate` use --resume DIR."
             )
         options = method_options(config)
-        check_options(config["method.name"], _given(config), _given(Config()))
+        check_options(config["method.name"], vars(options), vars(method_options(Config())))
         check_wire(
             config["wire.dtype"],
             config["method.name"],
@@ -82,7 +82,6 @@ class ServerSettings:
             factoring=Factoring(
                 alpha=config["lora.alpha"],
                 rslora=config["lora.rslora"],
-                singular_values=config["method.singular-values"],
                 seed=config["seed"],
             ),
             rank_policy=policy,
@@ -141,12 +140,6 @@ def _refuse_carried(policy: RankPolicy, method: str) -> None:
                 f"{rank_class.carried_rank}, which method.name={method} does not read (but "
                 f"{' and '.join(OWN_CARRIED_RANK)} do); leave it out."
             )
-
-
-def _given(config: Config) -> dict[str, object]:
-    """All that a method may read or not."""
-    own = vars(method_options(config))
-    return {**own, "singular_values": config["method.singular-values"]}
 
 
 def method_options(config: Config) -> MethodOptions:

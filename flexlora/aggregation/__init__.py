@@ -65,11 +65,9 @@ class MethodOptions:
     server_momentum: float = 0.9
     max_rank: int = 1 << 30
     error_feedback: bool = False
-    realign: bool = False
     carried_rank: int = 64
     carried_dtype: str = ""
     gradient_batches: int = 1
-    restarts: int = 0
     energy_threshold: float = 0.95
     prune_factor: float = 0.0
     prune_penalty: float = 0.0
@@ -88,21 +86,16 @@ class MethodOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """How a method is made, and which options mean something to it.
-
-    ``splits``: clients start from ``T_r(G)``, whose singular values go into one of its factors.
-    """
+    """How a method is made, and which options mean something to it."""
 
     make: Callable[[MethodOptions], Method]
     reads: frozenset[str] = frozenset()
-    splits: bool = False
 
 
 STEP = frozenset(
     {"server_learning_rate", "server_optimizer", "server_momentum", "max_rank", "error_feedback"}
 )
-TRUNCATED = STEP | {"realign"}
-CARRIED = frozenset({"carried_rank", "carried_dtype", "gradient_batches", "restarts"})
+CARRIED = frozenset({"carried_rank", "carried_dtype", "gradient_batches"})
 
 METHODS: dict[str, Entry] = {
     "aligned": Entry(
@@ -111,19 +104,16 @@ METHODS: dict[str, Entry] = {
             carried_rank=o.carried_rank,
             carried_dtype=o.carried_dtype,
             gradient_batches=o.gradient_batches,
-            restarts=o.restarts,
         ),
         reads=STEP | CARRIED,
     ),
     "carried": Entry(
         make=lambda o: Carried(
             step=o.step(2.0),
-            realign=o.realign,
             carried_rank=o.carried_rank,
             carried_dtype=o.carried_dtype,
         ),
-        reads=TRUNCATED | {"carried_rank", "carried_dtype"},
-        splits=True,
+        reads=STEP | {"carried_rank", "carried_dtype"},
     ),
     "fed-plora": Entry(
         make=lambda o: FedPLoRA(num_terms=o.carried_rank), reads=frozenset({"carried_rank"})
@@ -131,9 +121,7 @@ METHODS: dict[str, Entry] = {
     "fedex-lora": Entry(make=lambda o: FedExLoRA(step=o.step(1.0)), reads=STEP),
     "fedit": Entry(make=lambda o: FedIT()),
     "ffa-lora": Entry(make=lambda o: FFALoRA()),
-    "flexlora": Entry(
-        make=lambda o: FlexLoRA(step=o.step(1.0), realign=o.realign), reads=TRUNCATED, splits=True
-    ),
+    "flexlora": Entry(make=lambda o: FlexLoRA(step=o.step(1.0)), reads=STEP),
     "flora": Entry(make=lambda o: FLoRA(step=o.step(1.0)), reads=STEP),
     "florist": Entry(
         make=lambda o: FLoRIST(step=o.step(1.0), energy_threshold=o.energy_threshold),
@@ -143,11 +131,9 @@ METHODS: dict[str, Entry] = {
         make=lambda o: HetLoRA(prune_factor=o.prune_factor, prune_penalty=o.prune_penalty),
         reads=frozenset({"prune_factor", "prune_penalty"}),
     ),
-    "raflora": Entry(make=lambda o: RaFLoRA(step=o.step(1.0)), reads=STEP, splits=True),
+    "raflora": Entry(make=lambda o: RaFLoRA(step=o.step(1.0)), reads=STEP),
     "rbla": Entry(make=lambda o: RBLA()),
-    "residual": Entry(
-        make=lambda o: Residual(step=o.step(2.0), realign=o.realign), reads=TRUNCATED, splits=True
-    ),
+    "residual": Entry(make=lambda o: Residual(step=o.step(2.0)), reads=STEP),
     "rolora": Entry(make=lambda o: RoLoRA()),
     "slora": Entry(
         make=lambda o: SLoRA(sparse_rounds=o.sparse_rounds), reads=frozenset({"sparse_rounds"})
@@ -179,13 +165,9 @@ def check_options(name: str, given: Mapping[str, Any], defaults: Mapping[str, An
         UserError: it would otherwise be ignored without a word.
     """
     check_method(name)
-
-    def reads(entry: Entry, option: str) -> bool:
-        return entry.splits if option == "singular_values" else option in entry.reads
-
     for option, value in given.items():
-        if value != defaults[option] and not reads(METHODS[name], option):
-            readers = ", ".join(k for k, entry in METHODS.items() if reads(entry, option))
+        if value != defaults[option] and option not in METHODS[name].reads:
+            readers = ", ".join(k for k, entry in METHODS.items() if option in entry.reads)
             key = "method." + option.replace("_", "-").replace("max-rank", "server-max-rank")
             raise UserError(
                 f"{key} is {value}, which method.name={name} does not read (but {readers} do); "

@@ -38,8 +38,6 @@ class Aligned:
         carried_dtype: what the carried factors travel and lie in memory as; "" is the wire's dtype.
         gradient_batches: batches behind the gradient that ``lora_A`` is aligned with; 0 leaves the
             random rows that were sent (the control).
-        restarts: times that local training freezes what it has and aligns fresh factors; the
-            update holds all of them, ``(restarts + 1)`` times the bytes.
     """
 
     name = "aligned"
@@ -54,11 +52,10 @@ class Aligned:
         carried_rank: int = 64,
         carried_dtype: str = "",
         gradient_batches: int = 1,
-        restarts: int = 0,
     ) -> None:
         self.step = step
         self.carried_rank, self.carried_dtype = carried_rank, carried_dtype
-        self.local = LocalPlan(gradient_batches=gradient_batches, restarts=restarts)
+        self.local = LocalPlan(gradient_batches=gradient_batches)
 
     def start(self, state: State, rank_class: RankClass, factoring: Factoring) -> Start:
         last = rank_class.carried_rank or self.carried_rank

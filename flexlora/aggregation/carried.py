@@ -40,11 +40,10 @@ class Carried:
         self,
         *,
         step: ServerStep = ServerStep(),
-        realign: bool = False,
         carried_rank: int = 64,
         carried_dtype: str = "",
     ) -> None:
-        self.step, self.realign = step, realign
+        self.step = step
         self.carried_rank, self.carried_dtype = carried_rank, carried_dtype
 
     def start(self, state: State, rank_class: RankClass, factoring: Factoring) -> Start:
@@ -61,4 +60,4 @@ class Carried:
     def begin(
         self, state: State, sent: Mapping[str, Start], clients: Mapping[str, str] | None = None
     ) -> OpenRound:
-        return Residual(step=self.step, realign=self.realign).begin(state, sent, clients)
+        return Residual(step=self.step).begin(state, sent, clients)

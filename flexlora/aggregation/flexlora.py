@@ -19,7 +19,7 @@ from flexlora.aggregation.engine.method import Factoring, Law, Start, State
 from flexlora.aggregation.engine.open_round import OpenRound
 from flexlora.aggregation.engine.product_sums import ProductSums
 from flexlora.aggregation.engine.server_step import ServerStep, next_state
-from flexlora.aggregation.engine.truncated import StartedFrom, remember_rows, truncated_start
+from flexlora.aggregation.engine.truncated import StartedFrom, truncated_start
 from flexlora.algebra.decompose import LazySums, MatrixSum
 from flexlora.lora.ranks import RankClass
 
@@ -34,8 +34,8 @@ class FlexLoRA:
         {Law.ORDER, Law.SCALE_OF_WEIGHTS, Law.ONE_CLIENT, Law.AVERAGE_OF_PRODUCTS},
     )
 
-    def __init__(self, *, step: ServerStep = ServerStep(), realign: bool = False) -> None:
-        self.step, self.realign = step, realign
+    def __init__(self, *, step: ServerStep = ServerStep()) -> None:
+        self.step = step
         if step.error_feedback:
             self.laws = self.laws - {Law.ONE_CLIENT} | {Law.ZERO_TRAINING}
 
@@ -56,8 +56,7 @@ class FlexLoRA:
                 return replace(mean, terms=mean.terms + sent_away)
 
             sums = LazySums(state.change, total)
-            last = remember_rows(state, sent) if self.realign else state
-            return next_state(last, sums, self.step, target=not feedback)
+            return next_state(state, sums, self.step, target=not feedback)
 
         return OpenRound(
             state,

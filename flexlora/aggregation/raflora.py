@@ -5,7 +5,6 @@
 FlexLoRA's average gives direction j the share of the clients that hold it, so the tail collapses;
 here the weights of every band add up to one. A band that no client of the round reaches is lost,
 unless error feedback adds back what the rule itself would take from ``G`` if nobody trained.
-Bands are of singular directions: a start turned towards the last one would mix them.
 """
 
 from __future__ import annotations

@@ -152,12 +152,6 @@ class BlockwiseMoments:
         if self.paged:
             torch.cuda.synchronize(self.signed.device)
 
-    def forget(self, row: int) -> None:
-        """Zero the moments of one slot."""
-        span = self._spans[row]
-        self._codes[BLOCK * span.start : BLOCK * span.stop].zero_()
-        self._scales[span].zero_()
-
     def _allocate(self, count: int, device: torch.device) -> Tensor:
         if not self.paged:
             return torch.zeros(count, dtype=torch.uint8, device=device)

@@ -91,7 +91,6 @@ class _Cohort:
             trainable=starts[0].trainable,
             merge=self.local.merge,
         )
-        self.slots.add_phases(self.local.restarts)
         self.optimizer = SlotOptimizer(
             self.slots.parameters,
             optim=self.settings.optim,
@@ -108,13 +107,11 @@ class _Cohort:
         losses = [0.0] * len(self.jobs)
         tokens = [0] * len(self.jobs)
         with checkpointing(self.slots.model, self.settings.gradient_checkpointing):
-            everybody = len(self.jobs)
-            self._align(0, range(everybody), everybody)
+            self._align()
             self.origin = self.slots.parameters.clone() if self.settings.proximal_mu else None
             for step in range(self.steps[0]):
                 active = sum(count > step for count in self.steps)
                 with self.slots.first_slots(active):
-                    self._restart(step, active)
                     step_losses, step_tokens = self._accumulate(step, active)
                 self._pull(active)
                 clip_rows(self.slots.gradients[:active], self.settings.max_grad_norm)
@@ -130,30 +127,15 @@ class _Cohort:
             for k in range(len(after))
         ]
 
-    def _align(self, step: int, slots: Sequence[int], active: int) -> None:
-        """Turn ``lora_A`` of ``slots`` towards each one's own gradient over its next batches."""
+    def _align(self) -> None:
+        """Turn ``lora_A`` of every slot towards its own gradient over its first batches."""
         batches = self.local.gradient_batches
         if batches < 1:
             return
-        seed = derive_seed(self.settings.seed, "align", self.jobs[0].server_round, step)
-        with self.slots.sketching(seed, slots):
-            for ahead in range(batches):
-                self._accumulate(step + ahead, active, dropout=False)
-
-    def _restart(self, step: int, active: int) -> None:
-        """Slots that have come to the end of a phase keep what they have and begin afresh."""
-        phases = self.local.restarts + 1
-        for phase in range(1, phases):
-            due = [k for k in range(active) if step == phase * self.steps[k] // phases]
-            for k in due:
-                job = self.jobs[k]
-                purpose = ("restart", job.server_round, job.client_id, phase)
-                self.slots.freeze(k, phase - 1, derive_seed(self.settings.seed, *purpose))
-            if due:
-                self.optimizer.forget(due)
-                self._align(step, due, active)
-                if self.origin is not None:
-                    self.origin[due] = self.slots.parameters[due]
+        seed = derive_seed(self.settings.seed, "align", self.jobs[0].server_round, 0)
+        with self.slots.sketching(seed):
+            for step in range(batches):
+                self._accumulate(step, len(self.jobs), dropout=False)
 
     def _pull(self, active: int) -> None:
         """FedProx (arXiv 1812.06127): the gradient of ``mu / 2 |factors - start|^2``."""
@@ -194,7 +176,7 @@ class _Cohort:
         }
 
     def _plan(self, k: int) -> list[list[int]]:
-        """The rows of every step, and of the batches that are looked at ahead of the last."""
+        """The rows of every step, and enough more that aligning has its batches."""
         ahead = self.local.gradient_batches
         return planned_rows(self.jobs[k], len(self.examples[k]), self.settings, ahead=ahead)
 
@@ -207,8 +189,7 @@ class _Cohort:
     def _accumulate(self, step: int, active: int, *, dropout: bool = True) -> tuple[list, list]:
         """Gradients of one step into the flat buffer; mean losses and answer tokens per slot."""
         size = self.settings.rows_per_pass
-        # A look ahead may go beyond the end of a slot that is not the one that is aligned.
-        rows = [plan[min(step, len(plan) - 1)] for plan in self.plans[:active]]
+        rows = [plan[step] for plan in self.plans[:active]]
         answers = [self._answer_tokens(k, indices) for k, indices in enumerate(rows)]
         self.slots.gradients.zero_()
         losses = [0.0] * active

@@ -128,13 +128,3 @@ class SlotOptimizer:
                 weight_decay=self.weight_decay,
             )
         self.moments.settle()
-
-    def forget(self, rows: Sequence[int]) -> None:
-        """Begin anew in these rows: their parameters are not the ones that the moments are of."""
-        for row in rows:
-            self.steps[row] = 0
-            if self.optim == "adamw_torch":
-                self.first[row].zero_()
-                self.second[row].zero_()
-            elif self.optim.endswith("8bit"):
-                self.moments.forget(row)

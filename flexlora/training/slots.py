@@ -9,7 +9,7 @@ few operations on a matrix, whatever the number of modules.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -17,11 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flexlora.algebra.linalg import live_rows
 from flexlora.algebra.sketch import GradientSketch, top_rows
 from flexlora.errors import UserError, nearest
 from flexlora.lora.adapters import Adapter, LoRAFactors, zero_factors
-from flexlora.seeds import generator
 from flexlora.training.blockwise import Live, live_numbers
 from flexlora.training.layers import DropoutStream, LoRALinear, SlotFactors
 
@@ -198,27 +196,6 @@ class SlotModel:
         like = torch.empty(0, dtype=dtype or slots[0].lora_A.dtype, device=self.device)
         return SlotFactors.stack(slots, like)
 
-    def add_phases(self, count: int) -> None:
-        """Room beside every layer for what ``count`` earlier phases of a round trained."""
-        for layer in self.layers.values():
-            trained = layer.trained
-            assert trained is not None
-            for _ in range(count):
-                A, B = torch.zeros_like(trained.A), torch.zeros_like(trained.B)
-                layer.frozen.append(SlotFactors(A=A, B=B, scaling=trained.scaling))
-
-    @torch.no_grad()
-    def freeze(self, slot: int, phase: int, seed: int) -> None:
-        """Keep what the slot has trained as its part ``phase`` and give it fresh factors."""
-        for name, layer in self.layers.items():
-            assert layer.trained is not None
-            rank = self._templates[slot][name].rank
-            A, B = layer.trained.A[slot], layer.trained.B[slot]
-            layer.frozen[phase].A[slot].copy_(A)
-            layer.frozen[phase].B[slot].copy_(B)
-            A[:rank].copy_(live_rows(rank, layer.in_features, generator(seed, "live", name)))
-            B.zero_()
-
     def tail_norms(self, kept: float) -> Tensor:
         """``sum over modules |B_tail|_F |A_tail|_F`` of each slot, ``[K]``, with gradients.
 
@@ -253,29 +230,22 @@ class SlotModel:
                 )
 
     def extract(self, slot: int) -> Adapter:
-        """The factors of one slot as they are now, copied to the CPU, at the slot's own ranks.
-
-        Phases of a round lie side by side, in the order in which they were trained.
-        """
+        """The factors of one slot as they are now, copied to the CPU, at the slot's own ranks."""
         modules = {}
         for name, layer in self.layers.items():
-            template, parts = self._templates[slot][name], []
+            template = self._templates[slot][name]
             assert layer.trained is not None
-            for factors in (*layer.frozen, layer.trained):
-                A = factors.A[slot, : template.rank].detach().cpu().clone()
-                B = factors.B[slot, :, : template.rank].detach().cpu().clone()
-                parts.append(replace(template, lora_A=A, lora_B=B))
-            modules[name] = parts[0] if len(parts) == 1 else LoRAFactors.side_by_side(parts)
+            A = layer.trained.A[slot, : template.rank].detach().cpu().clone()
+            B = layer.trained.B[slot, :, : template.rank].detach().cpu().clone()
+            modules[name] = replace(template, lora_A=A, lora_B=B)
         return Adapter(modules)
 
     @contextmanager
-    def sketching(self, seed: int, slots: Sequence[int] | None = None) -> Iterator[None]:
+    def sketching(self, seed: int) -> Iterator[None]:
         """Sketch every target's gradient in the backward passes inside; then turn ``lora_A``.
 
-        Afterwards ``lora_A`` of the ``slots`` (default: all) holds the top right singular vectors
-        of each one's own gradient.
+        Afterwards ``lora_A`` of each slot holds the top right singular vectors of its own gradient.
         """
-        chosen = range(self.num_slots) if slots is None else slots
         for name, layer in self.layers.items():
             layer.sketch = GradientSketch(
                 name=name,
@@ -286,17 +256,17 @@ class SlotModel:
         try:
             yield
             for layer in self.layers.values():
-                self._align(layer, chosen)
+                self._align(layer)
         finally:
             for layer in self.layers.values():
                 layer.sketch = None
 
     @torch.no_grad()
-    def _align(self, layer: LoRALinear, slots: Iterable[int]) -> None:
+    def _align(self, layer: LoRALinear) -> None:
         assert layer.trained is not None and layer.sketch is not None
         if layer.sketch.total is None:
             return
-        for slot in slots:
+        for slot in range(self.num_slots):
             rank, size = self._templates[slot][layer.name].rank, layer.sketch.sizes[slot]
             rows = layer.trained.A[slot, :rank]
             rows.copy_(top_rows(layer.sketch.total[slot, :size], rank, rows.cpu()))
@@ -307,7 +277,6 @@ class SlotModel:
         self.parameters = self.gradients = torch.empty(0, 0)
         for layer in self.layers.values():
             layer.trained = layer.carried = layer.merged = layer.wholes = None
-            layer.frozen = []
             layer.num_slots, layer.dropout, layer.streams = 0, 0.0, ()
 
     def set_dropout(self, dropout: float, streams: Sequence[DropoutStream | None]) -> None:

@@ -163,7 +163,7 @@ FLORA, RESIDUAL = equations.flora_round, equations.residual_round
 FEEDBACK = {"max_rank": 4, "error_feedback": True}
 CASES = [
     Case("aligned", sum_then_cap(FLORA), carried_rank),
-    Case("aligned", sum_then_cap(FLORA), carried_rank, {"carried_rank": 3, "restarts": 2}),
+    Case("aligned", sum_then_cap(FLORA), carried_rank, {"carried_rank": 3}),
     Case("aligned", sum_then_cap(FLORA), carried_rank, FEEDBACK),
     Case("carried", sum_then_cap(RESIDUAL), carried_rank, {"carried_rank": 5}),
     Case("carried", sum_then_cap(RESIDUAL), carried_rank, FEEDBACK),
@@ -193,7 +193,6 @@ CASES = [
     Case("rbla", contributors, first_rows),
     Case("residual", sum_then_cap(RESIDUAL), top),
     Case("residual", sum_then_cap(RESIDUAL), top, {"server_learning_rate": 1.0, **FEEDBACK}),
-    Case("residual", sum_then_cap(RESIDUAL), top, {"realign": True}),
     Case("rolora", alternating, first_rows),
     Case("slora", slora, slora_sends),
     Case("slora", slora, slora_sends, {"sparse_rounds": 1}),

@@ -29,13 +29,10 @@ from one_round import (
 LAWS = [text for name, text in vars(Law).items() if name.isupper()]
 FEEDBACK = {"error_feedback": True}
 VARIANTS = {name: (name, {}) for name in sorted(METHODS)} | {
-    "carried realigned": ("carried", {"realign": True, "carried_rank": 4}),
-    "aligned restarts": ("aligned", {"restarts": 1}),
     "fed-plora few terms": ("fed-plora", {"carried_rank": 4}),
     "flexlora feedback": ("flexlora", FEEDBACK),
     "florist feedback": ("florist", FEEDBACK),
     "raflora feedback": ("raflora", FEEDBACK),
-    "residual realigned": ("residual", {"realign": True}),
     "slora without sparse rounds": ("slora", {"sparse_rounds": 0}),
 }
 
@@ -154,7 +151,6 @@ def test_a_method_answers_to_its_name_and_declares_known_laws(name):
 ADDS_CHANGES = (
     "aligned",
     "carried",
-    "carried realigned",
     "fedex-lora",
     "ffa-lora",
     "flexlora feedback",
@@ -162,7 +158,6 @@ ADDS_CHANGES = (
     "florist",
     "raflora feedback",
     "residual",
-    "residual realigned",
     "rolora",
 )
 

@@ -75,8 +75,8 @@ KEYS = {
     "an unknown choice": ("model.dtype=float16", r"'float16', expected one of float32.*Did you"),
     "an unknown method": ("method.name=flexlorra", r"'flexlorra' is unknown.*mean 'flexlora'"),
     "an option of another method": (
-        "method.restarts=2",
-        r"method.restarts is 2, which method.name=flexlora does not read \(but aligned do\).*at 0",
+        "method.gradient-batches=2",
+        r"method.gradient-batches is 2, which .*flexlora does not read \(but aligned do\)",
     ),
     "pruning where nobody prunes": (
         "method.prune-factor=0.5",

@@ -14,7 +14,7 @@ import reference
 from flexlora.aggregation import GlobalChange, State, Update, check_update, make_method
 from flexlora.aggregation.engine.method import Factoring
 from flexlora.algebra.linalg import FactoredSVD
-from flexlora.lora.adapters import Adapter, LoRAFactors
+from flexlora.lora.adapters import Adapter
 from flexlora.lora.ranks import RankClass
 from flexlora.wire.encoding import over_the_wire
 
@@ -82,14 +82,6 @@ class OneRound:
         """What client k sends back; ``pruned`` terms are dropped (HetLoRA)."""
         start = self.start(k, rank_class)
         adapter, local = start.trained, start.local
-        if local.restarts:
-            fresh = adapter.map(torch.zeros_like)
-            adapter = Adapter(
-                {
-                    name: LoRAFactors.side_by_side([own] + [fresh[name]] * local.restarts)
-                    for name, own in adapter.items()
-                }
-            )
         if trained:
             adapter = noisy(adapter, start.trainable, 1000 * seed + 100 * self.state.round + k)
         if pruned:

@@ -77,7 +77,6 @@ def test_a_run_of_every_method_ends_and_its_adapters_load_in_peft(method, tmp_pa
 
 RESUMED = {
     "aligned": {
-        "method__restarts": 1,
         "method__carried_dtype": "bfloat16",
         "method__carried_rank": 6,
         "train__proximal_mu": 0.1,
@@ -90,7 +89,7 @@ RESUMED = {
         "method__error_feedback": True,
         "method__server_max_rank": 3,
     },
-    "flexlora": {"method__realign": True, "method__server_optimizer": "novograd"},
+    "flexlora": {"method__server_optimizer": "momentum"},
 }
 
 
@@ -122,7 +121,7 @@ def test_sparse_rounds_train_lora_b_and_the_rounds_after_both(tmp_path):
 @pytest.mark.parametrize("wire_dtype", ["float32", "bfloat16"])
 def test_a_client_starts_from_what_the_server_thinks_it_does(method, wire_dtype, tmp_path):
     """Plan, draws and rounded factors: the server computes each client's start as it decodes it."""
-    options = {"method__restarts": 2, "method__carried_dtype": "bfloat16"}
+    options = {"method__gradient_batches": 2, "method__carried_dtype": "bfloat16"}
     config = small(
         method__name=method,
         num_server_rounds=2,

@@ -143,8 +143,7 @@ def check_update(
 ) -> None:
     """Refuse an update that must not reach the sum; ``expected`` is what this client was sent.
 
-    Under ``local`` a reply may have fewer terms than sent (pruning) or several times as many
-    (restarts), at the scaling that was sent.
+    Under ``local`` a reply may have fewer terms than sent (pruning), at the scaling that was sent.
 
     Raises:
         UpdateRefused: a module missing or unknown, a shape, rank, alpha or dtype other than sent,
@@ -182,7 +181,7 @@ def check_update(
 
 def _check_factors(who: str, got: LoRAFactors, want: LoRAFactors, local: LocalPlan) -> None:
     """Shapes, dtype, numbers and scaling of one module's factors."""
-    rank = want.rank * (1 + local.restarts)
+    rank = want.rank
     if local.prune_factor and 1 <= got.rank < rank:
         rank = got.rank
     shapes = {"lora_A": (rank, want.in_features), "lora_B": (want.out_features, rank)}

@@ -4,11 +4,8 @@ With ``D`` the change that a method asks for and ``G`` the state, all of them ke
 
     sgd        G <- G + eta D
     momentum   V <- beta V + D;  G <- G + eta V                (FedAvgM, arXiv 1909.06335)
-    novograd   V <- beta V + (1 - beta) D,  v <- gamma v + (1 - gamma) |D|_F^2,
-               G <- G + eta V' / (sqrt(v') + 1e-12), both without their bias  (arXiv 1905.11286)
 
-Adam's second moment by entry (FedAdam, arXiv 2003.00295) would need the ``[out, in]`` matrix;
-NovoGrad's, one number per module, has a meaning in factored form.
+Adam's second moment by entry (FedAdam, arXiv 2003.00295) would need the ``[out, in]`` matrix.
 """
 
 from __future__ import annotations
@@ -53,12 +50,11 @@ class ServerStep:
     learning_rate: float = 1.0
     optimizer: str = "sgd"
     momentum: float = 0.9
-    second_moment: float = 0.95
     max_rank: int = UNCAPPED
     error_feedback: bool = False
 
     def __post_init__(self) -> None:
-        known = ("sgd", "momentum", "novograd")
+        known = ("sgd", "momentum")
         if self.optimizer not in known:
             raise UserError(
                 f"the server's optimizer is '{self.optimizer}', expected {', '.join(known)}."
@@ -140,34 +136,16 @@ def _moves(
     state: State, changes: Mapping[str, MatrixSum], step: ServerStep, extra: dict
 ) -> dict[str, tuple[float, FactoredSVD, float]]:
     """``(weight, V, what V's cap drops)`` per module, with the moments in ``extra`` moved on."""
-    beta, novograd = step.momentum, step.optimizer == "novograd"
     dtype = next(iter(state.change.values())).U.dtype
-    fresh = 1.0 - beta if novograd else 1.0
-    if novograd:  # the norm of D itself is needed, so D is decomposed before it is mixed
-        asked = decompose(changes, max_rank=UNCAPPED, dtype=dtype)
-        changes = {
-            n: MatrixSum(shape=a.svd.shape, terms=(svd_term(1.0, a.svd),)) for n, a in asked.items()
-        }
-    mixed = {}
-    for name, change in changes.items():
-        last = unpack_svd(state.extra, "velocity", name)
-        change = _scaled(change, fresh)
-        mixed[name] = _plus(change, beta, last)
-    steps = float(state.extra.get("velocity_steps", torch.zeros(1))) + 1.0
-    extra["velocity_steps"] = torch.tensor([steps], dtype=torch.float64)
+    mixed = {
+        name: _plus(change, step.momentum, unpack_svd(state.extra, "velocity", name))
+        for name, change in changes.items()
+    }
     moves = {}
     limit = UNCAPPED if step.error_feedback else step.max_rank
     for name, result in decompose(mixed, max_rank=limit, dtype=dtype).items():
         extra |= pack_svd("velocity", name, result.svd)
-        weight = step.learning_rate
-        if novograd:
-            gamma, key = step.second_moment, f"second_moment/{name}"
-            last_energy = float(state.extra.get(key, torch.zeros(1)))
-            energy = gamma * last_energy + (1.0 - gamma) * asked[name].energy
-            extra[key] = torch.tensor([energy], dtype=torch.float64)
-            size = (energy / (1.0 - gamma**steps)) ** 0.5
-            weight /= (1.0 - beta**steps) * (size + 1e-12)
-        moves[name] = (weight, result.svd, dropped_share(result))
+        moves[name] = (step.learning_rate, result.svd, dropped_share(result))
     return moves
 
 

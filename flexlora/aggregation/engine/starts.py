@@ -16,11 +16,10 @@ __all__ = ["Factoring", "LocalPlan", "Start"]
 
 @dataclass(frozen=True, kw_only=True)
 class Factoring:
-    """How ``T_r(G)`` becomes factors: alpha, plain or rsLoRA scaling, the split, the seed."""
+    """How ``T_r(G)`` becomes factors: alpha, plain or rsLoRA scaling, the seed."""
 
     alpha: float
     rslora: bool = False
-    singular_values: str = "b-heavy"
     seed: int = 0
 
 
@@ -31,8 +30,6 @@ class LocalPlan:
     Args:
         gradient_batches: batches of the gradient that ``lora_A`` is turned to before the first
             step; 0 leaves it as sent.
-        restarts: how often, at equal distances, what was trained is frozen beside the base and
-            fresh factors begin; the update holds all of them side by side.
         merge: add the carried factors into a copy of the weights where these are floats, instead
             of a product beside every forward pass.
         prune_penalty, prune_factor: HetLoRA's regulariser of the last terms, and the share of the
@@ -42,7 +39,6 @@ class LocalPlan:
     """
 
     gradient_batches: int = 0
-    restarts: int = 0
     merge: bool = False
     prune_penalty: float = 0.0
     prune_factor: float = 0.0

@@ -96,7 +96,6 @@ class GlobalChange(Mapping[str, FactoredSVD]):
         alpha: float,
         *,
         rslora: bool = False,
-        singular_values: str = "b-heavy",
         seed: int = 0,
     ) -> Adapter:
         """``T_rank(G)`` as LoRA factors, every module at exactly its rank (capped at min(out, in)).
@@ -104,10 +103,6 @@ class GlobalChange(Mapping[str, FactoredSVD]):
         Where ``G`` has fewer directions than the rank, the rest is live: random rows in ``lora_A``,
         zero columns in ``lora_B``. Zeros in both would never train again, since each factor's
         gradient is a product with the other. The random rows are nested across ranks.
-
-        Args:
-            singular_values: ``b-heavy`` puts them into ``lora_B`` (as published), ``a-heavy`` into
-                ``lora_A``, ``balanced`` their roots into both.
         """
         ranks = rank if isinstance(rank, Mapping) else dict.fromkeys(self, rank)
         return Adapter(
@@ -117,7 +112,6 @@ class GlobalChange(Mapping[str, FactoredSVD]):
                     min(ranks[name], *svd.shape),
                     alpha=alpha,
                     rslora=rslora,
-                    share_in_B={"b-heavy": 1.0, "balanced": 0.5, "a-heavy": 0.0}[singular_values],
                     rows=generator(seed, "live", name),
                 )
                 for name, svd in self.items()
@@ -144,16 +138,14 @@ def _factors(
     *,
     alpha: float,
     rslora: bool,
-    share_in_B: float,
     rows: torch.Generator,
 ) -> LoRAFactors:
-    """``T_rank`` with ``S^share`` in lora_B, the rest in lora_A, and the scaling divided out."""
+    """``T_rank`` with its singular values in ``lora_B`` and the scaling divided out."""
     top = svd.truncate(rank)
     out_features, in_features = svd.shape
     lora_B = svd.U.new_zeros(out_features, rank)
     lora_A = live_rows(rank, in_features, rows).to(svd.Vh.dtype)
     factors = LoRAFactors(lora_A=lora_A, lora_B=lora_B, alpha=alpha, rslora=rslora)
-    S = top.S.double()
-    lora_B[:, : top.rank] = (top.U.double() * S**share_in_B / factors.scaling).to(lora_B.dtype)
-    lora_A[: top.rank] = (S[:, None] ** (1 - share_in_B) * top.Vh.double()).to(lora_A.dtype)
+    lora_B[:, : top.rank] = (top.U.double() * top.S.double() / factors.scaling).to(lora_B.dtype)
+    lora_A[: top.rank] = top.Vh.to(lora_A.dtype)
     return factors

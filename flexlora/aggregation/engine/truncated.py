@@ -1,32 +1,21 @@
-"""Clients that start from ``T_r(G)``: the start itself, what it took away, and which way it faces.
-
-A truncation is known up to a rotation of its factors, ``(B Q^T)(Q A)``. With ``realign`` the new
-factors of a class are turned towards those it was last sent, ``min_Q |Q A - A_last|_F`` over
-orthogonal Q (Procrustes; Schoenemann, 1966), so that rows keep their meaning from round to round.
-"""
+"""Clients that start from ``T_r(G)``: the start itself, and the sum of what they started from."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
-
-import torch
 
 from flexlora.aggregation.engine.method import State, Update
 from flexlora.aggregation.engine.product_sums import factors_term
 from flexlora.aggregation.engine.starts import Factoring, Start
 from flexlora.algebra.decompose import Term
 from flexlora.errors import UpdateRefused
-from flexlora.lora.adapters import Adapter, LoRAFactors
+from flexlora.lora.adapters import Adapter
 from flexlora.lora.ranks import RankClass
 
 __all__ = [
     "StartedFrom",
-    "of_this_round",
-    "remember_rows",
     "truncated_adapter",
     "truncated_start",
-    "turn_towards",
 ]
 
 
@@ -37,44 +26,13 @@ def truncated_start(state: State, rank_class: RankClass, factoring: Factoring) -
 
 
 def truncated_adapter(state: State, rank_class: RankClass, factoring: Factoring) -> Adapter:
-    """``T_r(G)`` as factors, turned towards the rows last sent where these are kept."""
-    adapter = state.change.adapter(
+    """``T_r(G)`` as factors."""
+    return state.change.adapter(
         rank_class.ranks(state.change.shapes),
         factoring.alpha,
         rslora=factoring.rslora,
-        singular_values=factoring.singular_values,
         seed=factoring.seed,
     )
-    rows = {name: state.extra.get(f"rows/{rank_class.name}/{name}") for name in adapter}
-    return Adapter(
-        {
-            name: factors if (last := rows[name]) is None else turn_towards(factors, last)
-            for name, factors in adapter.items()
-        }
-    )
-
-
-def turn_towards(factors: LoRAFactors, rows: torch.Tensor) -> LoRAFactors:
-    """The same product with ``lora_A`` turned as near to ``rows [rank, in]`` as a rotation can."""
-    U, _, Vh = torch.linalg.svd(rows.double() @ factors.lora_A.double().T)
-    rotation = U @ Vh
-    lora_A = (rotation @ factors.lora_A.double()).to(factors.lora_A.dtype)
-    lora_B = (factors.lora_B.double() @ rotation.T).to(factors.lora_B.dtype)
-    return replace(factors, lora_A=lora_A, lora_B=lora_B)
-
-
-def remember_rows(state: State, sent: Mapping[str, Start]) -> State:
-    """Keep the ``lora_A`` that every class was sent, for ``turn_towards`` in the next round."""
-    extra = dict(state.extra)
-    for rank_class, start in of_this_round(state, sent).items():
-        for name, factors in start.trained.items():
-            extra[f"rows/{rank_class}/{name}"] = factors.lora_A
-    return replace(state, extra=extra)
-
-
-def of_this_round(state: State, sent: Mapping[str, Start]) -> dict[str, Start]:
-    """Without the starts of earlier rounds, whose updates came late."""
-    return {name: start for name, start in sent.items() if start.base_round == state.round}
 
 
 class StartedFrom:
