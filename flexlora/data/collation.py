@@ -57,6 +57,11 @@ class Example:
     answer: str
     task: str | None = None
 
+    @property
+    def answer_tokens(self) -> int:
+        """Tokens that the loss is on: answer and eos."""
+        return len(self.input_ids) - self.prompt_length
+
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
