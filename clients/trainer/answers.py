@@ -21,7 +21,7 @@ from flexlora.clients.trainer.failures import failure
 from flexlora.clients.worker import Worker, failed_training
 from flexlora.errors import UserError, one_line
 from flexlora.training.personal_store import PersonalStore
-from flexlora.training.uplink import Uplink, noted
+from flexlora.training.uplink import Uplink, add_note
 from flexlora.wire.jobs import TrainJob, TrainResult
 
 __all__ = ["answer", "cause_of"]
@@ -91,7 +91,7 @@ def _trained(
     if personal is not None and not trouble:
         trouble = _not_kept(result, job, personal)
     if trouble:
-        result = noted(result, f"personal factors: {trouble}")
+        result = add_note(result, f"personal factors: {trouble}")
     config, start = worker.config, job.start.for_client(job.client_id)
     result = Uplink.of(config, feedback).ready(result, job)
     return train_reply(result, dtype=config["wire.dtype"], start=start)

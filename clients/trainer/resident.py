@@ -27,7 +27,7 @@ from flexlora.clients.worker import Worker, worker_for
 from flexlora.errors import UserError, one_line
 from flexlora.planning.probing import device_name, probe
 from flexlora.training.personal_store import PersonalStore
-from flexlora.training.uplink import feedback_beside
+from flexlora.training.uplink import feedback_store
 
 __all__ = ["Answered", "ResidentTrainer", "Tally"]
 
@@ -153,7 +153,7 @@ class ResidentTrainer:
             worker,
             client_id,
             personal=own if worker.config["personal.rank"] else None,
-            feedback=feedback_beside(own),
+            feedback=feedback_store(own),
             free_bytes=self.free_bytes,
             drop=True,
         )

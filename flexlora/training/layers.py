@@ -164,7 +164,7 @@ class LoRALinear(nn.Module):
         self.trained: SlotFactors | None = None
         self.carried: SlotFactors | None = None
         self.merged: Tensor | None = None  # the weight with the carried factors added in
-        self.wholes: Tensor | None = None  # the same for every slot, [1 or K, out, in], once asked
+        self.wholes: Tensor | None = None  # [1 or K, out, in], made in the first pass
         self.dropout = 0.0
         self.streams: tuple[DropoutStream | None, ...] = ()
         self.sketch: GradientSketch | None = None

@@ -30,7 +30,7 @@ _loaded: dict[tuple[str, ...], BaseModel] = {}
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BaseModel:
-    """A frozen causal language model in evaluation mode, its tokenizer, and who it is."""
+    """A frozen causal language model in evaluation mode, its tokenizer and its fingerprint."""
 
     name: str
     model: Any
@@ -95,7 +95,7 @@ def load_base(
 ) -> BaseModel:
     """The base model of that name, frozen; the same arguments give the same object.
 
-    ``fresh`` loads a copy of its own, for a caller that changes the weights.
+    ``fresh`` loads a separate copy, for a caller that changes the weights.
 
     Raises:
         UserError: a model that is not there or cannot be read, attention that cannot be run.
@@ -113,9 +113,9 @@ def load_base(
 
 
 def _check_attention(attention: str, dtype: str, device: torch.device) -> None:
-    """Refuse Flash Attention where it cannot run; what else a model lacks its loading tells.
+    """Refuse Flash Attention where it cannot run; loading refuses the other kinds.
 
-    The package alone is looked for: transformers would otherwise fetch kernels from the hub.
+    The package must be installed: transformers would otherwise fetch kernels from the hub.
     """
     if attention != "flash_attention_2":
         return
@@ -146,7 +146,7 @@ def _load(
     logging = transformers.utils.logging
     logging.disable_progress_bar()
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # what goes wrong is told in one sentence below
+    logging.set_verbosity_error()  # errors become one sentence below
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "use_safetensors": True}
     if attention != "auto":
         options["attn_implementation"] = attention
