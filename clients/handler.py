@@ -23,7 +23,7 @@ from flexlora.clients.worker import Worker, failed_training, worker_for
 from flexlora.config.resolve import Config, of_flower
 from flexlora.errors import UserError, one_line
 from flexlora.training.personal_store import PersonalStore
-from flexlora.training.uplink import Uplink, noted
+from flexlora.training.uplink import Uplink, add_note
 from flexlora.wire.jobs import TrainJob
 
 __all__ = ["answer", "answer_here", "worker_of"]
@@ -145,7 +145,7 @@ def _train(
     except Exception as error:
         trouble = f"not kept: {one_line(error)}"
     if trouble:
-        result = noted(result, f"personal factors: {trouble}")
+        result = add_note(result, f"personal factors: {trouble}")
     config, start = worker.config, job.start.for_client(job.client_id)
     result = Uplink.of(config, feedback).ready(result, job)
     return encode_train_result(result, dtype=config.wire.dtype, start=start)

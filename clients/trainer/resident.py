@@ -31,7 +31,7 @@ from flexlora.clients.worker import Worker, worker_for
 from flexlora.errors import UserError, one_line
 from flexlora.planning.probing import device_name, probe
 from flexlora.training.personal_store import PersonalStore
-from flexlora.training.uplink import feedback_beside
+from flexlora.training.uplink import feedback_store
 
 __all__ = ["PreparedReply", "ResidentTrainer", "Totals", "describe_call"]
 
@@ -165,7 +165,7 @@ class ResidentTrainer:
             worker,
             client_id,
             personal=personal if worker.config.personal.rank else None,
-            feedback=feedback_beside(personal),
+            feedback=feedback_store(personal),
             free_bytes=self.free_bytes,
             drop=True,
         )

@@ -128,7 +128,7 @@ class _SlotLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             to_x = torch.bmm(g, whole).view(*gradient.shape[:-1], -1)
         if any(ctx.needs_input_grad[1:3]):
-            to_weight = torch.bmm(g.mT, by_slot) * scaling
+            to_weight = torch.bmm(g.mT, by_slot).mul_(scaling)
             to_A = torch.bmm(B.mT, to_weight) if ctx.needs_input_grad[1] else None
             to_B = torch.bmm(to_weight, A.mT) if ctx.needs_input_grad[2] else None
         return to_x, to_A, to_B, None, None, None
@@ -164,7 +164,7 @@ class LoRALinear(nn.Module):
         self.trained: SlotFactors | None = None
         self.carried: SlotFactors | None = None
         self.merged: Tensor | None = None  # the weight with the carried factors added in
-        self.wholes: Tensor | None = None  # the same for every slot, [1 or K, out, in], once asked
+        self.wholes: Tensor | None = None  # [1 or K, out, in], made in the first pass
         self.dropout = 0.0
         self.streams: tuple[DropoutStream | None, ...] = ()
         self.sketch: GradientSketch | None = None

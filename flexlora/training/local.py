@@ -1,9 +1,9 @@
 """Local training of K slots at once: the same code for a device (K = 1) and for a cohort.
 
-Every slot minimises its own mean loss over its own answer tokens. The passes are shared, nothing
-else is: losses are summed over slots and never averaged over the batch, gradients are clipped per
-slot, each slot has its own batches, learning rate, dropout masks and number of steps. So K slots
-give what K separate runs give, up to the rounding of wider matrix products.
+Each slot minimises the mean loss over its answer tokens. Slots share passes and nothing else:
+losses are summed over slots, gradients are clipped per slot, and each slot has its batches,
+learning rate, dropout masks and number of steps. So K slots give what K separate runs give, up to
+the rounding of wider matrix products.
 """
 
 from __future__ import annotations
@@ -156,9 +156,9 @@ class _Cohort:
         job, finite = self.jobs[k], math.isfinite(loss) and math.isfinite(after)
         adapter = self.slots.extract(k) if finite else None
         if adapter is not None and pruned:
-            kept = self.local.prune_factor
+            factor = self.local.prune_factor
             adapter = Adapter(
-                {name: f.terms(range(kept_rank(kept, f.rank))) for name, f in adapter.items()}
+                {name: f.terms(range(kept_rank(factor, f.rank))) for name, f in adapter.items()}
             )
         return {
             "client_id": job.client_id,
@@ -215,8 +215,7 @@ class _Cohort:
         return losses, answers
 
     def _answer_tokens(self, k: int, indices: Sequence[int]) -> int:
-        chosen = [self.examples[k][i] for i in indices]
-        return sum(len(example.input_ids) - example.prompt_length for example in chosen)
+        return sum(self.examples[k][i].answer_tokens for i in indices)
 
     def _streams(self, batch: Batch, step: int, micro: int) -> list[DropoutStream | None]:
         if self.settings.lora_dropout == 0.0:
@@ -260,9 +259,9 @@ class _Cohort:
 def answer_losses(slots: SlotModel, batch: Batch) -> list[Tensor]:
     """Cross entropy of every answer token, slot by slot: K tensors ``[answer tokens]``.
 
-    Only answer positions go through the output layer, where the model can be told so. Padding is on
-    the right, where a causal model's real tokens never look, so no attention mask is given and the
-    fast causal kernels run. The losses are float32 at least.
+    Only answer positions go through the output layer where the model takes ``logits_to_keep``.
+    Padding is on the right, where causal attention never looks, so there is no attention mask and
+    the fast causal kernels run. The losses are float32 at least.
     """
     device = slots.device
     labels = batch.labels.to(device)[:, 1:]
@@ -287,8 +286,8 @@ def answer_losses(slots: SlotModel, batch: Batch) -> list[Tensor]:
 class checkpointing:  # noqa: N801  (reads as a word at the place of use)
     """Recompute the activations of each decoder layer in the backward pass, inside the block.
 
-    transformers does so only for layers in training mode, which would wake the base's own dropout;
-    so the layers' ``forward`` is wrapped here, and they stay in evaluation mode.
+    transformers does so only in training mode, which would enable the base's dropout; so here the
+    layers' ``forward`` is wrapped, and they stay in evaluation mode.
     """
 
     def __init__(self, model: Any, enabled: bool) -> None:
@@ -307,6 +306,6 @@ class checkpointing:  # noqa: N801  (reads as a word at the place of use)
 
     def __exit__(self, *_: object) -> None:
         for layer, forward in self.plain:
-            del layer.forward  # the class's own shows again
+            del layer.forward  # the class's method is visible again
             if forward is not None:
                 layer.forward = forward

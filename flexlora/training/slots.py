@@ -1,6 +1,6 @@
 """A base model with a LoRA layer in the place of each target, and K slots to load, train and read.
 
-``SlotModel`` is what training and evaluation work on. The trained factors of all slots lie in one
+Training and evaluation work on a ``SlotModel``. The trained factors of all slots are in one
 buffer ``parameters [K, P]``, of which the layers hold views, and gradients arrive as one
 ``gradients [K, P]``. So a step of the optimizer, a slot's gradient norm and its learning rate are a
 few operations on a matrix, whatever the number of modules.
@@ -132,8 +132,8 @@ class SlotModel:
     ) -> None:
         """One adapter per slot; factors named in ``trainable`` get gradients, the rest is frozen.
 
-        Slots that carry one and the same adapter share it in memory; with ``merge`` it is added
-        into a copy of each weight that is a float, and lies beside the others.
+        Slots that carry equal adapters share one copy. With ``merge`` it is added into a copy of
+        each float weight; quantized weights keep it as separate factors.
 
         Raises:
             ValueError: an adapter whose modules or shapes are not the model's.
@@ -184,11 +184,11 @@ class SlotModel:
         return views
 
     def live_numbers(self) -> list[Live]:
-        """Where each slot's own numbers lie in ``parameters``; one object for equal ranks."""
+        """Where each slot's numbers are in ``parameters``; one object for equal ranks."""
         names, labels = zip(*self._leaf_names, strict=True)
         ranks = [tuple(adapter[name].rank for name in names) for adapter in self._templates]
-        inside = {own: live_numbers(self._leaves, labels, own) for own in dict.fromkeys(ranks)}
-        return [inside[own] for own in ranks]
+        inside = {r: live_numbers(self._leaves, labels, r) for r in dict.fromkeys(ranks)}
+        return [inside[r] for r in ranks]
 
     def _stack(
         self, name: str, slots: Sequence[LoRAFactors], dtype: torch.dtype | None = None
@@ -196,16 +196,16 @@ class SlotModel:
         like = torch.empty(0, dtype=dtype or slots[0].lora_A.dtype, device=self.device)
         return SlotFactors.stack(slots, like)
 
-    def tail_norms(self, kept: float) -> Tensor:
+    def tail_norms(self, kept_fraction: float) -> Tensor:
         """``sum over modules |B_tail|_F |A_tail|_F`` of each slot, ``[K]``, with gradients.
 
-        The tail of a slot's module is its terms from ``max(1, floor(kept * rank))`` on.
+        The tail of a slot's module is its terms from ``kept_rank(kept_fraction, rank)`` on.
         """
         total = self.parameters.new_zeros(self.num_slots)
         for name, layer in self.layers.items():
             assert layer.trained is not None
             A, B = layer.trained.A, layer.trained.B
-            first = [kept_rank(kept, adapter[name].rank) for adapter in self._templates]
+            first = [kept_rank(kept_fraction, adapter[name].rank) for adapter in self._templates]
             terms = torch.arange(A.shape[1], device=A.device)
             tail = (terms[None] >= torch.tensor(first, device=A.device)[:, None]).to(A.dtype)
             # Padding is zero in both factors, and the root of zero has no gradient.
@@ -272,7 +272,7 @@ class SlotModel:
             rows.copy_(top_rows(layer.sketch.total[slot, :size], rank, rows.cpu()))
 
     def clear(self) -> None:
-        """No slots: the model is the frozen base."""
+        """Remove all slots: the model is the frozen base."""
         self.num_slots, self._templates, self._leaves = 0, [], []
         self.parameters = self.gradients = torch.empty(0, 0)
         for layer in self.layers.values():
@@ -286,7 +286,7 @@ class SlotModel:
 
     @contextmanager
     def first_slots(self, count: int) -> Iterator[None]:
-        """Rows of the first ``count`` slots only: a slot that has ended costs nothing."""
+        """Batches inside the block hold rows of the first ``count`` slots only."""
         whole = self.num_slots
         try:
             self._show(count)
@@ -311,16 +311,16 @@ def _once(carried: Sequence[Adapter | None]) -> Sequence[Adapter | None]:
     return carried[:1] if same else carried
 
 
-def kept_rank(kept: float, rank: int) -> int:
-    """``max(1, floor(kept * rank))``: the terms that self-pruning leaves."""
-    return max(1, int(kept * rank + 1e-9))
+def kept_rank(kept_fraction: float, rank: int) -> int:
+    """``max(1, floor(kept_fraction * rank))``: the rank after self-pruning."""
+    return max(1, int(kept_fraction * rank + 1e-9))
 
 
 def _keep_unpacked(model: Any) -> None:
-    """Tell 4-bit linears, targets or not, to leave their weights as they are on the CPU.
+    """Forbid 4-bit linears, targets or not, to repack their weights on the CPU.
 
-    bitsandbytes repacks them in place for an inference kernel that has no gradient: what lies below
-    such a linear would train on another matrix's gradient, or on none.
+    bitsandbytes repacks them in place for an inference kernel without a gradient: modules before
+    such a linear would train on the gradient of another matrix, or on none.
     """
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":

@@ -152,11 +152,13 @@ def train_once(base: BaseModel, plan: TrainingPlan, vocab_size: int) -> None:
         local=LocalPlan(gradient_batches=int(plan.aligned), merge=plan.merged),
     )
     job = TrainJob(client_id="one", server_round=1, num_server_rounds=1, start=start)
-    settings = TrainSettings(
-        max_steps=2,
-        per_device_train_batch_size=plan.batch,
-        gradient_checkpointing=plan.gradient_checkpointing,
-        optim=plan.optim,
+    settings = TrainSettings.model_validate(
+        {
+            "max_steps": 2,
+            "per_device_train_batch_size": plan.batch,
+            "gradient_checkpointing": plan.gradient_checkpointing,
+            "optim": plan.optim,
+        }
     )
     result = train(slots, [job], [rows], settings)[0]
     if result.adapter is None:

@@ -22,7 +22,8 @@ from flexlora.aggregation.engine.starts import Factoring
 from flexlora.aggregation.engine.state import GlobalChange, State
 from flexlora.data.collation import Example, encode_rows
 from flexlora.data.tasks import FAMILIES, choose_families, generate_rows
-from flexlora.evaluation.evaluate import exact_match, generate_answers
+from flexlora.evaluation.generation import generate_answers
+from flexlora.evaluation.text_scores import exact_match
 from flexlora.lora.adapters import Adapter
 from flexlora.lora.ranks import RankClass
 from flexlora.report.console import make_console
@@ -98,7 +99,7 @@ def _scores(slots: SlotModel, base: BaseModel, examples: list[Example]) -> list[
     """Exact match of every loaded slot (or of the base) by greedy generation."""
     answers = generate_answers(
         slots,
-        examples,
+        [examples] * max(slots.num_slots, 1),
         tokenizer=base.tokenizer,
         max_new_tokens=16,
         batch_size=240,

@@ -37,7 +37,7 @@ from flexlora.simulations.engine.pool import LocalPool, Pending, Pool
 from flexlora.simulations.world.efforts import effort_of
 from flexlora.simulations.world.simulated_time import World
 from flexlora.training.personal_store import PersonalStore
-from flexlora.training.uplink import Uplink, feedback_beside
+from flexlora.training.uplink import Uplink, feedback_store
 from flexlora.wire.jobs import Capability, EvalJob, EvalResult, TrainJob, TrainResult
 
 __all__ = ["InProcessGrid"]
@@ -82,7 +82,7 @@ class InProcessGrid(Grid):
         self.worker, self.limits, self.wire_dtype = worker, limits, wire_dtype
         self.pool, self.clock, self.late_rounds = pool or LocalPool(worker), world, late_rounds
         self.personal = personal or PersonalStore()
-        self.feedback = feedback_beside(self.personal)
+        self.feedback = feedback_store(self.personal)
         self._clients = dict(enumerate(worker.client_ids, start=1))
         self._held: dict[str, _Held] = {}
         self._pushed = self._round = 0

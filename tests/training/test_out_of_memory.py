@@ -5,10 +5,10 @@ import re
 
 import pytest
 import torch
-from test_strategy import expected_state
 
 import reference
 from builders import random_adapter, random_examples, tiny_model, train_job
+from expected_rounds import expected_state
 from federation import (
     TamperingGrid,
     client_rows,
