@@ -1,14 +1,13 @@
 """FlexLoRA: one language model tuned over many machines, each training LoRA at its own rank.
 
-Names are resolved on first use, so that ``import flexlora`` loads neither torch nor Flower.
+Names are resolved on first use, so that ``import flexlora`` loads neither torch nor Flower. The
+version is that of the installed package: ``version`` in ``pyproject.toml`` is its only source.
 """
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING
-
-__version__ = "0.1.0"
 
 _HOME = {
     "Adapter": "flexlora.lora.adapters",
@@ -25,6 +24,7 @@ _HOME = {
 __all__ = [*sorted(_HOME), "__version__"]
 
 if TYPE_CHECKING:
+    __version__: str
     from flexlora.aggregation import aggregate
     from flexlora.aggregation.engine.state import GlobalChange
     from flexlora.errors import UpdateRefused, UserError
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> object:
+    if name == "__version__":
+        return importlib.import_module("importlib.metadata").version("flexlora")
     if name not in _HOME:
         raise AttributeError(f"module 'flexlora' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME[name]), name)
