@@ -20,7 +20,7 @@ from flexlora.data.caps import capped_rows
 from flexlora.data.clients import ClientData, client_rows
 from flexlora.data.collation import Example
 from flexlora.errors import UserError, nearest, one_line
-from flexlora.evaluation import evaluate
+from flexlora.evaluation.evaluate import evaluate
 from flexlora.planning.base_shares import deal_quantizations, parse_base_shares
 from flexlora.planning.probing import device_name, free_bytes, probe, require, require_optimizer
 from flexlora.seeds import derive_seed

@@ -326,8 +326,7 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _reproduce(options: argparse.Namespace) -> int:
-    from flexlora.simulations.experiments import reproduce
-    from flexlora.simulations.experiments.reproduce import list_experiments
+    from flexlora.simulations.experiments.reproduce import list_experiments, reproduce
 
     if options.name is None:
         return list_experiments()

@@ -11,9 +11,8 @@ import flexlora.evaluation.evaluate as evaluation
 import reference
 from builders import VOCAB, random_adapter, random_examples, tiny_model
 from flexlora.data.collation import Example
-from flexlora.evaluation import evaluate
 from flexlora.evaluation.cohorts import Asked
-from flexlora.evaluation.evaluate import BASE, PERSONAL, own_loss_sums
+from flexlora.evaluation.evaluate import BASE, PERSONAL, evaluate, own_loss_sums
 from flexlora.evaluation.generation import own_answers
 from flexlora.training.slots import SlotModel
 from flexlora.wire.jobs import EvalJob, Score

@@ -7,10 +7,10 @@ from rouge_score.rouge_scorer import RougeScorer
 import reference
 from builders import VOCAB, random_adapter, random_examples, tiny_model
 from flexlora.data.collation import Example
-from flexlora.evaluation import evaluate
 from flexlora.evaluation.evaluate import (
     BASE,
     answer_loss_sums,
+    evaluate,
     exact_match,
     generate_answers,
     rouge_l,

@@ -10,10 +10,10 @@ import pytest
 from flexlora.commands.cli import main
 from flexlora.config.resolve import Config, resolved
 from flexlora.errors import UserError
-from flexlora.simulations.experiments import arm_runs, reproduce, series
+from flexlora.simulations.experiments import arm_runs, series
 from flexlora.simulations.experiments.arms import Arm
 from flexlora.simulations.experiments.asked import Asked, scaled
-from flexlora.simulations.experiments.reproduce import EXPERIMENTS, Experiment, table_of
+from flexlora.simulations.experiments.reproduce import EXPERIMENTS, Experiment, reproduce, table_of
 from flexlora.simulations.experiments.series import with_gap_closed
 from flexlora.simulations.terminal import make_console
 
