@@ -1,6 +1,6 @@
 """The figure of the README: which part of the gap each method closes, and what it sends.
 
-    python docs/figures.py        writes docs/methods.svg from simulations/experiments/methods.json
+    python docs/figures.py        writes docs/methods.svg from the records of the experiments
 
 For each method, the mean over seeds of (loss of everybody at rank 2 - its loss) / (mean gap to
 everybody at rank 16), with the deviation over seeds as a thin line. The same numbers give the same
@@ -14,7 +14,7 @@ import statistics
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-RESULTS = HERE.parent / "simulations" / "experiments" / "methods.json"
+RESULTS = HERE.parent / "simulations" / "experiments" / "records" / "methods.json"
 FIGURE = HERE / "methods.svg"
 
 WEAK, STRONG = "everybody at rank 2", "everybody at rank 16"
@@ -32,9 +32,9 @@ def gap_closed(rows: list[dict]) -> list[tuple[str, float, float, float]]:
     losses: dict[str, dict[int, float]] = {}
     megabytes: dict[str, list[float]] = {}
     for row in rows:
-        if row["arm"] not in LEFT_OUT:
-            losses.setdefault(row["arm"], {})[row["seed"]] = row["loss"]
-            megabytes.setdefault(row["arm"], []).append(row["MB down"])
+        if row["variant"] not in LEFT_OUT:
+            losses.setdefault(row["variant"], {})[row["seed"]] = row["loss"]
+            megabytes.setdefault(row["variant"], []).append(row["MB down"])
     gap = statistics.fmean(losses[WEAK][seed] - losses[STRONG][seed] for seed in losses[WEAK])
     closed = []
     for title, by_seed in losses.items():
