@@ -180,7 +180,7 @@ def test_a_crash_at_any_step_of_writing_leaves_a_whole_checkpoint(
 
     with monkeypatch.context() as patch:
         for name in ("fsync", "replace"):
-            patch.setattr(f"flexlora.runs.checkpoints.os.{name}", crashing(getattr(os, name)))
+            patch.setattr(f"flexlora.wire.files.os.{name}", crashing(getattr(os, name)))
         with pytest.raises(Stopped):
             save_checkpoint(folder / "checkpoint", after, classes)
     assert same_bytes(load_checkpoint(folder / "checkpoint")[0], before)
