@@ -24,13 +24,14 @@ _HOME = {
 __all__ = [*sorted(_HOME), "__version__"]
 
 if TYPE_CHECKING:
-    __version__: str
     from flexlora.aggregation import aggregate
     from flexlora.aggregation.engine.state import GlobalChange
     from flexlora.errors import UpdateRefused, UserError
     from flexlora.lora.adapters import Adapter, LoRAFactors
     from flexlora.lora.peft_folder import load_adapter, save_adapter
     from flexlora.lora.ranks import RankClass
+
+    __version__: str
 
 
 def __getattr__(name: str) -> object:
