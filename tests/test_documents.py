@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from command_line import commands, known_keys, parse, parse_flwr, resolve_settings
-from documents import Command, commands_of, documents
+from documents import NOT_OURS, Command, commands_of, documents
 from flexlora.commands.cli import main
 from flexlora.data.rows import parse_row
 from paths import ROOT
@@ -37,6 +37,7 @@ NOT_IN_THE_TREE = (
     *("adapters/", "adapters/CLASS/", "adapters/global/", "checkpoint/", "checkpoint/sent-ROUND/"),
     *("app/pyproject.toml", "private/ca.key", "config.json", "nodes/", "seeds.json"),
 )
+PLACEHOLDERS = {"NAME", "DIR", "RUN", "CLASS", "FILE", "FOLDER"}
 FILE = re.compile(r"[\w.-]*[\w-](?:/[\w.-]+)*(?:\.(?:py|md|toml|jsonl?|csv|svg|proto|html)|/)")
 MODULE = re.compile(r"flexlora(?:\.\w+)+")
 KEY = re.compile(r"([a-z]+(?:\.[a-z0-9]+(?:-[a-z0-9]+)*)+)(?:=.*)?")
@@ -159,13 +160,25 @@ def is_missing(document, span):
         return not is_module_or_name(span) and name_is_current(document)
     if not FILE.fullmatch(span) or span in NOT_IN_THE_TREE:
         return False
-    if span.split("/")[0].isupper() or not name_is_current(document):
+    if PLACEHOLDERS & set(re.split(r"[/.]", span)) or not name_is_current(document):
         return False
     places = (document.folder, ROOT, ROOT / "flexlora", *ROOT.glob("*/"))
     if any((place / span).exists() for place in places):
         return False
-    bare = span.rstrip("/")
-    return "/" in bare or not any(document.folder.rglob(bare))
+    below = (path.as_posix() for path in tree() if document.folder in path.parents)
+    return not any(path.endswith(f"/{span.rstrip('/')}") for path in below)
+
+
+@cache
+def tree():
+    """Every file and folder of the repository."""
+    found, folders = [], [ROOT]
+    while folders:
+        for path in folders.pop().iterdir():
+            if path.name not in NOT_OURS and path != ROOT / "runs" and not path.is_symlink():
+                found.append(path)
+                folders += [path] if path.is_dir() else []
+    return found
 
 
 def name_is_current(document):
@@ -230,9 +243,8 @@ def test_nothing_refers_to_files_outside_the_repository():
     outside = re.compile("(DESIGN|FIELD|STYLE)" + r"\.md|/work/")
     kinds = (".py", ".md", ".toml", ".proto", ".service", ".yaml", ".conf")
     found = []
-    for file in ROOT.rglob("*"):
-        ours = not {".venv", ".git", "build", "runs"} & set(file.relative_to(ROOT).parts)
-        if ours and file.suffix in kinds and file.is_file():
+    for file in tree():
+        if file.suffix in kinds and file.is_file():
             lines = file.read_text(encoding="utf-8").splitlines()
             found += [f"{file}:{n}" for n, line in enumerate(lines, 1) if outside.search(line)]
     assert [place for place in found if "test_documents.py" not in place] == []

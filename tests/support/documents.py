@@ -11,7 +11,7 @@ from pathlib import Path
 from paths import ROOT
 
 PROGRAMS = ("flexlora", "flwr", "make", "python")
-NOT_OURS = {".venv", ".git", "build", "dist", "runs", "node_modules", ".pytest_cache"}
+NOT_OURS = {".venv", ".git", "build", "dist", "node_modules", ".pytest_cache"}
 FENCE = re.compile(r"^( *)```([\w-]*)[^\n]*\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"(?<!`)`([^`]+)`(?!`)")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -90,7 +90,7 @@ def documents() -> list[Document]:
     for file in sorted([*ROOT.rglob("*.md"), *ROOT.glob("examples/*.py")]):
         parts = file.relative_to(ROOT).parts
         linked = any(parent.is_symlink() for parent in file.parents)
-        if not linked and not NOT_OURS & set(parts):
+        if not linked and not NOT_OURS & set(parts) and parts[0] != "runs":
             text = file.read_text(encoding="utf-8")
             if file.suffix == ".py":
                 text = [*text.split('"""'), "", ""][1]
