@@ -165,8 +165,10 @@ def is_missing(document, span):
     places = (document.folder, ROOT, ROOT / "flexlora", *ROOT.glob("*/"))
     if any((place / span).exists() for place in places):
         return False
-    below = (path.as_posix() for path in tree() if document.folder in path.parents)
-    return not any(path.endswith(f"/{span.rstrip('/')}") for path in below)
+    bare = span.rstrip("/")
+    near = ROOT if "/" not in bare else document.folder
+    below = (path.as_posix() for path in tree() if near in path.parents)
+    return not any(path.endswith(f"/{bare}") for path in below)
 
 
 @cache

@@ -69,9 +69,10 @@ class Command:
 
     @property
     def sets(self) -> list[str]:
-        """What follows ``--set``, but for the ``key=value`` of a synopsis."""
+        """What follows ``--set``, but for ``key=value`` and ``method.name=NAME``."""
         pairs = zip(self.arguments, self.arguments[1:], strict=False)
-        return [value for flag, value in pairs if flag == "--set" and value != "key=value"]
+        given = [value for flag, value in pairs if flag == "--set"]
+        return [value for value in given if value != "key=value" and not value.endswith("=NAME")]
 
     @property
     def is_synopsis(self) -> bool:
