@@ -100,8 +100,9 @@ def documents() -> list[Document]:
 
 
 def commands_of(document: Document) -> Iterator[Command]:
-    """The commands in fenced blocks line by line, and those in code spans."""
-    for language, text in document.fences:
+    """The commands in fenced blocks line by line, those in code spans, those of a docstring."""
+    docstring = [("", document.text)] if document.name.endswith(".py") else []
+    for language, text in [*document.fences, *docstring]:
         if language in ("", "bash", "sh", "text", "console"):
             for line in re.sub(r"\\\n\s*", " ", text).splitlines():
                 line = re.split(r" {3,}| +#", line.strip().removeprefix("$ "))[0]
