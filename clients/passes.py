@@ -35,7 +35,7 @@ class TrainPasses:
         if len(jobs) > 1 and not short:
             # Alone, each tells whether it was the cause; the others lose only time.
             try:
-                return attempt(jobs, replace(settings, micro_batch_size=0))
+                return attempt(jobs, settings.model_copy(update={"micro_batch_size": 0}))
             except Exception as error:
                 too_large = is_out_of_memory(error)
             # Outside the block above: the error's frames hold the pass that was too large.
@@ -56,7 +56,7 @@ class TrainPasses:
 
     def _alone(self, job: TrainJob, settings: TrainSettings, attempt: Attempt) -> TrainResult:
         def within(rows: int) -> TrainResult:
-            return attempt([job], replace(settings, micro_batch_size=rows))[0]
+            return attempt([job], settings.model_copy(update={"micro_batch_size": rows}))[0]
 
         first = self.rows_in_pass.get(job.client_id, settings.rows_per_pass)
         try:

@@ -21,10 +21,9 @@ from flexlora.data.clients import ClientData, client_rows
 from flexlora.data.collation import Example
 from flexlora.errors import UserError, nearest, one_line
 from flexlora.evaluation.evaluate import evaluate
-from flexlora.planning.base_shares import deal_quantizations, parse_base_shares
 from flexlora.planning.probing import device_name, free_bytes, probe, require, require_optimizer
+from flexlora.planning.shares import deal_quantizations, parse_quantization_shares
 from flexlora.seeds import derive_seed
-from flexlora.training import collector
 from flexlora.training.local import TrainSettings, train
 from flexlora.training.models import BaseModel, load_base, pick_device
 from flexlora.training.out_of_memory import within_memory
@@ -32,56 +31,17 @@ from flexlora.training.personal import PersonalPlan, personalised
 from flexlora.training.slots import SlotModel, slot_model
 from flexlora.wire.jobs import Capability, EvalJob, EvalResult, TrainJob, TrainResult
 
-__all__ = ["Worker", "failed_training", "personal_plan", "train_settings", "worker_for"]
+__all__ = ["Worker", "failed_training", "worker_for"]
 
-_workers: dict[tuple, Worker] = {}
+_workers: dict[Config, Worker] = {}
 
 
 def worker_for(config: Config) -> Worker:
     """The worker of this process for ``config``: base and data are loaded once."""
-    key = tuple(config.items())
-    if key not in _workers:
+    if config not in _workers:
         _workers.clear()  # one configuration at a time: another one's data need not stay
-        _workers[key] = Worker(config)
-        collector.loaded()
-    return _workers[key]
-
-
-def train_settings(config: Config) -> TrainSettings:
-    """The ``train.*`` keys as plain values."""
-    names = (
-        "learning-rate",
-        "per-device-train-batch-size",
-        "gradient-accumulation-steps",
-        "max-steps",
-        "num-train-epochs",
-        "optim",
-        "weight-decay",
-        "adam-epsilon",
-        "proximal-mu",
-        "max-grad-norm",
-        "lr-scheduler-type",
-        "gradient-checkpointing",
-    )
-    return TrainSettings(
-        lora_dropout=config["lora.dropout"],
-        seed=config["seed"],
-        **{name.replace("-", "_"): config[f"train.{name}"] for name in names},
-    )
-
-
-def personal_plan(config: Config) -> PersonalPlan | None:
-    """The ``personal.*`` keys as plain values, None where clients keep nothing to themselves."""
-    if config["personal.rank"] == 0:
-        return None
-    return PersonalPlan(
-        rank=config["personal.rank"],
-        max_steps=config["personal.max-steps"],
-        learning_rate=config["personal.learning-rate"],
-        alpha=config["lora.alpha"],
-        rslora=config["lora.rslora"],
-        seed=derive_seed(config["seed"], "personal"),
-    )
+        _workers[config] = Worker(config)
+    return _workers[config]
 
 
 class Worker:
@@ -94,26 +54,26 @@ class Worker:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        torch.set_num_threads(config["engine.threads"] or torch.get_num_threads())
+        torch.set_num_threads(config.engine.threads or torch.get_num_threads())
         rows = client_rows(
-            path=config["data.path"],
-            name=config["data.name"],
-            kind=config["data.partition"],
-            num_clients=config["clients.count"],
-            dirichlet_alpha=config["data.dirichlet-alpha"],
-            seed=config["seed"],
-            tasks=config["data.tasks"],
+            path=config.data.path,
+            name=config.data.name,
+            kind=config.data.partition,
+            num_clients=config.clients.count,
+            dirichlet_alpha=config.data.dirichlet_alpha,
+            seed=config.seed,
+            tasks=config.data.tasks,
         )
-        rows = capped_rows(rows, config["population.examples"], seed=config["seed"])
-        device = pick_device(config["engine.device"])
-        wide = torch.float64 if config["wire.dtype"] == "float64" else torch.float32
-        require_optimizer(config["train.optim"], device, dtype=wide)
+        rows = capped_rows(rows, config.population.examples, seed=config.seed)
+        device = pick_device(config.engine.device)
+        wide = torch.float64 if config.wire.dtype == "float64" else torch.float32
+        require_optimizer(config.train.optim, device, dtype=wide)
         self.free_bytes = free_bytes(device)  # what it is before the base takes its part
         self.quantizations = deal_quantizations(
             list(rows),
-            shares=config["clients.quantization"],
-            default=config["model.quantization"],
-            seed=config["seed"],
+            shares=config.clients.quantization,
+            default=config.model.quantization,
+            seed=config.seed,
         )
         self.bases = self._load_bases(device)
         # Tokenizer, names and shapes are those of any of them.
@@ -122,11 +82,20 @@ class Worker:
         self.data = ClientData(
             rows,
             tokenizer=self.base.tokenizer,
-            template=config["data.template"],
-            max_length=min(config["train.max-length"], longest or config["train.max-length"]),
+            template=config.data.template,
+            max_length=min(config.train.max_length, longest or config.train.max_length),
         )
-        self.settings = train_settings(config)
-        self.personal = personal_plan(config)
+        self.settings = TrainSettings(
+            **dict(config.train), seed=config.seed, lora_dropout=config.lora.dropout
+        )
+        self.personal: PersonalPlan | None = None
+        if config.personal.rank:
+            self.personal = PersonalPlan(
+                **dict(config.personal),
+                alpha=config.lora.alpha,
+                rslora=config.lora.rslora,
+                seed=derive_seed(config.seed, "personal"),
+            )
         self._global_passes, self._personal_passes = TrainPasses(), TrainPasses()
         self.shapes = self.slots.shapes  # targets that match nothing are told before any work
 
@@ -134,16 +103,16 @@ class Worker:
         """A base of every kind in use, ``model.quantization`` first."""
         config, used = self.config, set(self.quantizations.values())
         bases = {}
-        for kind in sorted(used, key=lambda kind: (kind != config["model.quantization"], kind)):
-            named = kind in parse_base_shares(config["clients.quantization"])
+        for kind in sorted(used, key=lambda kind: (kind != config.model.quantization, kind)):
+            named = kind in parse_quantization_shares(config.clients.quantization)
             require(kind, device, key="clients.quantization" if named else "model.quantization")
             bases[kind] = load_base(
-                config["model.name"],
-                dtype=config["model.dtype"],
+                config.model.name,
+                dtype=config.model.dtype,
                 quantization=kind,
-                outlier_threshold=config["model.outlier-threshold"],
-                attention=config["model.attn-implementation"],
-                device=config["engine.device"],
+                outlier_threshold=config.model.outlier_threshold,
+                attention=config.model.attn_implementation,
+                device=config.engine.device,
             )
         return bases
 
@@ -154,11 +123,11 @@ class Worker:
 
     def slots_of(self, kind: str) -> SlotModel:
         """The same over the base that is held in this quantization."""
-        return slot_model(self.bases[kind].model, self.config["lora.target-modules"])
+        return slot_model(self.bases[kind].model, self.config.lora.target_modules)
 
     def quantization_of(self, client_id: str) -> str:
         """How this client's base is held: clients of one kind may share a pass."""
-        return self.quantizations.get(client_id, self.config["model.quantization"])
+        return self.quantizations.get(client_id, self.config.model.quantization)
 
     def pass_key(self, client_id: str) -> str:
         """Clients with the same key may be trained and evaluated in one pass.
@@ -167,7 +136,7 @@ class Worker:
         clients would feel each other: each is alone.
         """
         kind = self.quantization_of(client_id)
-        alone = kind == "8bit" and self.config["model.outlier-threshold"] > 0
+        alone = kind == "8bit" and self.config.model.outlier_threshold > 0
         return f"{kind}/{client_id}" if alone else kind
 
     @property
@@ -276,11 +245,11 @@ class Worker:
                 jobs,
                 [self.held_out(job.client_id) for job in jobs],
                 batch_size=size,
-                max_new_tokens=self.config["eval.max-new-tokens"],
+                max_new_tokens=self.config.eval.max_new_tokens,
             )
 
         try:
-            results, _ = within_memory(attempt, self.config["eval.batch-size"])
+            results, _ = within_memory(attempt, self.config.eval.batch_size)
         except Exception as error:
             if len(jobs) == 1:
                 return [self._evaluate_without_own(jobs[0], one_line(error))]
@@ -302,5 +271,5 @@ class Worker:
         if client_id not in self.client_ids:
             hint = nearest(client_id, self.client_ids)
             raise UserError(f"client '{client_id}' is not in the data.{hint}")
-        rows = self.data.examples(client_id, self.config["eval.split"])
-        return rows[: self.config["eval.max-examples"] or None]
+        rows = self.data.examples(client_id, self.config.eval.split)
+        return rows[: self.config.eval.max_examples or None]

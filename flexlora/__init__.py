@@ -16,7 +16,7 @@ _HOME = {
     "RankClass": "flexlora.lora.ranks",
     "UpdateRefused": "flexlora.errors",
     "UserError": "flexlora.errors",
-    "aggregate": "flexlora.aggregation",
+    "aggregate": "flexlora.aggregation.aggregate",
     "load_adapter": "flexlora.lora.peft_folder",
     "save_adapter": "flexlora.lora.peft_folder",
 }
@@ -24,7 +24,7 @@ _HOME = {
 __all__ = [*sorted(_HOME), "__version__"]
 
 if TYPE_CHECKING:
-    from flexlora.aggregation import aggregate
+    from flexlora.aggregation.aggregate import aggregate
     from flexlora.aggregation.engine.state import GlobalChange
     from flexlora.errors import UpdateRefused, UserError
     from flexlora.lora.adapters import Adapter, LoRAFactors

@@ -13,14 +13,14 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from flexlora.config.resolve import Config, resolved
+from flexlora.config.resolve import Config, of_flower, resolved
 from flexlora.lora.peft_folder import save_adapter
 from flexlora.runs.folder import RunFolder
-from flexlora.runs.lock import alone
+from flexlora.runs.lock import exclusive_lock
 from flexlora.server.observing.observer import LogObserver, Observer
 from flexlora.server.observing.observers import observed
 from flexlora.server.resuming import destination_of, settle
-from flexlora.server.settings import ServerSettings
+from flexlora.server.settings import check_config, factoring_of
 from flexlora.server.strategy import FlexLoRAStrategy
 from flexlora.training.models import resolve_name
 
@@ -32,7 +32,7 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the federation of the run's configuration, or go on with it, in a run folder."""
-    to = destination_of(resolved(Config(context.run_config)), context.run_id)
+    to = destination_of(resolved(Config.of(of_flower(context.run_config))), context.run_id)
     logger = logging.getLogger("flwr")
     logger.info("run folder: %s%s", to.folder.resolve(), ", going on" if to.resume else "")
     federate(
@@ -65,16 +65,16 @@ def federate(
         UserError: a setting that cannot be, too few nodes, no client that can train, a folder in
             use, nothing to resume.
     """
-    settings = ServerSettings.from_config(config)
+    check_config(config)
     state, classes = RunFolder(out).load_checkpoint() if resume else (None, None)
     with ExitStack() as held, observed(out, config, observer, resumed=resume) as told:
-        strategy = FlexLoRAStrategy(settings, observer=told, state=state, rank_classes=classes)
+        strategy = FlexLoRAStrategy(config, observer=told, state=state, rank_classes=classes)
         strategy.meet(grid)
         if state is None:
             strategy.run = RunFolder.create(out, config, overwrite=overwrite)
-            held.enter_context(alone(out))
+            held.enter_context(exclusive_lock(out))
         else:
-            held.enter_context(alone(out))
+            held.enter_context(exclusive_lock(out))
             strategy.run = RunFolder(out)
             strategy.run.rewind(state.round)
             strategy.go_on(strategy.run.load_notes(), grid)
@@ -94,8 +94,8 @@ def write_adapters(strategy: FlexLoRAStrategy, config: Config, run: RunFolder) -
 
     A class that a resumed run has emptied since (its clients lowered their ranks) leaves none.
     """
-    change, factoring = strategy.closed.change, strategy.settings.factoring
-    base = resolve_name(config["model.name"])
+    change, factoring = strategy.closed.change, factoring_of(strategy.config)
+    base = resolve_name(config.model.name)
     served = strategy.served(strategy.closed)
     for folder in (run.path / "adapters").glob("*"):
         if folder.is_dir() and folder.name not in {*served, "global"}:

@@ -19,7 +19,7 @@ from string import Template
 import tomli_w
 
 import flexlora
-from flexlora.config.resolve import Config
+from flexlora.config.resolve import flower_table
 from flexlora.deploy.certificates import Issued, alternative_names, make_authority, make_server
 from flexlora.deploy.folder import SECRET, File, check_free, fill_tree, write_folder
 from flexlora.deploy.hosts import Host, parse_host, parse_port, plain
@@ -193,7 +193,7 @@ def _app() -> bytes:
                         "serverapp": "flexlora.server.app:app",
                         "clientapp": "flexlora.clients.app:app",
                     },
-                    "config": Config().nested(),
+                    "config": flower_table(),
                 }
             }
         },

@@ -41,9 +41,9 @@ def destination_of(config: Config, run_id: int) -> Destination:
         UserError: ``resume`` names no run, none that has finished a round, or one that was
             configured differently.
     """
-    if config["resume"]:
+    if config.resume:
         return _resumed(config)
-    folder = Path(config["out"] or f"runs/{run_id}")
+    folder = Path(config.out or f"runs/{run_id}")
     if not (RunFolder.is_run(folder) and _run_id(folder) == str(run_id)):
         return Destination(folder=folder, config=config)
     finished = (RunFolder(folder).checkpoint / "current.json").is_file()
@@ -51,20 +51,23 @@ def destination_of(config: Config, run_id: int) -> Destination:
 
 
 def _resumed(config: Config) -> Destination:
-    run, own = RunFolder.open(config["resume"])
-    if config["out"] and Path(config["out"]).resolve() != run.path.resolve():
+    run, own = RunFolder.open(config.resume)
+    if config.out and Path(config.out).resolve() != run.path.resolve():
         raise UserError(
-            f"resume is '{run.path}' and out is '{config['out']}', expected one of the two: "
+            f"resume is '{run.path}' and out is '{config.out}', expected one of the two: "
             "a resumed run goes on in its own folder."
         )
-    for key, value in config.items():
-        if value != own[key] and not _may_differ(key, value, own[key]):
+    begun = own.flat()
+    for key, value in config.flat().items():
+        if value != begun.get(key) and not _may_differ(key, value, begun.get(key)):
             raise UserError(
-                f"{key} is {value!r}, expected {own[key]!r} as in '{run.path}', which resume goes "
-                f"on with; give {_whole(run.path)} as the only --run-config."
+                f"{key} is {value!r}, expected {begun.get(key)!r} as in '{run.path}', which resume "
+                f"goes on with; give {_whole(run.path)} as the only --run-config."
             )
     run.load_checkpoint()  # refused before anybody is asked
-    return Destination(folder=run.path, config=config.replace(resume="", out=""), resume=True)
+    return Destination(
+        folder=run.path, config=config.with_values({"resume": "", "out": ""}), resume=True
+    )
 
 
 def _may_differ(key: str, value: object, own: object) -> bool:
@@ -86,9 +89,9 @@ def settle(run: RunFolder, config: Config, run_id: int) -> str:
 
     Returns Flower's id of the first run in it, by which nodes keep what they keep.
     """
-    nested = {k: v for k, v in config.replace(resume="").nested().items() if k != "out"}
+    nested = {k: v for k, v in config.with_values({"resume": ""}).nested().items() if k != "out"}
     write_atomically(run.path / "config.toml", tomli_w.dumps(nested).encode())
-    resumed = config.replace(resume=str(run.path.resolve()), out="").nested()
+    resumed = config.with_values({"resume": str(run.path.resolve()), "out": ""}).nested()
     write_atomically(run.path / RESUME_FILE, tomli_w.dumps(resumed).encode())
     environment = {ORIGIN: str(run_id)} | _environment(run.path) | {RUN_ID: str(run_id)}
     text = json.dumps(environment, indent=1, sort_keys=True) + "\n"

@@ -24,6 +24,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from flexlora.aggregation import make_method
 from flexlora.aggregation.engine.method import Start, State
 from flexlora.aggregation.engine.state import GlobalChange
+from flexlora.config.resolve import Config
 from flexlora.evaluation.evaluate import BASE
 from flexlora.lora.adapters import Adapter
 from flexlora.lora.ranks import RankClass
@@ -46,7 +47,7 @@ from flexlora.server.rounds.ledger import (
 from flexlora.server.rounds.opening import Opening
 from flexlora.server.rounds.scoring import evaluation_messages, evaluation_results
 from flexlora.server.rounds.underway import UnderWay, moment_of, return_to, unanswered
-from flexlora.server.settings import ServerSettings
+from flexlora.server.settings import check_config, factoring_of
 from flexlora.server.transport.clocks import clock_of
 from flexlora.server.transport.exchange import ask, exchange, resending_of
 from flexlora.server.transport.messages import content_bytes, pack
@@ -63,7 +64,7 @@ class FlexLoRAStrategy(Strategy):
     """Heterogeneous-rank LoRA with exact aggregation, streamed replies and resume.
 
     Args:
-        settings: everything the server must know; ``ServerSettings.from_config(Config(...))``.
+        config: all keys, as ``Config.of({"ranks.tiers": "4,8"})``.
         run: where rows, checkpoints and adapters go; None keeps nothing.
         observer: told of every step; None tells nobody.
         state: the state to go on from, with the rank class of each client, after a resume.
@@ -71,32 +72,32 @@ class FlexLoRAStrategy(Strategy):
 
     def __init__(
         self,
-        settings: ServerSettings,
+        config: Config,
         *,
         run: RunFolder | None = None,
         observer: Observer | None = None,
         state: State | None = None,
         rank_classes: dict[str, RankClass] | None = None,
     ) -> None:
-        self.settings, self.run, self.observer = settings, run, observer
-        self.method = make_method(settings.method, **vars(settings.method_options))
-        self.state = state
-        self.closed = state  # the state of the last round that was written down whole
+        check_config(config)
+        self.config, self.run, self.observer = config, run, observer
+        self.method = make_method(config.method.name, config.method)
+        self.state = self.closed = state  # closed: after the last round written down whole
         self.origin = ""  # Flower's id of the first run in this folder
-        self.num_rounds = settings.num_server_rounds
-        self.membership = Membership(settings, rank_classes or {})
-        self.selector = Selector(settings)
+        self.num_rounds = config.num_server_rounds
+        self.membership = Membership(config, rank_classes or {})
+        self.selector = Selector(config)
         self._selected = Selected()
         self._letters: dict[Letter, str] = {}  # and the client that each was written to
         self._sent: dict[str, Start] = {}
         self._asked: dict[str, str] = {}
-        self._late = UnderWay(OverdueBook(settings.late_rounds))
+        self._late = UnderWay(OverdueBook(config.server.late_rounds))
         self._class_bytes: dict[str, int] = {}
         self._ledger = RoundLedger(server_round=0)
         self._eval_results: list[EvalResult] = []
 
     def summary(self) -> None:
-        """Nothing beyond what the observer is told."""
+        """Nothing: the observer reports."""
 
     def start(
         self,
@@ -108,7 +109,7 @@ class FlexLoRAStrategy(Strategy):
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
     ) -> Result:
-        """Run rounds ``state.round + 1`` to ``num_rounds`` (default: the settings').
+        """Run rounds ``state.round + 1`` to ``num_rounds`` (default: the configuration's).
 
         ``initial_arrays`` and the two configs are not used: round 0 is the base itself, and clients
         read their settings from the run's configuration. ``evaluate_fn`` gets the global adapter.
@@ -116,14 +117,14 @@ class FlexLoRAStrategy(Strategy):
         Raises:
             UserError: too few nodes in time, or no client that can train.
         """
-        rounds = self.num_rounds = num_rounds or self.settings.num_server_rounds
-        limit = timeout or self.settings.round_timeout_seconds
+        rounds = self.num_rounds = num_rounds or self.config.num_server_rounds
+        limit = timeout or self.config.server.round_timeout_seconds
         config, result = ConfigRecord(), Result()
         if not self.roster.members:
             self.meet(grid, limit)
         first = self.state is None
         if self.state is None:
-            dtype = DTYPES["float64" if self.settings.wire_dtype == "float64" else "float32"]
+            dtype = DTYPES["float64" if self.config.wire.dtype == "float64" else "float32"]
             self.state = State(round=0, change=GlobalChange.zero(self.roster.shapes, dtype))
         clock = clock_of(grid)
         measured = not (clock.simulated or getattr(grid, "in_process", False))
@@ -140,13 +141,13 @@ class FlexLoRAStrategy(Strategy):
                 metrics |= trained or {}
                 metrics |= self._ledger.account(clock, clock.now() - then)
                 result.train_metrics_clientapp[server_round] = trained or MetricRecord()
-            if self.settings.evaluates(server_round, rounds):
+            if self.config.eval.due(server_round, rounds):
                 messages = self.configure_evaluate(server_round, ArrayRecord(), config, grid)
                 metrics["eval_bytes_down"] = sum(content_bytes(m.content) for m in messages)
                 if server_round == 0:
                     self._tell("round_started", server_round, rounds, len(messages))
                 letters = [Letter(message) for message in messages]
-                scored = ask(grid, letters, self.settings, limit)
+                scored = ask(grid, letters, self.config, limit)
                 scores = self.aggregate_evaluate(server_round, (r for _, r in scored if r))
                 metrics |= scores or {}
                 result.evaluate_metrics_clientapp[server_round] = scores or MetricRecord()
@@ -174,7 +175,7 @@ class FlexLoRAStrategy(Strategy):
 
     def meet(self, grid: Grid, timeout: float | None = None) -> None:
         """Wait for nodes, ask what each can train, and give every client its rank class."""
-        self.membership.meet(grid, timeout or self.settings.round_timeout_seconds)
+        self.membership.meet(grid, timeout or self.config.server.round_timeout_seconds)
         self._tell("met", self.roster)
 
     def _welcome(self, grid: Grid, server_round: int, timeout: float) -> None:
@@ -208,7 +209,7 @@ class FlexLoRAStrategy(Strategy):
             self.method,
             state,
             asked,
-            self.settings,
+            self.config,
             server_round=server_round,
             num_rounds=self.num_rounds,
             fingerprint=self.roster.fingerprint,
@@ -227,7 +228,7 @@ class FlexLoRAStrategy(Strategy):
             grid,
             self._letters,
             timeout=timeout,
-            resending=resending_of(grid, self.settings, timeout),
+            resending=resending_of(grid, self.config, timeout),
             overdue=self._late.book.letters,
             enough=enough,
             told=self._resent,
@@ -272,7 +273,7 @@ class FlexLoRAStrategy(Strategy):
 
     def _turns(self, needed: int) -> dict[Letter, int]:
         """Drawn where more are asked than needed: by id, the last ones would never count."""
-        purpose = (self.settings.seed, "arrival", self._ledger.server_round)
+        purpose = (self.config.seed, "arrival", self._ledger.server_round)
         letters = self._letters.items() if needed < len(self._letters) else ()
         return {letter: derive_seed(*purpose, client_id) for letter, client_id in letters}
 
@@ -286,15 +287,15 @@ class FlexLoRAStrategy(Strategy):
             sent=starts,
             class_bytes=self._class_bytes,
             ledger=self._ledger,
-            max_norm=self.settings.max_update_norm,
+            max_norm=self.config.method.max_update_norm,
             tell=lambda client_id, cause: self._tell("replied", client_id, cause),
-            late_weight=self.settings.late_weight,
+            late_weight=self.config.server.late_weight,
         )
         done: set[Letter] = set()
         for reply in replies:
             self._take(server_round, reply, done)
         began = time.perf_counter()
-        quorum, counted = self.settings.quorum, self._intake.counted + self._intake.late
+        quorum, counted = self.config.server.quorum, self._intake.counted + self._intake.late
         cause = self._selected.cause
         if not cause and counted < quorum:
             cause = too_few(counted, quorum, "updates came")
@@ -335,7 +336,7 @@ class FlexLoRAStrategy(Strategy):
         return evaluation_messages(
             self.served(self.state),
             self.roster,
-            self.settings,
+            self.config,
             server_round=server_round,
             num_rounds=self.num_rounds,
             origin=self.origin,
@@ -347,7 +348,7 @@ class FlexLoRAStrategy(Strategy):
         """The adapter that each rank class (default: those met) would be given to use."""
         classes = self.roster.rank_classes if rank_classes is None else rank_classes
         return {
-            name: self.method.start(state, rank_class, self.settings.factoring).served()
+            name: self.method.start(state, rank_class, factoring_of(self.config)).served()
             for name, rank_class in classes.items()
         }
 
@@ -385,8 +386,8 @@ class FlexLoRAStrategy(Strategy):
 
     def global_arrays(self) -> ArrayRecord:
         """The global adapter at the server's full rank as Flower arrays."""
-        factoring = self.settings.factoring
-        adapter = self.state.change.full_rank_adapter(factoring.alpha, rslora=factoring.rslora)
+        lora = self.config.lora
+        adapter = self.state.change.full_rank_adapter(lora.alpha, rslora=lora.rslora)
         return pack(adapter, "float32").arrays
 
     def _tell(self, event: str, *args: object) -> None:

@@ -16,7 +16,6 @@ from flexlora.evaluation.evaluate import BASE
 from flexlora.lora.adapters import Adapter
 from flexlora.lora.peft_folder import load_adapter, save_adapter
 from flexlora.runs.folder import RunFolder
-from flexlora.server.settings import ServerSettings
 from flexlora.server.strategy import FlexLoRAStrategy
 from flexlora.simulations.terminal import make_console
 from flexlora.training.models import load_base, resolve_name
@@ -45,14 +44,14 @@ def evaluate_target(
         values |= {"data.path": data, "data.name": "", "data.partition": "iid", "clients.count": 1}
         values |= {"clients.quantization": ""}
     values |= Config.given(file=file, sets=sets)
-    worker = worker_for(resolved(Config(values)))
+    worker = worker_for(resolved(Config.of(values)))
     scores = score_adapters(worker, adapters)
     table = Table(box=None, pad_edge=False)
     for column in ("adapter", "loss", "exact match", "ROUGE-L", "rows"):
         table.add_column(column, justify="left" if column == "adapter" else "right")
     for name, score in scores.items():
         if not score.rows:
-            split = worker.config["eval.split"]
+            split = worker.config.eval.split
             raise UserError(f"the data has no {split} rows that fit; try another eval.split.")
         table.add_row(
             name,
@@ -71,15 +70,15 @@ def _adapters_of(path: Path) -> tuple[dict[str, Adapter], dict[str, object]]:
         run, config = RunFolder.open(path)
         state, classes = run.load_checkpoint()
         used = {r.name: r for r in sorted(classes.values(), key=lambda r: (r.rank, r.name))}
-        strategy = FlexLoRAStrategy(ServerSettings.from_config(config))
-        return strategy.served(state, used), dict(config)
+        strategy = FlexLoRAStrategy(config)
+        return strategy.served(state, used), config.flat()
     if not path.is_dir():
         raise UserError(f"'{path}' does not exist, expected a run folder or a PEFT folder.")
     adapter, name = load_adapter(path), path.resolve().name
     name = f"{name} (adapter)" if name == BASE else name
     home = path.resolve().parent.parent
     if path.resolve().parent.name == "adapters" and RunFolder.is_run(home):
-        return {name: adapter}, dict(RunFolder.open(home)[1])
+        return {name: adapter}, RunFolder.open(home)[1].flat()
     config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
     base = config.get("base_model_name_or_path") or "embedded"
     return {name: adapter}, {"model.name": base, "lora.target-modules": ",".join(adapter)}
@@ -120,16 +119,16 @@ def export_run(target: str, *, rank: int, kind: str, out: str) -> None:
     run, config = RunFolder.open(target)
     state, _ = run.load_checkpoint()
     change, console = state.change, make_console()
-    quantized = {config["model.quantization"], config["clients.quantization"]} - {"none", ""}
+    quantized = {config.model.quantization, config.clients.quantization} - {"none", ""}
     if kind == "merged" and quantized:
         raise UserError(
             f"the adapter was trained on a {min(quantized)} base; merged into the "
             "full-precision one it is another model. Use --format peft beside the same base."
         )
-    base = resolve_name(config["model.name"])
+    base = resolve_name(config.model.name)
     if kind == "peft":
         adapter = change.adapter(
-            rank, config["lora.alpha"], rslora=config["lora.rslora"], seed=config["seed"]
+            rank, config.lora.alpha, rslora=config.lora.rslora, seed=config.seed
         )
         save_adapter(adapter, folder, base=base, fan_in_fan_out=_fan_in_fan_out(run))
     else:
@@ -150,7 +149,7 @@ def _fan_in_fan_out(run: RunFolder) -> bool:
 @torch.no_grad()
 def _save_merged(config: Config, deltas: Mapping[str, torch.Tensor], folder: Path) -> None:
     """``W + T_rank(G)`` in every target, written by transformers as safetensors."""
-    base = load_base(config["model.name"], dtype=config["model.dtype"], device="cpu", fresh=True)
+    base = load_base(config.model.name, dtype=config.model.dtype, device="cpu", fresh=True)
     for name, delta in deltas.items():
         linear = base.model.get_submodule(name)
         turned = delta.T if type(linear).__name__ == "Conv1D" else delta

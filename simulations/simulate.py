@@ -15,7 +15,7 @@ from flexlora.runs.folder import RunFolder
 from flexlora.runs.lock import check_idle
 from flexlora.server.app import federate
 from flexlora.server.observing.observer import Observer
-from flexlora.server.settings import ServerSettings
+from flexlora.server.settings import check_config
 from flexlora.server.strategy import FlexLoRAStrategy
 from flexlora.simulations.engine.cohorts import limits_of, resolved_limits
 from flexlora.simulations.engine.grid import InProcessGrid
@@ -53,10 +53,10 @@ def resume(out: str | Path, *, observer: Observer | None = None) -> FlexLoRAStra
 @contextmanager
 def _ready(config: Config, out: Path) -> Iterator[tuple[Config, InProcessGrid]]:
     """The whole plan of the run and the grid that carries it out; its processes end with it."""
-    ServerSettings.from_config(config)
-    torch.set_num_threads(config["engine.threads"])
+    check_config(config)
+    torch.set_num_threads(config.engine.threads)
     # Other processes load while this one does.
-    several = config["engine.workers"] > 1 or bool(config["engine.ray-address"])
+    several = config.engine.workers > 1 or bool(config.engine.ray_address)
     pool = make_pool(config) if several else None
     try:
         worker = worker_for(config)
@@ -75,9 +75,9 @@ def _check_enough(config: Config, count: int) -> None:
         UserError: more clients are asked for than the data makes.
     """
     for key in ("server.quorum", "server.min-nodes"):
-        if config[key] > count:
+        if (wanted := config.flat()[key]) > count:
             raise UserError(
-                f"{key} is {config[key]}, but the data makes {count} clients, so that it can never "
+                f"{key} is {wanted}, but the data makes {count} clients, so that it can never "
                 "be met; lower it, or raise clients.count."
             )
 
@@ -97,9 +97,9 @@ def make_grid(
     return InProcessGrid(
         worker,
         limits=limits_of(config),
-        wire_dtype=config["wire.dtype"],
+        wire_dtype=config.wire.dtype,
         pool=pool,
         world=world_of(config, population),
         personal=personal,
-        late_rounds=config["server.late-rounds"],
+        late_rounds=config.server.late_rounds,
     )

@@ -6,7 +6,7 @@ Quiet where the output is not a terminal: no bar, and the tables as plain text.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -14,12 +14,13 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from flexlora.lora.ranks import RankClass
-from flexlora.report.words import spelling
+from flexlora.report.formats import format_counts, metric_format
+from flexlora.units import human_bytes
 
 if TYPE_CHECKING:
     from flexlora.server.members.roster import Roster
 
-__all__ = ["TerminalObserver", "human_bytes", "make_console"]
+__all__ = ["TerminalObserver", "make_console"]
 
 
 def make_console() -> Console:
@@ -29,15 +30,6 @@ def make_console() -> Console:
     if console.is_terminal:
         return console
     return Console(highlight=False, markup=False, width=120)
-
-
-def human_bytes(count: float) -> str:
-    """``1234567`` as ``1.2 MB`` (powers of 1000)."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000 or unit == "GB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    raise AssertionError
 
 
 class TerminalObserver:
@@ -81,8 +73,8 @@ class TerminalObserver:
             members = [m for m in roster.members.values() if m.rank_class.name == name]
             spelled = _spelled_ranks(rank_class, roster)
             rows = sum(m.capability.num_examples for m in members)
-            bases = counted(m.capability.quantization for m in members)
-            devices = counted(m.capability.device for m in members)
+            bases = format_counts(m.capability.quantization for m in members)
+            devices = format_counts(m.capability.device for m in members)
             table.add_row(name, str(len(members)), str(rows), spelled, bases, devices)
         if self.personal_rank:
             spelled = _spelled_ranks(RankClass.of(self.personal_rank), roster)
@@ -204,18 +196,10 @@ def _spelled_ranks(rank_class: RankClass, roster: Roster) -> str:
     return ", ".join(f"{rank} ({count})" for rank, count in sorted(ranks.items()))
 
 
-def counted(kinds: Iterable[str]) -> str:
-    """``nf4 (3), none (1)``; the name alone where there is one kind."""
-    counts = Counter(kinds)
-    if len(counts) == 1:
-        return next(iter(counts))
-    return ", ".join(f"{kind} ({count})" for kind, count in sorted(counts.items()))
-
-
 def _out_there(metrics: Mapping[str, object]) -> str:
     """What the round would have taken in the simulated world, where there is one."""
     found = [(key, metrics.get(key)) for key in ("simulated_seconds", "joules")]
-    spelled = [spelling(key)(value) for key, value in found if isinstance(value, int | float)]
+    spelled = [metric_format(key)(value) for key, value in found if isinstance(value, int | float)]
     return f"  out there {', '.join(spelled)}" if spelled else ""
 
 

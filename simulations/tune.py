@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import tomli_w
@@ -19,9 +19,9 @@ from rich.table import Table
 from flexlora.aggregation.engine.method import State
 from flexlora.aggregation.engine.state import GlobalChange
 from flexlora.clients.worker import Worker, worker_for
-from flexlora.config.resolve import OPTIONS, Config, resolved
+from flexlora.config.resolve import Config, resolved
 from flexlora.errors import UserError
-from flexlora.server.settings import ServerSettings
+from flexlora.server.settings import check_config, factoring_of
 from flexlora.server.strategy import FlexLoRAStrategy
 from flexlora.simulations.engine.cohorts import MOST_CLIENTS, resolved_limits
 from flexlora.simulations.simulate import make_grid
@@ -53,20 +53,22 @@ def tune(config: Config, *, out: str | None = None) -> int:
     """
     if out is not None:
         _check_writable(Path(out))
-    ServerSettings.from_config(config)
+    check_config(config)
     run = resolved(config)
-    torch.set_num_threads(run["engine.threads"])
+    torch.set_num_threads(run.engine.threads)
     worker = worker_for(run)
     sizes = list(measured(run, worker))
     best = fastest(sizes)
     console = make_console()
     console.print(_table(sizes, best))
-    model = resolved_limits(run.replace(engine__cohort_size=0, engine__cohort_tokens=0), worker)
+    model = resolved_limits(
+        run.with_values({"engine.cohort-size": 0, "engine.cohort-tokens": 0}), worker
+    )
     console.print(
-        f"The cost model would take passes of up to {model['engine.cohort-tokens']} tokens.",
+        f"The cost model would take passes of up to {model.engine.cohort_tokens} tokens.",
         soft_wrap=True,
     )
-    pass_tokens = run["train.per-device-train-batch-size"] * run["train.max-length"]
+    pass_tokens = run.train.per_device_train_batch_size * run.train.max_length
     chosen = {
         "engine.cohort-size": best.clients,
         "engine.cohort-tokens": best.clients * pass_tokens,
@@ -75,7 +77,7 @@ def tune(config: Config, *, out: str | None = None) -> int:
         spelled = " ".join(f"--set {key}={value}" for key, value in chosen.items())
         console.print(f"Use it with {spelled}", soft_wrap=True)
     else:
-        _write(Config({**config, **chosen}), Path(out))
+        _write(config.with_values(chosen), Path(out))
         console.print(f"Written: {out} (flexlora simulate --config {out})", soft_wrap=True)
     return 0
 
@@ -119,19 +121,18 @@ def first_round(config: Config, worker: Worker) -> list[TrainJob]:
 
     So every size holds the dearest clients of its kind, as a full cohort may.
     """
-    settings = ServerSettings.from_config(config)
-    strategy = FlexLoRAStrategy(settings)
+    strategy = FlexLoRAStrategy(config)
     strategy.meet(make_grid(resolved_limits(config, worker), worker))
     state = State(round=0, change=GlobalChange.zero(strategy.roster.shapes, torch.float32))
     starts = {
-        name: strategy.method.start(state, rank_class, settings.factoring).sealed()
+        name: strategy.method.start(state, rank_class, factoring_of(config)).sealed()
         for name, rank_class in strategy.roster.rank_classes.items()
     }
     jobs = [
         TrainJob(
             client_id=client_id,
             server_round=1,
-            num_server_rounds=config["num-server-rounds"],
+            num_server_rounds=config.num_server_rounds,
             start=starts[member.rank_class.name],
         )
         for client_id, member in strategy.roster.members.items()
@@ -149,7 +150,7 @@ def _longest(worker: Worker, job: TrainJob) -> int:
 
 def _rate(worker: Worker, jobs: Sequence[TrainJob]) -> float:
     """Steps of a client a second; the best of a few trainings, after one that warms up."""
-    settings = replace(worker.settings, max_steps=STEPS)
+    settings = worker.settings.model_copy(update={"max_steps": STEPS})
     rows = [worker.train_rows(job) for job in jobs]
     slots = worker.slots_of(worker.quantization_of(jobs[0].client_id))
     best = float("inf")
@@ -187,9 +188,8 @@ def _check_writable(out: Path) -> None:
 
 
 def _write(config: Config, out: Path) -> None:
-    changed = {key: value for key, value in config.items() if value != OPTIONS[key].default}
     tree: dict = {}
-    for key, value in changed.items():
+    for key, value in config.changed().items():
         table, _, leaf = key.rpartition(".")
         (tree.setdefault(table, {}) if table else tree)[leaf] = value
     try:

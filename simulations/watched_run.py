@@ -27,7 +27,7 @@ def watched_run(
     """
     if go_on:
         _, config = RunFolder.open(out)
-    with TerminalObserver(console, personal_rank=config["personal.rank"]) as observer:
+    with TerminalObserver(console, personal_rank=config.personal.rank) as observer:
         if go_on:
             resume(out, observer=observer)
         else:

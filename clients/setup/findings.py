@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flexlora.config.resolve import OPTIONS
+from flexlora.config.sections import Model, Train
 from flexlora.planning.devices import CPU_RUNTIME, CUDA_RUNTIME
 from flexlora.planning.model_config import read_shape
 from flexlora.planning.planner import Choice, Request, make_plan, needed_bytes
@@ -38,7 +38,7 @@ class Findings:
 
     def values(self) -> dict[str, str]:
         """What the templates are filled with."""
-        default = OPTIONS["model.dtype"].default
+        default = Model().dtype
         limit = f"--memory-limit {self.memory_limit} " if self.memory_limit else ""
         absent = f"; not: {', '.join(self.absent)}" if self.absent else ""
         return {
@@ -94,7 +94,7 @@ def _plan(
     model: str, seen: Probe, on_card: bool, memory: int, quantization: str, num_examples: int
 ) -> Choice:
     shape = read_shape(model)
-    length = int(OPTIONS["train.max-length"].default)
+    length = Train().max_length
     request = Request(
         memory_bytes=memory,
         max_length=min(length, shape.max_positions),

@@ -21,8 +21,9 @@ import flexlora
 from flexlora.clients.setup.node_key_checks import check_node_key
 from flexlora.deploy.connections import Answer, Link, Stopped, parse_address
 from flexlora.deploy.doctor import Check, Finding, failed, ok, warning
-from flexlora.deploy.tls_checks import Shown, check_certificate, look, read_authorities, span
+from flexlora.deploy.tls_checks import Shown, check_certificate, look, read_authorities
 from flexlora.errors import UserError
+from flexlora.units import human_seconds
 
 __all__ = ["check_superlink", "check_trainer", "node_checks"]
 
@@ -171,7 +172,8 @@ def _clock(link: Link, answer: Answer) -> Finding:
     fast, slow = SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE
     off = (least + most) / 2
     limit = f"node authentication takes a clock {fast} s ahead and {slow} s behind"
-    told = f"this machine's clock is {span(off)} {'ahead of' if off > 0 else 'behind'} the server's"
+    side = "ahead of" if off > 0 else "behind"
+    told = f"this machine's clock is {human_seconds(abs(off))} {side} the server's"
     if least > fast or most < -slow:
         return failed(f"{told}; {limit}.", remedy, name=name)
     if most > fast or least < -slow:
@@ -211,5 +213,5 @@ def check_trainer(path: Path) -> Finding:
     if told.stopping:
         return warning(f"the trainer on '{path}' is stopping.", serve)
     held = "" if told.quantization == "none" else f" in {told.quantization}"
-    doing = f"{told.doing} for {span(told.seconds)}" if told.doing else "idle"
+    doing = f"{told.doing} for {human_seconds(told.seconds)}" if told.doing else "idle"
     return ok(f"FlexLoRA {own} holds {told.model}{held} on {told.device}: {doing}")

@@ -42,20 +42,20 @@ def smallest_plan(config: Config, limit_bytes: int) -> Choice:
     Raises:
         UserError: not even that fits, with what is missing; a base that cannot be planned for.
     """
-    if config["model.dtype"] == "float64":
+    if config.model.dtype == "float64":
         raise UserError(
             "--memory-limit plans bases in float32 and bfloat16, and model.dtype is float64; "
             "leave one of them out."
         )
-    shape = read_shape(config["model.name"])
-    on_card = pick_device(config["engine.device"]).type == "cuda"
-    length = config["train.max-length"]
+    shape = read_shape(config.model.name)
+    on_card = pick_device(config.engine.device).type == "cuda"
+    length = config.train.max_length
     request = Request(
         memory_bytes=limit_bytes,
         max_length=min(length, shape.max_positions),
-        quantization=config["model.quantization"],
-        attention=config["model.attn-implementation"],
-        bfloat16=config["model.dtype"] == "bfloat16",
+        quantization=config.model.quantization,
+        attention=config.model.attn_implementation,
+        bfloat16=config.model.dtype == "bfloat16",
         cuda=on_card,
         unified_memory=not on_card,
         runtime_bytes=CUDA_RUNTIME if on_card else CPU_RUNTIME,
@@ -69,7 +69,7 @@ def enforce(config: Config, limit_bytes: int) -> str:
     Raises:
         UserError: a limit beyond the card's memory.
     """
-    device = pick_device(config["engine.device"])
+    device = pick_device(config.engine.device)
     if device.type != "cuda":
         return (
             "memory limit: on the CPU nothing enforces it; plans were checked against it, and "

@@ -94,7 +94,7 @@ def _trained(
         result = noted(result, f"personal factors: {trouble}")
     config, start = worker.config, job.start.for_client(job.client_id)
     result = Uplink.of(config, feedback).ready(result, job)
-    return train_reply(result, dtype=config["wire.dtype"], start=start)
+    return train_reply(result, dtype=config.wire.dtype, start=start)
 
 
 def _attached(job: TrainJob, personal: PersonalStore | None) -> tuple[TrainJob, str]:

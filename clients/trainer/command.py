@@ -183,7 +183,7 @@ def _trainer(options: ServeOptions, teller: Any) -> Any:
 def _ready(trainer: Any, path: Path) -> str:
     config = trainer.node.config
     return (
-        f"ready on {path}: {config['model.name']} ({config['model.quantization']}) on "
+        f"ready on {path}: {config.model.name} ({config.model.quantization}) on "
         f"{trainer.device}, {trainer.num_examples} train rows, kernels "
         f"{', '.join(trainer.kernels.runs) or 'none'}"
     )

@@ -7,7 +7,7 @@ from flwr.app import Context, Message, RecordDict
 from flexlora.clients.trainer.answers import answer
 from flexlora.clients.trainer.node import ALONE
 from flexlora.clients.worker import Worker, worker_for
-from flexlora.config.resolve import Config
+from flexlora.config.resolve import Config, of_flower
 from flexlora.errors import UserError
 
 __all__ = ["answer_here", "worker_of"]
@@ -30,15 +30,15 @@ def worker_of(context: Context) -> tuple[Worker, str]:
     ``model-path``) in its node config is one client, named by ``client-id``; ``quantization`` says
     how it holds its base.
     """
-    config, node = Config(context.run_config), context.node_config
+    config, node = Config.of(of_flower(context.run_config)), context.node_config
     if "model-path" in node:
-        config = Config({**config, "model.name": str(node["model-path"])})
+        config = config.with_values({"model.name": str(node["model-path"])})
     if "quantization" in node:
         own = {"model.quantization": str(node["quantization"]), "clients.quantization": ""}
-        config = Config({**config, **own})
+        config = config.with_values(own)
     if "data-path" in node:
         name = str(node.get("client-id", f"node_{context.node_id}"))
-        worker = worker_for(Config({**config, "data.path": str(node["data-path"]), **ALONE}))
+        worker = worker_for(config.with_values({"data.path": str(node["data-path"]), **ALONE}))
         worker.data.rename(name)
         return worker, name
     if "partition-id" not in node:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flexlora.config.resolve import OPTIONS, Config
+from flexlora.config.resolve import KEYS, Config, of_flower
 from flexlora.errors import UserError
 
 __all__ = ["ALONE", "Node", "data_state", "job_config", "owned"]
@@ -67,7 +67,7 @@ class Node:
         if odd:
             raise UserError(
                 f"--set got '{odd[0]}', which is not the node's to say; expected one of "
-                f"{', '.join(key for key in OPTIONS if owned(key) and key not in ALONE)}."
+                f"{', '.join(key for key in KEYS if owned(key) and key not in ALONE)}."
             )
         named = {
             "model.name": model,
@@ -75,7 +75,7 @@ class Node:
             "engine.device": device,
             "data.path": data,
         }
-        return cls(config=Config({**named, **given, **ALONE}), client_id=client_id)
+        return cls(config=Config.of({**named, **given, **ALONE}), client_id=client_id)
 
     def name_for(self, told: str, node_id: int) -> str:
         """The client that this node is: the owner's name, else the node config's, else its number.
@@ -97,8 +97,9 @@ def job_config(node: Config, run: Mapping[str, Any]) -> Config:
     Raises:
         UserError: a key that this FlexLoRA does not know, or a value out of its range.
     """
-    kept = {key: value for key, value in run.items() if key not in _PLACES and not owned(key)}
-    return Config({**kept, **{key: node[key] for key in node if owned(key)}})
+    given = of_flower(run)
+    kept = {key: value for key, value in given.items() if key not in _PLACES and not owned(key)}
+    return Config.of({**kept, **{key: value for key, value in node.flat().items() if owned(key)}})
 
 
 def data_state(folder: str) -> str:

@@ -95,7 +95,7 @@ class ResidentTrainer:
         if call.fingerprint and call.fingerprint != self.fingerprint:
             raise UserError(
                 f"the request is for the base {call.fingerprint}, the trainer holds "
-                f"{self.fingerprint} ({self.node.config['model.name']}); serve the run's base."
+                f"{self.fingerprint} ({self.node.config.model.name}); serve the run's base."
             )
         return self.node.name_for(call.client_id, call.node_id)
 
@@ -152,7 +152,7 @@ class ResidentTrainer:
             content,
             worker,
             client_id,
-            personal=own if worker.config["personal.rank"] else None,
+            personal=own if worker.config.personal.rank else None,
             feedback=feedback_beside(own),
             free_bytes=self.free_bytes,
             drop=True,
@@ -185,9 +185,9 @@ class ResidentTrainer:
         same = Call()
         same.CopyFrom(call)
         same.node_id, same.client_id = 0, client_id  # Flower may give a node another number
-        state = data_state(self.node.config["data.path"])
+        state = data_state(self.node.config.data.path)
         digest = hashlib.sha256(f"{self.fingerprint}|{state}|".encode())
-        digest.update(repr(sorted(self.node.config.items())).encode())
+        digest.update(repr(sorted(self.node.config.flat().items())).encode())
         digest.update(same.SerializeToString(deterministic=True))
         number = server_round(call)
         return f"{message_type}-run{call.run_id}-round{number}-{digest.hexdigest()[:40]}"

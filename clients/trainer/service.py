@@ -83,8 +83,8 @@ class TrainerService(TrainerServicer):
         return HealthReply(
             version=flexlora.__version__,
             fingerprint=trainer.fingerprint,
-            model=trainer.node.config["model.name"],
-            quantization=trainer.node.config["model.quantization"],
+            model=trainer.node.config.model.name,
+            quantization=trainer.node.config.model.quantization,
             device=trainer.device,
             runs=trainer.kernels.runs,
             absent=trainer.kernels.absent,

@@ -1,233 +1,93 @@
-"""Aggregation methods by name, and ``aggregate`` for those who bring their own loop."""
+"""Aggregation methods by name. A method's file, and with it torch, is imported when it is used."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+import importlib
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
-from flexlora.aggregation.aligned import Aligned
-from flexlora.aggregation.carried import Carried
-from flexlora.aggregation.engine.method import (
-    Law,
-    LocalPlan,
-    Method,
-    Start,
-    State,
-    Update,
-    check_update,
-)
-from flexlora.aggregation.engine.server_step import ServerStep
-from flexlora.aggregation.engine.state import GlobalChange
-from flexlora.aggregation.fed_plora import FedPLoRA
-from flexlora.aggregation.fedex_lora import FedExLoRA
-from flexlora.aggregation.fedit import FedIT
-from flexlora.aggregation.ffa_lora import FFALoRA
-from flexlora.aggregation.flexlora import FlexLoRA
-from flexlora.aggregation.flora import FLoRA
-from flexlora.aggregation.florist import FLoRIST
-from flexlora.aggregation.hetlora import HetLoRA
-from flexlora.aggregation.raflora import RaFLoRA
-from flexlora.aggregation.rbla import RBLA
-from flexlora.aggregation.residual import Residual
-from flexlora.aggregation.rolora import RoLoRA
-from flexlora.aggregation.slora import SLoRA
-from flexlora.errors import UpdateRefused, UserError, nearest
-from flexlora.lora.adapters import Adapter
+from pydantic import ValidationError
 
-__all__ = [
-    "METHODS",
-    "GlobalChange",
-    "Law",
-    "LocalPlan",
-    "Method",
-    "MethodOptions",
-    "Start",
-    "State",
-    "Update",
-    "aggregate",
-    "check_method",
-    "check_options",
-    "check_update",
-    "make_method",
-]
+from flexlora.aggregation.engine.options import MethodOptions, in_a_sentence
+from flexlora.errors import UserError, nearest
 
+if TYPE_CHECKING:
+    from flexlora.aggregation.engine.method import Method
 
-@dataclass(frozen=True, kw_only=True)
-class MethodOptions:
-    """The ``method.*`` keys that a method may read; which ones it reads is in ``METHODS``.
+__all__ = ["METHODS", "make_method", "method_class", "method_options"]
 
-    ``server_learning_rate`` 0 is the method's own.
-    """
-
-    server_learning_rate: float = 0.0
-    server_optimizer: str = "sgd"
-    server_momentum: float = 0.9
-    max_rank: int = 1 << 30
-    error_feedback: bool = False
-    realign: bool = False
-    carried_rank: int = 64
-    carried_dtype: str = ""
-    gradient_batches: int = 1
-    restarts: int = 0
-    energy_threshold: float = 0.95
-    prune_factor: float = 0.0
-    prune_penalty: float = 0.0
-    sparse_rounds: int = 2
-
-    def step(self, learning_rate: float) -> ServerStep:
-        """The server's step, at ``learning_rate`` where none was asked for."""
-        return ServerStep(
-            learning_rate=self.server_learning_rate or learning_rate,
-            optimizer=self.server_optimizer,
-            momentum=self.server_momentum,
-            max_rank=self.max_rank,
-            error_feedback=self.error_feedback,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Entry:
-    """How a method is made, and which options mean something to it.
-
-    ``splits``: clients start from ``T_r(G)``, whose singular values go into one of its factors.
-    """
-
-    make: Callable[[MethodOptions], Method]
-    reads: frozenset[str] = frozenset()
-    splits: bool = False
-
-
-STEP = frozenset(
-    {"server_learning_rate", "server_optimizer", "server_momentum", "max_rank", "error_feedback"}
-)
-TRUNCATED = STEP | {"realign"}
-CARRIED = frozenset({"carried_rank", "carried_dtype", "gradient_batches", "restarts"})
-
-METHODS: dict[str, Entry] = {
-    "aligned": Entry(
-        make=lambda o: Aligned(
-            step=o.step(2.0),
-            carried_rank=o.carried_rank,
-            carried_dtype=o.carried_dtype,
-            gradient_batches=o.gradient_batches,
-            restarts=o.restarts,
-        ),
-        reads=STEP | CARRIED,
-    ),
-    "carried": Entry(
-        make=lambda o: Carried(
-            step=o.step(2.0),
-            realign=o.realign,
-            carried_rank=o.carried_rank,
-            carried_dtype=o.carried_dtype,
-        ),
-        reads=TRUNCATED | {"carried_rank", "carried_dtype"},
-        splits=True,
-    ),
-    "fed-plora": Entry(
-        make=lambda o: FedPLoRA(num_terms=o.carried_rank), reads=frozenset({"carried_rank"})
-    ),
-    "fedex-lora": Entry(make=lambda o: FedExLoRA(step=o.step(1.0)), reads=STEP),
-    "fedit": Entry(make=lambda o: FedIT()),
-    "ffa-lora": Entry(make=lambda o: FFALoRA()),
-    "flexlora": Entry(
-        make=lambda o: FlexLoRA(step=o.step(1.0), realign=o.realign), reads=TRUNCATED, splits=True
-    ),
-    "flora": Entry(make=lambda o: FLoRA(step=o.step(1.0)), reads=STEP),
-    "florist": Entry(
-        make=lambda o: FLoRIST(step=o.step(1.0), energy_threshold=o.energy_threshold),
-        reads=STEP | {"energy_threshold"},
-    ),
-    "hetlora": Entry(
-        make=lambda o: HetLoRA(prune_factor=o.prune_factor, prune_penalty=o.prune_penalty),
-        reads=frozenset({"prune_factor", "prune_penalty"}),
-    ),
-    "raflora": Entry(make=lambda o: RaFLoRA(step=o.step(1.0)), reads=STEP, splits=True),
-    "rbla": Entry(make=lambda o: RBLA()),
-    "residual": Entry(
-        make=lambda o: Residual(step=o.step(2.0), realign=o.realign), reads=TRUNCATED, splits=True
-    ),
-    "rolora": Entry(make=lambda o: RoLoRA()),
-    "slora": Entry(
-        make=lambda o: SLoRA(sparse_rounds=o.sparse_rounds), reads=frozenset({"sparse_rounds"})
-    ),
+METHODS = {
+    "aligned": "flexlora.aggregation.aligned:Aligned",
+    "carried": "flexlora.aggregation.carried:Carried",
+    "fed-plora": "flexlora.aggregation.fed_plora:FedPLoRA",
+    "fedex-lora": "flexlora.aggregation.fedex_lora:FedExLoRA",
+    "fedit": "flexlora.aggregation.fedit:FedIT",
+    "ffa-lora": "flexlora.aggregation.ffa_lora:FFALoRA",
+    "flexlora": "flexlora.aggregation.flexlora:FlexLoRA",
+    "flora": "flexlora.aggregation.flora:FLoRA",
+    "florist": "flexlora.aggregation.florist:FLoRIST",
+    "hetlora": "flexlora.aggregation.hetlora:HetLoRA",
+    "raflora": "flexlora.aggregation.raflora:RaFLoRA",
+    "rbla": "flexlora.aggregation.rbla:RBLA",
+    "residual": "flexlora.aggregation.residual:Residual",
+    "rolora": "flexlora.aggregation.rolora:RoLoRA",
+    "slora": "flexlora.aggregation.slora:SLoRA",
 }
 
 
-def check_method(name: str) -> None:
-    """Raises ``UserError`` with the known names for a method that does not exist."""
-    if name not in METHODS:
-        known = ", ".join(sorted(METHODS))
-        raise UserError(f"method '{name}' is unknown, expected {known}.{nearest(name, METHODS)}")
-
-
-def make_method(name: str, **options: Any) -> Method:
-    """The method of that name with ``MethodOptions``, ready for its first ``begin``.
+def method_class(name: str) -> type[Method]:
+    """The class of that name; its file is imported.
 
     Raises:
         UserError: an unknown name; there is no default branch.
     """
-    check_method(name)
-    return METHODS[name].make(MethodOptions(**options))
+    if name not in METHODS:
+        known = ", ".join(sorted(METHODS))
+        raise UserError(
+            f"method '{name}' is unknown, expected {known}.{nearest(str(name), METHODS)}"
+        )
+    module, _, attribute = METHODS[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
-def check_options(name: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Refuse an option that was changed and that the method does not read.
-
-    Raises:
-        UserError: it would otherwise be ignored without a word.
-    """
-    check_method(name)
-
-    def reads(entry: Entry, option: str) -> bool:
-        return entry.splits if option == "singular_values" else option in entry.reads
-
-    for option, value in given.items():
-        if value != defaults[option] and not reads(METHODS[name], option):
-            readers = ", ".join(k for k, entry in METHODS.items() if reads(entry, option))
-            key = "method." + option.replace("_", "-").replace("max-rank", "server-max-rank")
-            raise UserError(
-                f"{key} is {value}, which method.name={name} does not read (but {readers} do); "
-                f"leave it at {defaults[option]}."
-            )
-
-
-def aggregate(updates: Sequence[tuple[Adapter, int]], method: str = "flexlora") -> GlobalChange:
-    """One round from ``G = 0`` over ``(adapter, num_examples)`` pairs of any ranks and alphas.
-
-    The result is in the dtype of the first adapter; ``G = sum_k p_k s_k B_k A_k`` for ``flexlora``
-    and ``residual``.
+def method_options(name: str, values: Mapping[str, Any] = MappingProxyType({})) -> MethodOptions:
+    """The options of that method, ``values`` by field name or kebab-case key, else its defaults.
 
     Raises:
-        UserError: an unknown method.
-        UpdateRefused: no updates, unequal module sets or shapes, NaN, or examples that are not
-            positive.
+        UserError: an unknown method, an option that it does not have (with the methods that have
+            it), a value of the wrong type or out of range.
     """
-    if not updates:
-        raise UpdateRefused("there is no update to aggregate, expected at least one.")
-    first = updates[0][0]
-    shapes = {name: (f.out_features, f.in_features) for name, f in first.items()}
-    dtype = next(iter(first.values())).lora_A.dtype
-    state = State(round=0, change=GlobalChange.zero(shapes, dtype))
-    opened = make_method(method, server_learning_rate=1.0).begin(state, sent={})
-    for index, (adapter, num_examples) in enumerate(updates):
-        update = Update(client_id=f"{index:09d}", adapter=adapter, num_examples=num_examples)
-        check_update(update, _like(adapter, first, update.client_id))
-        opened.add(update)
-    return opened.finish().change
+    options = method_class(name).Options
+    for key, value in values.items():
+        field = key.replace("-", "_")
+        if field not in options.model_fields:
+            raise UserError(_refusal(name, field, value))
+    try:
+        return options.model_validate({**values, "name": name})
+    except ValidationError as error:
+        raise UserError(in_a_sentence(error, options, prefix="method.")) from None
 
 
-def _like(adapter: Adapter, first: Adapter, client_id: str) -> Adapter:
-    """What ``check_update`` may hold this adapter to: its own ranks, the first one's in and out."""
-    expected = {}
-    for name, factors in first.items():
-        own = adapter.get(name, factors)
-        shapes = (factors.out_features, factors.in_features), (own.out_features, own.in_features)
-        if shapes[0] != shapes[1]:
-            raise UpdateRefused(
-                f"client {client_id}, module '{name}': [out, in] is {list(shapes[1])}, "
-                f"expected {list(shapes[0])} as in the first update."
-            )
-        expected[name] = own
-    return Adapter(expected)
+def make_method(name: str, options: MethodOptions | None = None, **values: Any) -> Method:
+    """The method of that name with its ``options``, or with ``values`` by field name.
+
+    Raises:
+        UserError: see ``method_options``.
+    """
+    return method_class(name)(options or method_options(name, values))
+
+
+def _refusal(name: str, field: str, value: object) -> str:
+    """Why ``name`` does not take ``field``: other methods do, or nobody does."""
+    key = "method." + field.replace("_", "-")
+    classes = {other: method_class(other).Options for other in METHODS}
+    having = [other for other, options in classes.items() if field in options.model_fields]
+    if not having:
+        known = {option for options in classes.values() for option in options.option_names()}
+        hint = nearest(key, [f"method.{option}" for option in known])
+        return f"unknown key '{key}'.{hint}"
+    return (
+        f"{key} is {value}, which method.name={name} does not have (but {', '.join(having)} "
+        f"{'does' if len(having) == 1 else 'do'}); leave it out."
+    )

@@ -14,11 +14,15 @@ project's own; starting ``lora_A`` in the gradient's row space is the idea of Ga
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
+
+from pydantic import Field
 
 from flexlora.aggregation.engine.method import Factoring, Law, LocalPlan, Start, State
 from flexlora.aggregation.engine.open_round import OpenRound
+from flexlora.aggregation.engine.options import FastStepOptions, StepOptions
 from flexlora.aggregation.engine.product_sums import ProductSums
-from flexlora.aggregation.engine.server_step import ServerStep, next_state
+from flexlora.aggregation.engine.server_step import next_state
 from flexlora.aggregation.engine.state import GlobalChange
 from flexlora.algebra.decompose import LazySums
 from flexlora.algebra.linalg import FactoredSVD
@@ -30,58 +34,52 @@ __all__ = ["Aligned", "begin_sum", "carried_directions", "fresh_factors"]
 
 
 class Aligned:
-    """``T_c(G)`` carried by everybody; fresh factors trained and added.
-
-    Args:
-        carried_rank: c, capped at what there is; the same for all classes unless a class names its
-            own.
-        carried_dtype: what the carried factors travel and lie in memory as; "" is the wire's dtype.
-        gradient_batches: batches behind the gradient that ``lora_A`` is aligned with; 0 leaves the
-            random rows that were sent (the control).
-        restarts: times that local training freezes what it has and aligns fresh factors; the
-            update holds all of them, ``(restarts + 1)`` times the bytes.
-    """
+    """``T_c(G)`` carried by everybody; fresh factors trained and added."""
 
     name = "aligned"
     laws = frozenset(
         {Law.ORDER, Law.SCALE_OF_WEIGHTS, Law.ZERO_TRAINING, Law.AVERAGE_OF_PRODUCTS},
     )
 
-    def __init__(
-        self,
-        *,
-        step: ServerStep = ServerStep(),
-        carried_rank: int = 64,
-        carried_dtype: str = "",
-        gradient_batches: int = 1,
-        restarts: int = 0,
-    ) -> None:
-        self.step = step
-        self.carried_rank, self.carried_dtype = carried_rank, carried_dtype
-        self.local = LocalPlan(gradient_batches=gradient_batches, restarts=restarts)
+    class Options(FastStepOptions):
+        carried_rank: int = Field(
+            default=32, ge=1, description="rank of the frozen factors, where a class names no other"
+        )
+        carried_dtype: Literal["", "float32", "bfloat16"] = Field(
+            default="", description="dtype of the frozen factors (empty: wire.dtype)"
+        )
+        gradient_batches: int = Field(
+            default=1,
+            ge=0,
+            description="batches to align lora_A with (0: random rows)",
+        )
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.local = LocalPlan(gradient_batches=options.gradient_batches)
 
     def start(self, state: State, rank_class: RankClass, factoring: Factoring) -> Start:
-        last = rank_class.carried_rank or self.carried_rank
+        last = rank_class.carried_rank or self.options.carried_rank
         return Start(
             rank_class=rank_class,
             base_round=state.round,
             trained=fresh_factors(state, rank_class, factoring),
             carried=carried_directions(state, dict.fromkeys(state.change, 0), last, factoring),
-            carried_dtype=self.carried_dtype,
+            carried_dtype=self.options.carried_dtype,
             local=self.local,
         )
 
     def begin(
         self, state: State, sent: Mapping[str, Start], clients: Mapping[str, str] | None = None
     ) -> OpenRound:
-        return begin_sum(state, sent, clients, self.step)
+        return begin_sum(state, sent, clients, self.options)
 
 
 def begin_sum(
     state: State,
     sent: Mapping[str, Start],
     clients: Mapping[str, str] | None,
-    step: ServerStep,
+    step: StepOptions,
 ) -> OpenRound:
     """A round that adds the weighted products: fresh factors start from nothing."""
     products = ProductSums(state.change.shapes)

@@ -12,11 +12,14 @@ the server does is the residual form's step, to the letter.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
+
+from pydantic import Field
 
 from flexlora.aggregation.aligned import carried_directions
 from flexlora.aggregation.engine.method import Factoring, Start, State
 from flexlora.aggregation.engine.open_round import OpenRound
-from flexlora.aggregation.engine.server_step import ServerStep
+from flexlora.aggregation.engine.options import FastStepOptions
 from flexlora.aggregation.engine.truncated import truncated_adapter
 from flexlora.aggregation.residual import Residual
 from flexlora.lora.ranks import RankClass
@@ -25,40 +28,34 @@ __all__ = ["Carried"]
 
 
 class Carried:
-    """The residual form over a carried tail.
-
-    Args:
-        carried_rank: c, capped at what there is; the same for all classes unless a class names its
-            own.
-        carried_dtype: what the tail travels and lies in memory as; "" is the wire's dtype.
-    """
+    """The residual form over a carried tail."""
 
     name = "carried"
     laws = Residual.laws
 
-    def __init__(
-        self,
-        *,
-        step: ServerStep = ServerStep(),
-        realign: bool = False,
-        carried_rank: int = 64,
-        carried_dtype: str = "",
-    ) -> None:
-        self.step, self.realign = step, realign
-        self.carried_rank, self.carried_dtype = carried_rank, carried_dtype
+    class Options(FastStepOptions):
+        carried_rank: int = Field(
+            default=32, ge=1, description="rank up to which G is sent, where a class names no other"
+        )
+        carried_dtype: Literal["", "float32", "bfloat16"] = Field(
+            default="", description="dtype of the frozen factors (empty: wire.dtype)"
+        )
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
 
     def start(self, state: State, rank_class: RankClass, factoring: Factoring) -> Start:
         ranks = rank_class.ranks(state.change.shapes)
-        last = rank_class.carried_rank or self.carried_rank
+        last = rank_class.carried_rank or self.options.carried_rank
         return Start(
             rank_class=rank_class,
             base_round=state.round,
             trained=truncated_adapter(state, rank_class, factoring),
             carried=carried_directions(state, ranks, last, factoring),
-            carried_dtype=self.carried_dtype,
+            carried_dtype=self.options.carried_dtype,
         )
 
     def begin(
         self, state: State, sent: Mapping[str, Start], clients: Mapping[str, str] | None = None
     ) -> OpenRound:
-        return Residual(step=self.step, realign=self.realign).begin(state, sent, clients)
+        return Residual(self.options).begin(state, sent, clients)

@@ -11,9 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from pydantic import Field
+
 from flexlora.aggregation.engine.factor_sums import factor_adapter, held_factors
 from flexlora.aggregation.engine.method import Factoring, Law, LocalPlan, Start, State
 from flexlora.aggregation.engine.open_round import OpenRound
+from flexlora.aggregation.engine.options import MethodOptions
 from flexlora.aggregation.engine.truncated import StartedFrom
 from flexlora.aggregation.rbla import begin_holders
 from flexlora.lora.ranks import RankClass
@@ -22,13 +25,18 @@ __all__ = ["FedPLoRA"]
 
 
 class FedPLoRA:
-    """``num_terms`` parallel terms of rank one, averaged over those who trained them."""
+    """``carried_rank`` parallel terms of rank one, averaged over those who trained them."""
 
     name = "fed-plora"
     laws = frozenset({Law.ORDER, Law.SCALE_OF_WEIGHTS, Law.ZERO_TRAINING})
 
-    def __init__(self, *, num_terms: int = 32) -> None:
-        self.num_terms = num_terms
+    class Options(MethodOptions):
+        carried_rank: int = Field(
+            default=32, ge=1, description="terms of rank one that all are sent"
+        )
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
 
     def start(self, state: State, rank_class: RankClass, factoring: Factoring) -> Start:
         shapes = state.change.shapes
@@ -42,10 +50,10 @@ class FedPLoRA:
         )
 
     def _terms(self, state: State, name: str) -> int:
-        """How many there are: a class of a rank above ``num_terms`` has brought more."""
+        """How many there are: a class of a rank above ``carried_rank`` has brought more."""
         held = held_factors(state, name)
         known = 0 if held is None else held[0].shape[0]
-        return max(known, min(self.num_terms, *state.change[name].shape))
+        return max(known, min(self.options.carried_rank, *state.change[name].shape))
 
     def begin(
         self, state: State, sent: Mapping[str, Start], clients: Mapping[str, str] | None = None

@@ -19,8 +19,9 @@ import torch
 from flexlora.aggregation.engine.factor_sums import FactorSums, factor_adapter
 from flexlora.aggregation.engine.method import Factoring, Law, LocalPlan, Start, State, Update
 from flexlora.aggregation.engine.open_round import OpenRound
+from flexlora.aggregation.engine.options import StepOptions
 from flexlora.aggregation.engine.product_sums import ProductSums, factors_term, svd_term
-from flexlora.aggregation.engine.server_step import ServerStep, next_state
+from flexlora.aggregation.engine.server_step import next_state
 from flexlora.aggregation.engine.state import GlobalChange
 from flexlora.aggregation.engine.truncated import StartedFrom
 from flexlora.algebra.decompose import MatrixSum, decompose
@@ -39,8 +40,10 @@ class FedExLoRA:
         {Law.ORDER, Law.SCALE_OF_WEIGHTS, Law.ZERO_TRAINING, Law.AVERAGE_OF_PRODUCTS},
     )
 
-    def __init__(self, *, step: ServerStep = ServerStep()) -> None:
-        self.step = step
+    Options = StepOptions
+
+    def __init__(self, options: StepOptions) -> None:
+        self.options = options
 
     def start(self, state: State, rank_class: RankClass, factoring: Factoring) -> Start:
         trained = factor_adapter(state, rank_class.ranks(state.change.shapes), factoring)
@@ -68,7 +71,7 @@ class FedExLoRA:
                 extra[f"lora_A/{name}"], extra[f"lora_B/{name}"] = factors.mean(name)
                 total = products.take(name)
                 changes[name] = replace(total, terms=total.terms + started.terms(name, -1.0))
-            return next_state(replace(state, extra=extra), changes, self.step)
+            return next_state(replace(state, extra=extra), changes, self.options)
 
         return OpenRound(
             state,

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from flexlora.aggregation.engine.factor_sums import FactorSums, factor_start, factor_state
 from flexlora.aggregation.engine.method import Factoring, Law, Start, State, Update
 from flexlora.aggregation.engine.open_round import OpenRound
+from flexlora.aggregation.engine.options import MethodOptions
 from flexlora.lora.ranks import RankClass
 
 __all__ = ["FedIT"]
@@ -23,6 +24,11 @@ class FedIT:
 
     name = "fedit"
     laws = frozenset({Law.ORDER, Law.SCALE_OF_WEIGHTS, Law.ONE_CLIENT})
+
+    Options = MethodOptions
+
+    def __init__(self, options: MethodOptions) -> None:
+        self.options = options
 
     def start(self, state: State, rank_class: RankClass, factoring: Factoring) -> Start:
         return factor_start(state, rank_class, factoring)

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from flexlora.aggregation.engine.factor_sums import FactorSums, changed_state, factor_start
 from flexlora.aggregation.engine.method import Factoring, Law, Start, State, Update
 from flexlora.aggregation.engine.open_round import OpenRound
+from flexlora.aggregation.engine.options import MethodOptions
 from flexlora.aggregation.engine.truncated import StartedFrom
 from flexlora.lora.ranks import RankClass
 
@@ -27,6 +28,11 @@ class FFALoRA:
     laws = frozenset(
         {Law.ORDER, Law.SCALE_OF_WEIGHTS, Law.ZERO_TRAINING, Law.AVERAGE_OF_PRODUCTS},
     )
+
+    Options = MethodOptions
+
+    def __init__(self, options: MethodOptions) -> None:
+        self.options = options
 
     def start(self, state: State, rank_class: RankClass, factoring: Factoring) -> Start:
         return factor_start(state, rank_class, factoring, trainable=("lora_B",))

@@ -17,9 +17,10 @@ from dataclasses import replace
 
 from flexlora.aggregation.engine.method import Factoring, Law, Start, State
 from flexlora.aggregation.engine.open_round import OpenRound
+from flexlora.aggregation.engine.options import StepOptions
 from flexlora.aggregation.engine.product_sums import ProductSums
-from flexlora.aggregation.engine.server_step import ServerStep, next_state
-from flexlora.aggregation.engine.truncated import StartedFrom, remember_rows, truncated_start
+from flexlora.aggregation.engine.server_step import next_state
+from flexlora.aggregation.engine.truncated import StartedFrom, truncated_start
 from flexlora.algebra.decompose import LazySums, MatrixSum
 from flexlora.lora.ranks import RankClass
 
@@ -34,9 +35,11 @@ class FlexLoRA:
         {Law.ORDER, Law.SCALE_OF_WEIGHTS, Law.ONE_CLIENT, Law.AVERAGE_OF_PRODUCTS},
     )
 
-    def __init__(self, *, step: ServerStep = ServerStep(), realign: bool = False) -> None:
-        self.step, self.realign = step, realign
-        if step.error_feedback:
+    Options = StepOptions
+
+    def __init__(self, options: StepOptions) -> None:
+        self.options = options
+        if options.error_feedback:
             self.laws = self.laws - {Law.ONE_CLIENT} | {Law.ZERO_TRAINING}
 
     def start(self, state: State, rank_class: RankClass, factoring: Factoring) -> Start:
@@ -48,7 +51,7 @@ class FlexLoRA:
         products, started = ProductSums(state.change.shapes), StartedFrom(sent)
 
         def close() -> State:
-            feedback = self.step.error_feedback
+            feedback = self.options.error_feedback
 
             def total(name: str) -> MatrixSum:
                 mean = products.mean(name)
@@ -56,8 +59,7 @@ class FlexLoRA:
                 return replace(mean, terms=mean.terms + sent_away)
 
             sums = LazySums(state.change, total)
-            last = remember_rows(state, sent) if self.realign else state
-            return next_state(last, sums, self.step, target=not feedback)
+            return next_state(state, sums, self.options, target=not feedback)
 
         return OpenRound(
             state,
@@ -66,5 +68,5 @@ class FlexLoRA:
             products=products,
             fold=started.add,
             close=close,
-            admit=started.admit if self.step.error_feedback else None,
+            admit=started.admit if self.options.error_feedback else None,
         )

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from flexlora.aggregation.aligned import begin_sum, carried_directions, fresh_factors
 from flexlora.aggregation.engine.method import Factoring, Law, LocalPlan, Start, State
 from flexlora.aggregation.engine.open_round import OpenRound
-from flexlora.aggregation.engine.server_step import ServerStep
+from flexlora.aggregation.engine.options import StepOptions
 from flexlora.lora.ranks import RankClass
 
 __all__ = ["FLoRA", "merged_start"]
@@ -28,8 +28,10 @@ class FLoRA:
         {Law.ORDER, Law.SCALE_OF_WEIGHTS, Law.ZERO_TRAINING, Law.AVERAGE_OF_PRODUCTS},
     )
 
-    def __init__(self, *, step: ServerStep = ServerStep()) -> None:
-        self.step = step
+    Options = StepOptions
+
+    def __init__(self, options: StepOptions) -> None:
+        self.options = options
 
     def start(self, state: State, rank_class: RankClass, factoring: Factoring) -> Start:
         return merged_start(state, rank_class, factoring)
@@ -37,7 +39,7 @@ class FLoRA:
     def begin(
         self, state: State, sent: Mapping[str, Start], clients: Mapping[str, str] | None = None
     ) -> OpenRound:
-        return begin_sum(state, sent, clients, self.step)
+        return begin_sum(state, sent, clients, self.options)
 
 
 def merged_start(state: State, rank_class: RankClass, factoring: Factoring) -> Start:

@@ -14,13 +14,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
+from pydantic import Field
 
 from flexlora.aggregation.engine.method import Factoring, Law, Start, State
 from flexlora.aggregation.engine.open_round import OpenRound
+from flexlora.aggregation.engine.options import UNCAPPED, StepOptions
 from flexlora.aggregation.engine.product_sums import ProductSums, svd_term
 from flexlora.aggregation.engine.server_step import (
-    UNCAPPED,
-    ServerStep,
     dropped_share,
     next_state,
     pack_svd,
@@ -35,20 +35,22 @@ __all__ = ["FLoRIST", "rank_for_energy"]
 
 
 class FLoRIST:
-    """Stacked updates, thresholded per round, merged.
-
-    Raises:
-        ValueError: a threshold outside (0, 1].
-    """
+    """Stacked updates, thresholded per round, merged."""
 
     name = "florist"
     laws = frozenset({Law.ORDER, Law.SCALE_OF_WEIGHTS, Law.ZERO_TRAINING})
 
-    def __init__(self, *, step: ServerStep = ServerStep(), energy_threshold: float = 0.95) -> None:
-        if not 0.0 < energy_threshold <= 1.0:
-            raise ValueError(f"energy_threshold is {energy_threshold}, expected (0, 1].")
-        self.step, self.energy_threshold = step, energy_threshold
-        if step.error_feedback:  # what an earlier cut dropped comes without any training
+    class Options(StepOptions):
+        energy_threshold: float = Field(
+            default=0.95,
+            ge=1e-6,
+            le=1.0,
+            description="energy of a round that the cut keeps",
+        )
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        if options.error_feedback:  # what an earlier cut dropped comes without any training
             self.laws = self.laws - {Law.ZERO_TRAINING}
 
     def start(self, state: State, rank_class: RankClass, factoring: Factoring) -> Start:
@@ -62,19 +64,19 @@ class FLoRIST:
         def close() -> State:
             extra, changes, notes = dict(state.extra), {}, {}
             sums = LazySums(state.change, products.mean)
-            if self.step.error_feedback:
+            if self.options.error_feedback:
                 means = sums
                 sums = LazySums(means, lambda name: _with_last_cut(state, name, means[name]))
             dtype = next(iter(state.change.values())).U.dtype
             for name, found in decompose(sums, max_rank=UNCAPPED, dtype=dtype).items():
-                rank = rank_for_energy(found.svd.S, self.energy_threshold)
+                rank = rank_for_energy(found.svd.S, self.options.energy_threshold)
                 changes[name] = MatrixSum(
                     shape=found.svd.shape, terms=(svd_term(1.0, found.svd.truncate(rank)),)
                 )
                 notes[name] = {"cut_energy": dropped_share(found, rank)}
-                if self.step.error_feedback:
+                if self.options.error_feedback:
                     extra |= pack_svd("cut", name, tail_of(found.svd, rank))
-            return next_state(replace(state, extra=extra), changes, self.step, notes=notes)
+            return next_state(replace(state, extra=extra), changes, self.options, notes=notes)
 
         return OpenRound(state, sent, clients, products=products, close=close)
 

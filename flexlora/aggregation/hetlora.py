@@ -13,9 +13,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from pydantic import Field
+
 from flexlora.aggregation.engine.factor_sums import FactorSums, factor_start, factor_state
 from flexlora.aggregation.engine.method import Factoring, Law, LocalPlan, Start, State, Update
 from flexlora.aggregation.engine.open_round import OpenRound
+from flexlora.aggregation.engine.options import MethodOptions
 from flexlora.algebra.linalg import product_norm
 from flexlora.lora.ranks import RankClass
 
@@ -28,8 +31,20 @@ class HetLoRA:
     name = "hetlora"
     laws = frozenset({Law.ORDER, Law.SCALE_OF_WEIGHTS, Law.ONE_CLIENT})
 
-    def __init__(self, *, prune_factor: float = 0.0, prune_penalty: float = 0.0) -> None:
-        self.local = LocalPlan(prune_factor=prune_factor, prune_penalty=prune_penalty)
+    class Options(MethodOptions):
+        prune_factor: float = Field(
+            default=0.75,
+            ge=0.0,
+            le=0.999,
+            description="share kept by pruning (0: none)",
+        )
+        prune_penalty: float = Field(default=1e-3, ge=0.0, description="weight of the tail's norm")
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.local = LocalPlan(
+            prune_factor=options.prune_factor, prune_penalty=options.prune_penalty
+        )
 
     def start(self, state: State, rank_class: RankClass, factoring: Factoring) -> Start:
         return factor_start(state, rank_class, factoring, local=self.local)

@@ -15,8 +15,9 @@ from itertools import pairwise
 
 from flexlora.aggregation.engine.method import Factoring, Law, Start, State, Update
 from flexlora.aggregation.engine.open_round import OpenRound
+from flexlora.aggregation.engine.options import StepOptions
 from flexlora.aggregation.engine.product_sums import ProductSums
-from flexlora.aggregation.engine.server_step import ServerStep, next_state
+from flexlora.aggregation.engine.server_step import next_state
 from flexlora.aggregation.engine.truncated import StartedFrom, truncated_start
 from flexlora.algebra.decompose import MatrixSum, Term
 from flexlora.lora.adapters import LoRAFactors
@@ -31,9 +32,11 @@ class RaFLoRA:
     name = "raflora"
     laws = frozenset({Law.ORDER, Law.SCALE_OF_WEIGHTS, Law.ONE_CLIENT})
 
-    def __init__(self, *, step: ServerStep = ServerStep()) -> None:
-        self.step = step
-        if step.error_feedback:
+    Options = StepOptions
+
+    def __init__(self, options: StepOptions) -> None:
+        self.options = options
+        if options.error_feedback:
             self.laws = self.laws - {Law.ONE_CLIENT} | {Law.ZERO_TRAINING}
 
     def start(self, state: State, rank_class: RankClass, factoring: Factoring) -> Start:
@@ -42,7 +45,8 @@ class RaFLoRA:
     def begin(
         self, state: State, sent: Mapping[str, Start], clients: Mapping[str, str] | None = None
     ) -> OpenRound:
-        bands, started, feedback = _Bands(state, sent), StartedFrom(sent), self.step.error_feedback
+        bands, started = _Bands(state, sent), StartedFrom(sent)
+        feedback = self.options.error_feedback
 
         def add(update: Update) -> None:
             bands.add(update.adapter, update.num_examples)
@@ -50,7 +54,7 @@ class RaFLoRA:
                 bands.subtract(sent[update.rank_class].trained, update.num_examples)
 
         def close() -> State:
-            return next_state(state, bands.sums(), self.step, target=not feedback)
+            return next_state(state, bands.sums(), self.options, target=not feedback)
 
         admit = started.admit if feedback else None
         return OpenRound(state, sent, clients, fold=add, close=close, admit=admit)

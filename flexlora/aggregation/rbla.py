@@ -22,6 +22,7 @@ from flexlora.aggregation.engine.factor_sums import (
 )
 from flexlora.aggregation.engine.method import Factoring, Law, Start, State, Update
 from flexlora.aggregation.engine.open_round import OpenRound
+from flexlora.aggregation.engine.options import MethodOptions
 from flexlora.lora.ranks import RankClass
 
 __all__ = ["RBLA", "begin_holders"]
@@ -32,6 +33,11 @@ class RBLA:
 
     name = "rbla"
     laws = frozenset({Law.ORDER, Law.SCALE_OF_WEIGHTS, Law.ZERO_TRAINING})
+
+    Options = MethodOptions
+
+    def __init__(self, options: MethodOptions) -> None:
+        self.options = options
 
     def start(self, state: State, rank_class: RankClass, factoring: Factoring) -> Start:
         return factor_start(state, rank_class, factoring)

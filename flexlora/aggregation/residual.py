@@ -14,9 +14,10 @@ from dataclasses import replace
 
 from flexlora.aggregation.engine.method import Factoring, Law, Start, State
 from flexlora.aggregation.engine.open_round import OpenRound
+from flexlora.aggregation.engine.options import FastStepOptions
 from flexlora.aggregation.engine.product_sums import ProductSums
-from flexlora.aggregation.engine.server_step import ServerStep, next_state
-from flexlora.aggregation.engine.truncated import StartedFrom, remember_rows, truncated_start
+from flexlora.aggregation.engine.server_step import next_state
+from flexlora.aggregation.engine.truncated import StartedFrom, truncated_start
 from flexlora.algebra.decompose import LazySums, MatrixSum
 from flexlora.lora.ranks import RankClass
 
@@ -31,8 +32,10 @@ class Residual:
         {Law.ORDER, Law.SCALE_OF_WEIGHTS, Law.ZERO_TRAINING, Law.AVERAGE_OF_PRODUCTS},
     )
 
-    def __init__(self, *, step: ServerStep = ServerStep(), realign: bool = False) -> None:
-        self.step, self.realign = step, realign
+    Options = FastStepOptions
+
+    def __init__(self, options: FastStepOptions) -> None:
+        self.options = options
 
     def start(self, state: State, rank_class: RankClass, factoring: Factoring) -> Start:
         return truncated_start(state, rank_class, factoring)
@@ -47,8 +50,7 @@ class Residual:
                 total = products.mean(name)
                 return replace(total, terms=total.terms + started.terms(name, -1.0))
 
-            last = remember_rows(state, sent) if self.realign else state
-            return next_state(last, LazySums(state.change, change), self.step)
+            return next_state(state, LazySums(state.change, change), self.options)
 
         return OpenRound(
             state,

@@ -15,13 +15,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
+from pydantic import Field
 
-from flexlora.aggregation.aligned import carried_directions
+from flexlora.aggregation.aligned import begin_sum, carried_directions
 from flexlora.aggregation.engine.factor_sums import Pair, factor_state
 from flexlora.aggregation.engine.method import Factoring, Law, LocalPlan, Start, State
 from flexlora.aggregation.engine.open_round import OpenRound
+from flexlora.aggregation.engine.options import UNCAPPED, MethodOptions, StepOptions
 from flexlora.aggregation.fedit import FedIT
-from flexlora.aggregation.flora import FLoRA
 from flexlora.lora.adapters import Adapter, LoRAFactors
 from flexlora.lora.ranks import RankClass
 from flexlora.seeds import generator
@@ -36,14 +37,17 @@ class SLoRA:
     # Zero training changes nothing in the sparse rounds only.
     laws = frozenset({Law.ORDER, Law.SCALE_OF_WEIGHTS, Law.AVERAGE_OF_PRODUCTS})
 
-    def __init__(self, *, sparse_rounds: int = 2) -> None:
-        self.sparse_rounds = sparse_rounds
-        if sparse_rounds == 0:
+    class Options(MethodOptions):
+        sparse_rounds: int = Field(default=2, ge=0, description="rounds before the SVD start")
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        if options.sparse_rounds == 0:
             self.laws = FedIT.laws
 
     def start(self, state: State, rank_class: RankClass, factoring: Factoring) -> Start:
-        if state.round >= self.sparse_rounds:
-            return FedIT().start(state, rank_class, factoring)
+        if state.round >= self.options.sparse_rounds:
+            return FedIT(self.options).start(state, rank_class, factoring)
         everything = max(svd.rank for svd in state.change.values())
         nothing = dict.fromkeys(state.change, 0)
         return Start(
@@ -58,10 +62,10 @@ class SLoRA:
     def begin(
         self, state: State, sent: Mapping[str, Start], clients: Mapping[str, str] | None = None
     ) -> OpenRound:
-        if state.round >= self.sparse_rounds:
-            return FedIT().begin(state, sent, clients)
-        opened = FLoRA().begin(state, sent, clients)
-        if state.round + 1 == self.sparse_rounds:
+        if state.round >= self.options.sparse_rounds:
+            return FedIT(self.options).begin(state, sent, clients)
+        opened = begin_sum(state, sent, clients, StepOptions(server_max_rank=UNCAPPED))
+        if state.round + 1 == self.options.sparse_rounds:
             widest = {
                 name: max((start.trained[name].rank for start in sent.values()), default=1 << 30)
                 for name in state.change

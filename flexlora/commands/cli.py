@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from flexlora.aggregation.engine.options import choices
 from flexlora.commands.nodes import add_node_commands
-from flexlora.config.resolve import OPTIONS, Config
+from flexlora.config.resolve import Config, all_keys
 from flexlora.errors import UserError, nearest
-from flexlora.training import collector
 
 __all__ = ["main"]
 
@@ -36,8 +36,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    if arguments is None:  # the process is this command's alone
-        collector.loading()
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.run is None:
@@ -204,9 +202,7 @@ def _simulate(options: argparse.Namespace) -> int:
             "it takes no --config, --set, --out, --overwrite or --seeds."
         )
     config = Config.resolve(file=options.config, sets=tuple(options.set))
-    out = Path(
-        options.resume or options.out or config["out"] or time.strftime("runs/%Y%m%d-%H%M%S")
-    )
+    out = Path(options.resume or options.out or config.out or time.strftime("runs/%Y%m%d-%H%M%S"))
     if options.seeds is not None or (options.resume and (out / "seeds.json").is_file()):
         return _simulate_seeds(config, out, options)
     from flexlora.runs.folder import RunFolder
@@ -276,11 +272,13 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _print_keys() -> None:
-    width = max(len(key) for key in OPTIONS)
-    for key, option in OPTIONS.items():
-        choices = f" [{', '.join(option.choices)}]" if option.choices else ""
-        default = str(option.default).lower() if option.default in (True, False) else option.default
-        print(f"{key:<{width}}  {default!s:<18}  {option.help}{choices}")
+    keys = all_keys()
+    width = max(len(key) for key in keys)
+    for key, info in keys.items():
+        known = choices(info.annotation)
+        listed = f" [{', '.join(known)}]" if known else ""
+        default = str(info.default).lower() if info.annotation is bool else info.default
+        print(f"{key:<{width}}  {default!s:<18}  {info.description}{listed}")
 
 
 def _evaluate(options: argparse.Namespace) -> int:

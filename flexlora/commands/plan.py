@@ -10,7 +10,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from flexlora.config.resolve import OPTIONS
+from flexlora.config.sections import Train
 from flexlora.errors import UserError, nearest
 from flexlora.planning.devices import DEVICES, Device, find_device, this_machine
 from flexlora.planning.model_config import read_shape
@@ -77,7 +77,7 @@ def _device(question: Question) -> Device:
 
 
 def _request(shape: ModelShape, question: Question, device: Device) -> Request:
-    length = OPTIONS["train.max-length"].default
+    length = Train().max_length
     wanted = {
         "batch": question.batch,
         "carried_rank": question.carried_rank,
@@ -85,7 +85,7 @@ def _request(shape: ModelShape, question: Question, device: Device) -> Request:
     }
     return Request(
         memory_bytes=device.usable_bytes,
-        max_length=question.max_length or min(int(length), shape.max_positions),
+        max_length=question.max_length or min(length, shape.max_positions),
         quantization=question.quantization,
         optim=question.optim,
         attention=question.attn_implementation or "auto",

@@ -1,99 +1,254 @@
-"""A configuration: every option of ``options.py`` with its value.
+"""A configuration: every key with its value, checked once at each entry point.
 
 Keys are dotted and kebab-case, the same in a TOML file, in ``--set key=value`` and in
-``flwr run --run-config``. A configuration is resolved once at each entry point; the functions below
-the entry points take plain values.
+``flwr run --run-config``. Each is a field of a section: ``train.max-steps`` is
+``config.train.max_steps``. ``config.method`` holds the options of the chosen method, whose file
+declares them, so that resolving a configuration imports that file and torch; ``KEYS`` does not.
 """
 
 from __future__ import annotations
 
 import os
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from flexlora.config.options import OPTIONS, Option, Scalar
+from pydantic import Field, SerializeAsAny, ValidationError
+from pydantic.fields import FieldInfo
+
+from flexlora.aggregation import METHODS, method_class, method_options
+from flexlora.aggregation.engine.options import MethodOptions, Options, in_a_sentence, kebab_case
+from flexlora.config import sections
 from flexlora.errors import UserError, nearest
 
-__all__ = ["OPTIONS", "Config", "Option", "Scalar", "flatten", "read_toml", "resolved"]
+__all__ = [
+    "KEYS",
+    "Config",
+    "Scalar",
+    "all_keys",
+    "flatten",
+    "flower_table",
+    "of_flower",
+    "read_toml",
+    "resolved",
+]
+
+Scalar = bool | int | float | str
+Model = TypeVar("Model", bound=Options)
+METHOD = "carried"
+SECTIONS: dict[str, type[Options]] = {
+    "clients": sections.Clients,
+    "ranks": sections.Ranks,
+    "lora": sections.Lora,
+    "model": sections.Model,
+    "data": sections.Data,
+    "train": sections.Train,
+    "eval": sections.Eval,
+    "personal": sections.Personal,
+    "sampling": sections.Sampling,
+    "population": sections.Population,
+    "engine": sections.Engine,
+    "wire": sections.Wire,
+    "server": sections.Server,
+}
 
 
-def _known(key: str) -> Option:
-    if key not in OPTIONS:
-        listing = "`flexlora simulate --help-config` lists all keys"
-        raise UserError(f"unknown key '{key}'.{nearest(key, OPTIONS)} {listing}.")
-    return OPTIONS[key]
+def _keys() -> dict[str, FieldInfo]:
+    name = FieldInfo(annotation=str, default=METHOD, description=", ".join(METHODS))
+    found = {"method.name": name}
+    models: dict[str, type[Options]] = {"": sections.Run, **SECTIONS}
+    for section, model in models.items():
+        prefix = f"{section}." if section else ""
+        found |= {prefix + kebab_case(field): info for field, info in model.model_fields.items()}
+    return found
 
 
-class Config(Mapping[str, Any]):
-    """All options resolved to values: immutable, complete, in the order of ``OPTIONS``."""
+# Every key but the methods' options: its default, annotation, description and bounds.
+KEYS: dict[str, FieldInfo] = _keys()
+# What an older version wrote for every method, and what it then meant: nothing.
+RETIRED = {
+    "method.realign": False,
+    "method.restarts": 0,
+    "method.singular-values": "b-heavy",
+    "method.server-learning-rate": 0.0,
+}
 
-    def __init__(self, values: Mapping[str, object] | None = None) -> None:
-        merged: dict[str, Scalar] = {key: option.default for key, option in OPTIONS.items()}
-        for key, value in (values or {}).items():
-            merged[key] = _known(key).check(value)
-        self._values = merged
+
+@cache
+def all_keys() -> dict[str, FieldInfo]:
+    """``KEYS`` and the options of every method, whose files are imported."""
+    found = dict(KEYS)
+    for name in METHODS:
+        for field, info in method_class(name).Options.model_fields.items():
+            found.setdefault(f"method.{kebab_case(field)}", info)
+    return found
+
+
+class Config(sections.Run):
+    """All keys resolved to values: immutable, complete, checked one by one.
+
+    What no two keys may say together is checked in ``flexlora.server.settings.check_config``.
+    """
+
+    clients: sections.Clients = sections.Clients()
+    method: SerializeAsAny[MethodOptions] = Field(default_factory=lambda: method_options(METHOD))
+    ranks: sections.Ranks = sections.Ranks()
+    lora: sections.Lora = sections.Lora()
+    model: sections.Model = sections.Model()
+    data: sections.Data = sections.Data()
+    train: sections.Train = sections.Train()
+    eval: sections.Eval = sections.Eval()
+    personal: sections.Personal = sections.Personal()
+    sampling: sections.Sampling = sections.Sampling()
+    population: sections.Population = sections.Population()
+    engine: sections.Engine = sections.Engine()
+    wire: sections.Wire = sections.Wire()
+    server: sections.Server = sections.Server()
 
     @classmethod
-    def resolve(cls, *, file: str | Path | None = None, sets: tuple[str, ...] = ()) -> Config:
-        """Defaults, then the TOML ``file``, then each ``key=value`` of ``sets``.
+    def of(cls, values: Mapping[str, Any]) -> Config:
+        """From dotted keys; the others have their defaults.
 
         Raises:
             UserError: an unknown key (with the nearest known one), a value of the wrong type or
-                out of range, a missing or malformed file, a ``--set`` without ``=``.
+                out of range, an option that the chosen method does not have.
         """
-        return cls(cls.given(file=file, sets=sets))
+        tree: dict[str, dict[str, Any]] = {"": {}, "method": {}}
+        for key, value in values.items():
+            section, _, leaf = key.rpartition(".")
+            if key not in KEYS and section != "method":
+                raise _unknown(key)
+            tree.setdefault(section, {})[leaf] = value
+        method = method_options(tree["method"].pop("name", METHOD), tree.pop("method"))
+        top = _checked(sections.Run, tree.pop(""))
+        made: dict[str, Any] = {
+            name: _checked(SECTIONS[name], given, f"{name}.") for name, given in tree.items()
+        }
+        return cls(method=method, **dict(top), **made)
+
+    @classmethod
+    def resolve(cls, *, file: str | Path | None = None, sets: Sequence[str] = ()) -> Config:
+        """Defaults, then the TOML ``file``, then each ``key=value`` of ``sets``.
+
+        Raises:
+            UserError: whatever ``of`` refuses, a missing or malformed file, a ``--set`` without
+                ``=``.
+        """
+        return cls.of(cls.given(file=file, sets=sets))
 
     @staticmethod
-    def given(*, file: str | Path | None = None, sets: tuple[str, ...] = ()) -> dict[str, Any]:
-        """What ``file`` and ``sets`` say and nothing else; see ``resolve``."""
-        read = read_toml(file) if file else {}
-        values = {key: _known(key).check(value) for key, value in read.items()}
+    def given(*, file: str | Path | None = None, sets: Sequence[str] = ()) -> dict[str, Any]:
+        """What ``file`` and ``sets`` say and nothing else, by dotted key; see ``resolve``."""
+        values: dict[str, Any] = read_toml(file) if file else {}
         for item in sets:
             key, equals, text = item.partition("=")
             if not equals:
                 raise UserError(f"--set got '{item}', expected key=value.")
-            values[key.strip()] = _known(key.strip()).parse(text)
+            values[key.strip()] = _parsed(key.strip(), text)
         return values
 
-    def replace(self, **values: Scalar) -> Config:
-        """A copy with other values; keyword names spell ``.`` as ``__`` and ``-`` as ``_``."""
-        spelled = {key.replace("__", ".").replace("_", "-"): v for key, v in values.items()}
-        return Config({**self._values, **spelled})
+    def with_values(self, values: Mapping[str, Any]) -> Config:
+        """A copy with other values by dotted key; another method begins with its defaults."""
+        kept = self.flat()
+        if values.get("method.name", self.method.name) != self.method.name:
+            kept = {key: value for key, value in kept.items() if not key.startswith("method.")}
+        return Config.of({**kept, **values})
+
+    def flat(self) -> dict[str, Any]:
+        """The values by dotted key."""
+        return flatten(self.nested())
+
+    def changed(self) -> dict[str, Any]:
+        """The values that are no defaults, by dotted key: all that ``of`` needs."""
+        defaults = Config(method=method_options(self.method.name)).flat()
+        defaults["method.name"] = METHOD
+        return {key: value for key, value in self.flat().items() if value != defaults[key]}
 
     def nested(self) -> dict[str, Any]:
         """The values as nested tables, ready for TOML."""
-        tree: dict[str, Any] = {}
-        for key, value in self._values.items():
-            table, _, leaf = key.rpartition(".")
-            (tree.setdefault(table, {}) if table else tree)[leaf] = value
-        return tree
+        return self.model_dump(by_alias=True)
 
-    def __getitem__(self, key: str) -> Any:
-        return self._values[key]
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
+def _checked(model: type[Model], given: Mapping[str, Any], prefix: str = "") -> Model:
+    try:
+        return model.model_validate(given)
+    except ValidationError as error:
+        raise UserError(in_a_sentence(error, model, prefix)) from None
 
-    def __len__(self) -> int:
-        return len(self._values)
 
-    def __repr__(self) -> str:
-        changed = {k: v for k, v in self._values.items() if v != OPTIONS[k].default}
-        return f"Config({changed})"
+def _unknown(key: str) -> UserError:
+    listing = "`flexlora simulate --help-config` lists all keys"
+    return UserError(f"unknown key '{key}'.{nearest(key, all_keys())} {listing}.")
+
+
+def _parsed(key: str, text: str) -> Scalar:
+    """The value of ``--set key=text``; text that is not of the key's type is refused by ``of``."""
+    info = KEYS.get(key) or all_keys().get(key)
+    if info is None:
+        raise _unknown(key)
+    if info.annotation is bool:
+        return {"true": True, "false": False}.get(text.strip().lower(), text)
+    if info.annotation in (int, float):
+        try:
+            return int(text) if info.annotation is int else float(text)
+        except ValueError:
+            return text
+    return text
+
+
+def of_flower(run_config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run under Flower was given: its defaults say "" for the options of methods."""
+    return {
+        key: value
+        for key, value in run_config.items()
+        if value != "" or key in KEYS or not key.startswith("method.")
+    }
+
+
+def flower_table() -> dict[str, Any]:
+    """``[tool.flwr.app.config]``: Flower refuses an override of a key that is not in it.
+
+    The options of methods say "", not given, since no default there belongs to every method.
+    """
+    table: dict[str, Any] = {}
+    for key, info in all_keys().items():
+        section, _, leaf = key.rpartition(".")
+        default = info.default if key in KEYS else ""
+        (table.setdefault(section, {}) if section else table)[leaf] = default
+    return table
+
+
+def of_older(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run folder's configuration says, without the options that mean nothing in it.
+
+    Older versions wrote the options of all methods; one that the run's method lacks and that is
+    at its default, or one that is gone and was not used, is left out.
+    """
+    own = method_class(str(values.get("method.name", METHOD))).Options.option_names()
+    known = all_keys()
+
+    def says_nothing(key: str, value: object) -> bool:
+        if key in RETIRED and value == RETIRED[key]:
+            return True
+        leaf = key.removeprefix("method.")
+        foreign = leaf != key and leaf not in own and key in known
+        return foreign and value == known[key].default
+
+    return {key: value for key, value in values.items() if not says_nothing(key, value)}
 
 
 def resolved(config: Config) -> Config:
     """The configuration with what the machine decides written down: the threads of each worker."""
     available = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
-    share = max(1, len(available(0)) // config["engine.workers"])
-    return config.replace(engine__threads=config["engine.threads"] or share)
+    share = max(1, len(available(0)) // config.engine.workers)
+    return config.with_values({"engine.threads": config.engine.threads or share})
 
 
-def flatten(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested TOML tables as dotted keys."""
-    flat: dict[str, object] = {}
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
             flat.update(flatten(value, f"{prefix}{key}."))
@@ -102,7 +257,7 @@ def flatten(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     return flat
 
 
-def read_toml(path: str | Path) -> dict[str, object]:
+def read_toml(path: str | Path) -> dict[str, Any]:
     """Dotted keys of a TOML file.
 
     Raises:

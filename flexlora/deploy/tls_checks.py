@@ -19,8 +19,9 @@ from cryptography import x509
 
 from flexlora.deploy.connections import SECONDS, Stopped, ask, connect, is_own, reason, spelled
 from flexlora.deploy.doctor import Finding, failed, ok, warning
+from flexlora.units import human_seconds
 
-__all__ = ["Authorities", "Shown", "check_certificate", "look", "read_authorities", "span"]
+__all__ = ["Authorities", "Shown", "check_certificate", "look", "read_authorities"]
 
 SOON = 14 * 86400.0  # seconds before the end of a certificate from which on it is worth a word
 LONGEST = 80  # characters of a name that are told
@@ -159,7 +160,7 @@ def check_certificate(
     left = certificate.not_valid_after_utc.timestamp() - time.time()
     seen = f"signed by {named(certificate.issuer)}, for {_names(certificate)}"
     if left < SOON:
-        told = f"the certificate of {address} ends in {span(left)}; it is {seen}."
+        told = f"the certificate of {address} ends in {human_seconds(left)}; it is {seen}."
         return warning(told, _another(host), name=NAME)
     return ok(f"{seen}, until {certificate.not_valid_after_utc:%Y-%m-%d} ({version})", name=NAME)
 
@@ -216,9 +217,9 @@ def _out_of_time(host: str, port: int, certificates: Sequence[x509.Certificate])
             break
     whose = "certificate" if certificate is certificates[0] else "authority"
     when = (
-        f"is valid from {_day(first)}, {span(first - here)} ahead"
+        f"is valid from {_day(first)}, {human_seconds(first - here)} ahead"
         if here < first
-        else f"ended on {_day(last)}, {span(here - last)} ago"
+        else f"ended on {_day(last)}, {human_seconds(here - last)} ago"
     )
     told = f"the {whose} of {spelled(host, port)} {when}"
     there = _their_time(host, port)
@@ -276,11 +277,3 @@ def _printable(text: str) -> str:
 
 def _day(seconds: float) -> str:
     return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M} UTC"
-
-
-def span(seconds: float) -> str:
-    """A time in its largest whole unit."""
-    units = (("day", 86400), ("hour", 3600), ("minute", 60), ("second", 1))
-    unit, length = next((u for u in units if abs(seconds) >= u[1]), units[-1])
-    count = round(abs(seconds) / length)
-    return f"{count} {unit}{'' if count == 1 else 's'}"

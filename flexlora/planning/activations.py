@@ -1,10 +1,10 @@
-"""Bytes that live between the forward and the backward pass, and those that a backward step adds.
+"""Bytes of activations between the forward and the backward pass, and of the backward pass itself.
 
-Autograd keeps what its formulas ask for. The base is frozen, so its linears keep nothing; with
-factors that are trained in float32, LoRA keeps the input of every target as float32 and the small
-``x A^T``. In a base of another dtype that input is a copy of each target's own: queries, keys and
-values, which read one tensor, keep three. Checkpointing keeps one hidden state per layer and makes
-a layer's own again, one layer at a time.
+Autograd keeps what its formulas need. The base is frozen, so its linears keep nothing; with factors
+trained in float32, LoRA keeps the input of every target as float32 and the small ``x A^T``. In a
+base of another dtype each target has a copy of that input: queries, keys and values, which read one
+tensor, keep three. Checkpointing keeps one hidden state per layer and computes the rest of a layer
+again, one layer at a time.
 
 Counts are of ``torch`` 2.13's fused causal attention and of transformers' layers (``shapes``).
 """
@@ -19,11 +19,11 @@ FACTOR_BYTES = 4  # LoRA factors and all that they touch are float32
 
 
 def layer_bytes(shape: ModelShape, plan: TrainingPlan, *, aligning: bool = False) -> int:
-    """What the backward pass of one decoder layer needs of its forward pass.
+    """Bytes of the forward pass of one decoder layer that its backward pass needs.
 
-    ``aligning`` is the pass that sketches gradients: it needs each target's input as it was.
-    The first norm of the first layer keeps nothing and the last norm of the model is no layer's;
-    they are of one size, so L times this is the whole model's.
+    ``aligning`` is the pass that sketches gradients: it needs each target's input in the base's
+    dtype. The first norm of the model keeps nothing and the last belongs to no layer; both have one
+    size, so L times this is the whole model's.
     """
     targets = shape.targets(plan.target_modules)
     return (
@@ -37,10 +37,10 @@ def layer_bytes(shape: ModelShape, plan: TrainingPlan, *, aligning: bool = False
 
 
 def kept_bytes(shape: ModelShape, plan: TrainingPlan) -> int:
-    """What checkpointing keeps of one layer: the hidden state ``[tokens, hidden]`` that it reads.
+    """Bytes that checkpointing keeps of one layer: its input ``[tokens, hidden]``.
 
-    bitsandbytes' 8-bit product holds its input on the node itself, where checkpointing cannot drop
-    it: an 8-bit base keeps every linear's input besides.
+    bitsandbytes' 8-bit product keeps its input on the autograd node, where checkpointing cannot
+    drop it: an 8-bit base keeps every linear's input too.
     """
     numbers = shape.hidden_size
     if plan.quantization == "8bit":
@@ -86,7 +86,7 @@ def _lora_bytes(shape: ModelShape, plan: TrainingPlan, targets: tuple[Linear, ..
 def _own_inputs(
     shape: ModelShape, plan: TrainingPlan, targets: tuple[Linear, ...]
 ) -> dict[str, int]:
-    """Widths of the tensors that the targets read and nothing else keeps."""
+    """Widths of the tensors that the targets read and that nothing else keeps, by tensor."""
     sizes = {x.source: x.in_features for x in targets}
     if not (shape.own_output or shape.keeps_scores(plan.attention)):
         sizes.pop("attention_out", None)  # the attention kernel keeps its output itself

@@ -7,7 +7,7 @@ hold every family's parameter count and linears against the real model on torch'
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from flexlora.errors import UserError, nearest
 from flexlora.planning.shapes import Linear, ModelShape
@@ -64,6 +64,14 @@ def _refuse(config: Mapping[str, Any], model_type: str) -> None:
         )
 
 
+class _Sizes(NamedTuple):
+    hidden: int
+    heads: int
+    key_heads: int
+    head: int
+    inner: int
+
+
 class _Reader:
     """Keys of one config.json, with the defaults that transformers gives those left out."""
 
@@ -82,9 +90,17 @@ class _Reader:
     def flag(self, name: str, default: bool) -> bool:
         return bool(self.config.get(name, default))
 
-    @property
-    def dtype(self) -> str:
-        return str(self.config.get("dtype") or self.config.get("torch_dtype") or "float32")
+    def sizes(self, head_dim: int | None = None) -> _Sizes:
+        """Widths and heads; ``head_dim`` is a family's default where it is not hidden / heads."""
+        d, heads = self.size("hidden_size", "n_embd"), self.size("num_attention_heads", "n_head")
+        inner = 4 * d if self.model_type == "gpt2" else None  # the one family with a default
+        return _Sizes(
+            hidden=d,
+            heads=heads,
+            key_heads=self.size("num_key_value_heads", default=heads),
+            head=self.size("head_dim", default=head_dim or d // heads),
+            inner=self.size("intermediate_size", "n_inner", default=inner),
+        )
 
     def activation_tensors(self, *names: str, default: str) -> int:
         name = next((self.config[n] for n in names if self.config.get(n)), default)
@@ -111,26 +127,22 @@ def _gated_family(
     """Llama and those built like it: RMSNorm, rotary positions, a gated MLP, grouped queries."""
 
     def read(reader: _Reader) -> ModelShape:
-        d, heads = reader.size("hidden_size"), reader.size("num_attention_heads")
-        size = reader.size("head_dim", default=head_dim or d // heads)
-        key_heads = reader.size("num_key_value_heads", default=heads)
-        ff = reader.size("intermediate_size")
+        sizes = reader.sizes(head_dim)
+        d, heads, key_heads, size, ff = sizes
         bias, mlp_bias = reader.flag("attention_bias", False), reader.flag("mlp_bias", False)
         linears = (
-            _linear("self_attn.q_proj", heads * size, d, "attention_in", bias or qkv_bias),
-            _linear("self_attn.k_proj", key_heads * size, d, "attention_in", bias or qkv_bias),
-            _linear("self_attn.v_proj", key_heads * size, d, "attention_in", bias or qkv_bias),
-            _linear("self_attn.o_proj", d, heads * size, "attention_out", bias),
-            _linear("mlp.gate_proj", ff, d, "mlp_in", mlp_bias),
-            _linear("mlp.up_proj", ff, d, "mlp_in", mlp_bias),
-            _linear("mlp.down_proj", d, ff, "mlp_mid", mlp_bias),
+            Linear("self_attn.q_proj", heads * size, d, "attention_in", bias or qkv_bias),
+            Linear("self_attn.k_proj", key_heads * size, d, "attention_in", bias or qkv_bias),
+            Linear("self_attn.v_proj", key_heads * size, d, "attention_in", bias or qkv_bias),
+            Linear("self_attn.o_proj", d, heads * size, "attention_out", bias),
+            Linear("mlp.gate_proj", ff, d, "mlp_in", mlp_bias),
+            Linear("mlp.up_proj", ff, d, "mlp_in", mlp_bias),
+            Linear("mlp.down_proj", d, ff, "mlp_mid", mlp_bias),
         )
         kept = reader.activation_tensors(*activation, default=activation_default)
         return _shape(
             reader,
-            num_key_value_heads=key_heads,
-            head_dim=size,
-            intermediate_size=ff,
+            sizes,
             tied=reader.flag("tie_word_embeddings", tied),
             norms=norms,
             norm_inputs=norms,
@@ -146,20 +158,17 @@ def _gated_family(
 
 def _phi3(reader: _Reader) -> ModelShape:
     """Phi-3 and Phi-4: Llama with fused projections."""
-    d, heads = reader.size("hidden_size"), reader.size("num_attention_heads")
-    size, ff = d // heads, reader.size("intermediate_size")
-    key_heads = reader.size("num_key_value_heads", default=heads)
+    sizes = reader.sizes()
+    d, heads, key_heads, size, ff = sizes
     linears = (
-        _linear("self_attn.o_proj", d, heads * size, "attention_out"),
-        _linear("self_attn.qkv_proj", (heads + 2 * key_heads) * size, d, "attention_in"),
-        _linear("mlp.gate_up_proj", 2 * ff, d, "mlp_in"),
-        _linear("mlp.down_proj", d, ff, "mlp_mid"),
+        Linear("self_attn.o_proj", d, heads * size, "attention_out"),
+        Linear("self_attn.qkv_proj", (heads + 2 * key_heads) * size, d, "attention_in"),
+        Linear("mlp.gate_up_proj", 2 * ff, d, "mlp_in"),
+        Linear("mlp.down_proj", d, ff, "mlp_mid"),
     )
     return _shape(
         reader,
-        num_key_value_heads=key_heads,
-        head_dim=size,
-        intermediate_size=ff,
+        sizes,
         tied=reader.flag("tie_word_embeddings", False),
         fused="rotated",
         own_output=True,
@@ -169,14 +178,12 @@ def _phi3(reader: _Reader) -> ModelShape:
 
 
 def _gpt2(reader: _Reader) -> ModelShape:
-    d = reader.size("n_embd", "hidden_size")
-    heads, ff = reader.size("n_head", "num_attention_heads"), reader.size("n_inner", default=4 * d)
+    sizes = reader.sizes()
+    d, ff = sizes.hidden, sizes.inner
     kept = reader.activation_tensors("activation_function", default="gelu_new")
     return _shape(
         reader,
-        head_dim=d // heads,
-        num_key_value_heads=heads,
-        intermediate_size=ff,
+        sizes,
         tied=reader.flag("tie_word_embeddings", True),
         learned_positions=reader.size("n_positions", "max_position_embeddings"),
         rms_norm=False,
@@ -184,22 +191,20 @@ def _gpt2(reader: _Reader) -> ModelShape:
         mlp_numbers=kept * ff,
         gated=False,
         linears=(
-            _linear("attn.c_attn", 3 * d, d, "attention_in", True),
-            _linear("attn.c_proj", d, d, "attention_out", True),
-            _linear("mlp.c_fc", ff, d, "mlp_in", True),
-            _linear("mlp.c_proj", d, ff, "mlp_mid", True),
+            Linear("attn.c_attn", 3 * d, d, "attention_in", True),
+            Linear("attn.c_proj", d, d, "attention_out", True),
+            Linear("mlp.c_fc", ff, d, "mlp_in", True),
+            Linear("mlp.c_proj", d, ff, "mlp_mid", True),
         ),
     )
 
 
 def _gpt_neox(reader: _Reader) -> ModelShape:
-    d, ff = reader.size("hidden_size"), reader.size("intermediate_size")
-    heads, bias = reader.size("num_attention_heads"), reader.flag("attention_bias", True)
+    sizes, bias = reader.sizes(), reader.flag("attention_bias", True)
+    d, ff = sizes.hidden, sizes.inner
     return _shape(
         reader,
-        head_dim=d // heads,
-        num_key_value_heads=heads,
-        intermediate_size=ff,
+        sizes,
         tied=reader.flag("tie_word_embeddings", False),
         rms_norm=False,
         norm_inputs=1 if reader.flag("use_parallel_residual", True) else 2,
@@ -208,24 +213,21 @@ def _gpt_neox(reader: _Reader) -> ModelShape:
         mlp_numbers=reader.activation_tensors("hidden_act", default="gelu") * ff,
         gated=False,
         linears=(
-            _linear("attention.query_key_value", 3 * d, d, "attention_in", bias),
-            _linear("attention.dense", d, d, "attention_out", bias),
-            _linear("mlp.dense_h_to_4h", ff, d, "mlp_in", True),
-            _linear("mlp.dense_4h_to_h", d, ff, "mlp_mid", True),
+            Linear("attention.query_key_value", 3 * d, d, "attention_in", bias),
+            Linear("attention.dense", d, d, "attention_out", bias),
+            Linear("mlp.dense_h_to_4h", ff, d, "mlp_in", True),
+            Linear("mlp.dense_4h_to_h", d, ff, "mlp_mid", True),
         ),
     )
 
 
 def _phi(reader: _Reader) -> ModelShape:
     """Phi-1 and Phi-2: attention and MLP read the same norm's output."""
-    d, heads = reader.size("hidden_size"), reader.size("num_attention_heads")
-    size, ff = d // heads, reader.size("intermediate_size")
-    key_heads = reader.size("num_key_value_heads", default=heads)
+    sizes = reader.sizes()
+    d, heads, key_heads, size, ff = sizes
     return _shape(
         reader,
-        num_key_value_heads=key_heads,
-        head_dim=size,
-        intermediate_size=ff,
+        sizes,
         tied=reader.flag("tie_word_embeddings", False),
         head_bias=True,
         rms_norm=False,
@@ -236,45 +238,33 @@ def _phi(reader: _Reader) -> ModelShape:
         mlp_numbers=reader.activation_tensors("hidden_act", default="gelu_new") * ff,
         gated=False,
         linears=(
-            _linear("self_attn.q_proj", heads * size, d, "attention_in", True),
-            _linear("self_attn.k_proj", key_heads * size, d, "attention_in", True),
-            _linear("self_attn.v_proj", key_heads * size, d, "attention_in", True),
-            _linear("self_attn.dense", d, heads * size, "attention_out", True),
-            _linear("mlp.fc1", ff, d, "attention_in", True),
-            _linear("mlp.fc2", d, ff, "mlp_mid", True),
+            Linear("self_attn.q_proj", heads * size, d, "attention_in", True),
+            Linear("self_attn.k_proj", key_heads * size, d, "attention_in", True),
+            Linear("self_attn.v_proj", key_heads * size, d, "attention_in", True),
+            Linear("self_attn.dense", d, heads * size, "attention_out", True),
+            Linear("mlp.fc1", ff, d, "attention_in", True),
+            Linear("mlp.fc2", d, ff, "mlp_mid", True),
         ),
     )
 
 
-def _linear(name: str, out: int, inner: int, source: str, bias: bool = False) -> Linear:
-    return Linear(name=name, out_features=out, in_features=inner, source=source, bias=bias)
-
-
-def _shape(reader: _Reader, **values: Any) -> ModelShape:
-    """What most families have in common; ``values`` say where one differs."""
+def _shape(reader: _Reader, sizes: _Sizes, **values: Any) -> ModelShape:
+    """What the families have in common; ``values`` are the fields in which one differs."""
     windowed = reader.config.get("use_sliding_window", True)  # Qwen names a window it does not use
-    common: dict[str, Any] = {
-        "model_type": reader.model_type,
-        "dtype": reader.dtype,
-        "vocab_size": reader.size("vocab_size"),
-        "hidden_size": reader.size("hidden_size", "n_embd"),
-        "num_layers": reader.size("num_hidden_layers", "n_layer"),
-        "num_heads": reader.size("num_attention_heads", "n_head"),
-        "max_positions": reader.size("max_position_embeddings", "n_positions", default=2048),
-        "sliding_window": reader.config.get("sliding_window") if windowed else None,
-        "learned_positions": 0,
-        "rms_norm": True,
-        "norms": 2,
-        "norm_inputs": 2,
-        "query_key_norm": False,
-        "fused": "",
-        "own_output": False,
-        "scores": False,
-        "head_bias": False,
-        "gated": True,
-        "capped_logits": False,
-    }
-    return ModelShape(**{**common, **values})
+    return ModelShape(
+        model_type=reader.model_type,
+        dtype=str(reader.config.get("dtype") or reader.config.get("torch_dtype") or "float32"),
+        vocab_size=reader.size("vocab_size"),
+        hidden_size=sizes.hidden,
+        num_layers=reader.size("num_hidden_layers", "n_layer"),
+        num_heads=sizes.heads,
+        num_key_value_heads=sizes.key_heads,
+        head_dim=sizes.head,
+        intermediate_size=sizes.inner,
+        max_positions=reader.size("max_position_embeddings", "n_positions", default=2048),
+        sliding_window=reader.config.get("sliding_window") if windowed else None,
+        **values,
+    )
 
 
 _GEMMA_ACTIVATION: dict[str, Any] = {

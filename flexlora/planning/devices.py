@@ -1,13 +1,13 @@
-"""Profiles of real cards and boards, and what the machine one is on has.
+"""Profiles of real cards and boards, and of the local machine.
 
 Every number is the vendor's own, named in ``source``; where none is published, or a laptop's power
 limit decides, it is None. ``tensor_tflops`` is dense 16-bit matrix throughput with float32 sums,
 never the doubled figure "with sparsity"; a GeForce's is half of what it does with 16-bit sums.
 ``watts`` is the power of the board (a laptop's card, a module) at the largest limit the vendor
-names. Apple, Google, Samsung and Raspberry Pi name none; ``watts_source`` says what stands there.
-What a device draws while it trains nothing is not known here and counts as nothing.
+names. Apple, Google, Samsung and Raspberry Pi name none: see ``watts_source``.
+The power of an idle device is not known here and counts as 0.
 
-What a process can have of a memory is less than its label: see ``Device.usable_bytes``.
+A process can use less of a memory than its label says: see ``Device.usable_bytes``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import re
 import shutil
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, replace
+from functools import partial
 
 from flexlora.errors import UserError
 
@@ -31,14 +32,14 @@ CUDA_RUNTIME = GIB // 2  # context, cuBLAS workspaces and loaded kernels; not me
 CPU_RUNTIME = GIB
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Device:
     """One card, board or machine: its memory and what its arithmetic does in a second.
 
     ``watts_source`` is empty where ``source`` gives the power too. ``unified`` memory is shared
-    with the operating system. ``error_correcting`` cards of GDDR memory keep a sixteenth of it for
+    with the operating system. ``error_correcting`` cards of GDDR memory use a sixteenth of it for
     the codes. ``bfloat16`` says that 16-bit training runs in hardware; ``quantizes`` that
-    bitsandbytes does. ``free_bytes`` is what was free when asked, for the machine one is on.
+    bitsandbytes does. ``free_bytes`` is what was free when measured, for the local machine.
     """
 
     name: str
@@ -46,9 +47,10 @@ class Device:
     bandwidth_gbs: float | None = None
     tensor_tflops: float | None = None
     float32_tflops: float | None = None
-    source: str = ""
     watts: float | None = None
+    source: str = ""
     watts_source: str = ""
+    _: KW_ONLY
     kind: str = "cuda"
     unified: bool = False
     error_correcting: bool = False
@@ -63,10 +65,10 @@ class Device:
 
     @property
     def usable_bytes(self) -> int:
-        """What is left for a process: all of a card, three quarters of a shared memory.
+        """Bytes for a process: all of a card, three quarters of a shared memory.
 
-        A shared memory keeps a quarter, at least 1 and at most 8 GiB, for the system and its
-        other programs. What was seen to be free is taken as it is.
+        Of a shared memory a quarter, at least 1 and at most 8 GiB, is left to the system and other
+        programs. ``free_bytes`` counts in full.
         """
         if self.free_bytes is not None:
             return self.free_bytes
@@ -96,120 +98,60 @@ _BOARD = "assumed: reviews measure 12 to 15 W at full load; the supply sold with
 _PHONE = "assumed: AnandTech measured 3.7 to 5.5 W with four large cores of a phone at work"
 
 
-def _card(
-    name: str,
-    gib: float,
-    bandwidth: float | None,
-    tensor: float | None,
-    float32: float | None,
-    watts: float,
-    source: str,
-    *,
-    watts_source: str = "",
-    ecc: bool = False,
-    bfloat16: bool = True,
-) -> Device:
-    return Device(
-        name=name,
-        memory_gib=gib,
-        bandwidth_gbs=bandwidth,
-        tensor_tflops=tensor,
-        float32_tflops=float32,
-        source=source,
-        watts=watts,
-        watts_source=watts_source,
-        error_correcting=ecc,
-        bfloat16=bfloat16,
-    )
+_ecc = partial(Device, error_correcting=True)
+_jetson = partial(Device, unified=True)
+# A machine whose own GPU torch's CUDA cannot use: training runs on its processor.
+_shared = partial(Device, kind="cpu", unified=True, bfloat16=False, quantizes=False)
 
-
-def _jetson(
-    name: str,
-    gib: float,
-    bandwidth: float,
-    float32: float | None,
-    watts: float,
-    source: str,
-    watts_source: str = "",
-) -> Device:
-    return Device(
-        name=name,
-        memory_gib=gib,
-        bandwidth_gbs=bandwidth,
-        float32_tflops=float32,
-        source=source,
-        watts=watts,
-        watts_source=watts_source,
-        unified=True,
-    )
-
-
-def _shared(
-    name: str, gib: float, bandwidth: float | None, watts: float, source: str, watts_source: str
-) -> Device:
-    """A machine whose own GPU torch's CUDA cannot use: training runs on its processor."""
-    return Device(
-        name=name,
-        memory_gib=gib,
-        bandwidth_gbs=bandwidth,
-        source=source,
-        watts=watts,
-        watts_source=watts_source,
-        kind="cpu",
-        unified=True,
-        bfloat16=False,
-        quantizes=False,
-    )
-
-
+# Name, memory in GiB, GB/s, TFLOPS of 16-bit matrices, TFLOPS in float32, watts, source.
 _PROFILES = (
-    _jetson("Jetson Orin Nano 4GB", 4, 34.0, 0.64, 10, _ORIN),
-    _jetson("Jetson Orin Nano 8GB", 8, 68.0, 1.28, 15, _ORIN),
-    _jetson("Jetson Orin NX 8GB", 8, 102.4, 1.57, 20, _ORIN),
-    _jetson("Jetson Orin NX 16GB", 16, 102.4, 1.88, 25, _ORIN),
-    _jetson("Jetson AGX Orin 32GB", 32, 204.8, 3.33, 40, _ORIN),
-    _jetson("Jetson AGX Orin 64GB", 64, 204.8, 5.3, 60, _ORIN),
-    _jetson("Jetson AGX Thor", 128, 273.0, None, 130, "NVIDIA Jetson Thor datasheet"),
-    _jetson("DGX Spark", 128, 273.0, None, 140, "NVIDIA DGX Spark datasheet", _GB10),
-    _card("RTX 3060 Laptop", 6, 336.0, None, None, 115, _GEFORCE, watts_source=_LAPTOP),
-    _card("RTX 4060 Laptop", 8, 256.0, None, None, 115, _GEFORCE, watts_source=_LAPTOP),
-    _card("RTX 4090 Laptop", 16, 576.0, None, None, 150, _GEFORCE, watts_source=_LAPTOP),
-    _card("RTX 2080 Ti", 11, 616.0, 56.9, 14.2, 260, _TURING, bfloat16=False),
-    _card("RTX 3060", 12, 360.0, None, 12.7, 170, _GEFORCE),
-    _card("RTX 3070", 8, 448.0, 40.6, 20.3, 220, _GA102),
-    _card("RTX 3080", 10, 760.0, 59.5, 29.8, 320, _GA102),
-    _card("RTX 3090", 24, 936.0, 71.0, 35.6, 350, _GA102),
-    _card("RTX 4060", 8, 272.0, None, 15.1, 115, _GEFORCE),
-    _card("RTX 4060 Ti 16GB", 16, 288.0, None, 22.1, 165, _GEFORCE),
-    _card("RTX 4070", 12, 504.0, None, 29.1, 200, _GEFORCE),
-    _card("RTX 4080", 16, 716.8, 97.5, 48.7, 320, _ADA),
-    _card("RTX 4090", 24, 1008.0, 165.2, 82.6, 450, _ADA),
-    _card("RTX 5080", 16, 960.0, 112.6, 56.3, 360, _BLACKWELL),
-    _card("RTX 5090", 32, 1792.0, 209.5, 104.8, 575, _BLACKWELL),
-    _card("T4", 16, 320.0, 65.0, 8.1, 70, "NVIDIA T4 datasheet", ecc=True, bfloat16=False),
-    _card("V100 16GB", 16, 900.0, 125.0, 15.7, 300, "NVIDIA V100 datasheet, SXM2", bfloat16=False),
-    _card("V100 32GB", 32, 900.0, 125.0, 15.7, 300, "NVIDIA V100 datasheet, SXM2", bfloat16=False),
-    _card("L4", 24, 300.0, 121.0, 30.3, 72, "NVIDIA L4 datasheet", ecc=True),
-    _card("A10", 24, 600.0, 125.0, 31.2, 150, "NVIDIA A10 datasheet", ecc=True),
-    _card("A30", 24, 933.0, 165.0, 10.3, 165, "NVIDIA A30 datasheet"),
-    _card("A40", 48, 696.0, 149.7, 37.4, 300, "NVIDIA A40 datasheet", ecc=True),
-    _card("RTX A6000", 48, 768.0, 154.8, 38.7, 300, _GA102, ecc=True),
-    _card("L40S", 48, 864.0, 362.0, 91.6, 350, "NVIDIA L40S datasheet", ecc=True),
-    _card("RTX 6000 Ada", 48, 960.0, 364.2, 91.1, 300, "NVIDIA RTX 6000 Ada datasheet", ecc=True),
-    _card("A100 40GB", 40, 1555.0, 312.0, 19.5, 400, "NVIDIA A100 datasheet", watts_source=_SXM),
-    _card("A100 80GB", 80, 2039.0, 312.0, 19.5, 400, "NVIDIA A100 datasheet, SXM"),
-    _card("H100 PCIe", 80, 2000.0, 756.0, 51.0, 350, "NVIDIA H100 datasheet"),
-    _card("H100 SXM", 80, 3350.0, 989.0, 67.0, 700, "NVIDIA H100 datasheet"),
-    _card("H200", 141, 4800.0, 989.0, 67.0, 700, "NVIDIA H200 datasheet"),
-    _shared("MacBook Air M1 8GB", 8, 68.25, 30, _APPLE, _ADAPTER),
-    _shared("MacBook Air M2 16GB", 16, 100.0, 30, _APPLE, _ADAPTER),
-    _shared("MacBook Pro M4 Max 64GB", 64, 546.0, 96, _APPLE, _ADAPTER),
-    _shared("Raspberry Pi 5 8GB", 8, None, 12, "Raspberry Pi 5 product brief", _BOARD),
-    _shared("Pixel 6a", 6, None, 5, "Google's Pixel 6a specifications", _PHONE),
-    _shared("Pixel 8", 8, None, 5, "Google's Pixel 8 specifications", _PHONE),
-    _shared("Pixel 8 Pro", 12, None, 5, "Google's Pixel 8 Pro specifications", _PHONE),
-    _shared("Galaxy S24", 8, None, 5, "Samsung's specifications", _PHONE),
-    _shared("Galaxy S24 Ultra", 12, None, 5, "Samsung's specifications", _PHONE),
+    _jetson("Jetson Orin Nano 4GB", 4, 34.0, None, 0.64, 10, _ORIN),
+    _jetson("Jetson Orin Nano 8GB", 8, 68.0, None, 1.28, 15, _ORIN),
+    _jetson("Jetson Orin NX 8GB", 8, 102.4, None, 1.57, 20, _ORIN),
+    _jetson("Jetson Orin NX 16GB", 16, 102.4, None, 1.88, 25, _ORIN),
+    _jetson("Jetson AGX Orin 32GB", 32, 204.8, None, 3.33, 40, _ORIN),
+    _jetson("Jetson AGX Orin 64GB", 64, 204.8, None, 5.3, 60, _ORIN),
+    _jetson("Jetson AGX Thor", 128, 273.0, None, None, 130, "NVIDIA Jetson Thor datasheet"),
+    _jetson("DGX Spark", 128, 273.0, None, None, 140, "NVIDIA DGX Spark datasheet", _GB10),
+    Device("RTX 3060 Laptop", 6, 336.0, None, None, 115, _GEFORCE, _LAPTOP),
+    Device("RTX 4060 Laptop", 8, 256.0, None, None, 115, _GEFORCE, _LAPTOP),
+    Device("RTX 4090 Laptop", 16, 576.0, None, None, 150, _GEFORCE, _LAPTOP),
+    Device("RTX 2080 Ti", 11, 616.0, 56.9, 14.2, 260, _TURING, bfloat16=False),
+    Device("RTX 3060", 12, 360.0, None, 12.7, 170, _GEFORCE),
+    Device("RTX 3070", 8, 448.0, 40.6, 20.3, 220, _GA102),
+    Device("RTX 3080", 10, 760.0, 59.5, 29.8, 320, _GA102),
+    Device("RTX 3090", 24, 936.0, 71.0, 35.6, 350, _GA102),
+    Device("RTX 4060", 8, 272.0, None, 15.1, 115, _GEFORCE),
+    Device("RTX 4060 Ti 16GB", 16, 288.0, None, 22.1, 165, _GEFORCE),
+    Device("RTX 4070", 12, 504.0, None, 29.1, 200, _GEFORCE),
+    Device("RTX 4080", 16, 716.8, 97.5, 48.7, 320, _ADA),
+    Device("RTX 4090", 24, 1008.0, 165.2, 82.6, 450, _ADA),
+    Device("RTX 5080", 16, 960.0, 112.6, 56.3, 360, _BLACKWELL),
+    Device("RTX 5090", 32, 1792.0, 209.5, 104.8, 575, _BLACKWELL),
+    _ecc("T4", 16, 320.0, 65.0, 8.1, 70, "NVIDIA T4 datasheet", bfloat16=False),
+    Device("V100 16GB", 16, 900.0, 125.0, 15.7, 300, "NVIDIA V100 datasheet, SXM2", bfloat16=False),
+    Device("V100 32GB", 32, 900.0, 125.0, 15.7, 300, "NVIDIA V100 datasheet, SXM2", bfloat16=False),
+    _ecc("L4", 24, 300.0, 121.0, 30.3, 72, "NVIDIA L4 datasheet"),
+    _ecc("A10", 24, 600.0, 125.0, 31.2, 150, "NVIDIA A10 datasheet"),
+    Device("A30", 24, 933.0, 165.0, 10.3, 165, "NVIDIA A30 datasheet"),
+    _ecc("A40", 48, 696.0, 149.7, 37.4, 300, "NVIDIA A40 datasheet"),
+    _ecc("RTX A6000", 48, 768.0, 154.8, 38.7, 300, _GA102),
+    _ecc("L40S", 48, 864.0, 362.0, 91.6, 350, "NVIDIA L40S datasheet"),
+    _ecc("RTX 6000 Ada", 48, 960.0, 364.2, 91.1, 300, "NVIDIA RTX 6000 Ada datasheet"),
+    Device("A100 40GB", 40, 1555.0, 312.0, 19.5, 400, "NVIDIA A100 datasheet", _SXM),
+    Device("A100 80GB", 80, 2039.0, 312.0, 19.5, 400, "NVIDIA A100 datasheet, SXM"),
+    Device("H100 PCIe", 80, 2000.0, 756.0, 51.0, 350, "NVIDIA H100 datasheet"),
+    Device("H100 SXM", 80, 3350.0, 989.0, 67.0, 700, "NVIDIA H100 datasheet"),
+    Device("H200", 141, 4800.0, 989.0, 67.0, 700, "NVIDIA H200 datasheet"),
+    _shared("MacBook Air M1 8GB", 8, 68.25, None, None, 30, _APPLE, _ADAPTER),
+    _shared("MacBook Air M2 16GB", 16, 100.0, None, None, 30, _APPLE, _ADAPTER),
+    _shared("MacBook Pro M4 Max 64GB", 64, 546.0, None, None, 96, _APPLE, _ADAPTER),
+    _shared("Raspberry Pi 5 8GB", 8, None, None, None, 12, "Raspberry Pi 5 product brief", _BOARD),
+    _shared("Pixel 6a", 6, None, None, None, 5, "Google's Pixel 6a specifications", _PHONE),
+    _shared("Pixel 8", 8, None, None, None, 5, "Google's Pixel 8 specifications", _PHONE),
+    _shared("Pixel 8 Pro", 12, None, None, None, 5, "Google's Pixel 8 Pro specifications", _PHONE),
+    _shared("Galaxy S24", 8, None, None, None, 5, "Samsung's specifications", _PHONE),
+    _shared("Galaxy S24 Ultra", 12, None, None, None, 5, "Samsung's specifications", _PHONE),
 )
 
 DEVICES: Mapping[str, Device] = {device.name: device for device in _PROFILES}
@@ -248,20 +190,19 @@ def near_devices(name: str) -> str:
 def this_machine() -> Device:
     """The card that ``nvidia-smi`` shows first, else this computer's processor and memory.
 
-    Memory is what is free now: what other programs hold cannot be had.
+    ``free_bytes`` is what other programs leave at this moment.
     """
     shown = _nvidia_smi()
     if shown is not None:
         name, total, free, capability = shown
-        known = DEVICES.get(next((n for n in DEVICES if _plain(n) == _plain(name)), ""))
-        return Device(
+        known = next((DEVICES[n] for n in DEVICES if _plain(n) == _plain(name)), Device(name, 0))
+        return replace(
+            known,
             name=name,
             memory_gib=total / 1024,
-            bandwidth_gbs=known.bandwidth_gbs if known else None,
-            tensor_tflops=known.tensor_tflops if known else None,
-            float32_tflops=known.float32_tflops if known else None,
             source="nvidia-smi",
-            watts=known.watts if known else None,
+            watts_source="",
+            error_correcting=False,
             bfloat16=capability >= 8.0,
             free_bytes=round(free * 2**20),
         )

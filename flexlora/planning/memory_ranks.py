@@ -1,9 +1,9 @@
-"""``ranks.policy=memory``: the largest useful rank that fits what a client says is free.
+"""``ranks.policy=memory``: the largest useful rank that fits the bytes a client reports as free.
 
-A client trains with the run's own batch, length, dtype and checkpointing, on the base that it holds
-(``quantization`` of its report); only the rank is chosen, from the powers of two up to what its
-number of examples supports (``planner.useful_rank``). Its free bytes are those before the base was
-loaded, so the prediction counts the base too, and the planner's margin is kept free.
+A client trains with the run's batch, length, dtype and checkpointing, on the base that it reports
+(``quantization``); only the rank is chosen, from the powers of two up to what its number of
+examples supports (``planner.useful_rank``). Free bytes are measured before the base is loaded, so
+the prediction includes the base, and the planner's margin stays free.
 """
 
 from __future__ import annotations
@@ -15,13 +15,11 @@ from flexlora.config.resolve import Config
 from flexlora.lora.ranks import RankClass
 from flexlora.planning.memory import training_memory
 from flexlora.planning.model_config import read_shape
-from flexlora.planning.planner import Request, needed_bytes, useful_rank
+from flexlora.planning.planner import Request, halved, needed_bytes, useful_rank
 from flexlora.planning.shapes import ModelShape, TrainingPlan
 from flexlora.units import human_bytes
 
 __all__ = ["memory_rank", "run_plan"]
-
-CARRYING = ("aligned", "carried", "fed-plora")  # methods that send factors to carry
 
 
 def run_plan(config: Config) -> tuple[ModelShape, TrainingPlan]:
@@ -30,22 +28,22 @@ def run_plan(config: Config) -> tuple[ModelShape, TrainingPlan]:
     Raises:
         UserError: a model whose memory cannot be predicted.
     """
-    shape, method = read_shape(config["model.name"]), config["method.name"]
-    shape.targets(config["lora.target-modules"])
-    carried_dtype = config["method.carried-dtype"] or config["wire.dtype"]
+    shape = read_shape(config.model.name)
+    shape.targets(config.lora.target_modules)
+    carried_dtype = getattr(config.method, "carried_dtype", "") or config.wire.dtype
     plan = TrainingPlan(
         rank=1,
-        max_length=min(config["train.max-length"], shape.max_positions),
-        batch=config["train.per-device-train-batch-size"],
-        dtype=config["model.dtype"],
-        carried_rank=config["method.carried-rank"] if method in CARRYING else 0,
+        max_length=min(config.train.max_length, shape.max_positions),
+        batch=config.train.per_device_train_batch_size,
+        dtype=config.model.dtype,
+        carried_rank=getattr(config.method, "carried_rank", 0),
         carried_dtype="bfloat16" if carried_dtype == "bfloat16" else "float32",
-        gradient_checkpointing=config["train.gradient-checkpointing"],
-        optim=config["train.optim"],
-        attention=config["model.attn-implementation"],
-        aligned=method == "aligned" and config["method.gradient-batches"] > 0,
-        lora_dropout=config["lora.dropout"],
-        target_modules=config["lora.target-modules"],
+        gradient_checkpointing=config.train.gradient_checkpointing,
+        optim=config.train.optim,
+        attention=config.model.attn_implementation,
+        aligned=getattr(config.method, "gradient_batches", 0) > 0,
+        lora_dropout=config.lora.dropout,
+        target_modules=config.lora.target_modules,
     )
     return shape, plan
 
@@ -59,9 +57,9 @@ def memory_rank(
     quantization: str,
     device: str,
 ) -> RankClass | str:
-    """The rank class of one client, or in one sentence why there is none."""
+    """The rank class of one client, or one sentence that says why there is none."""
     if free_bytes < 1:
-        return "it did not say how much memory is free, which ranks.policy=memory goes by"
+        return "it did not report how much memory is free, which ranks.policy=memory needs"
     unified = device.startswith("cpu")
     largest = useful_rank(num_examples)
     rank, needed = _largest_fit(shape, plan, free_bytes, largest, quantization, unified)
@@ -84,13 +82,11 @@ def _largest_fit(
     quantization: str,
     unified: bool,
 ) -> tuple[int, int]:
-    """The rank (0: none fits) and what it needs."""
-    needed, rank = 0, largest
-    while rank >= 1:
-        own = replace(plan, rank=rank, quantization=quantization, unified_memory=unified)
-        request = Request(memory_bytes=free_bytes)
-        needed = needed_bytes(training_memory(shape, own), request)
+    """The largest rank that fits (0: none) and the bytes it needs (of 0: those of rank 1)."""
+    request, needed = Request(memory_bytes=free_bytes), 0
+    for rank in halved(largest):
+        client = replace(plan, rank=rank, quantization=quantization, unified_memory=unified)
+        needed = needed_bytes(training_memory(shape, client), request)
         if needed <= free_bytes:
             return rank, needed
-        rank //= 2
     return 0, needed

@@ -52,7 +52,7 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub.utils import logging
 
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # every retry is told otherwise; what came of them is told below
+    logging.set_verbosity_error()  # no line per retry: the last error is reported below
     try:
         return Path(hf_hub_download(name, "config.json"))
     except Exception as error:  # whatever a hub, a proxy or no network makes the client raise

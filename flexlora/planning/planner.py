@@ -1,4 +1,4 @@
-"""The best way to train a model within a number of bytes: quantization, ranks, batch, checkpoints.
+"""Plan the best training within a number of bytes: quantization, ranks, batch, checkpointing.
 
 Better means, in this order:
 
@@ -6,17 +6,17 @@ Better means, in this order:
 2. less quantization, and among floats the checkpoint's own dtype: a wider one holds the same
    numbers in more room;
 3. a larger carried rank, up to the one asked for; carried in float32 before bfloat16;
-4. the optimizer's moments in 32 bits before 8: they are gone with the round, so they are rounded
-   before anything that stays; paged ones only where asked for, since they count in full;
+4. the optimizer's moments in 32 bits before 8: they last one round, so they are rounded before
+   anything that stays; paged ones only on request, since they count in full;
 5. no recomputation before a larger micro-batch: checkpointing costs another forward pass, while a
    smaller micro-batch with more gradient accumulation gives the same step.
 
 Ranks are powers of two, so that a federation has few rank classes. A rank is useful while every
 direction has ten examples to be found from, the old rule of regression (Peduzzi and others, 1996):
-below that a direction is set by a handful of rows, and averaging over clients cancels it. It is a
-policy, not a theorem; nothing above rank 64 is proposed where the number of examples is not known.
+below that a direction follows a handful of rows, and averaging over clients cancels it. It is a
+policy, not a theorem; the plan stops at rank 64 where the number of examples is unknown.
 
-Every candidate is within what ``config`` accepts, so a plan can be typed as it is.
+``config`` accepts every candidate, so a plan can be typed as it is.
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from flexlora.config.resolve import OPTIONS
+from flexlora.aggregation.engine.options import CARRIED_RANK, choices
+from flexlora.config.resolve import KEYS
+from flexlora.config.sections import QUANTIZATIONS, Train
 from flexlora.errors import UserError, nearest
-from flexlora.planning.memory import MemoryTerms, moments, training_memory
+from flexlora.planning.memory import MemoryTerms, training_memory
 from flexlora.planning.shapes import ModelShape, TrainingPlan
 
-__all__ = ["Choice", "Request", "make_plan", "settings", "useful_rank"]
+__all__ = ["Choice", "Request", "halved", "make_plan", "needed_bytes", "settings", "useful_rank"]
 
 MARGIN = 0.1  # an allocator's cut-offs between blocks, and what the prediction misses
 EXAMPLES_PER_DIRECTION = 10
@@ -42,21 +44,21 @@ BITSANDBYTES = ("8bit", "nf4", "adamw_8bit", "paged_adamw_8bit")  # what its ker
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is to be trained where. ``batch`` is the effective one: rows per optimizer step.
+    """What to train and on which device. ``batch`` is the effective one: rows per optimizer step.
 
     ``quantization``, ``optim`` and ``rank`` fix what is otherwise chosen ("" and 0). ``bfloat16``,
     ``quantizes`` (bitsandbytes runs) and ``cuda`` say what the device can do.
     """
 
     memory_bytes: int
-    max_length: int = OPTIONS["train.max-length"].default  # type: ignore[assignment]
-    batch: int = OPTIONS["train.per-device-train-batch-size"].default  # type: ignore[assignment]
+    max_length: int = Train().max_length
+    batch: int = Train().per_device_train_batch_size
     num_examples: int | None = None
     quantization: str = ""
     optim: str = ""
     attention: str = "auto"
     rank: int = 0
-    carried_rank: int = OPTIONS["method.carried-rank"].default  # type: ignore[assignment]
+    carried_rank: int = CARRIED_RANK
     target_modules: str = "all-linear"
     bfloat16: bool = True
     quantizes: bool = True
@@ -100,11 +102,11 @@ def make_plan(shape: ModelShape, request: Request) -> Choice:
     """
     _check(shape, request)
     largest = request.rank or min(useful_rank(request.num_examples), _full_rank(shape, request))
-    ranks = [request.rank] if request.rank else _halved(largest)
+    ranks = [request.rank] if request.rank else halved(largest)
     for rank in ranks:
         for plan in _candidates(shape, request, rank):
             terms = training_memory(shape, plan)
-            if _fits(terms, request):
+            if needed_bytes(terms, request) <= request.memory_bytes:
                 return Choice(
                     request=request,
                     plan=plan,
@@ -147,60 +149,43 @@ def settings(choice: Choice) -> dict[str, str]:
     return chosen
 
 
-def _fits(terms: MemoryTerms, request: Request) -> bool:
-    return needed_bytes(terms, request) <= request.memory_bytes
-
-
 def needed_bytes(terms: MemoryTerms, request: Request) -> int:
-    """The total with the margin; what the runtime holds is known and needs none."""
+    """Bytes of a plan with its margin; the runtime's bytes are known and get none."""
     return round((terms.total - terms.runtime) * (1.0 + request.margin)) + terms.runtime
 
 
-def _halved(number: int) -> list[int]:
+def halved(number: int) -> list[int]:
     """``number`` and its halves down to 1."""
     return [max(1, number >> step) for step in range(number.bit_length())]
 
 
-def _dtype(shape: ModelShape, request: Request) -> str:
-    """The checkpoint's dtype, or float32 on a device that computes in nothing smaller."""
-    halves = shape.dtype in ("bfloat16", "float16")
-    return "bfloat16" if halves and request.bfloat16 else "float32"
-
-
-def _holdings(shape: ModelShape, request: Request) -> list[tuple[str, str]]:
+def _bases(shape: ModelShape, request: Request) -> list[tuple[str, str]]:
     """(quantization, dtype) from the least rounding to the most, of what can be run."""
-    own = _dtype(shape, request)
     small = "bfloat16" if request.bfloat16 else "float32"
-    runnable = OPTIONS["model.quantization"].choices
+    own = small if shape.dtype in ("bfloat16", "float16") else "float32"  # the checkpoint's
     held = [("none", own), ("none", small), ("8bit", small), ("nf4", small)]
     return [
         (quantization, dtype)
         for quantization, dtype in dict.fromkeys(held)
-        if quantization in runnable
+        if quantization in QUANTIZATIONS
         and (quantization == "none" or request.quantizes)
         and request.quantization in ("", quantization)
         and (request.attention != FLASH or dtype == "bfloat16")
     ]
 
 
-def _optimizers(request: Request) -> list[str]:
-    """What was asked for, or AdamW with its moments in 32 bits and then in 8."""
-    if request.optim:
-        return [request.optim]
-    return ["adamw_torch", "adamw_8bit"] if request.quantizes else ["adamw_torch"]
-
-
 def _candidates(shape: ModelShape, request: Request, rank: int) -> Iterator[TrainingPlan]:
     """Every plan at a trained rank, the best first."""
     wanted = max(request.carried_rank, rank) if request.carried_rank else 0
-    carried_ranks = [c for c in _halved(wanted) if c >= rank] if wanted else [0]
+    optimizers = ["adamw_torch", "adamw_8bit"] if request.quantizes else ["adamw_torch"]
+    carried_ranks = [c for c in halved(wanted) if c >= rank] if wanted else [0]
     choices = itertools.product(
-        _holdings(shape, request),
+        _bases(shape, request),
         carried_ranks,
         ("float32", "bfloat16") if wanted else ("float32",),
-        _optimizers(request),
+        [request.optim] if request.optim else optimizers,
         (False, True),
-        _divisors(request.batch),
+        [size for size in range(request.batch, 0, -1) if request.batch % size == 0],
     )
     for (quantization, dtype), carried_rank, carried_dtype, optim, checkpointing, batch in choices:
         yield TrainingPlan(
@@ -220,21 +205,12 @@ def _candidates(shape: ModelShape, request: Request, rank: int) -> Iterator[Trai
         )
 
 
-def _divisors(batch: int) -> list[int]:
-    """Micro-batches that make up the effective batch exactly, the largest first."""
-    return [size for size in range(batch, 0, -1) if batch % size == 0]
-
-
 def _binding(terms: MemoryTerms) -> tuple[str, ...]:
     """The largest terms, until they are two thirds of the whole."""
     ordered = sorted(terms.items(), key=lambda item: -item[1])
-    taken, reached = [], 0
-    for name, count in ordered:
-        if 3 * reached >= 2 * terms.total:
-            break
-        taken.append(name)
-        reached += count
-    return tuple(taken)
+    before = itertools.accumulate((count for _, count in ordered), initial=0)
+    pairs = zip(ordered, before, strict=False)  # the sum of the terms before each
+    return tuple(name for (name, _), reached in pairs if 3 * reached < 2 * terms.total)
 
 
 def _reason(rank: int, largest: int, request: Request) -> str:
@@ -257,7 +233,7 @@ def _check(shape: ModelShape, request: Request) -> None:
         ("--optim", "train.optim", request.optim),
         ("--attn-implementation", "model.attn-implementation", request.attention),
     ):
-        known = OPTIONS[key].choices
+        known = choices(KEYS[key].annotation)
         if wanted and wanted not in known:
             raise UserError(
                 f"{flag} is '{wanted}', expected one of {', '.join(known)}.{nearest(wanted, known)}"
@@ -303,12 +279,9 @@ def _check_device(request: Request) -> None:
 
 def _nothing_fits(shape: ModelShape, request: Request, rank: int) -> UserError:
     """How much is missing for the smallest plan of all, and the length that would fit."""
-    smallest = min(
-        (_with_terms(shape, plan) for plan in _candidates(shape, request, rank)),
-        key=lambda pair: pair[1].total,
-    )
-    plan, terms = smallest
-    needed = needed_bytes(terms, request)
+    plans = _candidates(shape, request, rank)
+    plan = min(plans, key=lambda candidate: training_memory(shape, candidate).total)
+    needed = needed_bytes(training_memory(shape, plan), request)
     held = "NF4" if plan.quantization == "nf4" else f"{plan.quantization} ({plan.dtype})"
     return UserError(
         f"{shape.model_type} of {shape.num_parameters:,} parameters does not fit "
@@ -318,22 +291,15 @@ def _nothing_fits(shape: ModelShape, request: Request, rank: int) -> UserError:
     )
 
 
-def _with_terms(shape: ModelShape, plan: TrainingPlan) -> tuple[TrainingPlan, MemoryTerms]:
-    return plan, training_memory(shape, plan)
-
-
 def _what_would_fit(shape: ModelShape, plan: TrainingPlan, request: Request) -> str:
     """A shorter row of the same model, or else the size of a model that has room here."""
-    length = plan.max_length // 2
-    while length >= 8:
+    for length in (length for length in halved(plan.max_length)[1:] if length >= 8):
         shorter = replace(plan, max_length=length)
-        if _fits(training_memory(shape, shorter), request):
+        if needed_bytes(training_memory(shape, shorter), request) <= request.memory_bytes:
             return f" It fits with --max-length {length}."
-        length //= 2
-    held = max(
-        terms.quantized_weights + terms.unquantized_weights for terms in moments(shape, plan)
-    )
-    rest = training_memory(shape, plan).total - held
+    terms = training_memory(shape, plan)  # of any moment: the weights are there at all of them
+    held = terms.quantized_weights + terms.unquantized_weights
+    rest = terms.total - held
     room = request.memory_bytes / (1.0 + request.margin) - rest
     share = max(0.0, room / held)
     if share * shape.num_parameters < 1e6:

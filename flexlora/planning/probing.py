@@ -1,8 +1,8 @@
-"""What a machine can do, found out by doing it: small kernels that are run, and memory now.
+"""Probe a machine: which kernels run and how much memory is free.
 
-A library that imports may still die at its first kernel, or return nonsense. So each kernel that
-training may need runs once per process on small matrices, forward and backward, and its result is
-compared with a plain float32 product. What fails is reported as absent, with its error.
+A library that imports may still crash at its first kernel, or return wrong numbers. So each kernel
+that training may need runs once per process on small matrices, forward and backward, and its result
+is compared with a plain float32 product. What fails is reported as absent, with its error.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _inputs(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, T
     x, weight, gradient = (
         torch.randn(rows, SIZE, generator=generator) * SIZE**-0.5 for rows in (8, SIZE, 8)
     )
-    return tuple(tensor.to(device, dtype) for tensor in (x, weight, gradient))  # type: ignore
+    return x.to(device, dtype), weight.to(device, dtype), gradient.to(device, dtype)
 
 
 def _compare(what: str, got: Tensor, wanted: Tensor, tolerance: float) -> None:
@@ -120,8 +120,8 @@ KERNELS: dict[str, Callable[[torch.device], None]] = {
 
 @lru_cache(maxsize=4)
 def probe(device: torch.device) -> Probe:
-    """Run every kernel once on ``device``; a process asks once, however many clients it is."""
-    # bitsandbytes logs each cast of an input: known, and no fault.
+    """Run every kernel once on ``device``; cached, so a process does it once for all clients."""
+    # bitsandbytes logs each cast of an input, which is harmless.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     runs, absent = [], []
     for name, kernel in KERNELS.items():
@@ -137,35 +137,35 @@ def require(quantization: str, device: torch.device, *, key: str) -> None:
     """Refuse a base that this machine cannot run.
 
     Raises:
-        UserError: naming ``key``, the kernel's own error, and what can be had instead.
+        UserError: names ``key``, the kernel's error and what to use instead.
     """
-    if quantization == "none":
-        return
-    error = probe(device).error(quantization)
-    if error:
-        raise UserError(
-            f"{key} is '{quantization}', which bitsandbytes cannot run on this machine's "
-            f"{device.type}: {error.rstrip('.')}; use 'none', or `flexlora doctor`."
-        )
+    if quantization != "none":
+        _require_kernel(quantization, device, what=f"{key} is '{quantization}'", instead="none")
 
 
 def require_optimizer(optim: str, device: torch.device, *, dtype: torch.dtype) -> None:
     """Refuse an optimizer of factors in ``dtype`` that this machine cannot run.
 
     Raises:
-        UserError: what it would need, or the kernel's own error, and what can be had instead.
+        UserError: names what the optimizer needs, or the kernel's error, and what to use instead.
     """
     check_optimizer(optim, device, dtype)
-    error = probe(device).error("adamw_8bit") if optim.endswith("8bit") else ""
+    if optim.endswith("8bit"):
+        what = f"train.optim is '{optim}'"
+        _require_kernel("adamw_8bit", device, what=what, instead="adamw_torch")
+
+
+def _require_kernel(kernel: str, device: torch.device, *, what: str, instead: str) -> None:
+    error = probe(device).error(kernel)
     if error:
         raise UserError(
-            f"train.optim is '{optim}', which bitsandbytes cannot run on this machine's "
-            f"{device.type}: {error.rstrip('.')}; use 'adamw_torch', or `flexlora doctor`."
+            f"{what}, which bitsandbytes cannot run on this machine's {device.type}: "
+            f"{error.rstrip('.')}; use '{instead}', or `flexlora doctor`."
         )
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that a process could have on ``device`` now."""
+    """Bytes of memory free on ``device`` now."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     import psutil
@@ -174,7 +174,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def device_name(device: torch.device) -> str:
-    """``cpu (x86_64)``, or the card's own name."""
+    """``cpu (x86_64)`` or ``cuda (NVIDIA A10)``."""
     if device.type == "cuda":
         return f"cuda ({torch.cuda.get_device_name(device)})"
     return f"{device.type} ({platform.machine()})"

@@ -1,4 +1,4 @@
-"""Who trains at which rank: the policies behind ``ranks.policy``.
+"""Assign a rank class to every client: the policies behind ``ranks.policy``.
 
     fixed          one rank for all
     tiers          ranks and shares, dealt by the seed with exact quotas
@@ -27,13 +27,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from flexlora.config.options import RANK_POLICIES
+from flexlora.config.sections import RANK_POLICIES
 from flexlora.errors import UserError, nearest
-from flexlora.lora.ranks import RankClass, parse_shares, parse_tiers, quotas
+from flexlora.lora.ranks import RankClass, parse_shares, parse_tiers
 from flexlora.planning.memory_ranks import memory_rank
 from flexlora.planning.rank_tables import read_rank_table
 from flexlora.planning.shapes import ModelShape, TrainingPlan
-from flexlora.seeds import numpy_generator
+from flexlora.planning.shares import deal
 
 if TYPE_CHECKING:
     from flexlora.wire.jobs import Capability
@@ -69,10 +69,10 @@ def paper_types(scale: float = 1.0) -> tuple[RankClass, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class RankPolicy:
-    """The ``ranks.*`` keys as plain values; ``memory`` is what ``ranks.policy=memory`` goes by.
+    """The ``ranks.*`` keys; ``memory`` is the model's shape and plan, for ``ranks.policy=memory``.
 
     Raises:
-        UserError: an unknown policy, ranks, tiers, shares or a table that make no sense.
+        UserError: an unknown policy, or ranks, tiers, shares or a table that are invalid.
     """
 
     policy: str
@@ -122,9 +122,9 @@ class RankPolicy:
         Under ``memory``, of each client's report alone, and for those that fit (``too_small``).
 
         Args:
-            others: clients that are known and take no part; None where some did not say who they
-                are, so that no name in a table can be called unknown.
-            capabilities: what each client reported, for ``memory``.
+            others: known clients that do not take part; None where some have not reported their
+                id, so that an unknown name in a table is no error.
+            capabilities: the report of each client, for ``memory``.
 
         Raises:
             UserError: a table that does not fit these clients.
@@ -139,8 +139,10 @@ class RankPolicy:
             return {i: given for i, given in found.items() if isinstance(given, RankClass)}
         if self.policy == "tiers":
             types = tuple(RankClass.of(rank) for rank in parse_tiers(self.tiers))
-            return self._dealt(ordered, types, parse_shares(self.shares, len(types)))
-        return self._dealt(ordered, paper_types(self.scale), PAPER_SHARES[self.policy])
+            shares = parse_shares(self.shares, len(types))
+        else:
+            types, shares = paper_types(self.scale), PAPER_SHARES[self.policy]
+        return deal(ordered, types, shares, seed=self.seed, purpose="ranks")
 
     def from_memory(self, report: Capability) -> RankClass | str:
         """The class that fits what a client reported, or why there is none."""
@@ -157,19 +159,9 @@ class RankPolicy:
         )
 
     def too_small(self, report: Capability) -> str:
-        """Why a client cannot train at any rank; empty where it can, or nobody measures."""
+        """Why a client cannot train at any rank; empty where it can or memory does not count."""
         given = self.from_memory(report) if self.policy == "memory" else ""
         return given if isinstance(given, str) else ""
-
-    def _dealt(
-        self, ordered: Sequence[str], types: Sequence[RankClass], shares: Sequence[float]
-    ) -> dict[str, RankClass]:
-        """The ids, shuffled by the seed, dealt to the types in their order with exact quotas."""
-        counts = quotas(shares, len(ordered))
-        shuffled = numpy_generator(self.seed, "ranks").permutation(len(ordered))
-        dealt = [kind for kind, count in zip(types, counts, strict=True) for _ in range(count)]
-        table = {ordered[i]: kind for i, kind in zip(shuffled, dealt, strict=True)}
-        return {client_id: table[client_id] for client_id in ordered}
 
 
 def _from_table(
@@ -178,21 +170,18 @@ def _from_table(
     others: Sequence[str] | None,
     file: str,
 ) -> dict[str, RankClass]:
-    missing = [client_id for client_id in ordered if client_id not in table]
-    if missing:
+    if missing := [client_id for client_id in ordered if client_id not in table]:
         raise UserError(
-            f"ranks.file '{file}' has no entry for client '{missing[0]}'"
-            f"{_and_more(missing)}; every client that trains needs one."
-            f"{nearest(missing[0], table)}"
+            f"ranks.file '{file}' has no entry for client '{missing[0]}'{_and_more(missing)}; "
+            f"every client that trains needs one.{nearest(missing[0], table)}"
         )
-    if others is not None:
-        known = {*ordered, *others}
-        unknown = sorted(set(table) - known)
-        if unknown:
-            raise UserError(
-                f"ranks.file '{file}' names client '{unknown[0]}'{_and_more(unknown)}, which "
-                f"does not take part.{nearest(unknown[0], known)}"
-            )
+    known = {*ordered, *(others or ())}
+    unknown = sorted(set(table) - known)
+    if unknown and others is not None:
+        raise UserError(
+            f"ranks.file '{file}' names client '{unknown[0]}'{_and_more(unknown)}, which "
+            f"does not take part.{nearest(unknown[0], known)}"
+        )
     return {client_id: table[client_id] for client_id in ordered}
 
 

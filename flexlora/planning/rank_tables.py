@@ -21,6 +21,7 @@ import re
 import tomllib
 import zlib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,32 +94,24 @@ def _rank_class(who: str, fields: Mapping[str, Any]) -> RankClass:
         raise UserError(f"{who}: unknown field '{odd[0]}', expected {known}.{hint}")
     if "rank" not in fields:
         raise UserError(f"{who}: there is no rank, expected a whole number of at least 1.")
-    rank = _whole(f"{who}: rank", fields["rank"])
-    carried = (
-        _whole(f"{who}: carried_rank", fields["carried_rank"]) if "carried_rank" in fields else 0
-    )
+    ranks = {k: _whole(f"{who}: {k}", fields[k]) for k in ("rank", "carried_rank") if k in fields}
+    plain = RankClass.of(ranks["rank"], carried_rank=ranks.get("carried_rank", 0))
     given = fields.get("pattern", {})
     if not isinstance(given, dict):
         raise UserError(f"{who}: pattern is {given!r}, expected regular expressions with ranks.")
-    pattern = []
-    for regex, own in given.items():
-        try:
-            re.compile(regex)
-        except re.error as error:
-            raise UserError(
-                f"{who}: pattern '{regex}' is no regular expression: {error}."
-            ) from None
-        pattern.append((regex, _whole(f"{who}: the rank of pattern '{regex}'", own)))
-    return _named(rank, tuple(pattern), carried)
-
-
-def _named(rank: int, pattern: tuple[tuple[str, int], ...], carried: int) -> RankClass:
-    """Clients with the same ranks are one class; a pattern's own name is a digest of it."""
+    pattern = tuple((regex, _pattern_rank(who, regex, rank)) for regex, rank in given.items())
     if not pattern:
-        return RankClass.of(rank, carried_rank=carried)
-    digest = zlib.crc32(repr(pattern).encode())
-    name = f"{RankClass.of(rank, carried_rank=carried).name}_pattern_{digest:08x}"
-    return RankClass(name=name, rank=rank, pattern=pattern, carried_rank=carried)
+        return plain
+    digest = zlib.crc32(repr(pattern).encode())  # clients with the same ranks are one class
+    return replace(plain, name=f"{plain.name}_pattern_{digest:08x}", pattern=pattern)
+
+
+def _pattern_rank(who: str, regex: str, rank: Any) -> int:
+    try:
+        re.compile(regex)
+    except re.error as error:
+        raise UserError(f"{who}: pattern '{regex}' is no regular expression: {error}.") from None
+    return _whole(f"{who}: the rank of pattern '{regex}'", rank)
 
 
 def _whole(what: str, value: Any) -> int:

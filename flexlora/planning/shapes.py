@@ -27,7 +27,7 @@ __all__ = ["BYTES", "Linear", "ModelShape", "TrainingPlan"]
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Linear:
     """One linear of a decoder layer; ``source`` names the tensor that it reads."""
 
@@ -57,20 +57,20 @@ class ModelShape:
     intermediate_size: int
     max_positions: int
     tied: bool
-    head_bias: bool
-    learned_positions: int  # rows of a position embedding, 0 for rotary ones
-    rms_norm: bool
-    norms: int  # norms of width hidden_size in a layer
-    norm_inputs: int  # different tensors among their inputs
-    query_key_norm: bool
-    fused: str  # "", "split" (views of one projection) or "rotated" (views, then rotated copies)
-    own_output: bool  # the output projection reads a copy, not the kernel's output itself
-    scores: bool  # attention scores are capped, which makes it eager where nothing is asked for
     sliding_window: int | None
     mlp_numbers: int  # what the MLP keeps per token beside the input of its last linear
-    gated: bool
-    capped_logits: bool
     linears: tuple[Linear, ...]
+    head_bias: bool = False
+    learned_positions: int = 0  # rows of a position embedding, 0 for rotary ones
+    rms_norm: bool = True
+    norms: int = 2  # norms of width hidden_size in a layer
+    norm_inputs: int = 2  # different tensors among their inputs
+    query_key_norm: bool = False
+    fused: str = ""  # or "split" (views of one projection), "rotated" (views, then rotated copies)
+    own_output: bool = False  # the output projection reads a copy, not the kernel's output itself
+    scores: bool = False  # attention scores are capped: eager where no implementation is asked for
+    gated: bool = True
+    capped_logits: bool = False
 
     @property
     def query_size(self) -> int:

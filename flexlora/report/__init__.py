@@ -1,7 +1,7 @@
 """Pages and tables about runs, from what the run folder holds and nothing else.
 
 ``write_report`` writes RUN/report.html, ``compare`` sets runs side by side. A page is one HTML
-file without scripts and without a single request; exact numbers stand in its ``<data>`` elements.
+file without scripts or requests; its ``<data>`` elements have the exact numbers.
 """
 
 from __future__ import annotations

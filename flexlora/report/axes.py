@@ -1,4 +1,4 @@
-"""Axes of a chart: which span, which ticks, and where a value lies on the picture."""
+"""Axes of a chart: the span, the ticks, and the position of a value on the picture."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LEVEL = 2e-4  # relative: a finer axis would need more digits than its ticks sho
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """The straight map of ``span`` onto the pixels from ``start`` to ``end``."""
+    """The linear map of ``span`` onto the pixels from ``start`` to ``end``."""
 
     span: Span
     start: float
@@ -26,11 +26,11 @@ class Scale:
 
 
 def span_of(values: Iterable[float], *, from_zero: bool = False) -> Span:
-    """A span that holds all values and is never empty.
+    """A nonempty span of all values.
 
-    It begins at 0 where 0 is near: an axis that does not, makes much of a small difference, and one
-    that does, hides it where all values are large and close. Values that differ by rounding only
-    (shares of 1 and of 1 - 2e-16) are one level, over an axis from 0.
+    It begins at 0 where 0 is near, since otherwise a small difference looks large; far from 0 it
+    does not, since the difference of large values would vanish. Values that differ by rounding only
+    are one level over an axis from 0.
     """
     found = list(values)
     low, high = min(found), max(found)
@@ -49,18 +49,14 @@ def ticks(span: Span, count: int = 5, *, whole: bool = False) -> list[float]:
         first = math.ceil(low / step)
         return [n * step for n in range(first, math.floor(high / step + 1e-9) + 1)]
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [_clean(n * step) for n in range(first, last + 1)]
+    # 12 digits drop the last bits of the product: 0.30000000000000004 is 0.3.
+    return [float(f"{n * step:.12g}") for n in range(first, last + 1)]
 
 
 def _round_step(rough: float) -> float:
     """The smallest of 1, 2, 2.5, 5 and 10 times a power of ten that is not below ``rough``."""
     power = 10.0 ** math.floor(math.log10(rough))
     return next(m * power for m in (1.0, 2.0, 2.5, 5.0, 10.0) if m * power >= rough * (1 - 1e-9))
-
-
-def _clean(value: float) -> float:
-    """Without the last bits of a multiplication: 0.30000000000000004 is 0.3."""
-    return float(f"{value:.12g}")
 
 
 def united(spans: Sequence[Span]) -> Span:

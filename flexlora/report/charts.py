@@ -1,8 +1,7 @@
 """Line and bar charts as SVG inside a page: no script, no library, nothing to load.
 
-A chart says what it shows three times: as a picture, as a title and a description for who does not
-see it, and point by point under the pointer. Lines that lie on one another are drawn once, under
-all of their names, where a picture of only the last one would tell a lie.
+A chart has a picture, a title and a description for screen readers, and a tooltip per point. Lines
+that coincide are drawn once under all of their names: otherwise only the last would be visible.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ _MARKS = (
 class Series:
     """One line or one colour of bars; ``style`` is its place in the palette.
 
-    Points beyond ``DRAWABLE`` (a loss that went astray) are in the tables and not in the picture.
+    Points beyond ``DRAWABLE`` (a loss that diverged) are left out; the tables have them.
     """
 
     name: str
@@ -41,20 +40,20 @@ class Series:
     style: int = 0
 
     def __post_init__(self) -> None:
-        kept = tuple(point for point in self.points if abs(point[1]) < DRAWABLE)
-        object.__setattr__(self, "points", kept)
+        drawable = tuple(point for point in self.points if abs(point[1]) < DRAWABLE)
+        object.__setattr__(self, "points", drawable)
 
 
 def with_points(series: Iterable[Series]) -> tuple[Series, ...]:
-    """Those that have anything to draw; a chart needs one at least."""
+    """The series that have points; a chart needs one at least."""
     return tuple(line for line in series if line.points)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """What is drawn: ``key`` is unique on a page, ``shown`` spells a value and ``tick`` an axis.
+    """``key`` is unique on a page; ``shown`` formats a value, ``tick`` one at an axis.
 
-    A span that is None is that of the series themselves.
+    A span that is None is that of the series.
     """
 
     key: str
@@ -83,9 +82,13 @@ class Chart:
     def spelled_x(self, value: float) -> str:
         return f"{value:.6g}" if self.x_tick is None else self.x_tick(value)
 
+    def tooltip(self, name: str, x: float, y: float) -> Markup:
+        words = f"{name}, {self.x_name} {self.spelled_x(x)}: {self.shown(y)}"
+        return element("title", text(words))
+
 
 def on_common_axes(charts: Sequence[Chart]) -> list[Chart]:
-    """The same charts, each with the span of all: what lies higher in one does so beside it."""
+    """The same charts, each with the span of all, so that heights compare between them."""
     if not charts:
         return []
     horizontal = united([chart.spans[0] for chart in charts])
@@ -120,20 +123,19 @@ def drawn(chart: Chart) -> Markup:
 
 
 def _merged(series: Sequence[Series], x: Scale, y: Scale) -> list[tuple[Series, list[str]]]:
-    """Series whose points all lie on one another, as one series with all the names."""
+    """Series whose points coincide, as one series with all the names."""
     groups: list[tuple[Series, list[str]]] = []
     for line in series:
-        for first, names in groups:
-            if _same_line(first, line, x, y):
-                names.append(line.name)
-                break
-        else:
+        same = next((names for first, names in groups if _same_line(first, line, x, y)), None)
+        if same is None:
             groups.append((line, [line.name]))
+        else:
+            same.append(line.name)
     return groups
 
 
 def _same_line(one: Series, other: Series, x: Scale, y: Scale) -> bool:
-    """Nowhere half a unit of the picture apart."""
+    """Whether all points coincide within half a unit of the picture."""
     return len(one.points) == len(other.points) and all(
         abs(x(a) - x(c)) < 0.5 and abs(y(b) - y(d)) < 0.5
         for (a, b), (c, d) in zip(one.points, other.points, strict=True)
@@ -141,7 +143,7 @@ def _same_line(one: Series, other: Series, x: Scale, y: Scale) -> bool:
 
 
 def _description(chart: Chart, groups: Sequence[tuple[Series, list[str]]]) -> str:
-    """Where every line begins and where it ends."""
+    """The first and the last value of every line, in words."""
     parts = []
     for line, names in groups:
         (x0, y0), (x1, y1) = line.points[0], line.points[-1]
@@ -179,21 +181,20 @@ def _lines(
         if len(line.points) > MANY_POINTS:
             continue
         for a, b in line.points:
-            told = f"{', '.join(names)}, {chart.x_name} {chart.spelled_x(a)}: {chart.shown(b)}"
-            yield _mark(line, f"translate({x(a):.1f} {y(b):.1f})", element("title", text(told)))
+            tooltip = chart.tooltip(", ".join(names), a, b)
+            yield _mark(line, f"translate({x(a):.1f} {y(b):.1f})", tooltip)
 
 
 def _bars(chart: Chart, x: Scale, y: Scale) -> Iterator[Markup]:
-    """Bars of all series side by side over every position, with a little air around them."""
+    """Bars of all series side by side over every position."""
     room = 0.8 * (x(1.0) - x(0.0))
     width = room / len(chart.series)
     for place, line in enumerate(chart.series):
         for a, b in line.points:
-            told = f"{line.name}, {chart.x_name} {chart.spelled_x(a)}: {chart.shown(b)}"
             top, foot = sorted((y(b), y(0.0)))
             yield element(
                 "rect",
-                element("title", text(told)),
+                chart.tooltip(line.name, a, b),
                 x=f"{x(a) - room / 2 + place * width:.2f}",
                 y=f"{top:.2f}",
                 width=f"{max(width - 1, 0.5):.2f}",
@@ -203,7 +204,7 @@ def _bars(chart: Chart, x: Scale, y: Scale) -> Iterator[Markup]:
 
 
 def _legend(chart: Chart, groups: Sequence[tuple[Series, list[str]]]) -> Markup:
-    """The names beside their colours and marks; none where the title has said the only name."""
+    """The names with their colours and marks; empty where the only name is the title."""
     if [line.name.lower() for line in chart.series] == [chart.title.lower()]:
         return Markup("")
     items = []

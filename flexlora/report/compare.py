@@ -12,12 +12,12 @@ from rich.console import Console
 from flexlora.errors import UserError
 from flexlora.report.charts import Chart, Series, on_common_axes, with_points
 from flexlora.report.comparison import Cell, Comparison, compared, read_runs
+from flexlora.report.formats import metric_format, tick_format
 from flexlora.report.markup import Markup, data, document, element, name, table, text
 from flexlora.report.page import figures, section, write_page
 from flexlora.report.records import RunRecords
 from flexlora.report.run_charts import CHARTS, PERSONAL_CHARTS
 from flexlora.report.text_table import text_table
-from flexlora.report.words import spelling, tick_spelling
 
 __all__ = ["compare", "comparison_page"]
 
@@ -134,10 +134,10 @@ def _overlay(
         title=title,
         subtitle=subtitle,
         series=with_points(series),
-        shown=spelling(key),
-        tick=tick_spelling(key),
+        shown=metric_format(key),
+        tick=tick_format(key),
         x_name=x_name,
-        x_tick=tick_spelling(over[0]) if over else None,
+        x_tick=tick_format(over[0]) if over else None,
         whole_x=not over,
     )
 
@@ -155,21 +155,20 @@ def _side_by_side(runs: Sequence[RunRecords], names: Sequence[str]) -> list[Mark
     """Every chart of a run's page, the runs beside one another on the same axes."""
     parts = []
     for maker in (*CHARTS, *PERSONAL_CHARTS):
-        made = [(own, maker(run)) for run, own in zip(runs, names, strict=True)]
-        found = [(index, own, chart) for index, (own, chart) in enumerate(made) if chart]
-        charts = [
-            replace(chart, key=f"{chart.key}-{index}", title=own, subtitle="")
-            for index, own, chart in found
-        ]
-        if charts:
-            about = element("p", text(found[0][2].subtitle), class_="soft")
-            alike = on_common_axes(_alike_in_colour(charts))
-            parts.append(section(found[0][2].title, about, figures(alike)))
+        made = [(own, chart) for own, run in zip(names, runs, strict=True) if (chart := maker(run))]
+        if made:
+            charts = [
+                replace(chart, key=f"{chart.key}-{names.index(own)}", title=own, subtitle="")
+                for own, chart in made
+            ]
+            first = made[0][1]
+            about = element("p", text(first.subtitle), class_="soft")
+            parts.append(section(first.title, about, figures(on_common_axes(_recolour(charts)))))
     return parts
 
 
-def _alike_in_colour(charts: Sequence[Chart]) -> list[Chart]:
-    """One colour for one name in all charts: a rank class need not have the same place in each."""
+def _recolour(charts: Sequence[Chart]) -> list[Chart]:
+    """Give a name the same colour in all charts: rank classes have other places in other runs."""
     known = [*dict.fromkeys(line.name for chart in charts for line in chart.series)]
     return [
         replace(chart, series=tuple(replace(s, style=known.index(s.name)) for s in chart.series))

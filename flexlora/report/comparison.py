@@ -1,7 +1,7 @@
-"""Runs beside one another as a table: what differs in their settings, and what came of it.
+"""The table of ``flexlora compare``: the settings in which runs differ, and their results.
 
-Losses are comparable where the same base answered the same held-out rows. Whether it did is read
-from the settings that choose the rows and from ``evaluation.csv``: who was scored on how many.
+Losses are comparable where the same base is scored on the same held-out rows. Whether it is follows
+from the settings that choose the rows and from ``evaluation.csv``: the rows of each client.
 """
 
 from __future__ import annotations
@@ -10,34 +10,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from flexlora.config.options import OPTIONS
+from flexlora.config.resolve import KEYS
 from flexlora.errors import UserError
+from flexlora.report.formats import SCORES, TOTALS, format_metric, format_setting
 from flexlora.report.records import RunRecords, read_run
-from flexlora.report.words import SCORES, TOTALS, setting, spelled
 
 __all__ = ["Cell", "Column", "Comparison", "compared", "read_runs"]
 
-# What decides which held-out rows are scored, and how they read.
-ROW_KEYS = (
-    "seed",
-    "clients.count",
-    "data.path",
-    "data.tasks",
-    "data.name",
-    "data.partition",
-    "data.dirichlet-alpha",
-    "data.template",
-    "train.max-length",
-    "eval.split",
-    "eval.fraction",
-    "eval.max-examples",
-    "model.name",
-)
+# The keys that choose which held-out rows are scored, and their text.
+ROW_KEYS: tuple[str, ...] = ("seed", "clients.count", "data.path", "data.tasks", "data.name")
+ROW_KEYS += ("data.partition", "data.dirichlet-alpha", "data.template", "train.max-length")
+ROW_KEYS += ("eval.split", "eval.fraction", "eval.max-examples", "model.name")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """What is shown, and the number behind it; ``derived`` where it is a sum over the files."""
+    """The text of a cell and its exact number; ``derived`` for a sum over the files."""
 
     shown: str
     value: float | None = None
@@ -54,7 +42,7 @@ class Column:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """A column per difference and per result, a row per run, and what to keep in mind."""
+    """A column per difference and per result, a row per run, and notes on what is comparable."""
 
     names: tuple[str, ...]
     columns: tuple[Column, ...]
@@ -87,22 +75,23 @@ def read_runs(paths: Sequence[str | Path]) -> list[RunRecords]:
 
 def compared(runs: Sequence[RunRecords]) -> Comparison:
     """The table of ``runs``, in their order."""
-    settings = [_setting(runs, key) for key in _differing(runs)]
+    names = tuple(_names(runs))
     rows, notes = _held_out(runs)
-    results = [_rounds(runs), *(_score(runs, key, title) for key, title in SCORES.items())]
-    results += [_total(runs, key, title) for key, title in TOTALS.items()]
-    results += _class_losses(runs)
-    shown = [c for c in (*settings, *rows, *results) if any(cell.shown for cell in c.cells)]
-    return Comparison(
-        names=tuple(_names(runs)), columns=tuple(shown), notes=(*notes, *_unfinished(runs))
-    )
+    columns = [_setting(runs, key) for key in _differing(runs)] + rows + [_rounds(runs)]
+    columns += [_score(runs, key, title) for key, title in SCORES.items()]
+    columns += [_total(runs, key, title) for key, title in TOTALS.items()]
+    columns += _class_losses(runs)
+    shown = tuple(column for column in columns if any(cell.shown for cell in column.cells))
+    if unfinished := [name for name, run in zip(names, runs, strict=True) if not run.finished]:
+        notes += [f"Not finished, scores so far: {', '.join(unfinished)}."]
+    return Comparison(names=names, columns=shown, notes=tuple(notes))
 
 
 def _names(runs: Sequence[RunRecords]) -> list[str]:
-    """The last parts of each path, as many as it takes to tell the runs apart."""
-    parts = [run.path.resolve().parts for run in runs]
-    for depth in range(1, max(len(own) for own in parts)):
-        names = ["/".join(own[-depth:]) for own in parts]
+    """The last parts of each path, as many as make the names distinct."""
+    paths = [run.path.resolve().parts for run in runs]
+    for depth in range(1, max(len(parts) for parts in paths)):
+        names = ["/".join(parts[-depth:]) for parts in paths]
         if len(set(names)) == len(names):
             return names
     return [str(run.path) for run in runs]
@@ -110,8 +99,8 @@ def _names(runs: Sequence[RunRecords]) -> list[str]:
 
 def _differing(runs: Sequence[RunRecords]) -> list[str]:
     """Keys that the runs do not agree on, in the order of the options."""
-    known = [key for key in OPTIONS if key != "out"]
-    others = sorted({key for run in runs for key in run.config} - OPTIONS.keys())
+    known = [key for key in KEYS if key != "out"]
+    others = sorted({key for run in runs for key in run.config} - KEYS.keys())
     keys = [*known, *others]
     return [key for key in keys if len({_shown_setting(run, key) for run in runs}) > 1]
 
@@ -122,7 +111,7 @@ def _setting(runs: Sequence[RunRecords], key: str) -> Column:
 
 
 def _shown_setting(run: RunRecords, key: str) -> str:
-    return setting(run.setting(key) if key in OPTIONS else run.config.get(key, "(not set)"))
+    return format_setting(run.setting(key) if key in KEYS else run.config.get(key, "(not set)"))
 
 
 def _rounds(runs: Sequence[RunRecords]) -> Column:
@@ -136,12 +125,14 @@ def _rounds(runs: Sequence[RunRecords]) -> Column:
 def _score(runs: Sequence[RunRecords], key: str, title: str) -> Column:
     ends = [run.last(key) for run in runs]
     values = [None if end is None else end[1] for end in ends]
-    return Column(title=title, cells=tuple(Cell(shown=spelled(key, v), value=v) for v in values))
+    return Column(
+        title=title, cells=tuple(Cell(shown=format_metric(key, v), value=v) for v in values)
+    )
 
 
 def _total(runs: Sequence[RunRecords], key: str, title: str) -> Column:
     totals = [run.total(key) for run in runs]
-    cells = (Cell(shown=spelled(key, v), value=v, derived=True) for v in totals)
+    cells = (Cell(shown=format_metric(key, v), value=v, derived=True) for v in totals)
     return Column(title=title, cells=tuple(cells))
 
 
@@ -150,7 +141,7 @@ def _class_losses(runs: Sequence[RunRecords]) -> list[Column]:
     classes = runs[0].rank_classes
     if len(classes) < 2 or any(run.rank_classes != classes for run in runs):
         return []
-    return [_score(runs, f"eval_loss/{own}", f"loss {own}") for own in classes]
+    return [_score(runs, f"eval_loss/{name}", f"loss {name}") for name in classes]
 
 
 def _held_out(runs: Sequence[RunRecords]) -> tuple[list[Column], list[str]]:
@@ -160,9 +151,9 @@ def _held_out(runs: Sequence[RunRecords]) -> tuple[list[Column], list[str]]:
     if len(letters) == 1:
         return [], []
     keys = [key for key in ROW_KEYS if len({_shown_setting(run, key) for run in runs}) > 1]
-    told = ", ".join(keys) or "evaluation.csv names other clients or other numbers of rows"
+    cause = ", ".join(keys) or "evaluation.csv names other clients or other numbers of rows"
     note = (
-        f"Scored on other rows or over another base ({told}): "
+        f"Scored on other rows or over another base ({cause}): "
         "compare scores only within one letter of the column 'rows'."
     )
     cells = tuple(Cell(shown=letters[kind]) for kind in kinds)
@@ -170,7 +161,7 @@ def _held_out(runs: Sequence[RunRecords]) -> tuple[list[Column], list[str]]:
 
 
 def _rows_of(run: RunRecords) -> tuple[object, ...]:
-    """What tells one set of held-out rows from another."""
+    """A key that is equal for runs scored on the same held-out rows over the same base."""
     settings = tuple(_shown_setting(run, key) for key in ROW_KEYS)
     scored: Mapping[str, str] = {row["client_id"]: row["rows"] for row in run.evaluations}
     return settings, tuple(sorted(scored.items()))
@@ -179,11 +170,3 @@ def _rows_of(run: RunRecords) -> tuple[object, ...]:
 def _letter(index: int) -> str:
     """A to Z, then A2 to Z2."""
     return chr(ord("A") + index % 26) + (str(index // 26 + 1) if index >= 26 else "")
-
-
-def _unfinished(runs: Sequence[RunRecords]) -> list[str]:
-    """Runs whose scores are not those of the last round that their configuration asks for."""
-    names = [own for own, run in zip(_names(runs), runs, strict=True) if not run.finished]
-    if not names:
-        return []
-    return [f"Not finished, scores so far: {', '.join(names)}."]

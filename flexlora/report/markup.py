@@ -1,7 +1,7 @@
-"""HTML as text that cannot be mixed up with other text.
+"""HTML that is escaped by construction.
 
-``Markup`` is what may go into a page as it is; everything else passes through ``text``, which
-escapes it. The type checker refuses a plain string where markup is expected.
+``Markup`` goes into a page as it is; ``text`` makes it of anything else by escaping. The type
+checker refuses a plain string where markup is expected.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ __all__ = ["Markup", "data", "document", "element", "joined", "name", "table", "
 
 Markup = NewType("Markup", str)
 
-# What HTML has no way to say, and what turns the direction of the text around it.
-_UNSPEAKABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e]")
+# Characters that HTML does not allow, and those that turn the direction of the text around them.
+_REPLACED = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e]")
 
 
 def text(value: object) -> Markup:
     """Any text, escaped for an element and for an attribute alike."""
-    return Markup(html.escape(_UNSPEAKABLE.sub("\ufffd", str(value)), quote=True))
+    return Markup(html.escape(_REPLACED.sub("\ufffd", str(value)), quote=True))
 
 
 def joined(parts: Iterable[Markup], between: str = "") -> Markup:
@@ -39,14 +39,14 @@ def element(tag: str, *content: Markup, **attributes: str) -> Markup:
 
 
 def name(value: object) -> Markup:
-    """A name that somebody else chose: its letters may run the other way, ours stay."""
+    """A name from outside: isolated, so that right-to-left letters do not reorder the rest."""
     return element("bdi", text(value))
 
 
 def data(value: float | None, shown: str, *, derived: bool = False) -> Markup:
-    """A number as it is shown, with the exact one beside it for whoever reads the page by machine.
+    """A number as it is shown, with the exact one as an attribute for programs.
 
-    ``derived`` marks a sum or a count over the files; all others stand in a file as they are.
+    ``derived`` marks a sum or a count over the files; any other number is in a file as it is.
     """
     if value is None:
         return Markup("")
@@ -74,7 +74,7 @@ def table(
 
 
 def document(title: str, *body: Markup) -> Markup:
-    """A whole page, which its own policy forbids to load anything or to run a script."""
+    """A whole page with a policy that forbids loading anything and running scripts."""
     policy = "default-src 'none'; style-src 'unsafe-inline'"
     return Markup(
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'

@@ -10,7 +10,7 @@ from flexlora.report import sections
 from flexlora.report.charts import Chart, drawn
 from flexlora.report.markup import Markup, document, element, joined, name, text
 from flexlora.report.records import RunRecords, read_run
-from flexlora.report.run_charts import PERSONAL_CHARTS, charts_of, clients_chart
+from flexlora.report.run_charts import CHARTS, PERSONAL_CHARTS, charts_of, clients_chart
 
 __all__ = ["figures", "run_page", "write_page", "write_report"]
 
@@ -28,7 +28,7 @@ def write_report(path: str | Path) -> Path:
 
 
 def write_page(file: Path, page: str) -> Path:
-    """All of the page or none of it."""
+    """Write the page under a temporary name, then rename it: never half a page."""
     partial = file.with_name(file.name + ".partial")
     try:
         partial.write_text(page, encoding="utf-8", newline="\n")
@@ -46,16 +46,17 @@ def run_page(run: RunRecords) -> str:
         parts += [
             sections.headline(run),
             section("Held-out rows", sections.scores_table(run)),
-            section("Round by round", figures(charts_of(run))),
-            *_personal(run),
-            *_clients(run),
+            section("Round by round", figures(charts_of(run, CHARTS))),
+            *_charts("Personal against global", charts_of(run, PERSONAL_CHARTS)),
+            *_charts("Client by client", charts_of(run, [clients_chart])),
         ]
     parts += [
         section("Failures and notes", sections.failures(run)),
         section("Rank classes", sections.classes_table(run)),
         section("Configuration that is not the default", sections.changed_settings(run)),
         section("Versions and machine", sections.versions(run)),
-        *_details(run),
+        _folded("All numbers by round", sections.rounds_table(run)),
+        _folded("The last sum, module by module", sections.modules_table(run)),
     ]
     return document(title, *parts)
 
@@ -69,50 +70,33 @@ def figures(charts: list[Chart]) -> Markup:
 
 
 def _about(run: RunRecords) -> Markup:
-    """Which method, on what, with which seed."""
+    """The method, the base, the data and the seed."""
     data = next((run.setting(k) for k in ("data.path", "data.name") if run.setting(k)), "built-in")
-    said = [
-        text("Method "),
-        name(run.setting("method.name")),
-        text(" on base "),
-        name(run.setting("model.name")),
-        text(", data "),
-        name(data),
-        text(f" ({run.setting('eval.split')} rows), seed {run.setting('seed')}."),
-    ]
-    return element("p", *said, class_="soft")
+    method, base = name(run.setting("method.name")), name(run.setting("model.name"))
+    rest = text(f" ({run.setting('eval.split')} rows), seed {run.setting('seed')}.")
+    words = [text("Method "), method, text(" on base "), base, text(", data "), name(data), rest]
+    return element("p", *words, class_="soft")
 
 
 def _state(run: RunRecords) -> Markup:
-    """Nothing of a finished run; how far it is of any other."""
+    """The last finished round of a run that is not finished; empty for one that is."""
     if run.finished:
         return Markup("")
     if run.last_round < 0:
-        told = "No round is done yet, not even the evaluation of the base."
+        state = "No round is done yet, not even the evaluation of the base."
     else:
-        told = f"Not finished: round {run.last_round} of {run.num_rounds} is the last that is done."
-    return element("p", text(told), class_="warn")
+        state = (
+            f"Not finished: round {run.last_round} of {run.num_rounds} is the last that is done."
+        )
+    return element("p", text(state), class_="warn")
 
 
-def _personal(run: RunRecords) -> list[Markup]:
-    """Global against personal factors, where clients keep some to themselves."""
-    charts = charts_of(run, PERSONAL_CHARTS)
-    return [section("Personal against global", figures(charts))] if charts else []
+def _charts(title: str, charts: list[Chart]) -> list[Markup]:
+    return [section(title, figures(charts))] if charts else []
 
 
-def _clients(run: RunRecords) -> list[Markup]:
-    chart = clients_chart(run)
-    return [] if chart is None else [section("Client by client", figures([chart]))]
-
-
-def _details(run: RunRecords) -> list[Markup]:
-    """The long tables, folded away."""
-    found = [
-        ("All numbers by round", sections.rounds_table(run) if run.rounds else Markup("")),
-        ("The last sum, module by module", sections.modules_table(run)),
-    ]
-    return [
-        element("details", element("summary", text(title)), content)
-        for title, content in found
-        if content
-    ]
+def _folded(title: str, content: Markup) -> Markup:
+    """A table that opens on a click; nothing where there is no content."""
+    if not content:
+        return content
+    return element("details", element("summary", text(title)), content)

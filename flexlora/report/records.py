@@ -1,7 +1,7 @@
-"""What a run folder says, read without a model, without torch and without Flower.
+"""A run folder in memory, read without a model, torch or Flower.
 
-A run may still be going on, or may have been cut short at any byte: a last line that is not whole
-is left out, and so are rows of a round that ``metrics.jsonl`` does not know yet.
+The run may be going on, or may have been cut at any byte: an incomplete last line is left out, and
+so are rows of a round that ``metrics.jsonl`` does not have yet.
 """
 
 from __future__ import annotations
@@ -15,19 +15,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from flexlora.config.options import OPTIONS
-from flexlora.config.resolve import read_toml
+from flexlora.config.resolve import KEYS, read_toml
 from flexlora.errors import UserError
-from flexlora.runs.round_rows import missing_files, read_rounds
+from flexlora.runs.metrics_file import missing_files, read_rounds
 
 __all__ = ["SERIES_FILE", "RunRecords", "finite", "read_run"]
 
 SERIES_FILE = "seeds.json"
-PERSONAL = "personal"  # a client's own factors: a suffix of metrics that names no rank class
+PERSONAL = "personal"  # a suffix of metrics (clients with personal factors), not a rank class
 
 
 def finite(value: object) -> float | None:
-    """``value`` where it is a number, None for everything else (a missing one is null)."""
+    """``value`` where it is a finite number, None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return value if math.isfinite(value) else None
@@ -37,7 +36,7 @@ def finite(value: object) -> float | None:
 class RunRecords:
     """One run: its rounds, its rows and its configuration under dotted keys.
 
-    ``classes`` is the rank class of every client that the checkpoint knows, by client id.
+    ``classes`` has the rank class of every client in the checkpoint, by client id.
     """
 
     path: Path
@@ -50,7 +49,7 @@ class RunRecords:
 
     @property
     def last_round(self) -> int:
-        """The last round that is done: 0 is the base, -1 stands for nothing at all."""
+        """The last finished round: 0 is the base, -1 is none at all."""
         return max((at for at, _ in self.points("round")), default=-1)
 
     @property
@@ -74,7 +73,7 @@ class RunRecords:
 
     def setting(self, key: str) -> object:
         """The run's value of a key; the default where an older version wrote none."""
-        return self.config.get(key, OPTIONS[key].default)
+        return self.config.get(key, KEYS[key].default)
 
     def points(self, key: str) -> list[tuple[int, float]]:
         """``(round, value)`` of every round that has a number under ``key``."""
@@ -96,27 +95,26 @@ class RunRecords:
 
     def client_loss(self, server_round: int) -> dict[str, float]:
         """Held-out loss of every client in one round, under the adapter of its own rank class."""
-        own = self._classes_after(server_round)
-        losses = {}
-        for row in self.evaluations:
-            if int(row["round"]) == server_round and row["rank_class"] in (
-                "base",
-                own.get(row["client_id"]),
-            ):
-                losses[row["client_id"]] = cell_number(row["eval_loss"])
+        classes = self._classes_after(server_round)
+        losses = {
+            row["client_id"]: cell_number(row["eval_loss"])
+            for row in self.evaluations
+            if int(row["round"]) == server_round
+            and row["rank_class"] in ("base", classes.get(row["client_id"]))
+        }
         return {client: loss for client, loss in losses.items() if loss is not None}
 
     def _classes_after(self, server_round: int) -> dict[str, str]:
         """Each client's rank class at the end of a round, when its rows were scored.
 
-        Clients go on in the class that they train in next; one that has not trained since is in
-        the checkpoint's. Its last row would name the class it had before it was granted another.
+        It is the class of the client's next training; without one, the checkpoint's; its last row
+        may be of the class before a change of rank.
         """
         rows = [row for row in self.clients if row["rank_class"]]
-        own = {row["client_id"]: row["rank_class"] for row in rows}
-        own |= {client: str(given.get("name")) for client, given in self.classes.items()}
+        classes = {row["client_id"]: row["rank_class"] for row in rows}
+        classes |= {client: str(given.get("name")) for client, given in self.classes.items()}
         later = [row for row in rows if int(row["round"]) > server_round]
-        return own | {row["client_id"]: row["rank_class"] for row in reversed(later)}
+        return classes | {row["client_id"]: row["rank_class"] for row in reversed(later)}
 
 
 def cell_number(text: str) -> float | None:
@@ -131,7 +129,7 @@ def read_run(path: str | Path) -> RunRecords:
     """The run in the folder ``path``.
 
     Raises:
-        UserError: it is no run folder (a series of seeds is told so), or a file of it is damaged.
+        UserError: it is a series of seeds, another folder that is no run, or a file is damaged.
     """
     path = Path(path)
     if (path / SERIES_FILE).is_file():
@@ -154,7 +152,7 @@ def read_run(path: str | Path) -> RunRecords:
 
 
 def _table(file: Path, last_round: int) -> Iterator[dict[str, str]]:
-    """Whole rows of rounds up to ``last_round``."""
+    """Complete rows of rounds up to ``last_round``."""
     try:
         for row in csv.DictReader(io.StringIO(_text(file), newline="")):
             whole = None not in row and None not in row.values()
@@ -165,10 +163,8 @@ def _table(file: Path, last_round: int) -> Iterator[dict[str, str]]:
 
 
 def _classes(file: Path) -> dict[str, dict]:
-    """The rank class of each client in the checkpoint's index; none where there is none (yet)."""
-    if not file.is_file():
-        return {}
-    classes = _json_object(file).get("rank_classes")
+    """The rank class of each client in the checkpoint's index; none before the first checkpoint."""
+    classes = _json_object(file).get("rank_classes") if file.is_file() else None
     if not isinstance(classes, dict):
         return {}
     return {str(client): given for client, given in classes.items() if isinstance(given, dict)}

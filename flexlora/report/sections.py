@@ -1,15 +1,14 @@
-"""The parts of a run's page that are words and tables."""
+"""The parts of a run's page that are text and tables."""
 
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from flexlora.config.options import OPTIONS
+from flexlora.config.resolve import KEYS
+from flexlora.report.formats import SCORES, format_counts, format_metric, format_setting
 from flexlora.report.markup import Markup, data, element, joined, name, table, text
 from flexlora.report.records import PERSONAL, RunRecords, cell_number, finite
-from flexlora.report.words import SCORES, setting, spelled
 
 __all__ = [
     "changed_settings",
@@ -34,8 +33,8 @@ NOTHING = Markup("")
 
 
 def metric(key: str, value: float | None, *, derived: bool = False) -> Markup:
-    """A metric as its name wants it spelled."""
-    return data(value, spelled(key, value), derived=derived)
+    """A number in the unit of the metric ``key``."""
+    return data(value, format_metric(key, value), derived=derived)
 
 
 def count(value: int) -> Markup:
@@ -43,15 +42,15 @@ def count(value: int) -> Markup:
 
 
 def headline(run: RunRecords) -> Markup:
-    """A handful of tiles: how far the run is, what was learned, and what it cost."""
+    """Tiles: rounds done, loss and exact match before and after, bytes, seconds, failures."""
     done, wanted = metric("round", run.last_round), metric("round", run.num_rounds)
     rounds = joined([done, text(" of "), wanted])
-    tiles = [("Rounds", rounds, NOTHING)]
+    tiles = [("Rounds", rounds, NOTHING)]  # title, value, small print
     for key, title in (("eval_loss", "Held-out loss"), ("eval_exact_match", "Exact match")):
-        before, after = run.base(key), run.last(key)
-        if before is not None or after is not None:
-            said = text("each client at its rank")
-            tiles.append((title, _from_to(key, before, after), said))
+        ends = [point for point in (run.base(key), run.last(key)) if point is not None]
+        if ends:
+            values = joined((metric(key, value) for _, value in ends), " \u2192 ")
+            tiles.append((title, values, text("each client at its rank")))
     for key, title, below in TILES:
         if run.total(key) is not None:
             tiles.append((title, metric(key, run.total(key), derived=True), text(below)))
@@ -66,13 +65,8 @@ def _tile(title: str, value: Markup, below: Markup) -> Markup:
     return element("div", element("dt", text(title)), element("dd", value, small))
 
 
-def _from_to(key: str, before: tuple[int, float] | None, after: tuple[int, float] | None) -> Markup:
-    ends = [metric(key, point[1]) for point in (before, after) if point is not None]
-    return joined(ends, " \u2192 ")
-
-
 def scores_table(run: RunRecords) -> Markup:
-    """Base and last round of every score: all clients, each rank class, and with own factors."""
+    """Every score at the base and the last round: all clients, by rank class, personal factors."""
     suffixes = [("all clients, each at its own rank", "")]
     suffixes += [(own, f"/{own}") for own in run.rank_classes]
     suffixes += [
@@ -80,18 +74,17 @@ def scores_table(run: RunRecords) -> Markup:
         ("clients with factors of their own, with them", f"/{PERSONAL}"),
     ]
     shown = [(key, title) for key, title in SCORES.items() if run.points(key)]
-    after = {key: run.last(key) for key, _ in shown}
+    ends = {key: [last] if (last := run.last(key)) else [] for key, _ in shown}
     header = ["rank class"]
     for key, title in shown:
-        last = after[key]
-        header += [f"{title}: base"] + ([f"after round {last[0]}"] if last else [])
+        header += [f"{title}: base", *(f"after round {last[0]}" for last in ends[key])]
     rows = []
     for title, suffix in suffixes:
         cells = []
         for key, _ in shown:
-            cells.append(_metric_at(run, key + suffix, 0))
-            if (last := after[key]) is not None:
-                cells.append(_metric_at(run, key + suffix, last[0]))
+            points = dict(run.points(key + suffix))
+            rounds = [0, *(at for at, _ in ends[key])]
+            cells += [metric(key, points.get(at)) for at in rounds]
         kept = run.last(f"energy_kept{suffix}")
         cells.append(metric("energy_kept", kept[1] if kept else None))
         if any(cells):
@@ -99,15 +92,10 @@ def scores_table(run: RunRecords) -> Markup:
     return table([*header, "energy kept"], rows)
 
 
-def _metric_at(run: RunRecords, key: str, server_round: int) -> Markup:
-    return metric(key, dict(run.points(key)).get(server_round))
-
-
 def classes_table(run: RunRecords) -> Markup:
-    """Who trained at which rank, on what: a row per rank class.
+    """A row per rank class: rank, base, device, clients and train rows.
 
-    How many clients a class has is known from the checkpoint; rows, bases and devices only of
-    those that have trained so far.
+    The number of clients is the checkpoint's; the rest is of those that have trained so far.
     """
     seen = {row["client_id"]: row for row in run.clients if row["rank_class"]}
     classes = {client: str(given.get("name")) for client, given in run.classes.items()}
@@ -116,14 +104,14 @@ def classes_table(run: RunRecords) -> Markup:
     for own in run.rank_classes:
         members = [client for client, theirs in classes.items() if theirs == own]
         rows_of = [seen[client] for client in members if client in seen]
-        ranks = Counter(row["rank"] for row in rows_of)
         examples = sum(int(cell_number(row["num_examples"]) or 0) for row in rows_of)
         rows.append(
             [
                 text(own),
-                name(_counted(ranks)),
-                name(_counted(Counter(row["quantization"] for row in rows_of))),
-                name(_counted(Counter(row["device"] for row in rows_of))),
+                *(
+                    name(format_counts(row[key] for row in rows_of))
+                    for key in ("rank", "quantization", "device")
+                ),
                 count(len(members)),
                 count(len(rows_of)),
                 count(examples),
@@ -133,15 +121,8 @@ def classes_table(run: RunRecords) -> Markup:
     return table([*header, "their train rows"], rows, words=4)
 
 
-def _counted(kinds: Mapping[str, int]) -> str:
-    """``nf4 (3), none (1)``; the name alone where there is one kind."""
-    if len(kinds) < 2:
-        return "".join(kinds)
-    return ", ".join(f"{kind} ({number})" for kind, number in sorted(kinds.items()))
-
-
 def failures(run: RunRecords) -> Markup:
-    """Every status and cause that is not a plain success, the most frequent first."""
+    """Statuses and causes other than a plain success, the most frequent first."""
     groups: dict[tuple[str, str], list[Mapping[str, str]]] = {}
     for row in run.clients:
         if row["status"] != "ok" or row["cause"]:
@@ -154,14 +135,16 @@ def failures(run: RunRecords) -> Markup:
         [
             text(status),
             _long(_shortened(cause or "no cause was given", 400)),
-            name(_first(_shortened(row["client_id"], 40) for row in own)),
-            text(_first(row["round"] for row in own)),
-            count(len(own)),
+            name(_first(_shortened(row["client_id"], 40) for row in group)),
+            text(_first(row["round"] for row in group)),
+            count(len(group)),
         ]
-        for (status, cause), own in ordered[:MANY]
+        for (status, cause), group in ordered[:MANY]
     ]
     header = ["status", "cause", "clients", "rounds", "times"]
-    return joined([table(header, rows, words=4), _rest(len(ordered), "clients.csv")])
+    more = text("And "), count(len(ordered) - MANY), text(" more in clients.csv.")
+    rest = element("p", *more, class_="note") if len(ordered) > MANY else NOTHING
+    return joined([table(header, rows, words=4), rest])
 
 
 def _long(words: str) -> Markup:
@@ -178,23 +161,18 @@ def _shortened(words: str, most: int) -> str:
     return words if len(words) <= most else words[:most] + "..."
 
 
-def _rest(number: int, file: str) -> Markup:
-    if number <= MANY:
-        return NOTHING
-    more = [text("And "), count(number - MANY), text(f" more in {file}.")]
-    return element("p", *more, class_="note")
-
-
 def changed_settings(run: RunRecords) -> Markup:
     """The keys whose value is not the default of the version that writes the page."""
     rows = []
     for key, value in run.config.items():
         default, meaning = "(no such key in this version)", ""
-        if key in OPTIONS:
-            default, meaning = setting(OPTIONS[key].default), OPTIONS[key].help
-        if setting(value) != default:
+        if key in KEYS:
+            default, meaning = format_setting(KEYS[key].default), KEYS[key].description or ""
+        elif key.startswith("method."):
+            default = "(the method's)"  # in a file that imports torch, which no report needs
+        if format_setting(value) != default:
             named = element("code", text(key))
-            own = element("span", name(setting(value)), class_="value")
+            own = element("span", name(format_setting(value)), class_="value")
             rows.append([named, own, text(default), text(meaning)])
     if not rows:
         return element("p", text("Nothing: this is the default configuration."))
@@ -206,19 +184,18 @@ def versions(run: RunRecords) -> Markup:
     flat: dict[str, object] = {}
     for key, value in run.environment.items():
         flat |= dict(value) if isinstance(value, Mapping) else {key: value}
+    shown = {k: v if isinstance(v, str) else json.dumps(v) for k, v in flat.items()}
     rows = [
-        [text(key), _long("not known" if value is None else _plain(value))]
-        for key, value in flat.items()
+        [text(key), _long("not known" if value == "null" else value)]
+        for key, value in shown.items()
     ]
     return table(["what", "value"], rows, words=2)
 
 
-def _plain(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
-
-
 def rounds_table(run: RunRecords) -> Markup:
-    """Every number that a round has as a whole, round by round."""
+    """Every number that a round has as a whole, round by round; empty without rounds."""
+    if not run.rounds:
+        return NOTHING
     keys = dict.fromkeys(
         key for row in run.rounds for key, v in row.items() if finite(v) is not None
     )
@@ -231,7 +208,7 @@ def rounds_table(run: RunRecords) -> Markup:
 
 
 def modules_table(run: RunRecords) -> Markup:
-    """How the last round's sum was decomposed, module by module; nothing where no round says."""
+    """How the last round's sum was decomposed, module by module; empty without such rounds."""
     found = [
         (row["round"], row["modules"])
         for row in run.rounds

@@ -1,4 +1,4 @@
-"""A table as plain text that is never cut: columns that do not fit go below, names repeated."""
+"""A plain-text table without cut cells: columns that do not fit go below, the first repeated."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def text_table(
     width: int,
     words: Sequence[bool] = (),
 ) -> Iterator[str]:
-    """The lines of the table, no block of columns wider than ``width`` unless one column is.
+    """The lines of the table; only a block of one column may be wider than ``width``.
 
-    ``words`` says column by column what is set to the left; a column that it does not reach is
-    numbers, set to the right.
+    ``words`` is True for the columns set to the left; the others, and those beyond it, are numbers,
+    set to the right.
     """
     table = [header, *rows]
     widths = [max(cell_len(row[c]) for row in table) for c in range(len(header))]
@@ -35,7 +35,7 @@ def text_table(
 
 
 def _blocks(widths: Sequence[int], width: int) -> list[list[int]]:
-    """Columns by block; the first column opens each."""
+    """Column indices by block; every block begins with column 0."""
     blocks: list[list[int]] = [[0]]
     used = widths[0]
     for column in range(1, len(widths)):

@@ -1,22 +1,21 @@
-"""``flexlora watch RUN``: a run as it goes, from its folder alone.
+"""``flexlora watch RUN``: follow a run from its folder alone.
 
-On a terminal a picture that is drawn again; elsewhere a line per round. The run knows nothing of
-it: the folder may be that of ``flexlora simulate`` in another terminal, of ``flwr run``, or lie on
-another machine (sshfs). The status is 0 when the run came to its end, and 1 when it did not.
+A terminal gets a picture, drawn again twice a second; any other output gets a line per round.
+The folder may be written by ``flexlora simulate``, by ``flwr run`` or on another machine (sshfs).
+The exit status is 0 when the run finished and 1 when it failed, stopped or went away.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from flexlora.report.watch_sight import Look, Sight, chosen
-from flexlora.report.watch_view import frame, heading, last_word, round_line
+from flexlora.report.snapshots import Snapshot, SnapshotReader, find_run
+from flexlora.report.watch_view import frame, heading, last_line, round_line
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
 
 __all__ = ["watch"]
 
@@ -28,65 +27,60 @@ def watch(target: str | None, *, once: bool, console: Console) -> int:
     """Show the run in ``target`` (default: the newest under ``runs``) until it is over.
 
     Raises:
-        UserError: it is no run folder.
+        UserError: ``target`` is no run folder.
     """
-    look = Look(chosen(target))
-    _forgive(console)
-    if once:
-        console.print(frame(look(), console.width, console.height, ascii_only=_ascii(console)))
-        return 0
-    try:
-        sight = _redrawn(look, console) if console.is_terminal else _told(look, console)
-    except KeyboardInterrupt:
-        print("flexlora: no longer watching; the run is left alone.", file=sys.stderr)
-        return INTERRUPTED
-    return 0 if sight.finished else 1
-
-
-def _forgive(console: Console) -> None:
-    """A letter that the output cannot show, in a client's name say, becomes a question mark."""
+    reader = SnapshotReader(find_run(target))
+    # Characters that the output's encoding lacks, in a client's name say, become question marks.
     reconfigure = getattr(console.file, "reconfigure", None)
     if reconfigure is not None:
         reconfigure(errors="replace")
+    if once:
+        console.print(
+            frame(reader(), console.width, console.height, ascii_only=console.options.ascii_only)
+        )
+        return 0
+    try:
+        last = _redraw(reader, console) if console.is_terminal else _print_rounds(reader, console)
+    except KeyboardInterrupt:
+        print("flexlora: no longer watching; the run is left alone.", file=sys.stderr)
+        return INTERRUPTED
+    return 0 if last.finished else 1
 
 
-def _ascii(console: Console) -> bool:
-    return console.options.ascii_only
+def _picture(snapshot: Snapshot, console: Console, height: int) -> RenderableType:
+    return frame(snapshot, console.width, height, ascii_only=console.options.ascii_only)
 
 
-def _redrawn(look: Callable[[], Sight], console: Console) -> Sight:
-    """A picture that follows the run; the last one stays."""
+def _redraw(reader: SnapshotReader, console: Console) -> Snapshot:
+    """Redraw one picture until the run is over; the last one stays on the screen."""
     from rich.live import Live
 
     with Live(console=console, auto_refresh=False) as live:
         while True:
-            sight = look()
-            height = console.height - 1
-            shown = frame(sight, console.width, height, ascii_only=_ascii(console))
-            live.update(shown, refresh=True)
-            if sight.over:
-                return sight
+            snapshot = reader()
+            live.update(_picture(snapshot, console, console.height - 1), refresh=True)
+            if snapshot.over:
+                return snapshot
             time.sleep(POLL_SECONDS)
 
 
-def _told(look: Callable[[], Sight], console: Console) -> Sight:
-    """A line per round, one when the run falls silent, and its last word."""
-    done, trouble = -1, ""
-    sight = look()
-    console.print(heading(sight), soft_wrap=True)
+def _print_rounds(reader: SnapshotReader, console: Console) -> Snapshot:
+    """Print a line per round, one when the run falls silent, and how it ended."""
+    printed, silent = -1, ""
+    snapshot = reader()
+    console.print(heading(snapshot), soft_wrap=True)
     while True:
-        if sight.records.last_round < done:  # a resume went back to the last whole round
-            done = sight.records.last_round
-        for row in sight.records.rounds:
-            if int(str(row["round"])) > done:
-                done = int(str(row["round"]))
-                console.print(round_line(sight, row), soft_wrap=True)
-        if sight.over:
-            console.print(last_word(sight), soft_wrap=True)
-            return sight
-        kind = sight.trouble.partition(" for ")[0]
-        if kind and kind != trouble:
-            console.print(sight.trouble, soft_wrap=True)
-        trouble = kind
+        printed = min(printed, snapshot.records.last_round)  # a resume rewinds to a whole round
+        for row in snapshot.records.rounds:
+            if int(str(row["round"])) > printed:
+                printed = int(str(row["round"]))
+                console.print(round_line(snapshot, row), soft_wrap=True)
+        if snapshot.over:
+            console.print(last_line(snapshot), soft_wrap=True)
+            return snapshot
+        kind = snapshot.trouble.partition(" for ")[0]  # without the seconds, which change
+        if kind and kind != silent:
+            console.print(snapshot.trouble, soft_wrap=True)
+        silent = kind
         time.sleep(POLL_SECONDS)
-        sight = look()
+        snapshot = reader()

@@ -17,10 +17,10 @@ from safetensors.torch import load, save
 
 from flexlora.aggregation.engine.method import State
 from flexlora.aggregation.engine.state import GlobalChange
-from flexlora.errors import UserError
-from flexlora.wire.files import write_atomically
 from flexlora.algebra.linalg import FactoredSVD
+from flexlora.errors import UserError
 from flexlora.lora.ranks import RankClass
+from flexlora.wire.files import write_atomically
 
 __all__ = ["load_checkpoint", "load_notes", "save_checkpoint"]
 

@@ -1,7 +1,13 @@
-"""The run folder (DESIGN.md, section 4): what a run leaves, and what it goes on from.
+"""The run folder: everything that a run writes, and what a resume reads.
 
-config.toml  metrics.jsonl  clients.csv  evaluation.csv  environment.json  adapters/  checkpoint/
-live.json is where the run is at this moment (``live_state.py``)
+config.toml       the resolved configuration, enough to repeat the run
+metrics.jsonl     one object per round; round 0 is the base before any training
+clients.csv       per round and client: rank, loss before and after, bytes, seconds, status, cause
+evaluation.csv    per round and client: held-out loss and scores
+environment.json  versions, seed, commit, machine
+adapters/CLASS/   PEFT folders, one per rank class, and ``global``
+checkpoint/       the server's state after the last whole round (``checkpoints.py``)
+live.json         progress and liveness of the writing process (``live_state.py``)
 """
 
 from __future__ import annotations
@@ -25,56 +31,39 @@ import tomli_w
 from safetensors import SafetensorError
 
 from flexlora.aggregation.engine.method import State
-from flexlora.runs.checkpoints import load_checkpoint, load_notes, save_checkpoint
-from flexlora.wire.files import write_atomically
-from flexlora.config.resolve import Config
+from flexlora.config.resolve import Config, of_older, read_toml
 from flexlora.errors import UserError
-from flexlora.runs.live_state import LIVE_FILE
 from flexlora.lora.ranks import RankClass
-from flexlora.runs.round_rows import missing_files, read_rounds
+from flexlora.runs.checkpoints import load_checkpoint, load_notes, save_checkpoint
+from flexlora.runs.live_state import LIVE_FILE
 from flexlora.runs.lock import check_idle
+from flexlora.runs.metrics_file import missing_files, read_rounds
+from flexlora.wire.files import write_atomically
 
 __all__ = ["CLIENT_COLUMNS", "RunFolder"]
 
-CLIENT_COLUMNS = (
-    "round",
-    "client_id",
-    "rank_class",
-    "rank",
-    "quantization",
-    "device",
-    "num_examples",
-    "loss_before",
-    "loss_after",
-    "bytes_down",
-    "bytes_up",
-    "seconds",
-    "simulated_seconds",
-    "joules",
-    "status",
-    "cause",
-)
-EVALUATION_COLUMNS = (
-    "round",
-    "client_id",
-    "rank_class",
-    "eval_loss",
-    "eval_exact_match",
-    "eval_rouge_l",
-    "rows",
-)
+CLIENT_COLUMNS: tuple[str, ...] = ("round", "client_id", "rank_class", "rank", "quantization")
+CLIENT_COLUMNS += ("device", "num_examples", "loss_before", "loss_after", "bytes_down", "bytes_up")
+CLIENT_COLUMNS += ("seconds", "simulated_seconds", "joules", "status", "cause")
+EVALUATION_COLUMNS: tuple[str, ...] = ("round", "client_id", "rank_class", "eval_loss")
+EVALUATION_COLUMNS += ("eval_exact_match", "eval_rouge_l", "rows")
+_TABLES = {"clients.csv": CLIENT_COLUMNS, "evaluation.csv": EVALUATION_COLUMNS}
 _OURS = ("config.toml", "metrics.jsonl", "clients.csv", "checkpoint", "adapters", "personal")
 
 
 class RunFolder:
-    """One run on disk. Every round is appended when it is done and before its checkpoint."""
+    """One run on disk. A round's rows are appended when it is done, before its checkpoint."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
     @classmethod
     def create(cls, path: str | Path, config: Config, *, overwrite: bool = False) -> RunFolder:
-        """A fresh folder with ``config.toml`` and ``environment.json``; see ``check_free``."""
+        """Create a folder with ``config.toml`` and ``environment.json``.
+
+        Raises:
+            UserError: see ``check_free``; the folder cannot be written.
+        """
         run = cls(path)
         cls.check_free(run.path, overwrite=overwrite)
         for name in (*_OURS, "evaluation.csv", "environment.json", "report.html", LIVE_FILE):
@@ -92,16 +81,16 @@ class RunFolder:
 
     @staticmethod
     def is_run(path: Path) -> bool:
-        """Whether ``path`` is a run folder of ours, not just any folder with a config.toml."""
+        """Whether ``path`` has the files of a run folder, more than any folder's config.toml."""
         return not missing_files(path)
 
     @staticmethod
     def check_free(path: Path, *, overwrite: bool) -> None:
-        """Whether a run may be written to ``path``.
+        """Refuse to write a run to ``path`` where something would be lost.
 
         Raises:
-            UserError: the folder holds rounds and ``overwrite`` is off, or another process writes
-                it, or it holds something that is not a run, which is never removed.
+            UserError: the folder has rounds and ``overwrite`` is off, another process writes it, or
+                it holds something that is not a run, which is never removed.
         """
         if not path.exists() or (path.is_dir() and not any(path.iterdir())):
             return
@@ -125,7 +114,7 @@ class RunFolder:
         run = cls(path)
         if not cls.is_run(run.path):
             raise UserError(f"'{path}' is not a run folder: {missing_files(run.path)}.")
-        return run, Config.resolve(file=run.path / "config.toml")
+        return run, Config.of(of_older(read_toml(run.path / "config.toml")))
 
     def append_round(
         self,
@@ -133,20 +122,20 @@ class RunFolder:
         clients: Sequence[Mapping[str, object]],
         evaluations: Sequence[Mapping[str, object]],
     ) -> None:
-        """One line of ``metrics.jsonl`` and the rows of the two tables.
+        """Append one line of ``metrics.jsonl`` and the rows of the two tables.
 
         Raises:
-            UserError: they cannot be written; a resume forgets what there is of them.
+            UserError: they cannot be written; a resume deletes the part that was.
         """
         line = json.dumps({k: _json_number(v) for k, v in metrics.items()})
         with self.writing(f"round {metrics['round']}"):
-            self._append_csv("clients.csv", CLIENT_COLUMNS, clients)
-            self._append_csv("evaluation.csv", EVALUATION_COLUMNS, evaluations)
+            self._append_csv("clients.csv", clients)
+            self._append_csv("evaluation.csv", evaluations)
             with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
 
     def metrics(self) -> list[dict]:
-        """The rounds so far; a last line that a crash cut short is left out.
+        """The rounds so far, without a last line that a crash cut short.
 
         Raises:
             UserError: a line that is whole and cannot be read.
@@ -154,29 +143,25 @@ class RunFolder:
         return read_rounds(self.path / "metrics.jsonl")
 
     def rewind(self, last_round: int) -> None:
-        """Forget rows after ``last_round``: a crash between a round's rows and its checkpoint.
+        """Delete rows after ``last_round``: a crash may fall between a round and its checkpoint.
 
         Raises:
             UserError: the folder cannot be written to.
         """
+        rounds = [row for row in self.metrics() if row["round"] <= last_round]
+        lines = "".join(json.dumps(row) + "\n" for row in rounds)
         with self.writing("what is left of an unfinished round"):
-            self._rewind(last_round)
-
-    def _rewind(self, last_round: int) -> None:
-        kept = [row for row in self.metrics() if row["round"] <= last_round]
-        text = "".join(json.dumps(row) + "\n" for row in kept)
-        write_atomically(self.path / "metrics.jsonl", text.encode())
-        for name, columns in (
-            ("clients.csv", CLIENT_COLUMNS),
-            ("evaluation.csv", EVALUATION_COLUMNS),
-        ):
-            file = self.path / name
-            if not file.is_file():
-                continue
-            with file.open(encoding="utf-8", newline="") as handle:
-                rows = [r for r in csv.DictReader(handle) if (r["round"] or "x").isdigit()]
-            kept = [r for r in rows if int(r["round"]) <= last_round and None not in r.values()]
-            write_atomically(file, _csv_text(columns, kept, header=True).encode())
+            write_atomically(self.path / "metrics.jsonl", lines.encode())
+            for name, columns in _TABLES.items():
+                file = self.path / name
+                if not file.is_file():
+                    continue
+                with file.open(encoding="utf-8", newline="") as handle:
+                    rows = [r for r in csv.DictReader(handle) if (r["round"] or "x").isdigit()]
+                whole = [
+                    r for r in rows if int(r["round"]) <= last_round and None not in r.values()
+                ]
+                write_atomically(file, _csv_text(columns, whole, header=True).encode())
 
     def save_checkpoint(
         self,
@@ -185,21 +170,17 @@ class RunFolder:
         rank_classes: Mapping[str, RankClass],
         notes: Mapping[str, Any] | None = None,
     ) -> None:
-        """The server's state after a round, in the place of the one before (see ``checkpoints``).
+        """Replace the checkpoint by the server's state after a round (see ``checkpoints``).
 
         Raises:
-            UserError: it cannot be written; the one before is still there.
+            UserError: it cannot be written; the previous one is still there.
         """
         with self.writing(f"the state after round {state.round}"):
             save_checkpoint(folder, state, rank_classes, notes)
 
     @contextmanager
     def writing(self, what: str) -> Iterator[None]:
-        """The system's refusal to write (a full disk, most of the time) in a sentence.
-
-        Raises:
-            UserError: in the place of the error that came.
-        """
+        """Turn a failed write of ``what`` (mostly: the disk is full) into a ``UserError``."""
         try:
             yield
         except (OSError, SafetensorError) as error:
@@ -214,21 +195,19 @@ class RunFolder:
         return self.path / "checkpoint"
 
     def load_notes(self) -> dict:
-        """What else the last whole round left beside its state."""
+        """What the last checkpoint has beside the server's state."""
         return load_notes(self.checkpoint)
 
-    def load_checkpoint(self) -> tuple:
-        """The last whole state and the rank classes (see ``checkpoints``)."""
+    def load_checkpoint(self) -> tuple[State, dict[str, RankClass]]:
+        """The server's state and the rank class of each client (see ``checkpoints``)."""
         return load_checkpoint(self.checkpoint)
 
-    def _append_csv(
-        self, name: str, columns: Sequence[str], rows: Sequence[Mapping[str, object]]
-    ) -> None:
+    def _append_csv(self, name: str, rows: Sequence[Mapping[str, object]]) -> None:
         file = self.path / name
         if not rows and file.exists():
             return
         with file.open("a", encoding="utf-8", newline="") as handle:
-            handle.write(_csv_text(columns, rows, header=handle.tell() == 0))
+            handle.write(_csv_text(_TABLES[name], rows, header=handle.tell() == 0))
 
 
 def _csv_text(columns: Sequence[str], rows: Sequence[Mapping[str, object]], *, header: bool) -> str:
@@ -247,9 +226,9 @@ def _cell(value: object) -> object:
 
 
 def _json_number(value: object) -> object:
-    """JSON has no NaN or infinity, however deep: a number that is not there is null."""
+    """``value`` with null for NaN and infinity at any depth, which JSON does not have."""
     if isinstance(value, Mapping):
-        return {key: _json_number(own) for key, own in value.items()}
+        return {key: _json_number(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -261,7 +240,7 @@ def _remove(path: Path) -> None:
 
 
 def _environment(config: Config) -> dict[str, object]:
-    """Versions, seed, commit and machine: what else a run depends on."""
+    """Versions, seed, commit and machine: what a run depends on beside its configuration."""
     versions: dict[str, str | None] = {}
     for package in ("flexlora", "flwr", "torch", "transformers", "bitsandbytes", "numpy"):
         try:
@@ -272,15 +251,15 @@ def _environment(config: Config) -> dict[str, object]:
         "versions": versions,
         "python": sys.version.split()[0],
         "platform": platform.platform(),
-        "threads": config["engine.threads"],
-        "seed": config["seed"],
+        "threads": config.engine.threads,
+        "seed": config.seed,
         "commit": _commit(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
 
 
 def _commit() -> str | None:
-    """The commit of the source tree that runs, None outside a checkout."""
+    """The commit of the running source tree; None outside a checkout."""
     here = Path(__file__).resolve().parents[1]
     git = shutil.which("git")
     if git is None or not (here.parent / ".git").exists():

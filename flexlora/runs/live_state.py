@@ -1,7 +1,7 @@
-"""``RUN/live.json``: where a run is at this moment, and who writes it.
+"""``RUN/live.json``: the progress of a run and the process that writes it.
 
-The server replaces the file whole (``server/observing/live.py``); ``flexlora watch`` reads it. It holds clock
-times, as ``environment.json`` does, so it differs between runs that are otherwise the same.
+The server replaces the whole file (``server/observing/live.py``); ``flexlora watch`` reads it. It
+has clock times, so it differs between runs that are otherwise the same.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import json
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+
+from pydantic import TypeAdapter
 
 __all__ = [
     "HEARTBEAT_SECONDS",
@@ -29,7 +30,6 @@ HEARTBEAT_SECONDS = 5.0
 MEETING, WAITING, TRAINING, EVALUATING = "meeting", "waiting", "training", "evaluating"
 FINISHED, FAILED, INTERRUPTED = "finished", "failed", "interrupted"
 ENDED = (FINISHED, FAILED, INTERRUPTED)
-_PLAIN = {"str": str, "int": int, "float": float}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ class LiveState:
 
     @property
     def ended(self) -> bool:
-        """Whether the run said its last word."""
+        """Whether the run finished, failed or was interrupted."""
         return self.state in ENDED
 
 
@@ -80,31 +80,18 @@ def write_live(folder: Path, state: LiveState) -> None:
 
 
 def read_live(folder: Path) -> LiveState | None:
-    """The last moment written; None where there is none, or a copy of it that is not whole."""
+    """The last state written; None where there is none or the copy is damaged.
+
+    Keys of another version are ignored.
+    """
     try:
-        return _decoded(json.loads((folder / LIVE_FILE).read_bytes()))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return TypeAdapter(LiveState).validate_json((folder / LIVE_FILE).read_bytes())
+    except (OSError, ValueError):
         return None
 
 
-def _decoded(found: Mapping[str, Any]) -> LiveState:
-    """The values that this version knows, in their types."""
-    values: dict[str, Any] = {
-        own.name: _PLAIN[str(own.type)](found[own.name])
-        for own in fields(LiveState)
-        if own.name in found and str(own.type) in _PLAIN
-    }
-    values["replied"] = tuple(str(name) for name in found.get("replied", ()))
-    values["failures"] = tuple(
-        Failure(client_id=str(one["client_id"]), cause=str(one["cause"]))
-        for one in found.get("failures", ())
-    )
-    values["classes"] = {str(k): int(v) for k, v in found.get("classes", {}).items()}
-    return LiveState(**values)
-
-
 def process_space() -> str:
-    """This machine, and the PID namespace where there are such: where a process id means something.
+    """The host name and the PID namespace, if any: the scope in which a process id is valid.
 
     Containers of one host may share its name and not its processes.
     """

@@ -1,7 +1,6 @@
-"""One process at a time writes a run folder: the lock is the kernel's, and ends with the process.
+"""One process at a time writes a run folder: ``flock`` on ``config.toml``, freed with the process.
 
-It lies on ``config.toml``, which is written once, and needs no file of its own. Where a system or a
-file system has no such locks, nothing is held and nothing refused.
+Where the system or the file system has no such locks, nothing is locked and nothing refused.
 """
 
 from __future__ import annotations
@@ -18,43 +17,36 @@ try:
 except ImportError:  # no such locks on this system
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["alone", "check_idle"]
+__all__ = ["check_idle", "exclusive_lock"]
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """The run in ``folder`` is this process's, until the end of the block.
+def exclusive_lock(folder: Path) -> Iterator[None]:
+    """Lock the run in ``folder`` for this process until the end of the block.
 
     Raises:
         UserError: another process writes it.
     """
     with (folder / "config.toml").open("rb") as file:
-        _lock(file.fileno(), folder)
+        try:
+            if fcntl is not None:
+                fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            live = read_live(folder)
+            who = f"process {live.pid}" if live is not None and live.pid else "a process"
+            raise UserError(
+                f"'{folder}' is a run that {who} is still writing; wait for it (`flexlora watch "
+                f"{folder}`), stop it, or give another --out."
+            ) from None
+        except OSError:  # a file system without locks
+            pass
         yield
 
 
 def check_idle(folder: Path) -> None:
-    """Whether nobody writes the run in ``folder`` at this moment.
-
-    Raises:
-        UserError: another process does.
     """
-    if (folder / "config.toml").is_file():
-        with alone(folder):
-            pass
-
-
-def _lock(number: int, folder: Path) -> None:
-    if fcntl is None:
-        return
-    try:
-        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        live = read_live(folder)
-        who = f"process {live.pid}" if live is not None and live.pid else "a process"
-        raise UserError(
-            f"'{folder}' is a run that {who} is still writing; wait for it (`flexlora watch "
-            f"{folder}`), stop it, or give another --out."
-        ) from None
-    except OSError:  # a file system without locks
-        return
+    Raises:
+        UserError: another process is writing the run in ``folder``.
+    """
+    with exclusive_lock(folder):
+        pass

@@ -14,10 +14,11 @@ the rank.
 from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from flexlora.aggregation.engine.starts import LocalPlan, Start
 from flexlora.algebra.linalg import live_rows
+from flexlora.config.sections import Personal
 from flexlora.lora.adapters import Adapter, LoRAFactors
 from flexlora.lora.ranks import RankClass
 from flexlora.seeds import generator
@@ -30,27 +31,17 @@ __all__ = ["Frozen", "PersonalPlan", "PersonalStore", "frozen_model", "personali
 Frozen = MutableMapping[tuple[int, int], tuple[Adapter | None, str]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class PersonalPlan:
-    """How clients make and train factors of their own; ``seed`` is for nothing else."""
+class PersonalPlan(Personal):
+    """The section ``personal``, with LoRA's scaling; ``seed`` is for nothing else."""
 
-    rank: int
-    max_steps: int
-    learning_rate: float
     alpha: float
     rslora: bool = False
     seed: int = 0
 
     def settings(self, settings: TrainSettings) -> TrainSettings:
         """Those of the global training with this plan's steps, rate, draws, and plain AdamW."""
-        return replace(
-            settings,
-            max_steps=self.max_steps,
-            learning_rate=self.learning_rate,
-            optim="adamw_torch",
-            proximal_mu=0.0,
-            seed=self.seed,
-        )
+        own = {"max_steps": self.max_steps, "learning_rate": self.learning_rate, "seed": self.seed}
+        return settings.model_copy(update={**own, "optim": "adamw_torch", "proximal_mu": 0.0})
 
     def job(self, job: TrainJob, frozen: Frozen | None = None) -> TrainJob:
         """A second job for the client: its own factors over the frozen model of the first.

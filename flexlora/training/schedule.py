@@ -7,8 +7,8 @@ training and a planner can pack it before anybody trains.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
+from flexlora.config.sections import Train
 from flexlora.data.collation import batch_plan
 from flexlora.wire.jobs import TrainJob
 
@@ -20,33 +20,16 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainSettings:
-    """Hugging Face's words for local training; ``max_steps`` 0 means ``num_train_epochs``.
+class TrainSettings(Train):
+    """The section ``train``, and what a training reads of other keys.
 
     ``micro_batch_size`` is how many rows of a slot go through a pass at most (0: the per-device
     batch size); a step's rows, and so its gradient, do not depend on it.
     """
 
-    learning_rate: float = 2e-3
-    per_device_train_batch_size: int = 8
-    micro_batch_size: int = 0
-    gradient_accumulation_steps: int = 1
-    max_steps: int = 10
-    num_train_epochs: int = 1
-    optim: str = "adamw_torch"
-    weight_decay: float = 0.0
-    adam_epsilon: float = 1e-6
-    proximal_mu: float = 0.0
-    max_grad_norm: float = 1.0
-    lr_scheduler_type: str = "linear"
-    gradient_checkpointing: bool = False
-    lora_dropout: float = 0.0
     seed: int = 0
-
-    @property
-    def examples_per_step(self) -> int:
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+    lora_dropout: float = 0.0
+    micro_batch_size: int = 0
 
     @property
     def rows_per_pass(self) -> int:

@@ -36,9 +36,9 @@ class Uplink:
     @classmethod
     def of(cls, config: Config, store: PersonalStore | None, *, dtype: str = "") -> Uplink:
         """That of a run, over the wire's own dtype unless another is given."""
-        feedback = config["method.error-feedback"]
-        space = feedback_space(config["method.name"], error_feedback=feedback)
-        return cls(dtype=dtype or config["wire.dtype"], space=space, store=store)
+        feedback = getattr(config.method, "error_feedback", False)
+        space = feedback_space(config.method.name, error_feedback=feedback)
+        return cls(dtype=dtype or config.wire.dtype, space=space, store=store)
 
     def ready(self, result: TrainResult, job: TrainJob) -> TrainResult:
         """The result with the factors that are to be encoded, and what that drops put away.

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 
 from flwr.serverapp import Grid
 
+from flexlora.config.resolve import Config
 from flexlora.lora.ranks import RankClass
 from flexlora.server.members.newcomers import Newcomers, query
 from flexlora.server.members.roster import Roster
 from flexlora.server.members.selection import wait_for_nodes
-from flexlora.server.settings import ServerSettings
+from flexlora.server.settings import rank_policy_of
 from flexlora.server.transport.clocks import clock_of
 from flexlora.server.transport.exchange import ask
 from flexlora.server.transport.messages import decode_capability
@@ -23,8 +24,8 @@ __all__ = ["Membership"]
 class Membership:
     """The roster, and how it grows; ``known`` are the rank classes of a resumed run."""
 
-    def __init__(self, settings: ServerSettings, known: Mapping[str, RankClass]) -> None:
-        self.settings, self.known = settings, dict(known)
+    def __init__(self, config: Config, known: Mapping[str, RankClass]) -> None:
+        self.config, self.known = config, dict(known)
         self.roster = Roster()
         self._newcomers = Newcomers()
 
@@ -34,14 +35,14 @@ class Membership:
         Raises:
             UserError: too few nodes in time, or nobody can train.
         """
-        letters = [query(node_id) for node_id in wait_for_nodes(grid, self.settings)]
+        letters = [query(node_id) for node_id in wait_for_nodes(grid, self.config)]
         reports = {
             letter.node_id: decode_capability(reply)
             if reply is not None
             else Capability.failed(f"node_{letter.node_id}", "no answer to the query")
-            for letter, reply in ask(grid, letters, self.settings, timeout)
+            for letter, reply in ask(grid, letters, self.config, timeout)
         }
-        self.roster = Roster.meet(reports, self.settings.rank_policy, self.known)
+        self.roster = Roster.meet(reports, rank_policy_of(self.config), self.known)
         self._newcomers.met(reports)
 
     def welcome(self, grid: Grid, server_round: int, timeout: float) -> tuple[bool, dict[str, str]]:
@@ -51,7 +52,7 @@ class Membership:
         """
         if clock_of(grid).simulated:
             return False, {}
-        seconds = min(self.settings.wait_seconds, timeout)
+        seconds = min(self.config.server.wait_seconds, timeout)
         self._newcomers.wait(grid, self.roster, server_round, seconds)
         before = dict(self.roster.left_out)
         joined = self._take_in(self._newcomers.take(grid, self.roster))
@@ -67,4 +68,4 @@ class Membership:
         return node_id if moved else None
 
     def _take_in(self, reports: Mapping[int, Capability]) -> bool:
-        return bool(self.roster.take_in(reports, self.settings.rank_policy, self.known))
+        return bool(self.roster.take_in(reports, rank_policy_of(self.config), self.known))

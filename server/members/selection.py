@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 
 from flwr.serverapp import Grid
 
+from flexlora.config.resolve import Config
 from flexlora.errors import UserError
 from flexlora.server.members.backoff import awake
 from flexlora.server.members.roster import Roster
 from flexlora.server.members.sampling import History, Reachable, choose
-from flexlora.server.settings import ServerSettings
 from flexlora.server.transport.clocks import clock_of
 
 __all__ = ["Selected", "Selector", "too_few", "wait_for_nodes"]
@@ -35,37 +35,37 @@ class Selected:
 class Selector:
     """``sampling.policy``, ``server.over-selection`` and ``server.quorum`` at work."""
 
-    def __init__(self, settings: ServerSettings, history: History | None = None) -> None:
-        self.settings, self.history = settings, history or History()
+    def __init__(self, config: Config, history: History | None = None) -> None:
+        self.config, self.history = config, history or History()
 
     def select(self, grid: Grid, roster: Roster, server_round: int) -> Selected:
         """The clients of one round; nobody where fewer than the quorum can be reached in time."""
-        settings = self.settings
+        config = self.config
         count = max(
-            settings.min_train_clients,
-            settings.quorum,
-            round(settings.fraction_train * len(roster.members)),
+            config.min_train_clients,
+            config.server.quorum,
+            round(config.fraction_train * len(roster.members)),
         )
         reachable = self._wait(grid, roster)
         self.history.see([client.client_id for client in reachable])
-        if len(reachable) < settings.quorum:
+        if len(reachable) < config.server.quorum:
             return Selected(
-                cause=too_few(len(reachable), settings.quorum, "clients can be reached")
+                cause=too_few(len(reachable), config.server.quorum, "clients can be reached")
             )
         able, resting = awake(
             reachable,
             self.history.lost,
             server_round,
             least=count,
-            most_rounds=settings.backoff_rounds,
+            most_rounds=config.server.backoff_rounds,
         )
         asked = choose(
-            settings.sampling_policy,
+            config.sampling.policy,
             able,
-            math.ceil(count * (1.0 + settings.over_selection) - 1e-9),
+            math.ceil(count * (1.0 + config.server.over_selection) - 1e-9),
             history=self.history,
             server_round=server_round,
-            seed=settings.seed,
+            seed=config.seed,
         )
         needed = min(count, len(asked))
         return Selected(client_ids=tuple(asked), needed=needed, resting=resting)
@@ -73,7 +73,7 @@ class Selector:
     def _wait(self, grid: Grid, roster: Roster) -> list[Reachable]:
         """Those that can be reached once they are a quorum, or when the wait is over."""
         clock = clock_of(grid)
-        deadline = clock.now() + self.settings.wait_seconds
+        deadline = clock.now() + self.config.server.wait_seconds
         while True:
             nodes = set(grid.get_node_ids())
             found = [
@@ -85,24 +85,24 @@ class Selector:
                 for client_id, member in roster.members.items()
                 if member.node_id in nodes
             ]
-            if len(found) >= self.settings.quorum or clock.now() >= deadline:
+            if len(found) >= self.config.server.quorum or clock.now() >= deadline:
                 return found
             clock.wait_for_nodes(deadline)
 
 
-def wait_for_nodes(grid: Grid, settings: ServerSettings) -> list[int]:
+def wait_for_nodes(grid: Grid, config: Config) -> list[int]:
     """All nodes that are there, once they are ``server.min-nodes``.
 
     Raises:
         UserError: fewer came in ``server.wait-seconds``.
     """
     clock = clock_of(grid)
-    deadline = clock.now() + settings.wait_seconds
-    while len(nodes := list(grid.get_node_ids())) < settings.min_nodes:
+    deadline = clock.now() + config.server.wait_seconds
+    while len(nodes := list(grid.get_node_ids())) < config.server.min_nodes:
         if clock.now() >= deadline:
             raise UserError(
-                f"{len(nodes)} nodes are connected after {settings.wait_seconds:g} s, "
-                f"expected {settings.min_nodes}; start more or lower server.min-nodes."
+                f"{len(nodes)} nodes are connected after {config.server.wait_seconds:g} s, "
+                f"expected {config.server.min_nodes}; start more or lower server.min-nodes."
             )
         clock.wait_for_nodes(deadline)
     return sorted(nodes)

@@ -49,11 +49,11 @@ class PrometheusObserver:
     """Implements ``observer.Observer``; counts what this process has seen."""
 
     def __init__(self, config: Config, registry: CollectorRegistry) -> None:
-        self._split = config["eval.split"]
+        self._split = config.eval.split
         self._classes: list[str] = []
         self._of_rounds(registry)
         self._of_clients(registry)
-        run = {label: str(config[key]) for label, key in TOLD_OF_THE_RUN.items()}
+        run = {label: str(config.flat()[key]) for label, key in TOLD_OF_THE_RUN.items()}
         info = Info("flexlora", "What runs", registry=registry)
         info.info({"version": flexlora.__version__, **run})
         process = psutil.Process()
@@ -138,7 +138,7 @@ def metrics_endpoint(config: Config) -> Iterator[list[PrometheusObserver]]:
     Raises:
         UserError: the port is taken or not allowed, or the host is no address of this machine.
     """
-    port, host = config["server.metrics-port"], config["server.metrics-host"]
+    port, host = config.server.metrics_port, config.server.metrics_host
     if port == 0:
         yield []
         return

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from flwr.app import Message, MessageType, RecordDict
 
 from flexlora.aggregation.engine.method import Method, Start, State
+from flexlora.config.resolve import Config
 from flexlora.server.members.roster import Member
-from flexlora.server.settings import ServerSettings
+from flexlora.server.settings import factoring_of
 from flexlora.server.transport.messages import Payload, content_bytes, pack, train_content
 from flexlora.wire.encoding import over_the_wire
 
@@ -31,7 +32,7 @@ class Opening:
         method: Method,
         state: State,
         members: Sequence[Member],
-        settings: ServerSettings,
+        config: Config,
         *,
         server_round: int,
         num_rounds: int,
@@ -41,13 +42,13 @@ class Opening:
         """``fingerprint`` names the base that the factors are for, ``origin`` the run."""
         classes = {m.rank_class.name: m.rank_class for m in members}
         starts = {
-            name: method.start(state, rank_class, settings.factoring)
+            name: method.start(state, rank_class, factoring_of(config))
             for name, rank_class in sorted(classes.items())
         }
         contents = {
             name: train_content(
                 start,
-                _payloads(start, settings.wire_dtype),
+                _payloads(start, config.wire.dtype),
                 server_round=server_round,
                 num_server_rounds=num_rounds,
                 fingerprint=fingerprint,
@@ -58,7 +59,7 @@ class Opening:
         return cls(
             server_round=server_round,
             members=tuple(members),
-            sent={name: _as_received(s, settings.wire_dtype) for name, s in starts.items()},
+            sent={name: _as_received(s, config.wire.dtype) for name, s in starts.items()},
             contents=contents,
         )
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from flwr.app import Message, MessageType
 
+from flexlora.config.resolve import Config
 from flexlora.lora.adapters import Adapter
 from flexlora.server.members.roster import Roster, sample
-from flexlora.server.settings import ServerSettings
 from flexlora.server.transport.messages import decode_evaluate, eval_content, pack
 from flexlora.wire.jobs import EvalResult
 
@@ -19,24 +19,24 @@ __all__ = ["evaluation_messages", "evaluation_results"]
 def evaluation_messages(
     served: Mapping[str, Adapter],
     roster: Roster,
-    settings: ServerSettings,
+    config: Config,
     *,
     server_round: int,
     num_rounds: int,
     origin: str = "",
 ) -> list[Message]:
     """The same clients every time, each with every class's adapter (round 0: none)."""
-    count = max(1, round(settings.eval_fraction * len(roster.members)))
-    chosen = sample(roster.members, count, seed=settings.seed, purpose=("evaluate",))
+    count = max(1, round(config.eval.fraction * len(roster.members)))
+    chosen = sample(roster.members, count, seed=config.seed, purpose=("evaluate",))
     payloads = {
-        name: pack(adapter, settings.wire_dtype)
+        name: pack(adapter, config.wire.dtype)
         for name, adapter in served.items()
         if server_round > 0
     }
     content = eval_content(
         payloads,
         server_round=server_round,
-        generate=settings.generates(server_round, num_rounds),
+        generate=config.eval.generates(server_round, num_rounds),
         fingerprint=roster.fingerprint,
         origin=origin,
     )

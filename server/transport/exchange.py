@@ -14,7 +14,7 @@ from types import MappingProxyType
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from flexlora.server.settings import ServerSettings
+from flexlora.config.resolve import Config
 from flexlora.server.transport.clocks import clock_of
 from flexlora.server.transport.resending import Letter, Post, Resending
 
@@ -23,20 +23,29 @@ __all__ = ["ask", "exchange", "resending_of", "send"]
 ONCE = Resending()
 
 
-def resending_of(grid: Grid, settings: ServerSettings, timeout: float) -> Resending:
-    """What the settings say of a round that lasts ``timeout``.
+def resending_of(grid: Grid, config: Config, timeout: float) -> Resending:
+    """What the configuration says of a round that lasts ``timeout``.
 
     On a simulated clock nothing is sent twice: what a client does in a round is a function of the
     seed, so that a second message would fare as the first did.
     """
-    return ONCE if clock_of(grid).simulated else settings.resending(timeout)
+    if clock_of(grid).simulated:
+        return ONCE
+    server = config.server
+    return Resending(
+        resends=server.resends,
+        silence_seconds=server.silence_seconds or timeout / 2,
+        patience_seconds=server.wait_seconds,
+        ttl_seconds=server.message_ttl_seconds,
+        late_seconds=server.late_rounds * timeout,
+    )
 
 
 def ask(
-    grid: Grid, letters: Sequence[Letter], settings: ServerSettings, timeout: float
+    grid: Grid, letters: Sequence[Letter], config: Config, timeout: float
 ) -> Iterator[tuple[Letter, Message | None]]:
     """``exchange`` of questions: a node that has gone is not waited for."""
-    resending = replace(resending_of(grid, settings, timeout), patience_seconds=0.0)
+    resending = replace(resending_of(grid, config, timeout), patience_seconds=0.0)
     return exchange(grid, letters, timeout=timeout, resending=resending)
 
 

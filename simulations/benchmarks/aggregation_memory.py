@@ -14,7 +14,9 @@ from pathlib import Path
 
 import torch
 
-from flexlora.aggregation import GlobalChange, State, Update, make_method
+from flexlora.aggregation import make_method
+from flexlora.aggregation.engine.method import State, Update
+from flexlora.aggregation.engine.state import GlobalChange
 from flexlora.lora.adapters import Adapter, LoRAFactors
 from flexlora.simulations.benchmarks.aggregation_cases import LIGHT
 
@@ -30,7 +32,7 @@ def peak_megabytes(clients: int, side: int) -> float:
     ranks = {name: LIGHT.ranks(mlp=name == "mlp", scale=2048 // side) for name in shapes}
     torch.randn(64, 64) @ torch.randn(64, 64)
     before = _peak_kilobytes()
-    method = make_method("flexlora", max_rank=max(1, 200 * side // 2048))
+    method = make_method("flexlora", server_max_rank=max(1, 200 * side // 2048))
     opened = method.begin(fresh, {}, clients=dict.fromkeys(ids, "any"))
     for index, client_id in enumerate(ids):
         adapter = _client(shapes, {name: ranks[name][types[index]] for name in shapes}, index)

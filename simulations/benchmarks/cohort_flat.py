@@ -91,7 +91,7 @@ def flat_rows(size: Size, population: int) -> list[Row]:
 def _config(size: Size, population: int) -> Config:
     """A share of the population in each round, as many as ``size.clients``; evaluation as usual."""
     data = {"data.path": size.data, "data.partition": "iid"} if size.data else {}
-    return Config(
+    return Config.of(
         {
             "seed": size.seed,
             "num-server-rounds": size.rounds,

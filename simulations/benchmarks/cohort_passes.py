@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -18,8 +18,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from flexlora.aggregation import GlobalChange, Start, State, make_method
-from flexlora.aggregation.engine.starts import Factoring
+from flexlora.aggregation import make_method
+from flexlora.aggregation.engine.method import State
+from flexlora.aggregation.engine.starts import Factoring, Start
+from flexlora.aggregation.engine.state import GlobalChange
 from flexlora.data.collation import Example
 from flexlora.lora.ranks import RankClass
 from flexlora.seeds import generator
@@ -138,9 +140,8 @@ def slot_pass(
         for k in range(count)
     ]
     examples = [_examples(sweep, job.client_id, batch) for job in jobs]
-    settings = replace(
-        sweep.settings, per_device_train_batch_size=batch, micro_batch_size=micro or batch
-    )
+    sizes = {"per_device_train_batch_size": batch, "micro_batch_size": micro or batch}
+    settings = sweep.settings.model_copy(update=sizes)
     return _measure(
         slots.model,
         lambda: train(slots, jobs, examples, settings),

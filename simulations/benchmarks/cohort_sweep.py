@@ -19,7 +19,7 @@ from functools import cache
 
 import torch
 
-from flexlora.aggregation import Start
+from flexlora.aggregation.engine.starts import Start
 from flexlora.errors import UserError
 from flexlora.simulations.benchmarks.cohort_passes import (
     SHAPES,

@@ -17,7 +17,9 @@ from typing import Any
 import tomli_w
 import torch
 
-from flexlora.aggregation import GlobalChange, State, make_method
+from flexlora.aggregation import make_method
+from flexlora.aggregation.engine.method import State
+from flexlora.aggregation.engine.state import GlobalChange
 from flexlora.config.resolve import Config
 from flexlora.data.clients import ClientData, client_rows
 from flexlora.data.collation import Example, batch_plan
@@ -25,7 +27,7 @@ from flexlora.data.rows import Row
 from flexlora.errors import UserError
 from flexlora.lora.peft_folder import save_adapter
 from flexlora.lora.ranks import RankClass
-from flexlora.server.settings import ServerSettings
+from flexlora.server.settings import factoring_of
 from flexlora.simulations.benchmarks.cohort_peers.work import Work
 from flexlora.training.models import BaseModel, load_base, resolve_name
 from flexlora.training.slots import slot_model
@@ -70,10 +72,10 @@ def prepare(size: Size, folder: Path) -> Work:
         ranks=ranks,
         rows={k: [(list(e.input_ids), e.prompt_length) for e in v] for k, v in examples.items()},
         plan=[_round_plan(config, examples, r) for r in range(1, size.rounds + 1)],
-        alpha=config["lora.alpha"],
-        learning_rate=config["train.learning-rate"],
-        adam_epsilon=config["train.adam-epsilon"],
-        max_grad_norm=config["train.max-grad-norm"],
+        alpha=config.lora.alpha,
+        learning_rate=config.train.learning_rate,
+        adam_epsilon=config.train.adam_epsilon,
+        max_grad_norm=config.train.max_grad_norm,
     )
     work.write()
     return work
@@ -81,7 +83,7 @@ def prepare(size: Size, folder: Path) -> Work:
 
 def _config(size: Size, folder: Path) -> Config:
     """Everybody trains in every round, nothing is evaluated: the rows hold no validation split."""
-    return Config(
+    return Config.of(
         {
             "seed": size.seed,
             "num-server-rounds": size.rounds,
@@ -105,12 +107,12 @@ def _config(size: Size, folder: Path) -> Config:
 
 
 def _encoded(rows: Mapping, config: Config, base: BaseModel) -> ClientData:
-    longest = base.max_positions or config["train.max-length"]
+    longest = base.max_positions or config.train.max_length
     return ClientData(
         rows,
         tokenizer=base.tokenizer,
-        template=config["data.template"],
-        max_length=min(config["train.max-length"], longest),
+        template=config.data.template,
+        max_length=min(config.train.max_length, longest),
     )
 
 
@@ -146,7 +148,7 @@ def _as_object(row: Row) -> dict[str, Any]:
 
 def _examples(config: Config, base: BaseModel, folder: Path) -> dict[str, list[Example]]:
     """What our own worker makes of the folder that was written."""
-    data = _encoded(_rows_of(str(folder), config["seed"]), config, base)
+    data = _encoded(_rows_of(str(folder), config.seed), config, base)
     return {name: data.examples(name, "train") for name in data.client_ids}
 
 
@@ -156,9 +158,9 @@ def _round_plan(
     return {
         name: batch_plan(
             len(rows),
-            batch_size=config["train.per-device-train-batch-size"],
-            steps=config["train.max-steps"],
-            seed_parts=(config["seed"], "batches", server_round, name),
+            batch_size=config.train.per_device_train_batch_size,
+            steps=config.train.max_steps,
+            seed_parts=(config.seed, "batches", server_round, name),
         )
         for name, rows in examples.items()
     }
@@ -166,10 +168,9 @@ def _round_plan(
 
 def _write_starts(config: Config, base: BaseModel, ranks: Sequence[int], folder: Path) -> None:
     """What our server sends each rank in round 1, as PEFT folders."""
-    settings = ServerSettings.from_config(config)
-    shapes = slot_model(base.model, config["lora.target-modules"]).shapes
+    shapes = slot_model(base.model, config.lora.target_modules).shapes
     state = State(round=0, change=GlobalChange.zero(shapes, torch.float32))
-    method = make_method(settings.method, **vars(settings.method_options))
+    method = make_method(config.method.name, config.method)
     for rank in sorted(set(ranks)):
-        start = method.start(state, RankClass.of(rank), settings.factoring)
-        save_adapter(start.trained, folder / f"rank_{rank}", base=config["model.name"])
+        start = method.start(state, RankClass.of(rank), factoring_of(config))
+        save_adapter(start.trained, folder / f"rank_{rank}", base=config.model.name)

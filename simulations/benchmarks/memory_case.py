@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from flexlora.aggregation import LocalPlan, Start
+from flexlora.aggregation.engine.starts import LocalPlan, Start
 from flexlora.config.paths import EMBEDDED
 from flexlora.data.collation import Example
 from flexlora.lora.adapters import Adapter, LoRAFactors

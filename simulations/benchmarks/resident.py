@@ -164,12 +164,12 @@ def contents(
     """What a server that has learned nothing yet sends in a round, by kind of message."""
     state = State(round=server_round - 1, change=GlobalChange.zero(shapes))
     rank_class = RankClass(name=f"rank_{rank}", rank=rank)
-    start = make_method(config["method.name"]).start(state, rank_class, Factoring(alpha=16.0))
-    payloads = {"trained": pack(start.trained, config["wire.dtype"])}
+    start = make_method(config.method.name).start(state, rank_class, Factoring(alpha=16.0))
+    payloads = {"trained": pack(start.trained, config.wire.dtype)}
     if start.carried is not None:
-        payloads["carried"] = pack(start.carried, start.carried_dtype or config["wire.dtype"])
+        payloads["carried"] = pack(start.carried, start.carried_dtype or config.wire.dtype)
     scored = {rank_class.name: payloads["trained"]}
-    rounds = config["num-server-rounds"]
+    rounds = config.num_server_rounds
     return {
         "query": RecordDict(),
         "train": train_content(
@@ -187,7 +187,7 @@ def answered(request: Path, node: Mapping[str, str], config: Config) -> Answered
     """
     reply = request.with_name("reply")
     module = "flexlora.simulations.benchmarks.resident_case"
-    settings = json.dumps(dict(config))
+    settings = json.dumps(config.flat())
     command = [sys.executable, "-m", module, request, reply, json.dumps(node), settings]
     started = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -236,7 +236,7 @@ def run(options: argparse.Namespace) -> list[Row]:
     with tempfile.TemporaryDirectory(prefix="flexlora-") as name:
         folder = Path(name)
         data = Path(options.data) if options.data else write_built_in(folder / "rows")
-        config = Config(
+        config = Config.of(
             {
                 "model.name": options.model,
                 "num-server-rounds": options.rounds,

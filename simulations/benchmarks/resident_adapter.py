@@ -200,7 +200,7 @@ def ask_twice(folder: Path, model: str, rank: int, wire_dtype: str) -> dict[str,
         node_id=NODE,
         node_config={"client-id": "site"},
         state=RecordDict(),
-        run_config=dict(Config({"wire.dtype": wire_dtype})),
+        run_config=Config.of({"wire.dtype": wire_dtype}).flat(),
     )
     found: dict[str, float] = {"bytes": content_bytes(message.content)}
     for grown, seconds in (("extra", "seconds"), ("again", "again_seconds")):

@@ -75,7 +75,7 @@ class Case:
 
     def config(self) -> Config:
         """A run in which everybody trains at one rank and one client evaluates the loss."""
-        return Config(
+        return Config.of(
             {
                 "method.name": self.way,
                 "method.server-max-rank": self.server_max_rank,

@@ -29,7 +29,6 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from flexlora.seeds import numpy_generator
 from flexlora.server.observing.observer import LogObserver
-from flexlora.server.settings import ServerSettings
 from flexlora.server.strategy import FlexLoRAStrategy
 from flexlora.simulations.benchmarks.process_memory import peak_bytes, reset_peak, settled_bytes
 from flexlora.simulations.benchmarks.server_memory_answers import (
@@ -90,7 +89,7 @@ def _warm_up() -> None:
 def run_ours(case: Case, grid: Grid, make: Make = FlexLoRAStrategy) -> list[float]:
     """Seconds of each training round of the product's own strategy."""
     rows = _Rows()
-    strategy = make(ServerSettings.from_config(case.config()), observer=rows)
+    strategy = make(case.config(), observer=rows)
     strategy.start(grid)
     trained = [row for row in rows.rounds if row["round"] != 0]
     if [row["clients_ok"] for row in trained] != [case.replies] * case.rounds:

@@ -43,10 +43,11 @@ from flexlora.simulations.benchmarks.sketch_choices import (
     choice_rows,
     memory_rows,
 )
-from flexlora.simulations.terminal import human_bytes, make_console
+from flexlora.simulations.terminal import make_console
 from flexlora.training.local import answer_losses
 from flexlora.training.models import load_base
 from flexlora.training.slots import SlotModel
+from flexlora.units import human_bytes
 
 __all__ = ["Capture", "cohort_captures", "exact_gradients", "main", "oracle_of"]
 
@@ -78,7 +79,7 @@ def cosines(rows: Tensor, best: Tensor) -> Tensor:
 
 def oracle_of(worker: Worker) -> SlotModel:
     """The worker's base in float64, with the weights that its linears really multiply by."""
-    name = worker.config["model.name"]
+    name = worker.config.model.name
     exact = SlotModel(load_base(name, dtype="float64", device="cpu", fresh=True).model)
     for module, layer in worker.slots.layers.items():
         held: Any = layer.base
@@ -274,7 +275,7 @@ def run(options: argparse.Namespace) -> list[dict]:
         "data.path": options.data,
         "engine.device": "cpu",
     }
-    worker = Worker(Config(values))
+    worker = Worker(Config.of(values))
     clients = pick_clients(worker, options.clients, max(*options.batches, BATCHES + 1))
     oracle, base = oracle_of(worker), {"none": "float32", "nf4": "nf4"}[options.quantization]
     captures: list[Capture] = []

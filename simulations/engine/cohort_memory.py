@@ -20,12 +20,12 @@ from dataclasses import dataclass, replace
 
 from flexlora.config.resolve import Config
 from flexlora.lora.ranks import parse_tiers
-from flexlora.planning.base_shares import parse_base_shares
 from flexlora.planning.memory import MemoryTerms, moments, weight_bytes
 from flexlora.planning.memory_ranks import run_plan
 from flexlora.planning.planner import USUAL_RANK
 from flexlora.planning.rank_policies import paper_types
 from flexlora.planning.shapes import ModelShape, TrainingPlan
+from flexlora.planning.shares import parse_quantization_shares
 
 __all__ = ["CohortMemory", "largest_rank"]
 
@@ -50,12 +50,12 @@ class CohortMemory:
             UserError: a model whose memory cannot be predicted.
         """
         shape, plan = run_plan(config)
-        own = config["model.quantization"]
-        kinds = {own, *parse_base_shares(config["clients.quantization"])}
+        own = config.model.quantization
+        kinds = {own, *parse_quantization_shares(config.clients.quantization)}
         rank = largest_rank(config)
         # What `aligned` carries is the same for all; the tail of `carried` begins after the rank.
-        shared = config["method.name"] == "aligned" or (
-            config["method.name"] == "carried" and config["ranks.policy"] == "fixed"
+        shared = config.method.name == "aligned" or (
+            config.method.name == "carried" and config.ranks.policy == "fixed"
         )
         return cls(
             shape=shape,
@@ -94,9 +94,9 @@ class CohortMemory:
 
 def largest_rank(config: Config) -> int:
     """The largest rank that ``ranks.policy`` may give; a usual one where clients decide."""
-    policy = config["ranks.policy"]
+    policy = config.ranks.policy
     if policy.startswith("paper:"):
-        return max(rank_class.largest for rank_class in paper_types(config["ranks.scale"]))
+        return max(rank_class.largest for rank_class in paper_types(config.ranks.scale))
     if policy == "tiers":
-        return max(parse_tiers(config["ranks.tiers"]))
-    return config["ranks.fixed"] if policy == "fixed" else USUAL_RANK
+        return max(parse_tiers(config.ranks.tiers))
+    return config.ranks.fixed if policy == "fixed" else USUAL_RANK

@@ -104,12 +104,12 @@ def _width(rows: Sequence[Example]) -> int:
 
 def limits_of(config: Config) -> CohortLimits:
     """The limits of a configuration in which they have been resolved."""
-    return CohortLimits(clients=config["engine.cohort-size"], tokens=config["engine.cohort-tokens"])
+    return CohortLimits(clients=config.engine.cohort_size, tokens=config.engine.cohort_tokens)
 
 
 def resolved_limits(config: Config, worker: Worker) -> Config:
     """The configuration with the cost model's limits in the place of zeros."""
-    asked = config["engine.cohort-size"], config["engine.cohort-tokens"]
+    asked = config.engine.cohort_size, config.engine.cohort_tokens
     try:
         room = _Room.of(config, worker)
     except UserError:  # another architecture, or targets by an expression
@@ -119,18 +119,20 @@ def resolved_limits(config: Config, worker: Worker) -> Config:
     if asked[0] and not asked[1]:
         tokens = max(tokens, asked[0] * _largest_pass(config))
     clients = MOST_CLIENTS if room is None else room.clients(tokens)
-    return config.replace(engine__cohort_size=asked[0] or clients, engine__cohort_tokens=tokens)
+    return config.with_values(
+        {"engine.cohort-size": asked[0] or clients, "engine.cohort-tokens": tokens}
+    )
 
 
 def _largest_pass(config: Config) -> int:
-    return config["train.per-device-train-batch-size"] * config["train.max-length"]
+    return config.train.per_device_train_batch_size * config.train.max_length
 
 
 def _tokens(config: Config, worker: Worker, room: _Room | None) -> int:
     wanted = CPU_TOKENS if worker.base.device.type == "cpu" else CUDA_TOKENS
     if room is None:
         return min(wanted, 8 * _largest_pass(config))
-    return max(config["train.max-length"], room.tokens(wanted))
+    return max(config.train.max_length, room.tokens(wanted))
 
 
 @dataclass(frozen=True, kw_only=True)

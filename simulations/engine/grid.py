@@ -232,7 +232,7 @@ class InProcessGrid(Grid):
     @property
     def _leaves_some(self) -> bool:
         """Whether trainings may end whose answers nobody takes."""
-        return self.clock is not None or self.worker.config["server.over-selection"] > 0
+        return self.clock is not None or self.worker.config.server.over_selection > 0
 
     def _arrived(self, message_id: str) -> bool:
         return self.clock is None or self.clock.arrived(message_id)

@@ -84,7 +84,7 @@ def make_pool(config: Config, worker: Worker | None = None) -> Pool:
     Raises:
         UserError: Ray is asked for and not installed, or an address that is none.
     """
-    workers, address = config["engine.workers"], config["engine.ray-address"]
+    workers, address = config.engine.workers, config.engine.ray_address
     if workers > 1 or address:
         from flexlora.simulations.engine.ray_pool import RayPool
 
@@ -103,9 +103,7 @@ def _local(config: Config, worker: Worker | None) -> Callable[[], Worker] | None
     """
     import torch
 
-    if config["engine.ray-address"] or (
-        config["engine.device"] != "cpu" and torch.cuda.is_available()
-    ):
+    if config.engine.ray_address or (config.engine.device != "cpu" and torch.cuda.is_available()):
         return None
 
     def own() -> Worker:

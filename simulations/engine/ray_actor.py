@@ -95,8 +95,8 @@ class CohortActor:
     """Runs in a process of its own; Ray calls it, one call at a time."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
-        self.config = Config(values)
-        threads = str(self.config["engine.threads"])
+        self.config = Config.of(values)
+        threads = str(self.config.engine.threads)
         os.environ.update(dict.fromkeys(THREAD_VARIABLES, threads))
         collector.loading()
         self.adapters: dict[str, Adapter] = {}

@@ -153,7 +153,7 @@ class Dispatcher:
             session.end()
 
     def _next_event(self) -> Callable[[], None] | None:
-        seconds, workers = self.config["server.wait-seconds"], self.workers + self.here
+        seconds, workers = self.config.server.wait_seconds, self.workers + self.here
         try:
             return self.events.get(timeout=None if self.placed else seconds)
         except Empty:
@@ -166,7 +166,7 @@ class Dispatcher:
         """One more worker; ``lost`` died before it in the same place and never loaded."""
         import ray
 
-        actor = ray.remote(CohortActor).options(**self.ask).remote(dict(self.config))
+        actor = ray.remote(CohortActor).options(**self.ask).remote(self.config.flat())
         self.actors.add(actor)
         self._watch(actor.placed.remote(), partial(self._placed, actor))
         self._watch(actor.load.remote(), partial(self._loaded, actor, lost))

@@ -198,13 +198,13 @@ def placement(
     import ray
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    graphics = config["engine.device"] != "cpu" and any(node.get("GPU") for node in nodes)
-    if config["engine.device"] == "cuda" and not graphics:
+    graphics = config.engine.device != "cpu" and any(node.get("GPU") for node in nodes)
+    if config.engine.device == "cuda" and not graphics:
         raise UserError("engine.device is 'cuda' but Ray sees no GPU; use 'cpu'.")
     memory = need.loaded_bytes if graphics else need.training_bytes
     ours = session.folder is not None
     # A Ray of our own has no other work: the CPUs are the caller's to count.
-    ask = {"memory": memory, "num_cpus": 0 if ours else config["engine.threads"]}
+    ask = {"memory": memory, "num_cpus": 0 if ours else config.engine.threads}
     words = [f"{human_bytes(memory)} of memory (the base and the largest cohort)"]
     if graphics:
         ask["num_gpus"] = 1
@@ -250,7 +250,7 @@ class Need:
         try:
             memory = CohortMemory.of(config, unified=True)
         except UserError:  # another architecture, or targets by an expression
-            weights = _file_bytes(config["model.name"])
+            weights = _file_bytes(config.model.name)
             return Need(
                 loaded_bytes=RUNTIME_BYTES + weights, training_bytes=RUNTIME_BYTES + 2 * weights
             )
@@ -262,7 +262,7 @@ class Need:
 
 def _largest_cohort(config: Config, tokens: int) -> int:
     """Clients in a pass when each fills its ``tokens``."""
-    asked, limit = config["engine.cohort-size"], config["engine.cohort-tokens"]
+    asked, limit = config.engine.cohort_size, config.engine.cohort_tokens
     fitting = max(1, (limit or max(USUAL_TOKENS, asked * tokens)) // tokens)
     return min(asked, fitting) if asked else fitting
 

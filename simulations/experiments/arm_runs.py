@@ -14,7 +14,7 @@ from flexlora.errors import UserError
 from flexlora.lora.adapters import Adapter
 from flexlora.lora.ranks import RankClass
 from flexlora.runs.folder import RunFolder
-from flexlora.server.settings import ServerSettings
+from flexlora.server.settings import check_config, factoring_of, rank_policy_of
 from flexlora.server.strategy import FlexLoRAStrategy
 from flexlora.simulations.experiments.tails import TailObserver
 from flexlora.simulations.simulate import simulate
@@ -58,9 +58,10 @@ def _alone(config: Config, out: Path) -> dict[str, float]:
 
     Scored on the test rows of all clients, as the other arms are, and averaged over clients.
     """
-    worker, settings = worker_for(config), ServerSettings.from_config(config)
-    classes = settings.rank_policy.assign(worker.client_ids)
-    trained = _train_alone(worker, settings, classes)
+    check_config(config)
+    worker = worker_for(config)
+    classes = rank_policy_of(config).assign(worker.client_ids)
+    trained = _train_alone(worker, config, classes)
     by_class: dict[str, list[float]] = {}
     for client_id, adapter in trained.items():
         job = {"own": adapter}
@@ -76,27 +77,27 @@ def _alone(config: Config, out: Path) -> dict[str, float]:
 
 
 def _train_alone(
-    worker: Worker, settings: ServerSettings, classes: Mapping[str, RankClass]
+    worker: Worker, config: Config, classes: Mapping[str, RankClass]
 ) -> dict[str, Adapter]:
-    strategy = FlexLoRAStrategy(settings)
+    strategy = FlexLoRAStrategy(config)
     slots: SlotModel = worker.slots
     state = State(round=0, change=GlobalChange.zero(slots.shapes))
-    key = "train.max-steps" if worker.config["train.max-steps"] else "train.num-train-epochs"
-    longer = settings.num_server_rounds * worker.config[key]
-    config = Config({**worker.config, key: longer})
+    key = "train.max-steps" if worker.config.train.max_steps else "train.num-train-epochs"
+    longer = config.num_server_rounds * worker.config.flat()[key]
+    config = worker.config.with_values({key: longer})
     alone = worker_for(config)
     jobs = [
         TrainJob(
             client_id=client_id,
             server_round=1,
             num_server_rounds=1,
-            start=strategy.method.start(state, rank_class, settings.factoring).sealed(),
+            start=strategy.method.start(state, rank_class, factoring_of(config)).sealed(),
         )
         for client_id, rank_class in sorted(
             classes.items(), key=lambda item: (item[1].rank, item[0])
         )
     ]
-    size = config["engine.cohort-size"] or 8
+    size = config.engine.cohort_size or 8
     results = [r for at in range(0, len(jobs), size) for r in alone.train(jobs[at : at + size])]
     return {r.client_id: r.adapter for r in results if r.adapter is not None}
 

@@ -96,7 +96,6 @@ def method_arms(rates: tuple[Changes, ...], steps: tuple[Changes, ...]) -> tuple
             rates,
             {"method.carried-rank": 16, "method.carried-dtype": "bfloat16"},
         ),
-        skewed("aligned, one restart", "aligned", rates, {"method.restarts": 1}),
         skewed("carried", "carried", rates),
     )
 

@@ -89,5 +89,5 @@ class Asked:
     def default_sizes(self) -> dict[str, object]:
         """The default federation at this scale; the clients of data of one's own all stay."""
         own_data = any(self.given.get(key) for key in ("data.path", "data.name"))
-        rounds = Config()[ROUNDS]
+        rounds = Config().flat()[ROUNDS]
         return self.sizes(rounds=rounds, clients=0 if own_data else EMBEDDED_CLIENTS)

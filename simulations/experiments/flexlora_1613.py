@@ -55,7 +55,7 @@ def flexlora_1613(asked: Asked) -> int:
         if not kept.has(asked.name, seed):
             kept.add(asked.name, seed, _run(asked, config, asked.out / "runs" / str(seed)))
         (row,) = kept.of_seeds([seed])
-        checks += checks_of(row, clients=config["clients.count"] or CLIENTS)
+        checks += checks_of(row, clients=config.clients.count or CLIENTS)
     asked.console.print(f"Numbers: {kept.file}", soft_wrap=True)
     return tell(checks, asked.console, scale=asked.scale)
 
@@ -63,9 +63,9 @@ def flexlora_1613(asked: Asked) -> int:
 def config_of(asked: Asked, seed: int) -> Config:
     """The scenario at this scale, with what was given."""
     scenario = Config.resolve(file=SCENARIO)
-    sizes = asked.sizes(rounds=scenario["num-server-rounds"], clients=CLIENTS)
+    sizes = asked.sizes(rounds=scenario.num_server_rounds, clients=CLIENTS)
     least = {"min-train-clients": scaled(A_ROUND, asked.scale)}
-    return resolved(Config({**scenario, **sizes, **least, **asked.given, "seed": seed}))
+    return resolved(Config.of({**scenario.flat(), **sizes, **least, **asked.given, "seed": seed}))
 
 
 def _run(asked: Asked, config: Config, out: Path) -> dict[str, object]:
@@ -89,8 +89,9 @@ def _unfinished(out: Path, config: Config) -> bool:
     if not RunFolder.is_run(out) or not (out / "checkpoint" / "current.json").is_file():
         return False
     begun = RunFolder.open(out)[1]
-    own = [key for key in config if key != "out" and not key.startswith("engine.")]
-    return all(begun[key] == config[key] for key in own)
+    own = [key for key in config.flat() if key != "out" and not key.startswith("engine.")]
+    before, now = begun.flat(), config.flat()
+    return all(before.get(key) == now[key] for key in own)
 
 
 class Witness:
@@ -129,7 +130,7 @@ class Witness:
 def figures_of(run: RunFolder, witness: Witness) -> dict[str, object]:
     """What the verdict needs, from the run folder and from who watched."""
     roster, config = witness.roster, RunFolder.open(run.path)[1]
-    share = round(config["fraction-train"] * len(roster.members))
+    share = round(config.fraction_train * len(roster.members))
     rows = run.metrics()
     trained = [row for row in rows if row["round"] > 0]
     with (run.path / "clients.csv").open(encoding="utf-8", newline="") as file:
@@ -138,12 +139,12 @@ def figures_of(run: RunFolder, witness: Witness) -> dict[str, object]:
     losses = [row["eval_loss"] for row in rows if row.get("eval_loss") is not None]
     return {
         "rounds": len(trained),
-        "rounds asked": config["num-server-rounds"],
+        "rounds asked": config.num_server_rounds,
         "clients": len(roster.members),
         "left out": len(roster.left_out),
         "left out in clients.csv": len(told),
         "without train rows": causes.get("no train rows", 0),
-        "clients a round asked": max(config["min-train-clients"], share),
+        "clients a round asked": max(config.min_train_clients, share),
         "clients a round": [row["clients_ok"] for row in trained],
         "loss of the base": losses[0] if losses else None,
         "loss": losses[-1] if len(losses) > 1 else None,

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexlora.aggregation import State, Update, check_update, make_method
-from flexlora.aggregation.engine.method import Factoring, Method, Start
+from flexlora.aggregation import make_method
+from flexlora.aggregation.engine.method import Factoring, Method, Start, State, Update, check_update
 from flexlora.aggregation.engine.state import GlobalChange
 from flexlora.algebra.linalg import FactoredSVD
 from flexlora.lora.ranks import RankClass, quotas

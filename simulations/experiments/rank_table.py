@@ -17,8 +17,9 @@ from pathlib import Path
 
 from rich.table import Table
 
-from flexlora.aggregation import GlobalChange, State, make_method
-from flexlora.aggregation.engine.method import Factoring
+from flexlora.aggregation import make_method
+from flexlora.aggregation.engine.method import Factoring, State
+from flexlora.aggregation.engine.state import GlobalChange
 from flexlora.data.collation import Example, encode_rows
 from flexlora.data.tasks import FAMILIES, choose_families, generate_rows
 from flexlora.evaluation.evaluate import exact_match, generate_answers

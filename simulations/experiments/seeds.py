@@ -19,9 +19,9 @@ from rich.console import Console
 
 from flexlora.config.resolve import Config, resolved
 from flexlora.errors import UserError
+from flexlora.report.formats import SCORES, TOTALS, format_metric
 from flexlora.report.records import SERIES_FILE, RunRecords, read_run
 from flexlora.report.text_table import text_table
-from flexlora.report.words import SCORES, TOTALS, spelled
 from flexlora.runs.folder import RunFolder
 from flexlora.simulations.watched_run import watched_run
 from flexlora.wire.files import write_atomically
@@ -78,8 +78,8 @@ class SeedSeries:
 
     @classmethod
     def of(cls, config: Config, out: Path, *, seeds: int) -> SeedSeries:
-        shared = {key: value for key, value in config.items() if key not in NOT_SHARED}
-        return cls(out=out, config=shared, first_seed=config["seed"], seeds=seeds)
+        shared = {key: value for key, value in config.flat().items() if key not in NOT_SHARED}
+        return cls(out=out, config=shared, first_seed=config.seed, seeds=seeds)
 
     @classmethod
     def read(cls, out: Path) -> SeedSeries:
@@ -141,7 +141,7 @@ class SeedSeries:
 
     def go_on(self, console: Console) -> int:
         """Run what is left, print the table, leave ``seeds.json``."""
-        threads = resolved(Config(self.config))["engine.threads"]
+        threads = resolved(Config.of(self.config)).engine.threads
         self.config["engine.threads"] = threads
         self._write()
         for number, seed in enumerate(self.wanted, start=1):
@@ -158,7 +158,7 @@ class SeedSeries:
 
     def _run(self, seed: int, console: Console) -> None:
         folder = self.folder(seed)
-        config = Config({**self.config, "seed": seed})
+        config = Config.of({**self.config, "seed": seed})
         begun = RunFolder.is_run(folder) and (folder / "checkpoint" / "current.json").is_file()
         watched_run(config, folder, console=console, overwrite=True, go_on=begun)
         self.rows[seed] = scores_of(read_run(folder))
@@ -174,8 +174,10 @@ class SeedSeries:
         header = ["", "mean", "deviation", *(f"seed {seed}" for seed, _ in done)]
         rows = []
         for key, found in summary.items():
-            own = [spelled(_unprefixed(key), scores.get(key)) for _, scores in done]
-            shown = (spelled(_unprefixed(key), found[which]) for which in ("mean", "deviation"))
+            own = [format_metric(_unprefixed(key), scores.get(key)) for _, scores in done]
+            shown = (
+                format_metric(_unprefixed(key), found[which]) for which in ("mean", "deviation")
+            )
             rows.append([_title(key), *shown, *own])
         return [*text_table(header, rows, width=width, words=(True,))]
 

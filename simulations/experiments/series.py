@@ -73,8 +73,8 @@ class Series:
         losses = []
         for index, trial in enumerate(arm.trials):
             config = self._config(arm, trial, TRIED)
-            rounds = max(1, config["num-server-rounds"] // 2)
-            config = resolved(Config({**config, "num-server-rounds": rounds}))
+            rounds = max(1, config.num_server_rounds // 2)
+            config = resolved(config.with_values({"num-server-rounds": rounds}))
             out = self.asked.out / "trials" / f"{slug(arm.title)}-{index}"
             simulate(config, out, overwrite=True)
             losses.append(RunFolder(out).metrics()[-1]["eval_loss"])
@@ -99,7 +99,7 @@ class Series:
     def _config(self, arm: Arm, trial: Row, last: Row, first: Row | None = None) -> Config:
         """The later word is the stronger: sizes, ``--set``, the arm, its trial, ``last``."""
         sizes, given = self.asked.default_sizes(), self.asked.given
-        return Config({**(first or {}), **sizes, **given, **arm.changes, **trial, **last})
+        return Config.of({**(first or {}), **sizes, **given, **arm.changes, **trial, **last})
 
 
 def with_gap_closed(arms: Sequence[Arm], rows: Sequence[Row]) -> list[dict]:

@@ -22,8 +22,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from flexlora.config.options import OPTIONS
-from flexlora.config.resolve import Config
+from flexlora.config.resolve import KEYS, Config
 from flexlora.errors import UserError
 from flexlora.seeds import numpy_generator
 from flexlora.simulations.world.traces import Trace, read_trace, state_at
@@ -54,15 +53,15 @@ def availability_of(config: Config, client_ids: Sequence[str]) -> Availability:
     Raises:
         UserError: a key that this kind does not read, a trace that is absent or does not fit.
     """
-    kind, seed = config["population.availability"], config["seed"]
-    share, hours = config["population.online-share"], config["population.online-hours"]
+    kind, seed = config.population.availability, config.seed
+    share, hours = config.population.online_share, config.population.online_hours
     _refuse_ignored(config, kind)
     if kind == "diurnal":
         return Diurnal(share=share, seed=seed)
     if kind == "markov":
         return Markov(share=share, online_seconds=3600 * hours, seed=seed)
     if kind == "trace":
-        return Trace(read_trace(config["population.trace"]), client_ids)
+        return Trace(read_trace(config.population.trace), client_ids)
     return Always()
 
 
@@ -72,10 +71,11 @@ def _refuse_ignored(config: Config, kind: str) -> None:
         "population.online-hours": ("markov",),
         "population.trace": ("trace",),
     }
+    values = config.flat()
     for key, kinds in readers.items():
-        if kind not in kinds and config[key] != OPTIONS[key].default:
+        if kind not in kinds and values[key] != KEYS[key].default:
             raise UserError(
-                f"{key} is {config[key]!r}, which population.availability={kind} does not read; "
+                f"{key} is {values[key]!r}, which population.availability={kind} does not read; "
                 f"set population.availability={' or '.join(kinds)}, or leave the key out."
             )
 

@@ -110,7 +110,7 @@ class Clock:
             shape=_counted_shape(config, trained_shape),
             trained_shape=trained_shape,
             plan=plan,
-            accumulation=config["train.gradient-accumulation-steps"],
+            accumulation=config.train.gradient_accumulation_steps,
         )
 
     def price(
@@ -209,12 +209,12 @@ class Clock:
 
 
 def _counted_shape(config: Config, trained_shape: ModelShape) -> ModelShape:
-    name = config["population.clock-model"]
+    name = config.population.clock_model
     if not name:
         return trained_shape
     try:
         shape = clock_shape(name)
-        shape.targets(config["lora.target-modules"])
+        shape.targets(config.lora.target_modules)
         return shape
     except UserError as error:
         raise UserError(f"population.clock-model is '{name}': {error}") from None

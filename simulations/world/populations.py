@@ -18,17 +18,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from flexlora.config.options import OPTIONS
-from flexlora.config.resolve import Config
+from flexlora.config.resolve import KEYS, Config
 from flexlora.data.caps import num_rows, parse_examples
 from flexlora.errors import UserError, nearest
-from flexlora.lora.ranks import quotas
 from flexlora.planning.devices import DEVICES, Device, find_device, near_devices
+from flexlora.planning.shares import deal, parse_named_shares
 from flexlora.seeds import numpy_generator
 from flexlora.simulations.world.availability import Availability, availability_of
 from flexlora.simulations.world.links import Link, find_link, link_of
 
-__all__ = ["Population", "SimulatedClient", "parse_examples", "parse_named_shares"]
+__all__ = ["Population", "SimulatedClient", "parse_examples"]
 
 Kind = TypeVar("Kind")
 
@@ -77,10 +76,10 @@ class Population:
                 nothing reads, an availability that does not fit these clients.
         """
         _refuse_ignored(config)
-        seed, ordered = config["seed"], sorted(client_ids)
+        seed, ordered = config.seed, sorted(client_ids)
         devices = _dealt(config, "population.devices", ordered, _device)
         links = _dealt(config, "population.links", ordered, _link)
-        sigma = config["population.link-sigma"]
+        sigma = config.population.link_sigma
         clients = {}
         for i in ordered:
             link = link_of(i, links[i], sigma=sigma, seed=seed) if links else None
@@ -89,10 +88,10 @@ class Population:
             seed=seed,
             clients=clients,
             availability=availability_of(config, ordered),
-            dropout=config["population.dropout"],
-            straggler_share=config["population.straggler-share"],
-            straggler_slowdown=config["population.straggler-slowdown"],
-            examples=parse_examples(config["population.examples"]),
+            dropout=config.population.dropout,
+            straggler_share=config.population.straggler_share,
+            straggler_slowdown=config.population.straggler_slowdown,
+            examples=parse_examples(config.population.examples),
         )
 
     @property
@@ -125,79 +124,39 @@ class Population:
         return float(part) if chance < self.dropout else None
 
 
-def parse_named_shares(
-    key: str, text: str, find: Callable[[str, str], tuple[str, Kind]]
-) -> list[tuple[Kind, float]]:
-    """``"a:0.7,b:0.3"`` as kinds with shares that add up to 1; nothing of the empty text.
-
-    Raises:
-        UserError: a name that ``find`` does not know or that is there twice, a share that is no
-            number of 0 to 1, a sum other than 1.
-    """
-    shares: dict[str, tuple[Kind, float]] = {}
-    for item in text.split(",") if text.strip() else ():
-        name, _, number = (part.strip() for part in item.rpartition(":"))
-        if not name:
-            raise UserError(
-                f"{key} is '{text}': '{item.strip()}' has no share, expected a name and a share "
-                "from 0 to 1, as 'NAME:0.5'."
-            )
-        own, kind = find(text, name)
-        if own in shares:
-            raise UserError(f"{key} is '{text}' and names {own} twice; add its shares.")
-        shares[own] = kind, _share(key, text, name, number)
-    total = sum(share for _, share in shares.values())
-    if shares and abs(total - 1.0) > 1e-6:
-        raise UserError(f"{key} is '{text}' and adds up to {total:g}, expected shares that make 1.")
-    return list(shares.values())
-
-
-def _share(key: str, text: str, name: str, number: str) -> float:
-    try:
-        share = float(number)
-    except ValueError:
-        share = -1.0
-    if not 0.0 <= share <= 1.0:
-        raise UserError(
-            f"{key} is '{text}': the share of {name} is '{number}', expected a number from 0 to 1, "
-            "as 'NAME:0.5'."
-        )
-    return share
-
-
-def _device(text: str, name: str) -> tuple[str, Device]:
+def _device(name: str) -> tuple[str, Device]:
     try:
         device = find_device(name)
     except UserError:
         raise UserError(
-            f"population.devices is '{text}': device '{name}' is not known, expected one of the "
+            f"device '{name}' is not known, expected one of the "
             f"{len(DEVICES)} in flexlora/planning/devices.py.{near_devices(name)}"
         ) from None
     return device.name, device
 
 
-def _link(text: str, name: str) -> tuple[str, Link]:
-    try:
-        link = find_link(name)
-    except UserError as error:
-        raise UserError(f"population.links is '{text}': {error}") from None
+def _link(name: str) -> tuple[str, Link]:
+    link = find_link(name)
     return link.kind, link
 
 
 def _dealt(
     config: Config,
     key: str,
-    ordered: Sequence[str],
-    find: Callable[[str, str], tuple[str, Kind]],
+    client_ids: Sequence[str],
+    find: Callable[[str], tuple[str, Kind]],
 ) -> dict[str, Kind]:
-    """Who gets which kind, with exact quotas; nobody any where the key is empty."""
-    named = parse_named_shares(key, config[key], find)
+    """The kind of every client, with exact quotas; empty where the key is empty."""
+    given = config.flat()[key]
+    named = parse_named_shares(key, given, find).values()
     if not named:
         return {}
-    counts = quotas([share for _, share in named], len(ordered))
-    kinds = [kind for (kind, _), count in zip(named, counts, strict=True) for _ in range(count)]
-    shuffled = numpy_generator(config["seed"], key).permutation(len(ordered))
-    return {ordered[k]: kind for k, kind in zip(shuffled, kinds, strict=True)}
+    kinds, shares = zip(*named, strict=True)
+    if abs(sum(shares) - 1.0) > 1e-6:
+        raise UserError(
+            f"{key} is '{given}' and adds up to {sum(shares):g}, expected shares that make 1."
+        )
+    return deal(client_ids, kinds, shares, seed=config.seed, purpose=key)
 
 
 def _refuse_ignored(config: Config) -> None:
@@ -208,9 +167,10 @@ def _refuse_ignored(config: Config) -> None:
         "population.link-sigma": ("population.links", "it spreads the speeds of links"),
         "population.straggler-slowdown": ("population.straggler-share", "it slows stragglers"),
     }
+    values = config.flat()
     for key, (needed, why) in needs.items():
-        if config[key] != OPTIONS[key].default and not config[needed]:
+        if values[key] != KEYS[key].default and not values[needed]:
             raise UserError(
-                f"{key} is {config[key]!r} and {needed} is not set: {why}; "
+                f"{key} is {values[key]!r} and {needed} is not set: {why}; "
                 f"set {needed}, or leave {key} out."
             )

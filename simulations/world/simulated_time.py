@@ -54,7 +54,7 @@ class _Trip:
 def world_of(config: Config, population: Population) -> World | None:
     """The world that the ``population.*`` keys describe; None where nobody's time matters."""
     chance = population.dropout or population.straggler_share
-    if not (population.has_hardware or chance or config["population.availability"] != "always"):
+    if not (population.has_hardware or chance or config.population.availability != "always"):
         return None
     return World(population, Clock.from_config(config, population))
 

@@ -6,9 +6,11 @@ import torch
 import equations
 import reference
 from builders import random_adapter
-from flexlora.aggregation import GlobalChange, State, Update, aggregate, make_method
+from flexlora.aggregation import make_method
+from flexlora.aggregation.aggregate import aggregate
 from flexlora.aggregation.engine.factor_sums import held_factors
-from flexlora.aggregation.engine.method import Factoring
+from flexlora.aggregation.engine.method import Factoring, State, Update
+from flexlora.aggregation.engine.state import GlobalChange
 from flexlora.lora.adapters import Adapter, LoRAFactors
 from flexlora.lora.ranks import RankClass
 from one_round import CLASSES, OneRound, distance, next_state, noisy

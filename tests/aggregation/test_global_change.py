@@ -6,7 +6,7 @@ import torch
 import reference
 from builders import random_adapter
 from flexlora import aggregate
-from flexlora.aggregation import GlobalChange
+from flexlora.aggregation.engine.state import GlobalChange
 from flexlora.algebra.linalg import FactoredSVD, svd_of_product
 
 SPLITS = ("b-heavy", "balanced", "a-heavy")

@@ -81,7 +81,7 @@ def first_rows(memory, case, rank):
 
 
 def carried_rank(memory, case, rank):
-    carried = case.options.get("carried_rank", 64)
+    carried = case.options.get("carried_rank", 32)
     return reference.truncate(memory.G, max(carried, rank if case.name == "carried" else 0))
 
 
@@ -90,7 +90,7 @@ def sum_then_cap(rule):
 
     def advance(memory, case, replies):
         G = rule(memory.G, replies, memory.module, case.eta) + memory.dropped
-        kept = reference.truncate(G, case.options.get("max_rank", 99))
+        kept = reference.truncate(G, case.options.get("server_max_rank", 99))
         fed_back = G - kept if case.options.get("error_feedback") else 0.0
         return replace(memory, G=kept, dropped=fed_back)
 
@@ -101,7 +101,9 @@ def fedex(memory, case, replies):
     A, B = equations.fedit_round(replies, memory.module, memory.width)
     mean = equations.mean_of_models(replies, memory.module)
     G = memory.G + case.eta * (mean - memory.G)
-    return replace(memory, A=A, B=B, G=reference.truncate(G, case.options.get("max_rank", 99)))
+    return replace(
+        memory, A=A, B=B, G=reference.truncate(G, case.options.get("server_max_rank", 99))
+    )
 
 
 def florist(memory, case, replies):
@@ -160,22 +162,22 @@ def slora_sends(memory, case, rank):
 
 
 FLORA, RESIDUAL = equations.flora_round, equations.residual_round
-FEEDBACK = {"max_rank": 4, "error_feedback": True}
+FEEDBACK = {"server_max_rank": 4, "error_feedback": True}
 CASES = [
     Case("aligned", sum_then_cap(FLORA), carried_rank),
-    Case("aligned", sum_then_cap(FLORA), carried_rank, {"carried_rank": 3, "restarts": 2}),
+    Case("aligned", sum_then_cap(FLORA), carried_rank, {"carried_rank": 3}),
     Case("aligned", sum_then_cap(FLORA), carried_rank, FEEDBACK),
     Case("carried", sum_then_cap(RESIDUAL), carried_rank, {"carried_rank": 5}),
     Case("carried", sum_then_cap(RESIDUAL), carried_rank, FEEDBACK),
     Case("fed-plora", contributors, whole, {"carried_rank": 9}),
     Case("fed-plora", contributors, whole, {"carried_rank": 4}),
     Case("fedex-lora", fedex, whole),
-    Case("fedex-lora", fedex, whole, {"server_learning_rate": 0.6, "max_rank": 4}),
+    Case("fedex-lora", fedex, whole, {"server_learning_rate": 0.6, "server_max_rank": 4}),
     Case("fedit", fedit, first_rows),
     Case("ffa-lora", alternating, first_rows),
     Case("flexlora", sum_then_cap(equations.flexlora_round), top),
     Case("flexlora", sum_then_cap(equations.flexlora_round), top, {"server_learning_rate": 0.4}),
-    Case("flexlora", sum_then_cap(equations.flexlora_round), top, {"max_rank": 4}),
+    Case("flexlora", sum_then_cap(equations.flexlora_round), top, {"server_max_rank": 4}),
     Case(
         "flexlora",
         sum_then_cap(equations.flexlora_with_feedback),
@@ -193,7 +195,6 @@ CASES = [
     Case("rbla", contributors, first_rows),
     Case("residual", sum_then_cap(RESIDUAL), top),
     Case("residual", sum_then_cap(RESIDUAL), top, {"server_learning_rate": 1.0, **FEEDBACK}),
-    Case("residual", sum_then_cap(RESIDUAL), top, {"realign": True}),
     Case("rolora", alternating, first_rows),
     Case("slora", slora, slora_sends),
     Case("slora", slora, slora_sends, {"sparse_rounds": 1}),

@@ -14,7 +14,8 @@ import torch
 import reference
 from builders import random_adapter
 from flexlora import Adapter, aggregate
-from flexlora.aggregation import METHODS, Update, make_method
+from flexlora.aggregation import METHODS, make_method
+from flexlora.aggregation.engine.method import Update
 from flexlora.aggregation.engine.product_sums import FOLD_RANK, ProductSums
 from flexlora.errors import UpdateRefused
 from one_round import SHAPES, OneRound, next_state, no_change, same_bits

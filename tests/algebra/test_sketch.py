@@ -203,7 +203,7 @@ def test_memory_does_not_grow_with_out_features():
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_on_the_embedded_base_the_rows_are_nearly_the_best(quantization):
     """Every module, two clients, ranks 2 to 16; as many random rows are the control."""
-    worker = Worker(Config({"model.quantization": quantization, "engine.device": "cpu"}))
+    worker = Worker(Config.of({"model.quantization": quantization, "engine.device": "cpu"}))
     clients = benchmark.pick_clients(worker, 2, 1)
     captures = benchmark.cohort_captures(worker, benchmark.oracle_of(worker), clients, 1, 0)
     assert len(captures) == 2 * len(benchmark.RANKS) * len(worker.shapes)

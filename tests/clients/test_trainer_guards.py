@@ -64,7 +64,7 @@ def test_what_does_not_fit_this_node_is_refused_with_a_sentence(data, tmp_path, 
     config = run_config()
     with resident(data, tmp_path / "kept", client_id="site") as made:
         message = train_message(config, **job)
-        reply = made.ask(message, {**config, **settings}, **node)
+        reply = made.ask(message, {**config.flat(), **settings}, **node)
         assert "update" not in reply and made.trainer.tally.trained == 0
     assert re.search(words, cause_of(reply)), cause_of(reply)
 

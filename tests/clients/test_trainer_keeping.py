@@ -27,7 +27,7 @@ def data(tmp_path_factory):
 
 def rounds_of(made, config, count):
     """The replies to rounds 1 to ``count``."""
-    method = config["method.name"]
+    method = config.method.name
     return [
         made.ask(train_message(config, server_round=k + 1, method=method), config)
         for k in range(count)

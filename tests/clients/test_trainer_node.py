@@ -14,8 +14,9 @@ from flexlora.clients.trainer import allowance
 from flexlora.clients.trainer.node import Node, job_config, owned
 from flexlora.clients.trainer.sockets import check_folder, check_free, reach
 from flexlora.clients.trainer.turns import Busy, Turns
-from flexlora.config.resolve import OPTIONS, Config
+from flexlora.config.resolve import KEYS, Config, all_keys
 from flexlora.errors import UserError
+from spelled import of_names
 from trainers import query_message, resident, run_config, write_rows
 
 
@@ -81,19 +82,19 @@ def test_a_run_can_change_nothing_that_is_the_nodes(tmp_path):
         "lora.target-modules": "q_proj",
     }
     config = job_config(node.config, wanted)
-    assert (config["model.name"], config["data.path"]) == ("embedded", "/rows")
-    assert (config["model.dtype"], config["engine.device"]) == ("bfloat16", "auto")
-    assert (config["clients.count"], config["data.partition"], config["out"]) == (1, "iid", "")
-    assert (config["train.max-steps"], config["data.template"]) == (3, "alpaca")
-    assert config["lora.target-modules"] == "q_proj"
+    assert (config.model.name, config.data.path) == ("embedded", "/rows")
+    assert (config.model.dtype, config.engine.device) == ("bfloat16", "auto")
+    assert (config.clients.count, config.data.partition, config.out) == (1, "iid", "")
+    assert (config.train.max_steps, config.data.template) == (3, "alpaca")
+    assert config.lora.target_modules == "q_proj"
 
 
 def test_no_key_that_names_a_place_travels():
     """What a key's help calls a folder, a file, a hub name, a CSV or an address is the node's."""
     names_a_place = r"\b(folder|file|hub|CSV|address)\b"
-    places = [key for key, option in OPTIONS.items() if re.search(names_a_place, option.help)]
+    places = [key for key, option in all_keys().items() if re.search(names_a_place, option.help)]
     assert {"model.name", "data.path", "data.name", "out", "ranks.file"} <= set(places)
-    run = {key: "/from/the/run" for key in places if isinstance(OPTIONS[key].default, str)}
+    run = {key: "/from/the/run" for key in places if isinstance(KEYS[key].default, str)}
     node = Node.of(model="embedded", data="/rows").config
     assert "/from/the/run" not in job_config(node, run).values()
 
@@ -101,7 +102,7 @@ def test_no_key_that_names_a_place_travels():
 @pytest.mark.parametrize("item", ["train.max-steps=3", "data.path=/x", "clients.count=3", "seed=1"])
 def test_the_owner_sets_only_what_is_the_owners(item):
     if item.startswith("data.path"):
-        assert Node.of(model="m", data="/y", sets=(item,)).config["data.path"] == "/x"
+        assert Node.of(model="m", data="/y", sets=(item,)).config.data.path == "/x"
         return
     with pytest.raises(UserError, match=r"is not the node's to say; expected one of model\.name"):
         Node.of(model="m", data="/y", sets=(item,))
@@ -127,7 +128,9 @@ def test_the_limit_is_told_to_servers_and_enforced_where_torch_can(tmp_path, mon
         again = made.ask(query_message(), run_config(seed=3))
     assert reply["capability"]["free-bytes"] == again["capability"]["free-bytes"] == 123_456_789
     config = Node.of(model="embedded", data="/rows").config
-    assert "nothing enforces it" in allowance.enforce(config.replace(engine__device="cpu"), 2**30)
+    assert "nothing enforces it" in allowance.enforce(
+        config.with_values(of_names(engine__device="cpu")), 2**30
+    )
     shares = []
     card = type("Card", (), {"total_memory": 16 * 2**30})
     monkeypatch.setattr(allowance, "pick_device", lambda name: torch.device("cuda"))

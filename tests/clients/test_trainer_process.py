@@ -19,7 +19,6 @@ from federation import ONE_THREAD, ROOT, client_rows, command, finished, rounds,
 from flexlora.clients.trainer.command import Signals
 from flexlora.clients.trainer.sockets import reach
 from flexlora.commands.cli import main
-from flexlora.config.resolve import Config
 from flexlora.simulations.benchmarks import resident as benchmark
 from paths import SUPPORT
 from trainers import asked, context_of, run_config, train_message, values_of, write_rows
@@ -101,7 +100,7 @@ def test_sigterm_aborts_a_training_that_outlasts_its_grace(place):
         assert "went away while it was asked" in asking.communicate(timeout=60)[0]
     finally:
         asking.kill()
-    assert not list(place["state"].glob("*.reply*")) and config["train.max-steps"] == 1_000_000
+    assert not list(place["state"].glob("*.reply*")) and config.train.max_steps == 1_000_000
 
 
 ASK = """
@@ -252,9 +251,8 @@ def _under(home):
 @pytest.mark.slow
 def test_a_real_flower_node_trains_through_its_trainer(place, flower, tmp_path):
     """SuperLink, SuperNode, ``flwr-clientapp`` per message: the node has no data of its own."""
-    defaults = Config()
     config = small(clients__count=0, server__min_nodes=1, server__wait_seconds=60.0)
-    changed = {key: value for key, value in config.items() if value != defaults[key]}
+    changed = config.changed()
     changed["out"] = str(tmp_path / "run")
     spelled = " ".join(
         f'{key}="{value}"' if isinstance(value, str) else f"{key}={value}"

@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from federation import as_sets, command, finished, small, state_delta
 from flexlora import load_adapter
+from flexlora.aggregation.engine.options import choices
 from flexlora.commands.cli import main
 from flexlora.config.paths import EMBEDDED
-from flexlora.config.resolve import OPTIONS
+from flexlora.config.resolve import KEYS, all_keys
 from flexlora.runs.checkpoints import load_checkpoint
 from flexlora.simulations.simulate import simulate
 
@@ -51,12 +52,12 @@ def test_help_names_the_commands_and_help_config_every_key_with_its_default(caps
     assert exit.value.code == 0 and all(name in out for name in ("simulate", "eval", "export"))
     lines = printed(["simulate", "--help-config"], capsys).splitlines()
     listed = {line.split()[0]: line for line in lines}
-    assert listed.keys() == OPTIONS.keys() and len(lines) == len(OPTIONS)
-    for key, option in OPTIONS.items():
-        default = str(option.default)
-        default = default.lower() if isinstance(option.default, bool) else default
-        assert default in listed[key] and option.help in listed[key]
-        assert all(choice in listed[key] for choice in option.choices)
+    assert listed.keys() == all_keys().keys() and len(lines) == len(listed)
+    for key, info in all_keys().items():
+        default = str(info.default)
+        default = default.lower() if isinstance(info.default, bool) else default
+        assert default in listed[key] and info.description in listed[key]
+        assert all(choice in listed[key] for choice in choices(info.annotation))
 
 
 def test_no_command_at_all_prints_the_help_and_fails(capsys):
@@ -84,8 +85,8 @@ def test_eval_of_a_run_scores_the_base_and_every_rank_class_on_test_rows(run_fol
 
 def test_eval_obeys_settings_that_happen_to_be_the_defaults(run_folder, capsys):
     every = table(printed(["eval", run_folder], capsys))["base"][-1]
-    few = ["--set", f"eval.max-examples={OPTIONS['eval.max-examples'].default}"]
-    other = ["--set", f"eval.split={OPTIONS['eval.split'].default}"]
+    few = ["--set", f"eval.max-examples={KEYS['eval.max-examples'].default}"]
+    other = ["--set", f"eval.split={KEYS['eval.split'].default}"]
     assert table(printed(["eval", run_folder, *few], capsys))["base"][-1] <= 32 < every
     assert table(printed(["eval", run_folder, *other], capsys))["base"][-1] != every
 

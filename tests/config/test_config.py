@@ -1,31 +1,87 @@
 """Every option once: what is accepted, what is refused and how the refusal reads."""
 
+import subprocess
+import sys
 import tomllib
 
 import pytest
 import tomli_w
 
-from flexlora.aggregation import METHODS, MethodOptions
-from flexlora.config.resolve import OPTIONS, Config, flatten, read_toml
+from flexlora.aggregation import METHODS, make_method, method_class
+from flexlora.config.resolve import (
+    KEYS,
+    RETIRED,
+    Config,
+    all_keys,
+    flatten,
+    flower_table,
+    of_flower,
+    of_older,
+    read_toml,
+)
 from flexlora.errors import UserError
-from flexlora.server.settings import ServerSettings
+from flexlora.planning.planner import Request
+from flexlora.server.settings import check_config
+from flexlora.training.personal import PersonalPlan
+from flexlora.training.schedule import TrainSettings
 from paths import ROOT
+from spelled import of_names
 
 
-def test_defaults_are_accepted_by_their_own_options():
-    for key, option in OPTIONS.items():
-        assert option.check(option.default) == option.default, key
-        assert option.key == key and option.help
-    assert dict(Config()) == {key: option.default for key, option in OPTIONS.items()}
+def test_defaults_are_accepted_and_every_key_has_a_line_of_help():
+    assert all(info.description for info in all_keys().values())
+    assert Config.of(Config().flat()) == Config() == Config.resolve()
+    for name in METHODS:
+        check_config(Config.of({"method.name": name}))
+    assert {key for key in Config().flat() if not key.startswith("method.")} < KEYS.keys()
 
 
-def test_pyproject_lists_every_key_with_its_default():
+def test_pyproject_lists_every_key_of_every_method():
     """Flower refuses an override of a key that is not in ``[tool.flwr.app.config]``."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    listed = flatten(project["tool"]["flwr"]["app"]["config"])
-    defaults = {key: option.default for key, option in OPTIONS.items()}
-    assert listed == defaults
-    assert {k: type(v) for k, v in listed.items()} == {k: type(v) for k, v in defaults.items()}
+    listed = project["tool"]["flwr"]["app"]["config"]
+    assert listed == flower_table() and flatten(listed).keys() == all_keys().keys()
+    for key, value in flatten(listed).items():
+        assert type(value) is (type(KEYS[key].default) if key in KEYS else str), key
+    assert Config.of(of_flower(flatten(listed))) == Config()
+    asked = {**flatten(listed), "method.name": "hetlora", "method.prune-factor": 0.5}
+    assert Config.of(of_flower(asked)).method.prune_factor == 0.5
+
+
+def test_the_library_has_the_defaults_of_the_command_line():
+    """Each of the six was another number in the library than at the command line."""
+    config = Config()
+    assert TrainSettings().learning_rate == config.train.learning_rate == 5e-3
+    assert TrainSettings().max_steps == config.train.max_steps == 20
+    assert make_method("carried").options.carried_rank == config.method.carried_rank == 32
+    assert Request(memory_bytes=1).carried_rank == 32
+    assert make_method("hetlora").options.prune_factor == 0.75
+    assert make_method("hetlora").local.prune_factor == 0.75
+    assert config.server.resends == 2
+    assert config.server.backoff_rounds == 8
+    assert PersonalPlan(alpha=1.0).max_steps == config.personal.max_steps == 10
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import flexlora, flexlora.config.resolve",
+        "import flexlora.commands.plan, flexlora.report, flexlora.report.watch",
+        "from flexlora.commands.cli import main; main(['--help'])",
+        "from flexlora.commands.cli import main; main(['plan', '--model', 'embedded'])",
+    ],
+)
+def test_neither_torch_nor_flower_is_loaded(code):
+    checked = f"""
+import sys
+try:
+    {code}
+except SystemExit:
+    pass
+assert not {{"torch", "flwr"}} & sys.modules.keys()
+"""
+    done = subprocess.run([sys.executable, "-c", checked], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
@@ -41,7 +97,7 @@ def test_pyproject_lists_every_key_with_its_default():
         ("seed=-1", "seed is -1, expected at least 0"),
         ("num-server-rounds=0", "num-server-rounds is 0, expected at least 1"),
         ("fraction-train=1.5", "fraction-train is 1.5, expected at most 1"),
-        ("fraction-train=nan", "fraction-train is nan, expected at least 0"),
+        ("fraction-train=nan", "fraction-train is nan, expected a finite number"),
         ("lora.alpha=0", "lora.alpha is 0.0, expected at least 1e-09"),
         ("lora.alpha=inf", "lora.alpha is inf"),
         ("train.learning-rate=inf", "train.learning-rate is inf"),
@@ -49,6 +105,10 @@ def test_pyproject_lists_every_key_with_its_default():
         ("train.optim=adamw", "train.optim is 'adamw'.*expected one of adamw_torch, sgd"),
         ("model.quantization=nf5", "model.quantization is 'nf5'.*Did you mean 'nf4'"),
         ("ranks.policy=", "ranks.policy is '', expected one of fixed, tiers"),
+        ("method.carried-rank=", "method.carried-rank is '', expected a whole number"),
+        ("method.server-learning-rate=0", "rate is 0.0, expected more than 0"),
+        ("carried-rank=3", "unknown key 'carried-rank'. Did you mean 'method.carried-rank'"),
+        ("method.realign=true", "unknown key 'method.realign'"),
     ],
 )
 def test_a_setting_that_makes_no_sense_is_refused(item, message):
@@ -66,22 +126,24 @@ def test_a_setting_that_makes_no_sense_is_refused(item, message):
         ("train.learning-rate=2e-4", 2e-4),
         ("ranks.tiers=4,8,16", "4,8,16"),
         ("data.path=a=b", "a=b"),
+        ("method.carried-rank=4", 4),
+        ("method.error-feedback=true", True),
     ],
 )
 def test_a_setting_arrives_in_the_type_of_its_default(item, value):
     """Trap T13: a flag of ``type=bool`` that ``false`` switches on."""
     key = item.partition("=")[0]
-    got = Config.resolve(sets=(item,))[key]
-    assert got == value and type(got) is type(OPTIONS[key].default)
+    got = Config.resolve(sets=(item,)).flat()[key]
+    assert got == value and type(got) is type(all_keys()[key].default)
 
 
 def test_the_last_word_is_the_command_line_s(tmp_path):
     file = tmp_path / "run.toml"
     file.write_text('seed = 3\nnum-server-rounds = 2\n[lora]\nalpha = 8\n"rslora" = true\n')
     config = Config.resolve(file=file, sets=("seed=4", "seed=5"))
-    assert config["seed"] == 5 and config["num-server-rounds"] == 2
-    assert config["lora.alpha"] == 8.0 and config["lora.rslora"] is True
-    assert config["lora.dropout"] == OPTIONS["lora.dropout"].default
+    assert config.seed == 5 and config.num_server_rounds == 2
+    assert config.lora.alpha == 8.0 and config.lora.rslora is True
+    assert config.lora.dropout == KEYS["lora.dropout"].default
 
 
 def test_a_configuration_survives_toml(tmp_path):
@@ -89,13 +151,14 @@ def test_a_configuration_survives_toml(tmp_path):
     changed = Config.resolve(
         sets=("seed=9", "lora.rslora=true", "train.learning-rate=1e-5", 'data.path=C:\\x "y"')
     )
-    for config in (Config(), changed):
+    hetlora = Config.of({"method.name": "hetlora", "method.prune-penalty": 0.5})
+    for config in (Config(), changed, hetlora):
         file = tmp_path / "config.toml"
         file.write_text(tomli_w.dumps(config.nested()), encoding="utf-8")
         back = Config.resolve(file=file)
-        assert dict(back) == dict(config)
-        assert [type(v) for v in back.values()] == [type(v) for v in config.values()]
-    assert dict(changed) != dict(Config())
+        assert back == config and hash(back) == hash(config)
+        assert Config.of(config.changed()) == config
+    assert changed.changed().keys() == {"seed", "lora.rslora", "train.learning-rate", "data.path"}
 
 
 @pytest.mark.parametrize(
@@ -108,7 +171,10 @@ def test_a_configuration_survives_toml(tmp_path):
         ("seed = true", "seed is True, expected a whole number"),
         ("lora.rslora = 1", "lora.rslora is 1, expected true or false"),
         ("[ranks]\ntiers = [4, 8]", r"ranks.tiers is \[4, 8\], expected a text"),
+        ("[ranks]\npolicy = 3", r"ranks.policy is 3, expected one of fixed, tiers"),
         ("[seed]\nx = 1", "unknown key 'seed.x'"),
+        ("[method]\nname = 3", r"method '3' is unknown"),
+        ("[method]\nname = 'fedavg'", r"method 'fedavg' is unknown"),
     ],
 )
 def test_a_file_that_makes_no_sense_is_refused(tmp_path, text, message):
@@ -128,54 +194,46 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
         read_toml(tmp_path / "bytes.toml")
 
 
-def test_replace_leaves_the_original_and_checks_too():
+def test_other_values_leave_the_original_and_are_checked_too():
     config = Config()
-    other = config.replace(lora__alpha=4, num_server_rounds=3, train__max_steps=1)
-    assert (other["lora.alpha"], other["num-server-rounds"], other["train.max-steps"]) == (
-        4.0,
-        3,
-        1,
-    )
-    assert dict(config) == dict(Config())
+    other = config.with_values(of_names(lora__alpha=4, num_server_rounds=3, train__max_steps=1))
+    assert (other.lora.alpha, other.num_server_rounds, other.train.max_steps) == (4.0, 3, 1)
+    assert config == Config()
     with pytest.raises(UserError, match=r"unknown key 'lora\.alphas'"):
-        config.replace(lora__alphas=4)
+        config.with_values({"lora.alphas": 4})
     with pytest.raises(UserError, match="seed is -1"):
-        config.replace(seed=-1)
-
-
-CHANGED = {
-    "method.server-learning-rate": 0.5,
-    "method.server-optimizer": "momentum",
-    "method.server-momentum": 0.5,
-    "method.server-max-rank": 7,
-    "method.error-feedback": True,
-    "method.realign": True,
-    "method.carried-rank": 5,
-    "method.carried-dtype": "bfloat16",
-    "method.gradient-batches": 2,
-    "method.restarts": 1,
-    "method.energy-threshold": 0.5,
-    "method.prune-factor": 0.5,
-    "method.prune-penalty": 0.5,
-    "method.sparse-rounds": 1,
-}
+        config.with_values({"seed": -1})
+    fewer = config.with_values({"method.carried-rank": 3})
+    assert fewer.with_values({"seed": 1}).method.carried_rank == 3
+    assert fewer.with_values({"method.name": "aligned"}).method.carried_rank == 32
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
-def test_an_option_of_a_method_is_read_or_refused_and_never_ignored(method):
-    """Every changed option reaches the method's options, or the sentence names who reads it."""
-    names = {key: key.removeprefix("method.").replace("-", "_") for key in CHANGED}
-    names["method.server-max-rank"] = "max_rank"
-    assert set(names.values()) == set(MethodOptions.__dataclass_fields__)
-    for key, value in CHANGED.items():
-        config = Config({"method.name": method, key: value})
-        if names[key] in METHODS[method].reads:
-            options = ServerSettings.from_config(config).method_options
-            assert getattr(options, names[key]) == value
+def test_an_option_that_the_method_lacks_is_refused_with_those_that_have_it(method):
+    own = method_class(method).Options.option_names()
+    for key, info in all_keys().items():
+        leaf = key.removeprefix("method.")
+        if leaf == key or leaf in own:
             continue
-        readers = [k for k, entry in METHODS.items() if names[key] in entry.reads]
         with pytest.raises(UserError) as refusal:
-            ServerSettings.from_config(config)
-        assert f"{key} is {value}, which method.name={method} does not read" in str(refusal.value)
-        assert readers and all(reader in str(refusal.value) for reader in readers)
-    assert ServerSettings.from_config(Config({"method.name": method})).method == method
+            Config.of({"method.name": method, key: info.default})
+        having = [name for name in METHODS if leaf in method_class(name).Options.option_names()]
+        assert f"{key} is {info.default}, which method.name={method} does" in str(refusal.value)
+        assert having and ", ".join(having) in str(refusal.value)
+
+
+def test_an_older_run_s_configuration_is_read_where_its_deleted_keys_say_nothing():
+    """Older versions wrote the options of every method into ``config.toml``."""
+    older = {f"method.{key}": info.default for key, info in _options().items()}
+    older |= RETIRED | {"seed": 3, "method.name": "flexlora"}
+    assert Config.of(of_older(older)) == Config.of({"seed": 3, "method.name": "flexlora"})
+    for key, value in (("method.restarts", 2), ("method.prune-factor", 0.5)):
+        with pytest.raises(UserError, match=key):
+            Config.of(of_older({**older, key: value}))
+
+
+def _options():
+    found = {
+        key.removeprefix("method."): info for key, info in all_keys().items() if "method." in key
+    }
+    return {key: info for key, info in found.items() if key != "name"}

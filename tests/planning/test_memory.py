@@ -357,7 +357,8 @@ def test_a_config_that_cannot_be_read_is_refused(changes, message):
 
 def test_the_planner_imports_no_torch():
     code = (
-        "import flexlora.commands.cli, flexlora.commands.plan, flexlora.planning.planner, sys, json;"
+        "import json, sys, flexlora.commands.cli, flexlora.commands.plan;"
+        "import flexlora.planning.planner;"
         "print(json.dumps([m for m in ('torch', 'transformers', 'numpy', 'flwr', 'bitsandbytes')"
         " if m in sys.modules]))"
     )

@@ -11,7 +11,8 @@ from scipy.stats import norm
 import flexlora
 from federation import TamperingGrid, client_rows, federation, small
 from flexlora.clients.worker import Worker
-from flexlora.config.resolve import OPTIONS, Config
+from flexlora.config.resolve import Config
+from flexlora.config.sections import RANK_POLICIES
 from flexlora.errors import UserError
 from flexlora.lora.peft_folder import load_adapter
 from flexlora.lora.ranks import RankClass
@@ -22,7 +23,7 @@ from flexlora.planning.planner import MARGIN, useful_rank
 from flexlora.planning.rank_policies import MLP, PAPER_SHARES, RankPolicy, paper_types
 from flexlora.planning.rank_tables import read_rank_table
 from flexlora.server.members.roster import Roster
-from flexlora.server.settings import ServerSettings
+from flexlora.server.settings import check_config, rank_policy_of
 from flexlora.training.slots import find_targets
 from flexlora.wire.jobs import Capability
 
@@ -77,9 +78,8 @@ def test_policies_that_make_no_sense_are_refused(changes, message):
 
 
 def test_every_policy_that_can_be_configured_is_known():
-    choices = OPTIONS["ranks.policy"].choices
-    assert set(PAPER_SHARES) == {name for name in choices if name.startswith("paper:")}
-    for name in choices:
+    assert set(PAPER_SHARES) == {name for name in RANK_POLICIES if name.startswith("paper:")}
+    for name in RANK_POLICIES:
         if name not in ("file", "memory"):
             assert len(RankPolicy(policy=name, tiers="2,4").assign(ids(8))) == 8
 
@@ -249,8 +249,8 @@ def test_a_carried_rank_that_the_method_does_not_read_is_refused(tmp_path):
     file.write_text("client_id,rank,carried_rank\na,8,64\n")
     keys = {"ranks.policy": "file", "ranks.file": str(file)}
     with pytest.raises(UserError, match=r"carried_rank is 64, which method.name=flexlora does not"):
-        ServerSettings.from_config(Config({**keys, "method.name": "flexlora"}))
-    ServerSettings.from_config(Config({**keys, "method.name": "aligned"}))
+        check_config(Config.of({**keys, "method.name": "flexlora"}))
+    check_config(Config.of({**keys, "method.name": "aligned"}))
 
 
 # What a client's memory allows
@@ -272,7 +272,7 @@ def report(client_id="a", **values):
 
 
 def by_memory(**changes):
-    return ServerSettings.from_config(small(ranks__policy="memory", **changes)).rank_policy
+    return rank_policy_of(small(ranks__policy="memory", **changes))
 
 
 def room_for(policy, rank, quantization="none"):
@@ -298,7 +298,9 @@ def test_a_rank_is_no_larger_than_the_examples_support():
 
 
 def test_a_quantized_base_leaves_room_where_a_plain_one_leaves_none():
-    shape, plan = run_plan(Config({"train.max-length": 32, "train.per-device-train-batch-size": 1}))
+    shape, plan = run_plan(
+        Config.of({"train.max-length": 32, "train.per-device-train-batch-size": 1})
+    )
     small_base = training_memory(shape, replace(plan, quantization="nf4")).total
     room = {"free_bytes": math.ceil(small_base * (1 + MARGIN)) + 1}
     about = {"num_examples": 10_000, "device": "cuda (small)"}
@@ -322,7 +324,7 @@ def test_clients_without_room_are_left_out_and_the_others_get_their_ranks():
         r"1.0 kB are free, .* are needed at rank 1 on a float32 base with .*max-length=128",
         roster.left_out["poor"],
     )
-    assert "did not say how much memory is free" in roster.left_out["silent"]
+    assert "did not report how much memory is free" in roster.left_out["silent"]
     with pytest.raises(UserError, match=r"no client can train.*1\.0 kB are free"):
         Roster.meet({1: reports[1]}, policy)
 
@@ -330,7 +332,7 @@ def test_clients_without_room_are_left_out_and_the_others_get_their_ranks():
 def test_without_a_model_whose_memory_is_known_the_policy_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
     with pytest.raises(UserError, match="mamba"):
-        ServerSettings.from_config(Config({"ranks.policy": "memory", "model.name": str(tmp_path)}))
+        check_config(Config.of({"ranks.policy": "memory", "model.name": str(tmp_path)}))
     assert read_shape("embedded").num_layers == 4
 
 

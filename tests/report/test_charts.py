@@ -20,7 +20,7 @@ from flexlora.report.charts import (
     on_common_axes,
     with_points,
 )
-from flexlora.report.words import spelled, spelling, tick_spelling, with_prefix
+from flexlora.report.formats import format_metric, metric_format, tick_format
 from pages import Page
 
 NUMBERS = st.floats(-1e9, 1e9, allow_nan=False).map(lambda value: round(value, 6))
@@ -32,8 +32,8 @@ def chart(*lines, key="eval_loss", **changes):
         Series(name=f"line {place}", points=tuple(enumerate(map(float, values))), style=place)
         for place, values in enumerate(lines)
     )
-    given = {"key": "key", "title": "a title", "series": series, "shown": spelling(key)}
-    return Chart(**{**given, "tick": tick_spelling(key), **changes})
+    given = {"key": "key", "title": "a title", "series": series, "shown": metric_format(key)}
+    return Chart(**{**given, "tick": tick_format(key), **changes})
 
 
 def picture(of):
@@ -176,19 +176,18 @@ def test_a_ninth_line_is_told_from_the_first_by_its_mark():
     ],
 )
 def test_numbers_are_spelled_by_their_unit(key, value, words):
-    assert spelled(key, value) == words
+    assert format_metric(key, value) == words
 
 
 def test_labels_of_an_axis_have_no_more_digits_than_they_need():
-    byte, share = tick_spelling("bytes_up"), tick_spelling("energy_kept/rank_2")
+    byte, share = tick_format("bytes_up"), tick_format("energy_kept/rank_2")
     assert [byte(v) for v in (0.0, 2.5e6, 1e7)] == ["0", "2.5 MB", "10 MB"]
     assert [share(v) for v in (0.9975, 1.0)] == ["99.75 %", "100 %"]
-    assert [tick_spelling("seconds")(v) for v in (0.5, 2500.0, 20000.0)] == [
+    assert [tick_format("seconds")(v) for v in (0.5, 2500.0, 20000.0)] == [
         "0.5",
         "2,500",
         "20,000",
     ]
-    assert with_prefix(-2500.0, "B") == "-2.5 kB"
 
 
 def test_a_scale_maps_the_ends_of_its_span_to_its_ends():

@@ -190,7 +190,7 @@ def test_hostile_names_of_runs_and_settings_are_text(tmp_path):
     first = written_run(tmp_path / words, (3.0, 2.0), data__path="a</td><img src=x>")
     second = written_run(tmp_path / "two", (3.0, 2.0))
     row = client_row("<b>", status="failed", cause="<i>")
-    RunFolder(second)._append_csv("clients.csv", tuple(row), [row])
+    RunFolder(second)._append_csv("clients.csv", [row])
     printed(first, second, out=tmp_path / "page.html")
     page = read_page(tmp_path / "page.html")
     assert asked_for(page) == [] and words in page.said("bdi")

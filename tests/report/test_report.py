@@ -14,11 +14,11 @@ import pytest
 
 from federation import as_sets, small
 from flexlora.commands.cli import main
-from flexlora.config.options import OPTIONS
+from flexlora.config.resolve import all_keys
 from flexlora.errors import UserError
 from flexlora.report import write_report
 from flexlora.report.records import RunRecords
-from flexlora.runs.folder import CLIENT_COLUMNS, RunFolder
+from flexlora.runs.folder import RunFolder
 from flexlora.simulations import watched_run
 from flexlora.simulations.simulate import simulate
 from pages import (
@@ -105,7 +105,7 @@ def test_no_other_number_stands_between_the_words(run):
     """Names, settings, versions: every digit of them is in a file, or in the help of an option."""
     kept = [run / "metrics.jsonl", *run.glob("*.csv"), *run.glob("*.toml"), *run.glob("*.json")]
     held = "".join(file.read_text() for file in kept)
-    held += "".join(f"{option.default} {option.help}" for option in OPTIONS.values())
+    held += "".join(f"{info.default} {info.description}" for info in all_keys().values())
     page = read_page(run / "report.html")
     free = [text for path, text in page.texts if not {"svg", "style"} & {*path}]
     words = {word.rstrip(".") for text in free for word in re.findall(r"\d[\d.]*", text)}
@@ -179,7 +179,7 @@ def test_a_score_of_the_base_alone_is_not_shown_as_the_last(tmp_path):
 def test_a_run_in_progress_has_a_page_of_its_whole_rounds(tmp_path):
     """A line cut short by a crash, and rows of a round that was never closed, are left out."""
     folder = written_run(tmp_path / "run", (3.0, 2.0), num_server_rounds=9)
-    RunFolder(folder)._append_csv("clients.csv", tuple(client_row("x")), [client_row("x", round=2)])
+    RunFolder(folder)._append_csv("clients.csv", [client_row("x", round=2)])
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"round": 2, "eval_lo')
     page = report_of(folder)
@@ -205,7 +205,7 @@ def test_failures_are_grouped_by_their_cause(tmp_path):
     rows += [client_row("d", round=2, status="refused", cause="lora_A holds NaN")]
     rows += [client_row("e", round=1, cause="late: trained from round 0")]
     rows += [{"round": 0, "client_id": "f", "status": "left out", "cause": "no rows"}]
-    RunFolder(folder)._append_csv("clients.csv", CLIENT_COLUMNS, rows)
+    RunFolder(folder)._append_csv("clients.csv", rows)
     table = report_of(folder).table("Failures and notes")
     assert table[1:] == [
         ["failed", "no reply", "c0, c1, c2, c3, c4, c5, ...", "1, 2", "8"],
@@ -232,7 +232,7 @@ def test_hostile_names_are_text(words, tmp_path):
     folder = written_run(tmp_path / "run", (3.0, 2.0), data__path=words)
     row = client_row(words, status="failed", cause=words, device=words)
     row |= {"rank_class": words, "quantization": words}
-    RunFolder(folder)._append_csv("clients.csv", tuple(row), [row])
+    RunFolder(folder)._append_csv("clients.csv", [row])
     extra = {
         "round": 2,
         "eval_loss": 1.0,

@@ -18,8 +18,8 @@ from rich.console import Console
 from federation import as_sets, command, finished, small
 from flexlora.commands.cli import main
 from flexlora.errors import UserError
+from flexlora.report.snapshots import GRACE_SECONDS, SILENT_SECONDS, SnapshotReader, find_run
 from flexlora.report.watch import watch
-from flexlora.report.watch_sight import GRACE_SECONDS, SILENT_SECONDS, Look, chosen
 from flexlora.runs.folder import RunFolder
 from flexlora.runs.live_state import LIVE_FILE, read_live, write_live
 from pages import client_row, written_run
@@ -42,7 +42,7 @@ def test_where_only_ascii_prints_only_ascii_is_printed(going):
 
 
 def test_half_written_lines_are_left_out_until_they_are_whole(going):
-    look = Look(going)
+    look = SnapshotReader(going)
     assert look().records.last_round == 2
     line = json.dumps({"round": 3, "eval_loss": 1.25, "eval_loss/rank_2": 1.25, "seconds": 1.0})
     with (going / "metrics.jsonl").open("a", encoding="utf-8") as file:
@@ -53,11 +53,11 @@ def test_half_written_lines_are_left_out_until_they_are_whole(going):
     assert look().records.last_round == 3
     with (going / "clients.csv").open("a", encoding="utf-8") as file:
         file.write('3,client_02,rank_2,2,none,"half of a')
-    assert "rank_2" in shown(Look(going)())
+    assert "rank_2" in shown(SnapshotReader(going)())
 
 
 def test_rows_that_a_resume_takes_back_are_gone(going):
-    look = Look(going)
+    look = SnapshotReader(going)
     assert look().records.last_round == 2
     RunFolder(going).rewind(1)
     assert look().records.last_round == 1
@@ -68,7 +68,7 @@ def test_a_process_that_has_gone_is_told(going):
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     write_live(going, alive(pid=gone.pid, updated=time.time() - 95))
-    sight = Look(going)()
+    sight = SnapshotReader(going)()
     assert sight.over and not sight.finished
     text = " ".join(shown(sight, 120).split())
     assert f"No sign of life for 95 s: its process {gone.pid} has gone." in text
@@ -78,14 +78,14 @@ def test_a_process_that_has_gone_is_told(going):
 def test_a_process_id_given_again_is_not_the_run(going):
     """This test's own process is younger than a run that says it began a day ago."""
     write_live(going, alive(started=time.time() - 86400))
-    assert "has gone" in Look(going)().trouble
+    assert "has gone" in SnapshotReader(going)().trouble
 
 
 def test_on_another_machine_only_silence_can_be_seen(going):
     write_live(going, alive(pid=2**22 + 5, host="elsewhere"))
-    assert Look(going)().trouble == ""
+    assert SnapshotReader(going)().trouble == ""
     write_live(going, alive(host="elsewhere", updated=time.time() - 95))
-    sight = Look(going)()
+    sight = SnapshotReader(going)()
     assert sight.trouble == "no sign of life for 95 s" and not sight.over
     assert SILENT_SECONDS < 95
 
@@ -93,7 +93,7 @@ def test_on_another_machine_only_silence_can_be_seen(going):
 def test_another_machines_clock_may_be_wrong(going):
     """After the second word it is our own clock that counts, an hour behind or ahead."""
     for hours in (-1, 1):
-        look = Look(going)
+        look = SnapshotReader(going)
         write_live(going, alive(host="elsewhere", updated=time.time() + 3600 * hours))
         assert bool(look().trouble) == (hours < 0)
         write_live(going, alive(host="elsewhere", updated=time.time() + 3600 * hours + 1))
@@ -102,7 +102,7 @@ def test_another_machines_clock_may_be_wrong(going):
 
 def test_a_silent_run_that_speaks_again_is_no_trouble(going, monkeypatch):
     now = time.monotonic()
-    look = Look(going)
+    look = SnapshotReader(going)
     assert look().trouble == ""
     monkeypatch.setattr(time, "monotonic", lambda: now + SILENT_SECONDS + 10)
     assert re.fullmatch(r"no sign of life for 4\d s", look().trouble)
@@ -111,9 +111,9 @@ def test_a_silent_run_that_speaks_again_is_no_trouble(going, monkeypatch):
 
 
 def test_a_folder_of_an_older_version_is_finished_by_its_rows(tmp_path, monkeypatch):
-    done = Look(written_run(tmp_path / "done"))()
+    done = SnapshotReader(written_run(tmp_path / "done"))()
     assert done.over and done.finished and done.trouble == ""
-    look = Look(written_run(tmp_path / "part", num_server_rounds=9))
+    look = SnapshotReader(written_run(tmp_path / "part", num_server_rounds=9))
     assert not look().over and "no live.json" in look().trouble
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now + GRACE_SECONDS + 1)
@@ -134,13 +134,13 @@ def test_the_newest_run_is_watched_where_none_is_named(tmp_path, monkeypatch, ca
         path = written_run(tmp_path / name)
         for file in path.iterdir():
             os.utime(file, (time.time() - age, time.time() - age))
-    assert str(chosen(None)) == "runs/series/seed-1"
+    assert str(find_run(None)) == "runs/series/seed-1"
     assert main(["watch", "--once"]) == 0
     assert capsys.readouterr().out.startswith("runs/series/seed-1\n")
     write_live(tmp_path / "runs" / "b", alive())
-    assert str(chosen(None)) == "runs/b"
+    assert str(find_run(None)) == "runs/b"
     (tmp_path / "runs" / "series" / "seeds.json").write_text("{}")
-    assert str(chosen("runs/series")) == "runs/series/seed-1"
+    assert str(find_run("runs/series")) == "runs/series/seed-1"
 
 
 @pytest.mark.parametrize(
@@ -154,15 +154,15 @@ def test_a_wrong_path_is_one_sentence(target, words, tmp_path, monkeypatch, caps
     monkeypatch.chdir(tmp_path)
     written_run(tmp_path / "runs" / "first")
     with pytest.raises(UserError, match=words):
-        chosen(target)
-        Look(chosen(target))
+        find_run(target)
+        SnapshotReader(find_run(target))
     assert main(["watch", target, "--once"]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and err.startswith("flexlora: ")
 
 
 def test_a_folder_that_goes_away_is_one_sentence(going):
-    look = Look(going)
+    look = SnapshotReader(going)
     look()
     for file in (*going.iterdir(),):
         file.unlink()

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from federation import (
     adapter_bytes,
     as_sets,
@@ -24,15 +25,14 @@ from federation import (
     small,
     untimed,
 )
-from flexlora.simulations.simulate import resume, simulate
-from trainers import resident, run_config, train_message, values_of, write_rows
-
-from flexlora.lora.adapters import Adapter, LoRAFactors
-from flexlora.runs.checkpoints import load_checkpoint
-from flexlora.wire.files import write_atomically
 from flexlora.errors import UserError
+from flexlora.lora.adapters import Adapter, LoRAFactors
 from flexlora.lora.peft_folder import save_adapter
+from flexlora.runs.checkpoints import load_checkpoint
 from flexlora.runs.folder import RunFolder
+from flexlora.simulations.simulate import resume, simulate
+from flexlora.wire.files import write_atomically
+from trainers import resident, run_config, train_message, values_of, write_rows
 
 FULL = Path("/dev/full")
 CONFIG = small(num_server_rounds=3, lora__dropout=0.1, method__name="residual")

@@ -6,18 +6,18 @@ import subprocess
 import sys
 
 import pytest
-from federation import small
 
+from federation import small
 from flexlora.commands.cli import main
 from flexlora.errors import UserError
-from flexlora.runs.lock import alone, check_idle
 from flexlora.runs.folder import RunFolder
+from flexlora.runs.lock import check_idle, exclusive_lock
 
 HOLDER = """
 import sys
 from pathlib import Path
-from flexlora.runs.lock import alone
-with alone(Path(sys.argv[1])):
+from flexlora.runs.lock import exclusive_lock
+with exclusive_lock(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -55,7 +55,7 @@ def test_it_is_not_overwritten_either(run, held):
 
 
 def test_a_lock_ends_with_its_block(run):
-    with alone(run.path), pytest.raises(UserError, match="still writing"):
+    with exclusive_lock(run.path), pytest.raises(UserError, match="still writing"):
         check_idle(run.path)
     check_idle(run.path)
 

@@ -12,8 +12,9 @@ from builders import random_adapter
 from faulty_grid import SILENT, Fate, FaultyGrid, people, settings
 from faulty_grid import run as faulty_run
 from federation import client_rows, federation, same_bytes, small
-from flexlora.aggregation import GlobalChange, State, Update, make_method
-from flexlora.aggregation.engine.method import Factoring
+from flexlora.aggregation import make_method
+from flexlora.aggregation.engine.method import Factoring, State, Update
+from flexlora.aggregation.engine.state import GlobalChange
 from flexlora.clients.worker import Worker
 from flexlora.lora.ranks import RankClass
 from flexlora.simulations.engine.cohorts import CohortLimits

@@ -330,14 +330,14 @@ def test_the_server_app_of_flower_leaves_it_too(tmp_path):
     config = small(out=str(tmp_path / "served"))
     grid = InProcessGrid(worker_for(config), limits=CohortLimits(clients=8), wire_dtype="float32")
     context = Context(
-        run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=dict(config)
+        run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=config.flat()
     )
     server_app(grid, context)
     assert read_live(tmp_path / "served").state == "finished"
 
 
 def test_nothing_is_left_open_when_the_endpoint_cannot_listen(tmp_path):
-    config = Config({"server.metrics-port": 9, "server.metrics-host": "192.0.2.1"})
+    config = Config.of({"server.metrics-port": 9, "server.metrics-host": "192.0.2.1"})
     with (
         pytest.raises(UserError, match=r"metrics-host is '192\.0\.2\.1'"),
         observed(tmp_path, config, resumed=True),

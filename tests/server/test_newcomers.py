@@ -8,6 +8,7 @@ import pytest
 
 from faulty_grid import SILENT, Fate, FaultyGrid, Told, capability, lost, people, run, settings
 from flexlora.lora.ranks import RankClass
+from flexlora.server.settings import rank_policy_of
 
 LONG = {"num_server_rounds": 4}
 
@@ -37,7 +38,7 @@ def test_a_node_that_comes_later_takes_part_from_the_next_round_on():
     told, rows = Told(), []
     grid, strategy = grown(told=told, rows=rows)
     assert trained(rows, "zoe") == [2, 3, 4] and trained(rows, "client_0") == [1, 2, 3, 4]
-    policy = strategy.settings.rank_policy
+    policy = rank_policy_of(strategy.config)
     dealt = policy.assign([*people(3).values(), "zoe"])["zoe"]
     assert strategy.roster.members["zoe"].rank_class == dealt
     assert len(told.of("met")) == 2 and len(asked(grid, "zoe")) == 1

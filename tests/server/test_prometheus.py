@@ -167,7 +167,7 @@ def test_a_port_that_is_taken_is_one_sentence_and_no_folder(tmp_path):
 
 @pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid"])
 def test_a_host_that_is_not_ours_is_one_sentence(host):
-    config = Config({"server.metrics-port": free_port(), "server.metrics-host": host})
+    config = Config.of({"server.metrics-port": free_port(), "server.metrics-host": host})
     refusal = pytest.raises(UserError, match=f"^server.metrics-host is '{host}'.* such as 127")
     with refusal, metrics_endpoint(config):
         raise AssertionError("it must not listen")
@@ -180,10 +180,12 @@ def test_no_port_is_no_endpoint():
 
 def test_it_listens_where_it_is_told_and_says_when_others_reach_it(caplog):
     port = free_port()
-    with metrics_endpoint(Config({"server.metrics-port": port})):
+    with metrics_endpoint(Config.of({"server.metrics-port": port})):
         assert "flexlora_info{" in scraped(port)
     assert caplog.records == []
-    with metrics_endpoint(Config({"server.metrics-port": port, "server.metrics-host": "0.0.0.0"})):
+    with metrics_endpoint(
+        Config.of({"server.metrics-port": port, "server.metrics-host": "0.0.0.0"})
+    ):
         assert "flexlora_info{" in scraped(port)
     assert f"served on 0.0.0.0 to whoever reaches port {port}" in caplog.text
 

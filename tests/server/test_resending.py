@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from faulty_grid import REPLY, SILENT, Fate, FaultyGrid, Told, lost, people, run, settings
 from federation import StopAt, same_bytes
-from flexlora.aggregation import Update, make_method
-from flexlora.aggregation.engine.method import Factoring
+from flexlora.aggregation import make_method
+from flexlora.aggregation.engine.method import Factoring, Update
 from flexlora.server.observing.observer import LogObserver
 from flexlora.server.transport.exchange import exchange
 from flexlora.server.transport.resending import Letter, Resending
@@ -312,7 +312,7 @@ def test_a_reply_counts_once_and_one_to_nothing_never(honest, caplog):
     """``aggregate_train`` is public: replies may reach it without any of our exchange."""
     grid = FaultyGrid(people(3))
     strategy = run(grid, settings(num_server_rounds=1, server__resends=0), rows=[])
-    fresh = type(strategy)(strategy.settings)
+    fresh = type(strategy)(strategy.config)
     fresh.meet(grid)
     fresh.state = no_change(fresh.roster.shapes)
     messages = fresh.configure_train(1, None, None, grid)
@@ -332,7 +332,7 @@ def test_a_reply_counts_once_and_one_to_nothing_never(honest, caplog):
 def exact(grid, strategy, counted):
     """The round with only these clients, from what they trained, without any server around it."""
     method, state = make_method("residual"), no_change(strategy.roster.shapes)
-    factoring = Factoring(alpha=strategy.settings.factoring.alpha)
+    factoring = Factoring(alpha=strategy.config.lora.alpha)
     sent = {}
     for name, rank_class in strategy.roster.rank_classes.items():
         start = method.start(state, rank_class, factoring)

@@ -20,11 +20,13 @@ from federation import (
     small,
     state_delta,
 )
-from flexlora.aggregation import State, Update, aggregate, check_update, make_method
+from flexlora.aggregation import make_method
+from flexlora.aggregation.aggregate import aggregate
+from flexlora.aggregation.engine.method import State, Update, check_update
 from flexlora.aggregation.engine.state import GlobalChange
 from flexlora.clients.worker import worker_for
 from flexlora.errors import UpdateRefused
-from flexlora.server.settings import ServerSettings
+from flexlora.server.settings import factoring_of, rank_policy_of
 from flexlora.simulations.engine.cohorts import CohortLimits
 
 VICTIM = "client_01"
@@ -38,12 +40,11 @@ def worker():
 
 def expected_state(grid, config, server_round=1, *, without=(VICTIM,), state=None):
     """The state that the method makes of the honest replies, ``without`` some clients."""
-    settings = ServerSettings.from_config(config)
-    method = make_method(settings.method, **vars(settings.method_options))
+    method = make_method(config.method.name, config.method)
     shapes = grid.worker.slots.shapes
     state = state or State(round=0, change=GlobalChange.zero(shapes, torch.float32))
-    classes = settings.rank_policy.assign(grid.worker.client_ids)
-    sent = {c.name: method.start(state, c, settings.factoring) for c in classes.values()}
+    classes = rank_policy_of(config).assign(grid.worker.client_ids)
+    sent = {c.name: method.start(state, c, factoring_of(config)) for c in classes.values()}
     results = [r for (at, name), r in grid.updates.items() if at == server_round]
     counted = [result for result in results if result.client_id not in without]
     asked = {result.client_id: result.rank_class for result in counted}

@@ -9,16 +9,10 @@ import torch
 import reference
 from builders import random_adapter
 from flexlora import Adapter
-from flexlora.aggregation import (
-    METHODS,
-    GlobalChange,
-    LocalPlan,
-    Start,
-    State,
-    Update,
-    check_update,
-    make_method,
-)
+from flexlora.aggregation import METHODS, make_method
+from flexlora.aggregation.engine.method import State, Update, check_update
+from flexlora.aggregation.engine.starts import LocalPlan, Start
+from flexlora.aggregation.engine.state import GlobalChange
 from flexlora.errors import UpdateRefused
 from flexlora.lora.ranks import RankClass
 

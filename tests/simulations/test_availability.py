@@ -69,7 +69,9 @@ def test_answers_do_not_depend_on_what_was_asked_before(kind):
 @pytest.mark.parametrize("kind", ["diurnal", "markov"])
 def test_the_mean_over_clients_and_time_is_the_share(kind, share):
     """Each client at one time of its own, so that the answers are independent draws."""
-    config = Config({"population.availability": kind, "population.online-share": share, "seed": 7})
+    config = Config.of(
+        {"population.availability": kind, "population.online-share": share, "seed": 7}
+    )
     availability = availability_of(config, ids(3000))
     times = np.random.default_rng(3).uniform(0, 10 * DAY, size=3000)
     online = [availability.online(i, t) for i, t in zip(ids(3000), times, strict=True)]
@@ -213,7 +215,7 @@ def test_a_trace_from_a_file(tmp_path):
     file = tmp_path / "trace.csv"
     file.write_text("client_id, start_seconds, end_seconds\na,0,1.5\nb,10,20\na,4,8\n", "utf-8")
     assert read_trace(str(file)) == {"a": [(0.0, 1.5), (4.0, 8.0)], "b": [(10.0, 20.0)]}
-    config = Config({"population.availability": "trace", "population.trace": str(file)})
+    config = Config.of({"population.availability": "trace", "population.trace": str(file)})
     availability = availability_of(config, ["a", "b"])
     assert availability.online("b", 15.0) and availability.changes_at("a", 8.0) == 20.0
 
@@ -236,7 +238,7 @@ def test_a_trace_from_a_file(tmp_path):
 def test_traces_that_make_no_sense_are_refused(tmp_path, text, message):
     file = tmp_path / "trace.csv"
     file.write_text(text, "utf-8")
-    config = Config({"population.availability": "trace", "population.trace": str(file)})
+    config = Config.of({"population.availability": "trace", "population.trace": str(file)})
     with pytest.raises(UserError, match=message):
         availability_of(config, ["a", "a1", "a2"])
 
@@ -255,4 +257,4 @@ def test_traces_that_make_no_sense_are_refused(tmp_path, text, message):
 def test_keys_that_nothing_reads_are_refused(keys, message):
     values = {f"population.{key}": value for key, value in keys.items()}
     with pytest.raises(UserError, match=message):
-        availability_of(Config(values), ["a"])
+        availability_of(Config.of(values), ["a"])

@@ -26,7 +26,7 @@ WORK = {
 
 def clock(**keys):
     values = {"population.devices": "rtx-4090:1", **keys}
-    config = Config(values)
+    config = Config.of(values)
     made = Clock.from_config(config, Population.from_config(config, ["a"]))
     assert made is not None
     return made
@@ -194,7 +194,7 @@ def test_the_table_of_models_is_their_config_json():
 
 
 def test_no_devices_no_clock():
-    config = Config({"population.dropout": 0.5})
+    config = Config.of({"population.dropout": 0.5})
     population = Population.from_config(config, ["a"])
     assert Clock.from_config(config, population) is None
     bare = Clock(

@@ -11,7 +11,7 @@ import torch
 import families
 import flexlora.planning.memory_ranks
 from builders import random_adapter
-from flexlora.aggregation import LocalPlan, Start
+from flexlora.aggregation.engine.starts import LocalPlan, Start
 from flexlora.config.resolve import Config
 from flexlora.data.collation import Example
 from flexlora.lora.ranks import RankClass
@@ -29,6 +29,7 @@ from flexlora.simulations.engine.cohorts import (
 from flexlora.training.local import TrainSettings, train
 from flexlora.training.slots import slot_model
 from flexlora.wire.jobs import TrainJob
+from spelled import of_names
 
 GB = 1e9
 PLANS = {
@@ -116,7 +117,7 @@ def resolved_on(monkeypatch, free_bytes, *, device="cuda", **changes):
     shape = families.published("qwen2.5-0.5b")
     monkeypatch.setattr(flexlora.planning.memory_ranks, "read_shape", lambda _: shape)
     options = {"method__name": "flexlora", "train__gradient_checkpointing": True}
-    config = Config().replace(model__dtype="bfloat16", **{**options, **changes})
+    config = Config().with_values(of_names(model__dtype="bfloat16", **{**options, **changes}))
     base = SimpleNamespace(device=SimpleNamespace(type=device))
     worker = SimpleNamespace(base=base, free_bytes=free_bytes)
     return resolved_limits(config, worker), CohortMemory.of(config, unified=device == "cpu")
@@ -129,7 +130,7 @@ def test_the_limits_fill_a_card_and_never_more(monkeypatch, free_bytes, length, 
     sizes = {"train__max_length": length, "train__per_device_train_batch_size": batch}
     ranks = {"ranks__policy": "fixed", "ranks__fixed": rank}
     config, memory = resolved_on(monkeypatch, free_bytes, **sizes, **ranks)
-    clients, tokens = config["engine.cohort-size"], config["engine.cohort-tokens"]
+    clients, tokens = config.engine.cohort_size, config.engine.cohort_tokens
     budget = (1 - KEPT_FREE["cuda"]) * free_bytes
 
     def needed(slots, rows):
@@ -155,7 +156,7 @@ def test_small_passes_are_predicted_too_and_a_larger_card_takes_more(monkeypatch
         resolved_on(monkeypatch, free * GB, ranks__policy="fixed", ranks__fixed=64, **sizes)[0]
         for free in (12, 24, 48)
     ]
-    tokens = [config["engine.cohort-tokens"] for config in seen]
+    tokens = [config.engine.cohort_tokens for config in seen]
     assert tokens[0] < tokens[1] < tokens[2] and tokens[1] > 8 * 128
 
 
@@ -163,17 +164,17 @@ def test_what_was_given_is_kept_and_more_than_fits_is_not_cut(monkeypatch):
     asked = {"engine__cohort_tokens": 1 << 15, "train__max_length": 512}
     ranks = {"ranks__policy": "fixed", "ranks__fixed": 64}
     config, _ = resolved_on(monkeypatch, 12 * GB, **asked, **ranks)
-    batch = config["train.per-device-train-batch-size"]
-    assert config["engine.cohort-tokens"] == 1 << 15
-    assert config["engine.cohort-size"] == min(MOST_CLIENTS, -(-(1 << 15) // (512 * batch)))
+    batch = config.train.per_device_train_batch_size
+    assert config.engine.cohort_tokens == 1 << 15
+    assert config.engine.cohort_size == min(MOST_CLIENTS, -(-(1 << 15) // (512 * batch)))
     config, _ = resolved_on(monkeypatch, 12 * GB, engine__cohort_size=40, **ranks)
-    assert config["engine.cohort-size"] == 40
+    assert config.engine.cohort_size == 40
 
 
 def test_a_cpu_with_room_has_the_plan_it_always_had(monkeypatch):
     for length in (128, 200, 512):
         config, _ = resolved_on(monkeypatch, 500 * GB, device="cpu", train__max_length=length)
-        limits = config["engine.cohort-size"], config["engine.cohort-tokens"]
+        limits = config.engine.cohort_size, config.engine.cohort_tokens
         assert limits == (MOST_CLIENTS, cohorts.CPU_TOKENS)
 
 
@@ -187,12 +188,14 @@ def test_a_cpu_with_room_has_the_plan_it_always_had(monkeypatch):
     ],
 )
 def test_the_rank_is_the_largest_that_the_policy_may_give(changes, rank):
-    assert largest_rank(Config().replace(**changes)) == rank
+    assert largest_rank(Config().with_values(of_names(**changes))) == rank
 
 
 def test_what_clients_carry_is_counted_once_where_it_is_the_same():
     def apart(**changes):
-        return CohortMemory.of(Config().replace(**changes), unified=True).carried_apart
+        return CohortMemory.of(
+            Config().with_values(of_names(**changes)), unified=True
+        ).carried_apart
 
     assert apart(method__name="carried") and apart(method__name="fed-plora")
     assert not apart(method__name="aligned")

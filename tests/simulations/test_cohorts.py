@@ -85,7 +85,7 @@ def test_the_resolved_configuration_names_the_plan_and_keeps_what_was_given():
     worker = worker_for(resolved(small()))
     config = resolved_limits(resolved(small()), worker)
     limits = limits_of(config)
-    assert limits.clients > 1 and limits.tokens >= config["train.max-length"]
+    assert limits.clients > 1 and limits.tokens >= config.train.max_length
     assert limits_of(resolved_limits(config, worker)) == limits
     given = small(engine__cohort_size=3)
     chosen = limits_of(resolved_limits(given, worker))

@@ -5,8 +5,9 @@ import torch
 
 import flexlora.training.local
 from federation import client_rows, small
-from flexlora.aggregation import METHODS, GlobalChange, State, make_method
-from flexlora.aggregation.engine.method import Factoring, LocalPlan
+from flexlora.aggregation import METHODS, make_method
+from flexlora.aggregation.engine.method import Factoring, LocalPlan, State
+from flexlora.aggregation.engine.state import GlobalChange
 from flexlora.clients.worker import Worker
 from flexlora.lora.ranks import RankClass
 from flexlora.simulations.simulate import simulate
@@ -83,10 +84,8 @@ def workers():
 
 
 OTHERS = {
-    "a restart": {"method__name": "aligned", "method__restarts": 1},
-    "two restarts in 8 bits": {
+    "aligned in 8 bits": {
         "method__name": "aligned",
-        "method__restarts": 2,
         "wire__dtype": "int8",
     },
     "half of the factors in 8 bits": {"method__name": "ffa-lora", "wire__dtype": "int8"},

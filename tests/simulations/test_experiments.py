@@ -158,7 +158,7 @@ def test_scale_is_a_factor_on_clients_rounds_and_seeds(small_experiment, tmp_pat
         recorded.clear()
         reproduce(small_experiment, out=tmp_path / str(scale), scale=scale)
         config = recorded[0]
-        sizes[scale] = config["clients.count"], config["num-server-rounds"], len(recorded) // 3
+        sizes[scale] = config.clients.count, config.num_server_rounds, len(recorded) // 3
     assert sizes == {1.0: (0, 8, 3), 0.5: (12, 4, 2), 2.0: (48, 16, 6)}
     recorded.clear()
     sets = ("num-server-rounds=5", "clients.count=7")
@@ -186,10 +186,10 @@ def test_trials_are_run_from_half_the_scale_on(monkeypatch, tmp_path, recorded):
 
     def spy(config, out, **_):
         out.mkdir(parents=True)
-        loss = abs(config["train.learning-rate"] - 3e-3)
-        row = {"round": config["num-server-rounds"], "eval_loss": loss}
+        loss = abs(config.train.learning_rate - 3e-3)
+        row = {"round": config.num_server_rounds, "eval_loss": loss}
         (out / "metrics.jsonl").write_text(json.dumps(row) + "\n")
-        tries.append((config["num-server-rounds"], config["seed"]))
+        tries.append((config.num_server_rounds, config.seed))
 
     monkeypatch.setattr(series, "simulate", spy)
     reproduce("tried", seeds=1, out=tmp_path / "small", scale=0.4)

@@ -12,6 +12,7 @@ from flexlora.simulations.experiments import flexlora_1613 as module
 from flexlora.simulations.experiments.asked import Asked
 from flexlora.simulations.experiments.flexlora_1613 import Witness, checks_of, config_of
 from flexlora.simulations.terminal import make_console
+from spelled import of_names
 
 NAME = "flexlora-1613"
 ROWS = {"train": 3, "validation": 2}
@@ -62,12 +63,12 @@ def test_without_data_it_says_what_to_give(capsys):
 
 def test_scale_1_is_the_scenario_with_80_clients_a_round(tmp_path):
     config = config_of(asked(tmp_path), 3)
-    assert (config["clients.count"], config["min-train-clients"], config["seed"]) == (0, 80, 3)
-    assert config["ranks.policy"] == "paper:heavy-tail-light"
-    assert config["fraction-train"] == 0.05 and config["train.per-device-train-batch-size"] == 4
+    assert (config.clients.count, config.min_train_clients, config.seed) == (0, 80, 3)
+    assert config.ranks.policy == "paper:heavy-tail-light"
+    assert config.fraction_train == 0.05 and config.train.per_device_train_batch_size == 4
     small = config_of(asked(tmp_path, scale=0.1), 0)
     assert (small["clients.count"], small["min-train-clients"]) == (161, 8)
-    assert small["num-server-rounds"] == max(2, round(config["num-server-rounds"] / 10))
+    assert small["num-server-rounds"] == max(2, round(config.num_server_rounds / 10))
     given = {"data.path": "somewhere", "num-server-rounds": 7, "min-train-clients": 2}
     own = config_of(asked(tmp_path, scale=0.1, given=given), 0)
     assert (own["num-server-rounds"], own["min-train-clients"]) == (7, 2)
@@ -125,8 +126,10 @@ def test_a_run_of_another_configuration_is_not_gone_on_with(folder, tmp_path):
     (run.path / "checkpoint").mkdir()
     (run.path / "checkpoint/current.json").write_text("{}")
     assert module._unfinished(run.path, config)
-    assert module._unfinished(run.path, resolved(config.replace(engine__cohort_size=3)))
-    other = resolved(config.replace(train__learning_rate=0.1))
+    assert module._unfinished(
+        run.path, resolved(config.with_values(of_names(engine__cohort_size=3)))
+    )
+    other = resolved(config.with_values(of_names(train__learning_rate=0.1)))
     assert not module._unfinished(run.path, other)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from flexlora.commands.cli import main
 from flexlora.config.resolve import Config
-from flexlora.server.settings import ServerSettings
+from flexlora.server.settings import rank_policy_of
 from flexlora.simulations.experiments import heavy_tail as module
 from flexlora.simulations.experiments import series
 from flexlora.simulations.experiments.arms import METHODS
@@ -50,7 +50,7 @@ def test_both_parts_have_all_methods_between_their_ends():
         assert [arm.end for arm in arms].count("weak") == 1
         assert {a.changes["method.name"] for a in arms if not a.end} == set(CLOSED)
         for arm in arms:
-            policy = ServerSettings.from_config(Config(dict(arm.changes))).rank_policy
+            policy = rank_policy_of(Config.of(dict(arm.changes)))
             classes = set(policy.assign([f"c{k}" for k in range(24)]).values())
             ranks = {own.largest for own in classes} | {own.rank for own in classes}
             if arm.end:
@@ -174,10 +174,10 @@ def test_the_command_runs_every_arm_once_and_its_verdict_is_that_of_the_numbers(
     ran = []
 
     def loss_of(config, out):
-        ran.append(config["method.name"])
+        ran.append(config.method.name)
         ends = {("fixed", 1): 0.0, ("fixed", 2): 0.0, ("fixed", 25): 1.0, ("fixed", 16): 1.0}
-        kind = config["ranks.policy"], config["ranks.fixed"]
-        value = ends[kind] if kind in ends else turned[config["method.name"]]
+        kind = config.ranks.policy, config.ranks.fixed
+        value = ends[kind] if kind in ends else turned[config.method.name]
         return {"all clients": 0.5, "loss": 0.3 - 0.1 * value}
 
     def trial(config, out, **_):

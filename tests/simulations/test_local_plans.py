@@ -13,7 +13,7 @@ import torch
 import reference
 from builders import random_adapter, random_examples, tiny_model, train_job
 from cohorts import EPOCHS, cohort, recipe, settings
-from flexlora.aggregation import LocalPlan
+from flexlora.aggregation.engine.starts import LocalPlan
 from flexlora.algebra.linalg import live_rows
 from flexlora.data.collation import batch_plan
 from flexlora.lora.adapters import Adapter
@@ -168,7 +168,7 @@ def test_fedprox_is_the_penalty_in_the_loss(optim, max_grad_norm):
         max_grad_norm=max_grad_norm,
         learning_rate=0.5 if optim == "sgd" else 0.02,
     )
-    free = train(slots, jobs, rows, replace(chosen, proximal_mu=0.0))
+    free = train(slots, jobs, rows, chosen.model_copy(update={"proximal_mu": 0.0}))
     for job, examples, result, other in zip(
         jobs, rows, train(slots, jobs, rows, chosen), free, strict=True
     ):

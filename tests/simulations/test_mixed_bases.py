@@ -10,7 +10,7 @@ from federation import TamperingGrid, client_rows, federation, rounds, small
 from flexlora.clients.trainer.in_process import worker_of
 from flexlora.clients.worker import Worker
 from flexlora.errors import UserError
-from flexlora.planning.base_shares import deal_quantizations, parse_base_shares
+from flexlora.planning.shares import deal_quantizations, parse_quantization_shares
 from flexlora.simulations.engine.cohorts import CohortLimits, plan_cohorts
 from flexlora.simulations.engine.grid import InProcessGrid
 from flexlora.simulations.engine.pool import LocalPool
@@ -52,7 +52,7 @@ def test_the_deal_depends_on_the_ids_and_the_seed_only_and_not_on_the_ranks():
     ("text", "message"),
     [
         ("nf5:0.5", "names 'nf5', expected some of none, 8bit, nf4.*Did you mean 'nf4'"),
-        ("nf4", "the share of nf4 is '', expected a number from 0 to 1"),
+        ("nf4", "'nf4' has no share, expected a name and a share from 0 to 1"),
         ("nf4:half", "the share of nf4 is 'half'"),
         ("nf4:1.5", "the share of nf4 is '1.5'"),
         ("nf4:nan", "the share of nf4 is 'nan'"),
@@ -63,7 +63,7 @@ def test_the_deal_depends_on_the_ids_and_the_seed_only_and_not_on_the_ranks():
 )
 def test_shares_that_make_no_sense_are_refused(text, message):
     with pytest.raises(UserError, match=f"clients.quantization is '{text}'.*{message}"):
-        parse_base_shares(text)
+        parse_quantization_shares(text)
 
 
 def test_a_cohort_holds_one_base_and_leaves_nobody_out():
@@ -159,7 +159,7 @@ def test_the_bases_are_one_model_to_the_server(tmp_path):
 def test_a_node_says_in_its_node_config_how_it_holds_its_base():
     def context(**node):
         return Context(
-            run_id=1, node_id=7, node_config=node, state=RecordDict(), run_config=dict(small())
+            run_id=1, node_id=7, node_config=node, state=RecordDict(), run_config=small().flat()
         )
 
     chosen, client_id = worker_of(context(**{"partition-id": 1, "quantization": "nf4"}))

@@ -28,7 +28,7 @@ def population(count=40, **keys):
     values = {f"population.{key.replace('_', '-')}": value for key, value in keys.items()}
     seed = values.pop("population.seed", 0)
     clients = ids(count) if isinstance(count, int) else count
-    return Population.from_config(Config({**values, "seed": seed}), clients)
+    return Population.from_config(Config.of({**values, "seed": seed}), clients)
 
 
 @pytest.mark.parametrize("count", [1, 3, 10, 40, 97, 1613])

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from flexlora.aggregation import GlobalChange
+from flexlora.aggregation.engine.state import GlobalChange
 from flexlora.algebra.linalg import FactoredSVD
 from flexlora.commands.cli import main
 from flexlora.lora.ranks import RankClass

@@ -27,11 +27,12 @@ from flexlora.simulations.engine.ray_dispatch import TRIES, TRIES_ALONE
 from flexlora.simulations.engine.ray_pool import RayPool
 from flexlora.simulations.engine.ray_start import import_ray
 from flexlora.wire.jobs import EvalJob
+from spelled import of_names
 
 pytestmark = pytest.mark.slow
 
 CONFIG = resolved(small(clients__count=8, engine__workers=2, train__max_steps=10))
-LONG = CONFIG.replace(train__max_steps=150)  # seconds: time to be killed in
+LONG = CONFIG.with_values(of_names(train__max_steps=150))  # seconds: time to be killed in
 PATIENCE = 120.0
 
 
@@ -263,7 +264,7 @@ def test_more_workers_than_fit_are_refused_and_take_nobody_with_them(pool, cohor
 
 def test_a_worker_that_cannot_load_says_why(pool, cohorts):
     pool.train(cohorts[0]).result()  # Ray is there
-    config = CONFIG.replace(data__path="no/such/folder")
+    config = CONFIG.with_values(of_names(data__path="no/such/folder"))
     refused = pytest.raises(UserError, match=r"^data.path .*no/such/folder")
     with closing(RayPool(config, workers=1)) as broken, refused:
         broken.train(cohorts[0]).result()

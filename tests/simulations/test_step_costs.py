@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flexlora.config.resolve import OPTIONS
+from flexlora.aggregation.engine.options import choices
+from flexlora.config.resolve import KEYS
 from flexlora.lora.ranks import RankClass
 from flexlora.planning.architectures import shape_from_config
 from flexlora.planning.devices import DEVICES, Device
@@ -191,7 +192,7 @@ def test_the_roofline_takes_the_slowest_of_three():
 
 
 def test_every_optimizer_of_the_configuration_has_its_bytes():
-    assert set(STEP_BYTES) == set(OPTIONS["train.optim"].choices)
+    assert set(STEP_BYTES) == set(choices(KEYS["train.optim"].annotation))
 
 
 def test_no_steps_are_no_work():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from flexlora.aggregation import Start
+from flexlora.aggregation.engine.starts import Start
 from flexlora.data.collation import Example
 from flexlora.lora.adapters import Adapter, LoRAFactors
 from flexlora.lora.ranks import RankClass

@@ -13,7 +13,7 @@ EPOCHS = TrainSettings(
 
 
 def settings(**changes):
-    return TrainSettings(**{**EPOCHS.__dict__, **changes})
+    return TrainSettings(**{**dict(EPOCHS), **changes})
 
 
 def cohort(slots, *, carried=False, **start):

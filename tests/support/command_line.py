@@ -71,7 +71,7 @@ def parse_click(command: click.Command, arguments: list[str]) -> str:
 
 def known_keys() -> set[str]:
     """Every key of the configuration."""
-    return set(resolve.all_keys() if hasattr(resolve, "all_keys") else resolve.OPTIONS)
+    return set(resolve.all_keys())
 
 
 def resolve_settings(file: str | None, sets: Sequence[str]) -> str:

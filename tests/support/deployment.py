@@ -27,7 +27,6 @@ import psutil
 from federation import ONE_THREAD, ROOT
 from flexlora.clients.trainer.client import health
 from flexlora.clients.trainer.sockets import reach
-from flexlora.config.resolve import Config
 from flexlora.data.tasks import generate_rows
 from flexlora.deploy.certificates import make_authority, make_server
 from flexlora.deploy.node_keys import make_node_keys
@@ -348,8 +347,7 @@ class Federation:
 
     def run(self, name, config):
         """``flwr run --stream`` into the run folder of that name, or into the one it resumes."""
-        defaults = Config()
-        chosen = {k: v for k, v in config.items() if v != defaults[k]}
+        chosen = config.changed()
         out = chosen.get("resume") or chosen.setdefault("out", str(self.folder / "runs" / name))
         spelled = " ".join(f"{key}={json.dumps(value)}" for key, value in chosen.items())
         log = self.folder / f"run-{name}.log"

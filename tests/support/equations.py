@@ -175,14 +175,3 @@ def momentum_steps(G, changes, eta, beta):
         G = G + eta * V
         states.append(G)
     return states
-
-
-def novograd_steps(G, changes, eta, beta, gamma):
-    """Both moments without their bias, as Adam's; the second is one number (arXiv 1905.11286)."""
-    V, second, states = torch.zeros_like(G), 0.0, []
-    for t, change in enumerate(changes, start=1):
-        V = beta * V + (1 - beta) * change
-        second = gamma * second + (1 - gamma) * float(change.square().sum())
-        G = G + eta * (V / (1 - beta**t)) / (math.sqrt(second / (1 - gamma**t)) + 1e-12)
-        states.append(G)
-    return states

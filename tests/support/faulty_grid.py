@@ -20,10 +20,10 @@ import flexlora
 from flexlora.clients.messages import decode_train, encode_capability, encode_evaluate, encode_train
 from flexlora.config.resolve import Config
 from flexlora.seeds import derive_seed
-from flexlora.server.settings import ServerSettings
 from flexlora.server.strategy import FlexLoRAStrategy
 from flexlora.wire.jobs import Capability, EvalResult, TrainResult
 from one_round import SHAPES, noisy
+from spelled import of_names
 
 SUPERLINK = 1
 SETTINGS = {
@@ -42,7 +42,7 @@ SETTINGS = {
 
 def settings(**changes):
     """``SETTINGS`` for the server, changed; keyword names spell ``.`` as ``__``, ``-`` as ``_``."""
-    return ServerSettings.from_config(Config(SETTINGS).replace(**changes))
+    return Config.of(SETTINGS).with_values(of_names(**changes))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,7 @@ from flexlora.server.transport.messages import decode_train
 from flexlora.simulations.engine.cohorts import CohortLimits
 from flexlora.simulations.engine.grid import InProcessGrid
 from paths import ROOT
+from spelled import of_names
 
 SMOKE = ROOT / "simulations" / "scenarios" / "smoke.toml"
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -49,20 +50,19 @@ SMALL = {
 
 def small(**changes):
     """``SMALL`` as a configuration; keyword names spell ``.`` as ``__`` and ``-`` as ``_``."""
-    return Config(SMALL).replace(**changes)
+    return Config.of(SMALL).with_values(of_names(**changes))
 
 
 def nobody_joins(config, out, **more):
     """The run of a federation whose nodes do not come; ``simulate`` would refuse it beforehand."""
     grid = InProcessGrid(Worker(config), limits=CohortLimits(clients=4), wire_dtype="float32")
-    waiting = config.replace(server__min_nodes=9, server__wait_seconds=0.0)
+    waiting = config.with_values(of_names(server__min_nodes=9, server__wait_seconds=0.0))
     return federate(grid, waiting, out, **more)
 
 
 def as_sets(config):
     """The values of ``config`` that are not defaults, as arguments of the command."""
-    defaults = Config()
-    changed = {key: value for key, value in config.items() if value != defaults[key]}
+    changed = config.changed()
     spelled = (f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in changed.items())
     return [word for item in spelled for word in ("--set", item)]
 

@@ -11,8 +11,9 @@ from dataclasses import replace
 import torch
 
 import reference
-from flexlora.aggregation import GlobalChange, State, Update, check_update, make_method
-from flexlora.aggregation.engine.method import Factoring
+from flexlora.aggregation import make_method
+from flexlora.aggregation.engine.method import Factoring, State, Update, check_update
+from flexlora.aggregation.engine.state import GlobalChange
 from flexlora.algebra.linalg import FactoredSVD
 from flexlora.lora.adapters import Adapter, LoRAFactors
 from flexlora.lora.ranks import RankClass

@@ -10,10 +10,12 @@ from html.parser import HTMLParser
 
 from flexlora.config.resolve import Config, flatten
 from flexlora.runs.folder import RunFolder
+from spelled import of_names
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 SCALES = {"k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 UNITS = {"": 1.0, "%": 0.01, "B": 1.0, "J": 1.0, "s": 1.0, "min": 60.0, "h": 3600.0}
+UNITS["days"] = 86400.0
 
 
 class Page(HTMLParser):
@@ -98,7 +100,8 @@ def asked_for(page):
 
 def rounded(shown, value):
     """Whether ``shown`` is ``value``, rounded to the digits it has."""
-    found = re.fullmatch(r"(-?)([\d,]*\.?\d*)(?:e([+-]\d+))? ?([kMGT]?)(B|J|s|min|h|%|)", shown)
+    number, unit = r"(-?)([\d,]*\.?\d*)(?:e([+-]\d+))?", r"([kMGT]?)(B|J|s|min|h|days|%|)"
+    found = re.fullmatch(f"{number} ?{unit}", shown)
     assert found, shown
     sign, digits, exponent, prefix, unit = found.groups()
     scale = SCALES.get(prefix, 1.0) * UNITS[unit] * 10.0 ** int(exponent or 0)
@@ -161,8 +164,8 @@ def written_run(
 
     ``extra`` maps a round to more of its metrics; rank classes differ by a tenth of the loss.
     """
-    config = {"num_server_rounds": max(len(losses) - 1, 1), "engine__threads": 1, **config}
-    run = RunFolder.create(path, Config().replace(**config))
+    config = {"num_server_rounds": max(len(losses) - 1, 1), "engine__threads": 1, **config.flat()}
+    run = RunFolder.create(path, Config().with_values(of_names(**config)))
     for at, loss in enumerate(losses):
         metrics = {"round": at, "eval_loss": loss}
         for place, name in enumerate(classes):

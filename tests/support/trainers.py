@@ -52,7 +52,7 @@ def context_of(config, *, node_id=5, run_id=7, **node_config):
         node_id=node_id,
         node_config={key.replace("_", "-"): value for key, value in node_config.items()},
         state=RecordDict(),
-        run_config=dict(config),
+        run_config=config.flat(),
     )
 
 
@@ -72,7 +72,7 @@ def start_of(config, *, method="carried", rank=2, server_round=0):
 
 def train_message(config, *, rank=2, server_round=1, method="carried", **job):
     start = start_of(config, rank=rank, method=method)
-    payloads = {"trained": pack(start.trained, config["wire.dtype"])}
+    payloads = {"trained": pack(start.trained, config.wire.dtype)}
     if start.carried is not None:
         payloads["carried"] = pack(start.carried, "bfloat16")
     content = train_content(start, payloads, server_round=server_round, num_server_rounds=4)

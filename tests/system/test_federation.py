@@ -14,7 +14,7 @@ import pytest
 
 from deployment import Federation, Processes, once, write_clients
 from federation import StopAt, Stopped, client_rows, global_delta, largest_gap, rounds, small
-from flexlora.planning.base_shares import deal_quantizations
+from flexlora.planning.shares import deal_quantizations
 from flexlora.runs.folder import RunFolder
 from flexlora.simulations.simulate import simulate
 

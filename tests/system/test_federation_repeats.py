@@ -21,13 +21,13 @@ def shuffled(config, seed):
 
 
 def test_the_order_of_the_configuration_does_not_matter():
-    config = dict(run_config())
+    config = run_config().flat()
     orders = [shuffled(config, seed) for seed in range(5)]
     assert len({tuple(order) for order in orders}) == 5
     assert {header(order) for order in orders} == {header(config)}
 
 
 def test_another_value_and_another_round_are_other_calls():
-    config = dict(run_config())
+    config = run_config().flat()
     assert header({**config, "seed": 7}) != header(config)
     assert header(config, server_round=2) != header(config)

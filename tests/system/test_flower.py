@@ -35,6 +35,7 @@ from flexlora.server.app import app as server_app
 from flexlora.simulations.engine.cohorts import CohortLimits
 from flexlora.simulations.engine.grid import InProcessGrid
 from flexlora.simulations.simulate import simulate
+from spelled import of_names
 
 BIN = Path(sys.executable).parent
 QUIET = {
@@ -54,7 +55,7 @@ def context_of(config, node_id=0, **node_config):
         node_id=node_id,
         node_config=node_config,
         state=RecordDict(),
-        run_config=dict(config),
+        run_config=config.flat(),
     )
 
 
@@ -62,7 +63,7 @@ class ClientAppGrid(InProcessGrid):
     """Every message goes through the ClientApp as a node of Flower's would call it, one by one."""
 
     def __init__(self, config, node_configs):
-        limits, wire_dtype = CohortLimits(clients=1), config["wire.dtype"]
+        limits, wire_dtype = CohortLimits(clients=1), config.wire.dtype
         super().__init__(worker_for(config), limits=limits, wire_dtype=wire_dtype)
         self.config = config
         self._clients = dict(enumerate(node_configs, start=1))
@@ -151,7 +152,7 @@ def test_the_flower_defaults_are_the_configurations_own():
         for key, value in read_toml(ROOT / "pyproject.toml").items()
         if key.startswith("tool.flwr.app.config.")
     }
-    assert listed == dict(Config())
+    assert listed == Config().flat()
 
 
 @pytest.mark.slow
@@ -259,7 +260,9 @@ def test_flwr_run_agrees_with_the_engine_and_leaves_no_process(superlink, tmp_pa
         stderr=subprocess.STDOUT,
         text=True,
     )
-    simulate(scenario.replace(engine__cohort_size=1), tmp_path / "engine")  # meanwhile
+    simulate(
+        scenario.with_values(of_names(engine__cohort_size=1)), tmp_path / "engine"
+    )  # meanwhile
     try:
         out, _ = running.communicate(timeout=150)
     finally:

@@ -18,7 +18,7 @@ from flexlora.errors import UserError
 from flexlora.runs.folder import RunFolder
 from flexlora.server.app import app as server_app
 from flexlora.server.resuming import destination_of
-from flexlora.server.settings import ServerSettings
+from flexlora.server.settings import check_config
 from flexlora.simulations.engine.cohorts import CohortLimits
 from flexlora.simulations.engine.grid import InProcessGrid
 from flexlora.simulations.simulate import simulate
@@ -51,7 +51,7 @@ def worker():
 def served(worker, config, *, run_id=7, at=None, kind=MessageType.TRAIN):
     """One ServerApp over a grid that breaks off at a round, or does not."""
     context = Context(
-        run_id=run_id, node_id=0, node_config={}, state=RecordDict(), run_config=dict(config)
+        run_id=run_id, node_id=0, node_config={}, state=RecordDict(), run_config=config.flat()
     )
     grid = BreakingGrid(worker, at, kind)
     if at is None:
@@ -126,7 +126,7 @@ def resume_config(folder):
     app = read_toml(ROOT / "pyproject.toml")
     table = {k: v for k, v in app.items() if k.startswith("tool.flwr.app.config.")}
     defaults = {k.removeprefix("tool.flwr.app.config."): v for k, v in table.items()}
-    return Config(fuse_dicts(defaults, given))
+    return Config.of(fuse_dicts(defaults, given))
 
 
 def test_a_new_run_goes_on_with_the_file_that_the_run_left(worker, whole, tmp_path):
@@ -184,8 +184,9 @@ def test_what_the_server_alone_reads_may_differ(broken):
     changes = {"server__late_rounds": 3, "server__resends": 0, "num_server_rounds": 9}
     to = destination_of(resumed(broken, **changes), 8)
     assert to.resume and not to.overwrite and to.folder == broken
-    assert to.config["resume"] == "" and to.config["server.late-rounds"] == 3
-    assert ServerSettings.from_config(to.config).num_server_rounds == 9
+    assert to.config.resume == "" and to.config.server.late_rounds == 3
+    check_config(to.config)
+    assert to.config.num_server_rounds == 9
 
 
 def test_nothing_to_go_on_from_is_told(broken, tmp_path):
@@ -227,7 +228,7 @@ def test_what_is_known_of_the_clients_goes_on_too(worker, broken, tmp_path):
     run.save_checkpoint(run.checkpoint, state, classes, notes)
     config = CONFIG.replace(fraction_train=0.5, out=str(tmp_path / "other"))
     changed = {**read_toml(tmp_path / "run" / "config.toml"), "fraction-train": 0.5}
-    nested = {k: v for k, v in Config(changed).nested().items() if k != "out"}
+    nested = {k: v for k, v in Config.of(changed).nested().items() if k != "out"}
     (tmp_path / "run" / "config.toml").write_text(tomli_w.dumps(nested))
     served(worker, config.replace(resume=str(tmp_path / "run"), out=""), run_id=8)
     rows = {row["client_id"]: row for row in client_rows(tmp_path / "run", 3)}

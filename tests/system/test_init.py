@@ -96,7 +96,7 @@ def test_the_servers_app_is_flowers_and_holds_no_code(made):
     bundle = zipfile.ZipFile(io.BytesIO(build_fab_from_disk(app))).namelist()
     assert sorted(bundle) == [".info/CONTENT", "pyproject.toml"]
     table = tomllib.loads(text_of(app / "pyproject.toml"))["tool"]["flwr"]["app"]
-    assert flatten(table["config"]) == dict(Config())
+    assert flatten(table["config"]) == Config().flat()
     ours = tomllib.loads(text_of(ROOT / "pyproject.toml"))
     assert table["components"] == ours["tool"]["flwr"]["app"]["components"]
 

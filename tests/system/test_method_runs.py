@@ -23,7 +23,8 @@ from federation import (
     small,
     untimed,
 )
-from flexlora.aggregation import METHODS, LocalPlan
+from flexlora.aggregation import METHODS
+from flexlora.aggregation.engine.starts import LocalPlan
 from flexlora.clients.messages import decode_train as decode_job
 from flexlora.clients.worker import worker_for
 from flexlora.config.paths import EMBEDDED
@@ -77,7 +78,6 @@ def test_a_run_of_every_method_ends_and_its_adapters_load_in_peft(method, tmp_pa
 
 RESUMED = {
     "aligned": {
-        "method__restarts": 1,
         "method__carried_dtype": "bfloat16",
         "method__carried_rank": 6,
         "train__proximal_mu": 0.1,
@@ -90,7 +90,7 @@ RESUMED = {
         "method__error_feedback": True,
         "method__server_max_rank": 3,
     },
-    "flexlora": {"method__realign": True, "method__server_optimizer": "novograd"},
+    "flexlora": {"method__server_optimizer": "momentum"},
 }
 
 
@@ -122,7 +122,7 @@ def test_sparse_rounds_train_lora_b_and_the_rounds_after_both(tmp_path):
 @pytest.mark.parametrize("wire_dtype", ["float32", "bfloat16"])
 def test_a_client_starts_from_what_the_server_thinks_it_does(method, wire_dtype, tmp_path):
     """Plan, draws and rounded factors: the server computes each client's start as it decodes it."""
-    options = {"method__restarts": 2, "method__carried_dtype": "bfloat16"}
+    options = {"method__carried_dtype": "bfloat16"}
     config = small(
         method__name=method,
         num_server_rounds=2,
@@ -157,7 +157,7 @@ def sent_and_got(config, folder, **options):
             return super().push_messages(messages)
 
     worker = worker_for(config)
-    grid = Grid(worker, wire_dtype=config["wire.dtype"], **options)
+    grid = Grid(worker, wire_dtype=config.wire.dtype, **options)
     strategy, run = federation(grid, config, folder)
     return strategy, run, grid, starts
 

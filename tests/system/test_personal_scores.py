@@ -10,8 +10,9 @@ import torch
 from rich.console import Console
 
 from builders import random_adapter
-from flexlora.aggregation import GlobalChange, State, Update, make_method
-from flexlora.aggregation.engine.method import Factoring
+from flexlora.aggregation import make_method
+from flexlora.aggregation.engine.method import Factoring, State, Update
+from flexlora.aggregation.engine.state import GlobalChange
 from flexlora.clients.messages import evaluate_reply
 from flexlora.clients.worker import Worker
 from flexlora.config.resolve import Config
@@ -48,7 +49,7 @@ def worker(tmp_path_factory):
         "eval.max-examples": 12,
         "engine.threads": 1,
     }
-    return Worker(Config(config))
+    return Worker(Config.of(config))
 
 
 def federate(worker, store, rounds=2):

@@ -12,6 +12,7 @@ from federation import StopAt, Stopped, adapter_bytes, client_rows, rounds, smal
 from flexlora.config.resolve import Config
 from flexlora.runs.folder import RunFolder
 from flexlora.simulations.simulate import resume, simulate
+from spelled import of_names
 
 SLOW = small(
     clients__count=8,
@@ -55,7 +56,7 @@ def assert_same_run(folder, whole):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_late_updates_come_after_a_resume_as_they_would_have(variant, tmp_path):
-    config = SLOW.replace(**VARIANTS[variant])
+    config = SLOW.with_values(of_names(**VARIANTS[variant]))
     simulate(config, tmp_path / "whole")
     assert late_rows(tmp_path / "whole") or variant == "over-selection"
     folder = stopped(config, tmp_path / "run", "replied")
@@ -91,13 +92,13 @@ def sent_rounds(folder):
 
 
 def test_only_rounds_that_are_waited_for_lie_beside_the_checkpoint(tmp_path):
-    waited = SLOW.replace(population__straggler_slowdown=3.5, server__late_rounds=2)
+    waited = SLOW.with_values(of_names(population__straggler_slowdown=3.5, server__late_rounds=2))
     assert sent_rounds(stopped(waited, tmp_path / "two", server_round=4)) == [
         "sent-000002",
         "sent-000003",
     ]
     assert sent_rounds(stopped(SLOW, tmp_path / "one", server_round=4)) == ["sent-000003"]
-    dropped = SLOW.replace(server__late_rounds=0)
+    dropped = SLOW.with_values(of_names(server__late_rounds=0))
     assert sent_rounds(stopped(dropped, tmp_path / "none", server_round=4)) == []
 
 
@@ -108,7 +109,7 @@ def test_only_rounds_that_are_waited_for_lie_beside_the_checkpoint(tmp_path):
 )
 def test_where_clients_keep_something_from_round_to_round_nothing_is_sent_twice(keeping, tmp_path):
     """What they kept has moved on since; the limit is told in server/README.md."""
-    folder = stopped(SLOW.replace(**keeping), tmp_path / "run")
+    folder = stopped(SLOW.with_values(of_names(**keeping)), tmp_path / "run")
     assert sent_rounds(folder) == [] and RunFolder(folder).load_notes()["under_way"] == {}
     resume(folder)
     assert [row["round"] for row in rounds(folder)] == [0, 1, 2, 3, 4]

@@ -20,11 +20,12 @@ from federation import (
 from flexlora.clients.worker import worker_for
 from flexlora.commands.cli import main
 from flexlora.errors import UserError
-from flexlora.server.settings import ServerSettings
+from flexlora.server.settings import check_config
 from flexlora.simulations.engine.cohorts import CohortLimits
 from flexlora.simulations.engine.grid import InProcessGrid
 from flexlora.simulations.simulate import resume, simulate
 from flexlora.simulations.world.simulated_time import World
+from spelled import of_names
 
 INT8 = small(wire__dtype="int8", method__name="residual", num_server_rounds=3)
 
@@ -91,7 +92,7 @@ def test_the_rounding_that_was_kept_is_what_makes_the_difference(whole, tmp_path
 
 
 def test_a_run_over_another_one_takes_nothing_of_its_rounding(whole, tmp_path):
-    simulate(INT8.replace(seed=5), tmp_path / "run")
+    simulate(INT8.with_values(of_names(seed=5)), tmp_path / "run")
     simulate(INT8, tmp_path / "run", overwrite=True)
     assert adapter_bytes(tmp_path / "run") == adapter_bytes(whole)
     assert kept_files(tmp_path / "run") == kept_files(whole)
@@ -100,9 +101,11 @@ def test_a_run_over_another_one_takes_nothing_of_its_rounding(whole, tmp_path):
 @pytest.mark.parametrize("method", ["aligned", "rolora"])
 def test_int8_ends_near_float32_at_a_quarter_of_the_bytes(method, tmp_path):
     """AdamW makes whole steps of small differences, so near is not within the rounding itself."""
-    exact = INT8.replace(method__name=method, wire__dtype="float32", num_server_rounds=2)
+    exact = INT8.with_values(
+        of_names(method__name=method, wire__dtype="float32", num_server_rounds=2)
+    )
     simulate(exact, tmp_path / "float32")
-    simulate(exact.replace(wire__dtype="int8"), tmp_path / "int8")
+    simulate(exact.with_values(of_names(wire__dtype="int8")), tmp_path / "int8")
     gap = relative_gap(global_delta(tmp_path / "int8"), global_delta(tmp_path / "float32"))
     assert 0 < gap < 0.2
     for less, more in zip(rounds(tmp_path / "int8"), rounds(tmp_path / "float32"), strict=True):
@@ -112,7 +115,7 @@ def test_int8_ends_near_float32_at_a_quarter_of_the_bytes(method, tmp_path):
 
 def test_cohorts_of_one_and_of_two_send_as_many_bytes_and_learn_the_same(tmp_path):
     """Between plans a last bit may differ, and with it a code: a step of some numbers in many."""
-    config, runs = INT8.replace(num_server_rounds=2), {}
+    config, runs = INT8.with_values(of_names(num_server_rounds=2)), {}
     for clients in (1, 2):
         grid = InProcessGrid(
             worker_for(config), limits=CohortLimits(clients=clients), wire_dtype="int8"
@@ -161,7 +164,7 @@ def test_a_diverged_client_is_refused_with_its_cause(tmp_path):
             return results
 
     grid.pool.train = lambda jobs: Broken(honest(jobs), jobs)
-    _, run = federation(grid, INT8.replace(num_server_rounds=2), tmp_path / "run")
+    _, run = federation(grid, INT8.with_values(of_names(num_server_rounds=2)), tmp_path / "run")
     rows = [row for row in client_rows(run.path) if row["client_id"] == "client_01"]
     assert len(rows) == 2
     for row in rows:
@@ -173,7 +176,7 @@ def test_a_diverged_client_is_refused_with_its_cause(tmp_path):
 def test_a_method_that_loses_by_int8_is_refused_before_anything_starts(method, tmp_path, capsys):
     config = small(method__name=method, wire__dtype="int8")
     with pytest.raises(UserError, match=f"wire.dtype is int8, which method.name={method} cannot"):
-        ServerSettings.from_config(config)
+        check_config(config)
     sets = ["--set", f"method.name={method}", "--set", "wire.dtype=int8"]
     status = main(["simulate", *sets, "--out", str(tmp_path / "run")])
     told = capsys.readouterr().err
@@ -190,7 +193,10 @@ def test_the_clock_counts_the_bytes_that_travel(monkeypatch, tmp_path):
         return honest(self, message_id, effort)
 
     monkeypatch.setattr(World, "send", send)
-    simulate(INT8.replace(num_server_rounds=1, population__straggler_share=0.5), tmp_path / "run")
+    simulate(
+        INT8.with_values(of_names(num_server_rounds=1, population__straggler_share=0.5)),
+        tmp_path / "run",
+    )
     rows = client_rows(tmp_path / "run")
     assert len(rows) == len(efforts) == 4
     for row in rows:

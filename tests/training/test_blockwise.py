@@ -9,7 +9,7 @@ import torch
 import reference
 from builders import random_adapter, random_examples, tiny_model, train_job
 from cohorts import cohort, settings
-from flexlora.aggregation import LocalPlan
+from flexlora.aggregation.engine.starts import LocalPlan
 from flexlora.lora.adapters import Adapter
 from flexlora.planning import memory
 from flexlora.planning.memory import state_bytes

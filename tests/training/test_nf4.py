@@ -5,7 +5,7 @@ import torch
 
 import reference
 from builders import random_adapter, random_examples, tiny_model, train_job
-from flexlora.aggregation import LocalPlan
+from flexlora.aggregation.engine.starts import LocalPlan
 from flexlora.data.collation import collate
 from flexlora.training import models
 from flexlora.training.local import TrainSettings, answer_losses, train

@@ -9,8 +9,9 @@ import reference
 from builders import random_adapter, random_examples, tiny_model, train_job
 from cohorts import EPOCHS, cohort, recipe
 from federation import small
-from flexlora.aggregation import METHODS, GlobalChange, State, Update, make_method
-from flexlora.aggregation.engine.method import Factoring
+from flexlora.aggregation import METHODS, make_method
+from flexlora.aggregation.engine.method import Factoring, State, Update
+from flexlora.aggregation.engine.state import GlobalChange
 from flexlora.clients.messages import train_reply
 from flexlora.clients.worker import Worker
 from flexlora.lora.adapters import Adapter
@@ -20,6 +21,7 @@ from flexlora.training.personal import PersonalPlan, PersonalStore, frozen_model
 from flexlora.training.slots import SlotModel
 from flexlora.wire.jobs import PERSONAL, TrainJob
 from one_round import OneRound, next_state
+from spelled import of_names
 
 PLAN = PersonalPlan(rank=4, max_steps=3, learning_rate=0.02, alpha=8.0, seed=11)
 OWN = {"personal__rank": 2, "personal__max_steps": 2}
@@ -63,7 +65,7 @@ def test_a_client_begins_at_zero_with_rows_of_its_own(llama):
     sent = random_adapter(SlotModel(llama).shapes, 3)
     first, other = (PLAN.job(train_job(sent, name)).start.trained for name in ("a", "b"))
     again = PLAN.job(train_job(sent, "a", server_round=3)).start.trained
-    reseeded = replace(PLAN, seed=12).job(train_job(sent, "a")).start.trained
+    reseeded = PLAN.model_copy(update={"seed": 12}).job(train_job(sent, "a")).start.trained
     for name, factors in first.items():
         assert factors.rank == 4 and factors.alpha == 8.0
         assert not factors.lora_B.any() and factors.lora_A.abs().min() > 0
@@ -74,7 +76,11 @@ def test_a_client_begins_at_zero_with_rows_of_its_own(llama):
 
 def test_the_rank_is_capped_module_by_module(llama):
     shapes = SlotModel(llama).shapes
-    own = replace(PLAN, rank=1000).job(train_job(random_adapter(shapes, 2))).start.trained
+    own = (
+        PLAN.model_copy(update={"rank": 1000})
+        .job(train_job(random_adapter(shapes, 2)))
+        .start.trained
+    )
     assert {name: factors.rank for name, factors in own.items()} == {
         name: min(shape) for name, shape in shapes.items()
     }
@@ -87,7 +93,7 @@ def test_a_client_goes_on_from_what_it_kept(llama):
     sent, rows = random_adapter(slots.shapes, 3), random_examples(5)
     kept = random_adapter(slots.shapes, 4, alpha=8.0, seed=5)
     job = replace(train_job(sent), personal=kept)
-    still = replace(PLAN, learning_rate=0.0)
+    still = PLAN.model_copy(update={"learning_rate": 0.0})
     (result,) = train(slots, [still.job(job)], [rows], still.settings(EPOCHS))
     for name, factors in kept.items():
         assert torch.equal(result.adapter[name].lora_A, factors.lora_A)
@@ -203,7 +209,7 @@ def test_kept_factors_of_another_rank_are_told_and_cost_nobody_else(llama):
 def workers():
     """The same clients with and without factors of their own; dropout, so that draws are drawn."""
     config = small(lora__dropout=0.2, eval__max_examples=4, eval__generate="never")
-    return Worker(config), Worker(config.replace(**OWN))
+    return Worker(config), Worker(config.with_values(of_names(**OWN)))
 
 
 def first_round(worker, method="flexlora"):
@@ -268,7 +274,7 @@ def test_without_memory_for_own_factors_the_update_is_sent_all_the_same(fails, t
         return honest(slots, jobs, examples, settings, **options)
 
     config = small()
-    plain, worker = Worker(config), Worker(config.replace(**OWN))
+    plain, worker = Worker(config), Worker(config.with_values(of_names(**OWN)))
     expected = plain.train(first_round(plain))
     monkeypatch.setattr(module, "train", short)
     results = {result.client_id: result for result in worker.train(first_round(worker))}

@@ -7,7 +7,9 @@ import torch
 
 import reference_wire
 from builders import random_adapter, train_job
-from flexlora.aggregation import METHODS, GlobalChange, State
+from flexlora.aggregation import METHODS, make_method
+from flexlora.aggregation.engine.method import State
+from flexlora.aggregation.engine.state import GlobalChange
 from flexlora.config.resolve import Config
 from flexlora.errors import UserError
 from flexlora.lora.adapters import Adapter, LoRAFactors
@@ -17,6 +19,7 @@ from flexlora.wire.encoding import FACTORS, over_the_wire
 from flexlora.wire.feedback import SPACES, check_wire, compensated, feedback_space, lost
 from flexlora.wire.jobs import TrainResult
 from one_round import SHAPES, OneRound, distance, next_state, noisy
+from spelled import of_names
 
 WIDE = {"attn.q": (24, 16), "mlp.up": (16, 20)}  # four times rank 4 hold all that is lost here
 
@@ -233,7 +236,7 @@ def test_what_the_server_has_does_not_drift_from_what_its_clients_trained(method
     for feedback in (True, False):
         state, errors = State(round=0, change=GlobalChange.zero(SHAPES)), {}
         expected = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in SHAPES.items()}
-        rate = METHODS[method].make(options()).step.learning_rate
+        rate = make_method(method).options.server_learning_rate
         for server_round in range(24):
             state, trained = int8_round(method, state, server_round, errors, feedback=feedback)
             examples = sum(count for _, count, _ in trained)
@@ -245,12 +248,6 @@ def test_what_the_server_has_does_not_drift_from_what_its_clients_trained(method
                     expected[name] += rate * count / examples * change[name]
         drifts[feedback] = distance(state.change, expected)
     assert drifts[True] < 0.5 * drifts[False]
-
-
-def options():
-    from flexlora.aggregation import MethodOptions
-
-    return MethodOptions()
 
 
 # --- where it lies ----------------------------------------------------------------------------
@@ -385,7 +382,7 @@ def test_factors_of_any_alpha_are_compensated_in_units_of_the_product():
 
 def test_the_space_is_that_of_the_runs_method():
     def of(**changes):
-        return Uplink.of(Config().replace(wire__dtype="int8", **changes), None)
+        return Uplink.of(Config().with_values(of_names(wire__dtype="int8", **changes)), None)
 
     assert of().space == "products" and of().dtype == "int8"
     assert of(method__name="rolora").space == "factors"

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from flexlora.aggregation.engine.method import State
-from flexlora.aggregation.engine.server_step import ServerStep, capped
+from flexlora.aggregation.engine.options import UNCAPPED, StepOptions
+from flexlora.aggregation.engine.server_step import capped
 from flexlora.aggregation.engine.starts import Factoring, LocalPlan, Start
 from flexlora.algebra.decompose import MatrixSum
 from flexlora.algebra.linalg import live_rows
@@ -190,4 +191,4 @@ def factor_state(state: State, held: Mapping[str, Pair]) -> State:
     for name, (A, B) in held.items():
         extra[f"lora_A/{name}"], extra[f"lora_B/{name}"] = A.contiguous(), B.contiguous()
         sums[name] = MatrixSum(shape=(B.shape[0], A.shape[1]), terms=((1.0, B, A),))
-    return capped(replace(state, extra=extra), sums, ServerStep())
+    return capped(replace(state, extra=extra), sums, StepOptions(server_max_rank=UNCAPPED))

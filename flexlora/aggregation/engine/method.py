@@ -11,10 +11,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from numbers import Integral
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 
+from flexlora.aggregation.engine.options import MethodOptions
 from flexlora.aggregation.engine.starts import Factoring, LocalPlan, Start
 from flexlora.aggregation.engine.state import GlobalChange
 from flexlora.algebra.linalg import product_norm
@@ -118,6 +119,10 @@ class Method(Protocol):
 
     name: str
     laws: frozenset[str]
+    Options: ClassVar[type[MethodOptions]]
+
+    def __init__(self, options: Any) -> None:
+        """``options`` is an instance of the class's ``Options``."""
 
     def start(self, state: State, rank_class: RankClass, factoring: Factoring) -> Start:
         """What ``rank_class`` is sent in the round after ``state``."""

@@ -4,30 +4,23 @@ With ``D`` the change that a method asks for and ``G`` the state, all of them ke
 
     sgd        G <- G + eta D
     momentum   V <- beta V + D;  G <- G + eta V                (FedAvgM, arXiv 1909.06335)
-    novograd   V <- beta V + (1 - beta) D,  v <- gamma v + (1 - gamma) |D|_F^2,
-               G <- G + eta V' / (sqrt(v') + 1e-12), both without their bias  (arXiv 1905.11286)
-
-Adam's second moment by entry (FedAdam, arXiv 2003.00295) would need the ``[out, in]`` matrix;
-NovoGrad's, one number per module, has a meaning in factored form.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from flexlora.aggregation.engine.method import State
+from flexlora.aggregation.engine.options import UNCAPPED, StepOptions
 from flexlora.aggregation.engine.product_sums import svd_term
 from flexlora.aggregation.engine.state import GlobalChange
 from flexlora.algebra.decompose import Decomposition, LazySums, MatrixSum, decompose
 from flexlora.algebra.linalg import FactoredSVD
-from flexlora.errors import UserError, nearest
 
 __all__ = [
-    "UNCAPPED",
-    "ServerStep",
     "dropped_share",
     "next_state",
     "pack_svd",
@@ -35,44 +28,13 @@ __all__ = [
     "unpack_svd",
 ]
 
-UNCAPPED = 1 << 30
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServerStep:
-    """How the server moves, and at how many directions per module it keeps ``G`` (and ``V``).
-
-    Args:
-        error_feedback: what the cap drops is kept apart and added to the next round's sum
-            (ECLoRA, TNNLS 2025); ``V`` is then kept whole.
-
-    Raises:
-        UserError: an unknown optimizer; there is no default branch.
-    """
-
-    learning_rate: float = 1.0
-    optimizer: str = "sgd"
-    momentum: float = 0.9
-    second_moment: float = 0.95
-    max_rank: int = UNCAPPED
-    error_feedback: bool = False
-
-    def __post_init__(self) -> None:
-        known = ("sgd", "momentum", "novograd")
-        if self.optimizer not in known:
-            raise UserError(
-                f"the server's optimizer is '{self.optimizer}', expected {', '.join(known)}."
-                f"{nearest(self.optimizer, known)}"
-            )
-
-
 Notes = Mapping[str, Mapping[str, float]]
 
 
 def next_state(
     state: State,
     changes: Mapping[str, MatrixSum],
-    step: ServerStep,
+    step: StepOptions,
     *,
     target: bool = False,
     notes: Notes | None = None,
@@ -83,8 +45,8 @@ def next_state(
     ``notes`` by module join the report.
     """
     extra, notes = dict(state.extra), notes or {}
-    if step.optimizer == "sgd":
-        eta = step.learning_rate
+    if step.server_optimizer == "sgd":
+        eta = step.server_learning_rate
         keep = 1.0 - eta if target else 1.0
 
         def moved(name: str) -> MatrixSum:
@@ -107,25 +69,25 @@ def next_state(
 
 
 def capped(
-    state: State, sums: Mapping[str, MatrixSum], step: ServerStep, notes: Notes | None = None
+    state: State, sums: Mapping[str, MatrixSum], step: StepOptions, notes: Notes | None = None
 ) -> State:
-    """The state one round later whose change is ``sums``, kept at ``step.max_rank`` directions."""
+    """The state one round later: ``sums``, each cut at ``step.server_max_rank`` directions."""
     extra, modules, reports = dict(state.extra), {}, {}
     kept = total = 0.0
     if step.error_feedback:
         asked = sums
         dropped = {name: unpack_svd(extra, "dropped", name) for name in asked}
         sums = LazySums(asked, lambda name: _plus(asked[name], 1.0, dropped[name]))
-    limit = UNCAPPED if step.error_feedback else step.max_rank
+    limit = UNCAPPED if step.error_feedback else step.server_max_rank
     dtype = next(iter(state.change.values())).U.dtype
     for name, result in decompose(sums, max_rank=limit, dtype=dtype).items():
-        svd = result.svd.truncate(step.max_rank)
+        svd = result.svd.truncate(step.server_max_rank)
         total += result.energy
         kept += float(svd.S.double().square().sum())
         modules[name] = contiguous(svd)
         reports[name] = {**(notes or {}).get(name, {}), **_report(result)}
         if step.error_feedback:
-            extra |= pack_svd("dropped", name, tail_of(result.svd, step.max_rank))
+            extra |= pack_svd("dropped", name, tail_of(result.svd, step.server_max_rank))
     return replace(
         state,
         round=state.round + 1,
@@ -137,37 +99,20 @@ def capped(
 
 
 def _moves(
-    state: State, changes: Mapping[str, MatrixSum], step: ServerStep, extra: dict
+    state: State, changes: Mapping[str, MatrixSum], step: StepOptions, extra: dict
 ) -> dict[str, tuple[float, FactoredSVD, float]]:
     """``(weight, V, what V's cap drops)`` per module, with the moments in ``extra`` moved on."""
-    beta, novograd = step.momentum, step.optimizer == "novograd"
+    beta = step.server_momentum
     dtype = next(iter(state.change.values())).U.dtype
-    fresh = 1.0 - beta if novograd else 1.0
-    if novograd:  # the norm of D itself is needed, so D is decomposed before it is mixed
-        asked = decompose(changes, max_rank=UNCAPPED, dtype=dtype)
-        changes = {
-            n: MatrixSum(shape=a.svd.shape, terms=(svd_term(1.0, a.svd),)) for n, a in asked.items()
-        }
     mixed = {}
     for name, change in changes.items():
         last = unpack_svd(state.extra, "velocity", name)
-        change = _scaled(change, fresh)
         mixed[name] = _plus(change, beta, last)
-    steps = float(state.extra.get("velocity_steps", torch.zeros(1))) + 1.0
-    extra["velocity_steps"] = torch.tensor([steps], dtype=torch.float64)
     moves = {}
-    limit = UNCAPPED if step.error_feedback else step.max_rank
+    limit = UNCAPPED if step.error_feedback else step.server_max_rank
     for name, result in decompose(mixed, max_rank=limit, dtype=dtype).items():
         extra |= pack_svd("velocity", name, result.svd)
-        weight = step.learning_rate
-        if novograd:
-            gamma, key = step.second_moment, f"second_moment/{name}"
-            last_energy = float(state.extra.get(key, torch.zeros(1)))
-            energy = gamma * last_energy + (1.0 - gamma) * asked[name].energy
-            extra[key] = torch.tensor([energy], dtype=torch.float64)
-            size = (energy / (1.0 - gamma**steps)) ** 0.5
-            weight /= (1.0 - beta**steps) * (size + 1e-12)
-        moves[name] = (weight, result.svd, dropped_share(result))
+        moves[name] = (step.server_learning_rate, result.svd, dropped_share(result))
     return moves
 
 

@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     engine = {"engine.workers": options.workers, "engine.threads": options.threads}
     config = Config.resolve(file=Path(options.folder) / "config.toml")
     observer, out = Rounds(options.workers), Path(options.report).with_suffix("")
-    simulate(Config({**config, **engine}), out, observer=observer)
+    simulate(Config.of({**config.flat(), **engine}), out, observer=observer)
     with (out / "clients.csv").open(encoding="utf-8", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["round"] == "1"]
     write_report(

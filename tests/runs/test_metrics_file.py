@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
-from federation import small
 
+from federation import small
 from flexlora.errors import UserError
 from flexlora.report.records import read_run
-from flexlora.runs.round_rows import missing_files, read_rounds
 from flexlora.runs.folder import RunFolder
+from flexlora.runs.metrics_file import missing_files, read_rounds
 
 ROUNDS = [{"round": number, "seconds": 1.5} for number in range(3)]
 TEXT = "".join(json.dumps(row) + "\n" for row in ROUNDS)

@@ -1,6 +1,6 @@
-"""A run seen from its folder alone, while it goes on or afterwards: its rows, and a sign of life.
+"""Snapshots of a run from its folder: its records and whether its process is alive.
 
-The folder may be written to at any moment, rewound by a resume, or lie on another machine.
+The folder may be written to at any moment, rewound by a resume, or be on another machine.
 """
 
 from __future__ import annotations
@@ -19,19 +19,20 @@ from flexlora.runs.live_state import (
     read_live,
 )
 
-__all__ = ["Look", "Sight", "chosen"]
+__all__ = ["Snapshot", "SnapshotReader", "find_run"]
 
 RUNS = "runs"
 DEPTH = 3  # runs/NAME, runs/NAME/seed-0, runs/methods/NAME/seed-0
 SILENT_SECONDS = 6 * HEARTBEAT_SECONDS
-GRACE_SECONDS = 10.0  # from a folder to the first word of its run
+GRACE_SECONDS = 10.0  # for a run that is about to write its first live.json
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sight:
-    """One look at a run. ``trouble`` is what is wrong with a run that should be going on.
+class Snapshot:
+    """A run at one moment, ``now`` in seconds since the epoch on this machine's clock.
 
-    ``over`` says that no more is to be expected of it, whether it came to its end or not.
+    ``trouble`` says what is wrong with a run that should be going on; empty if nothing is. ``over``
+    is True when the run finished or failed, or its process is gone.
     """
 
     records: RunRecords
@@ -42,14 +43,14 @@ class Sight:
 
     @property
     def finished(self) -> bool:
-        """Whether the run came to its end, as far as anything says."""
+        """Whether the run completed all its rounds, by ``live.json`` or else by its records."""
         if self.live is not None and self.live.ended:
             return self.live.state == FINISHED
         return self.over and self.records.finished
 
 
-class Look:
-    """Looks at the folder again and again; tables are read only when they have changed.
+class SnapshotReader:
+    """Reads snapshots of one folder; the tables are parsed again only when they have changed.
 
     Raises:
         UserError: it is no run folder.
@@ -60,9 +61,9 @@ class Look:
         self._signature: object = None
         self._records = read_run(folder)
         self._began = time.monotonic()
-        self._last: tuple[float, float] | None = None  # what it said last, and when we saw that
+        self._last: tuple[float, float] | None = None  # LiveState.updated, and when it changed
 
-    def __call__(self) -> Sight:
+    def __call__(self) -> Snapshot:
         """The run as it is now.
 
         Raises:
@@ -71,7 +72,8 @@ class Look:
         live = read_live(self.folder)
         self._read()
         trouble, over = self._trouble(live)
-        return Sight(records=self._records, live=live, trouble=trouble, over=over, now=time.time())
+        now = time.time()
+        return Snapshot(records=self._records, live=live, trouble=trouble, over=over, now=now)
 
     def _read(self) -> None:
         signature = [_stamp(self.folder / name) for name in ("config.toml", "metrics.jsonl")]
@@ -82,11 +84,11 @@ class Look:
         except UserError:
             if not self.folder.is_dir():
                 raise UserError(f"run folder '{self.folder}' has gone.") from None
-            return  # it is being made anew at this moment: what was seen last stands
+            return  # it is being created again at this moment: keep the last records
         self._signature = signature
 
     def _trouble(self, live: LiveState | None) -> tuple[str, bool]:
-        """What is wrong, and whether the run is over."""
+        """``Snapshot.trouble`` and ``Snapshot.over``."""
         if live is None:
             if self._records.finished:
                 return "", True
@@ -100,20 +102,20 @@ class Look:
         return (f"no sign of life for {age:.0f} s", False) if age > SILENT_SECONDS else ("", False)
 
     def _silence(self, live: LiveState) -> float:
-        """Seconds since it last said something.
+        """Seconds since ``live.json`` last changed.
 
-        Its clock may differ from ours: from the second word on, it is we who take the time.
+        The writer's clock may differ from this one's: it counts for the first read only.
         """
         now = time.monotonic()
-        first = self._last is None
-        if self._last is None or self._last[0] != live.updated:
-            age = max(0.0, time.time() - live.updated) if first else 0.0
-            self._last = live.updated, now - age
+        if self._last is None:
+            self._last = live.updated, now - max(0.0, time.time() - live.updated)
+        elif self._last[0] != live.updated:
+            self._last = live.updated, now
         return now - self._last[1]
 
 
 def _stamp(file: Path) -> tuple[int, int, int] | None:
-    """Differs after every append and every replacement."""
+    """``(mtime, size, inode)``: differs after every append and every replacement."""
     try:
         stat = file.stat()
     except OSError:
@@ -122,22 +124,21 @@ def _stamp(file: Path) -> tuple[int, int, int] | None:
 
 
 def _is_alive(live: LiveState) -> bool:
-    """Whether the process is still the one that wrote: ids are given again."""
+    """Whether the process that wrote ``live.json`` still runs; process ids are reused."""
     import psutil
 
     try:
         process = psutil.Process(live.pid)
-        return (
-            process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= live.started + 5
-        )
+        same = process.create_time() <= live.started + 5
+        return same and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
     except psutil.Error:
         return True
 
 
-def chosen(target: str | None, *, runs: Path = Path(RUNS)) -> Path:
-    """The folder that a person named, or the newest under ``runs``.
+def find_run(target: str | None, *, runs: Path = Path(RUNS)) -> Path:
+    """The run folder ``target``, or the one under ``runs`` that changed last.
 
     Raises:
         UserError: there is no such folder, or no run at all.

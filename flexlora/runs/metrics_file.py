@@ -1,4 +1,4 @@
-"""A run folder as it is read without torch: is it one, and ``metrics.jsonl``, a round a line."""
+"""Read ``metrics.jsonl``, one round a line, and tell a run folder from others; without torch."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ __all__ = ["missing_files", "read_rounds"]
 
 
 def missing_files(folder: Path) -> str:
-    """What a run folder has and this one has not, as ``no config.toml``; empty for a run folder."""
+    """The files that ``folder`` lacks to be a run folder, as ``no config.toml``; empty if none."""
     names = ("config.toml", "environment.json")
     missing = [name for name in names if not (folder / name).is_file()]
     return f"no {' and '.join(missing)}" if missing else ""
 
 
 def read_rounds(file: Path) -> list[dict]:
-    """The rounds in ``file``, none where there is no file; a line without its end is left out.
+    """The rounds in ``file``; none where there is no file. A cut last line is left out.
 
     Raises:
-        UserError: a line that is whole and is no round, for what comes after it would be lost.
+        UserError: a whole line that is no round: a resume would lose what follows it.
     """
     try:
         text = file.read_text(encoding="utf-8", errors="replace")

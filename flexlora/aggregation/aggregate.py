@@ -1,0 +1,57 @@
+"""One round of a method over adapters in memory, for those who bring their own loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from flexlora.aggregation import make_method, method_class, method_options
+from flexlora.aggregation.engine.method import State, Update, check_update
+from flexlora.aggregation.engine.options import UNCAPPED
+from flexlora.aggregation.engine.state import GlobalChange
+from flexlora.errors import UpdateRefused
+from flexlora.lora.adapters import Adapter
+
+__all__ = ["aggregate"]
+
+
+def aggregate(updates: Sequence[tuple[Adapter, int]], method: str = "flexlora") -> GlobalChange:
+    """One round from ``G = 0`` over ``(adapter, num_examples)`` pairs of any ranks and alphas.
+
+    The result is in the dtype of the first adapter; ``G = sum_k p_k s_k B_k A_k`` for ``flexlora``
+    and ``residual``.
+
+    Raises:
+        UserError: an unknown method.
+        UpdateRefused: no updates, unequal module sets or shapes, NaN, or examples that are not
+            positive.
+    """
+    if not updates:
+        raise UpdateRefused("there is no update to aggregate, expected at least one.")
+    first = updates[0][0]
+    shapes = {name: (f.out_features, f.in_features) for name, f in first.items()}
+    dtype = next(iter(first.values())).lora_A.dtype
+    state = State(round=0, change=GlobalChange.zero(shapes, dtype))
+    exact = {"server_learning_rate": 1.0, "server_max_rank": UNCAPPED}
+    known = method_class(method).Options.model_fields
+    options = method_options(method, {name: exact[name] for name in exact if name in known})
+    opened = make_method(method, options).begin(state, sent={})
+    for index, (adapter, num_examples) in enumerate(updates):
+        update = Update(client_id=f"{index:09d}", adapter=adapter, num_examples=num_examples)
+        check_update(update, _like(adapter, first, update.client_id))
+        opened.add(update)
+    return opened.finish().change
+
+
+def _like(adapter: Adapter, first: Adapter, client_id: str) -> Adapter:
+    """What ``check_update`` may hold this adapter to: its own ranks, the first one's in and out."""
+    expected = {}
+    for name, factors in first.items():
+        own = adapter.get(name, factors)
+        shapes = (factors.out_features, factors.in_features), (own.out_features, own.in_features)
+        if shapes[0] != shapes[1]:
+            raise UpdateRefused(
+                f"client {client_id}, module '{name}': [out, in] is {list(shapes[1])}, "
+                f"expected {list(shapes[0])} as in the first update."
+            )
+        expected[name] = own
+    return Adapter(expected)
