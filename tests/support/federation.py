@@ -146,7 +146,7 @@ def relative_gap(first, second):
 
 
 def largest_gap(first, second):
-    """The largest entry of ``|first - second|`` over all modules: what DESIGN.md bounds in float32.
+    """The largest entry of ``|first - second|`` over all modules, which is bounded in float32.
 
     AdamW divides by the gradient's size, so an entry near rounding level moves by a good part of a
     step of either sign; relative to a small change that is much, as a number it is not.
