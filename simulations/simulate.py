@@ -59,35 +59,24 @@ def run_in_terminal(
 
 
 def simulate(
-    config: Config, out: str | Path, *, observer: Observer | None = None, overwrite: bool = False
+    config: Config,
+    out: str | Path,
+    *,
+    observer: Observer | None = None,
+    overwrite: bool = False,
+    go_on: bool = False,
 ) -> FlexLoRAStrategy:
-    """Run ``config`` into the folder ``out``; model, data and settings are checked first.
+    """Run ``config`` into the folder ``out``; settings, model and data are checked first.
+
+    With ``go_on`` the run in ``out``, whose configuration this is, continues after its last
+    complete round.
 
     Raises:
         UserError: any mistake in the configuration, or a folder in use.
     """
     config, out = resolved(config), Path(out)
-    RunFolder.check_free(out, overwrite=overwrite)
-    return _run(config, out, observer, overwrite=overwrite)
-
-
-def resume(out: str | Path, *, observer: Observer | None = None) -> FlexLoRAStrategy:
-    """Continue the run in ``out`` after its last complete round, with its own configuration."""
-    run, config = RunFolder.open(out)
-    check_idle(run.path)
-    run.load_checkpoint()  # refused before the base is loaded
-    return _run(resolved(config), run.path, observer, resume=True)
-
-
-def _run(
-    config: Config,
-    out: Path,
-    observer: Observer | None,
-    *,
-    overwrite: bool = False,
-    resume: bool = False,
-) -> FlexLoRAStrategy:
-    """Load base and data, plan the cohorts and run the rounds over an in-process grid."""
+    if not go_on:
+        RunFolder.check_free(out, overwrite=overwrite)
     check_config(config)
     torch.set_num_threads(config.engine.threads)
     several = config.engine.workers > 1 or bool(config.engine.ray_address)
@@ -97,10 +86,18 @@ def _run(
         _check_enough(config, len(worker.client_ids))
         config = resolved_limits(config, worker)
         grid = make_grid(config, worker, pool, PersonalStore(out / "personal"))
-        return federate(grid, config, out, observer=observer, overwrite=overwrite, resume=resume)
+        return federate(grid, config, out, observer=observer, overwrite=overwrite, resume=go_on)
     finally:
         if pool is not None:
             pool.close()
+
+
+def resume(out: str | Path, *, observer: Observer | None = None) -> FlexLoRAStrategy:
+    """Continue the run in ``out`` after its last complete round, with its own configuration."""
+    run, config = RunFolder.open(out)
+    check_idle(run.path)
+    run.load_checkpoint()  # refused before the base is loaded
+    return simulate(config, run.path, observer=observer, go_on=True)
 
 
 def _check_enough(config: Config, count: int) -> None:

@@ -126,13 +126,18 @@ class ReplyHandler:
         """Handle one reply: to a message of this round, to a late one, or to neither."""
         message_id = reply.metadata.reply_to_message_id
         pending = next((p for p in self.plan.pending if p.has_sent(message_id)), None)
-        if pending is not None and pending not in self._handled:
-            self._handled.add(pending)
-            self._handle_prompt(pending, reply)
-        elif pending is None and (late := self.late.pop(message_id)) is not None:
-            self._handle_late(late, reply)
+        late = self.late.pop(message_id) if pending is None else None
+        if late is not None:
+            self._record_late(self._add(late.client_id, late.start_name, reply, late), late)
             if not reply.has_error():
                 self.history.hear(late.client_id)
+        elif pending is not None and pending not in self._handled:
+            self._handled.add(pending)
+            client_id = self.plan.pending[pending]
+            row = self._add(client_id, self.plan.asked[client_id], reply)
+            if row.outcome is not Outcome.OK:
+                self.opened.skip(client_id)
+            self._record(row, pending)
         else:
             what = "a second reply" if pending else "a reply to nothing that was sent"
             sender = f"node {reply.metadata.src_node_id}"
@@ -145,16 +150,8 @@ class ReplyHandler:
         cause = too_few(counted, quorum, "updates came") if counted < quorum else ""
         return self.selected.skipped or cause
 
-    def _handle_prompt(self, pending: PendingMessage, reply: Message) -> None:
-        client_id = self.plan.pending[pending]
-        row = self._row(self._member(client_id), self.plan.asked[client_id], reply)
-        if row.outcome is not Outcome.OK:
-            self.opened.skip(client_id)
-        self._record(row, pending)
-
-    def _handle_late(self, late: LateMessage, reply: Message) -> None:
+    def _record_late(self, row: ClientRow, late: LateMessage) -> None:
         """The joules of a late row were counted in the round that sent the message."""
-        row = self._row(self._member(late.client_id), late.start_name, reply, late)
         prefix = f"late: trained from round {late.start.base_round}"
         row.late, row.cause = True, "; ".join(filter(None, (prefix, row.cause)))
         weight = self._weight(late)
@@ -181,12 +178,13 @@ class ReplyHandler:
         self.metrics.rows.append(row)
         self.observer.replied(row.client_id, row.outcome, row.cause, row.late)
 
-    def _row(
-        self, member: Member, start_name: str, reply: Message, late: LateMessage | None = None
+    def _add(
+        self, client_id: str, start_name: str, reply: Message, late: LateMessage | None = None
     ) -> ClientRow:
-        """Decode the reply and add its update to the sum; the row says what became of it."""
+        """Decode a reply, check it and add its update to the sum; returns the client's row."""
+        member = self._member(client_id)
         row = ClientRow.of(member, self.plan.server_round, Outcome.FAILED, "")
-        start = self.sent[start_name].for_client(row.client_id)
+        start = self.sent[start_name].for_client(client_id)
         try:
             result = decode_train_result(reply, start)
         except UpdateRefused as error:
@@ -199,13 +197,23 @@ class ReplyHandler:
             row.outcome = Outcome.OUT_OF_MEMORY if result.out_of_memory else Outcome.FAILED
             row.cause = result.cause or "the reply holds no factors"
             if 1 <= result.asked_rank < member.rank_class.largest:
-                self.lowered[row.client_id] = member.rank_class.lowered(result.asked_rank)
+                self.lowered[client_id] = member.rank_class.lowered(result.asked_rank)
             return row
         try:
-            self._accumulate(member, start, self._validated(member, start, result), late)
-            row.outcome, row.cause = Outcome.OK, result.note
+            update = self._validated(member, start, result)
+            self.opened.add(update if late is None else self._discounted(update, late))
         except UpdateRefused as error:
             row.outcome, row.cause = Outcome.REFUSED, str(error)
+            return row
+        row.outcome, row.cause = Outcome.OK, result.note
+        if late is not None:
+            self.counted_late += 1
+            return row
+        self.counted += 1
+        rank = max(factors.rank for factors in update.adapter.values())
+        sent = max(factors.rank for factors in start.trained.values())
+        if start.local.prune_factor and rank < sent:
+            self.lowered[client_id] = member.rank_class.lowered(rank)
         return row
 
     def _validated(self, member: Member, start: Start, result: TrainResult) -> Update:
@@ -240,23 +248,17 @@ class ReplyHandler:
         )
         return update
 
-    def _accumulate(
-        self, member: Member, start: Start, update: Update, late: LateMessage | None
-    ) -> None:
-        if late is not None:
-            self._check_same_kind(late)
-            weight = self._weight(late)
-            if weight == 0.0:
-                raise UpdateRefused("dropped, as server.late-weight is 0")
-            self.opened.add(replace(update, rank_class=late.start_name, late=True, discount=weight))
-            self.counted_late += 1
-            return
-        self.opened.add(update)
-        self.counted += 1
-        sent = max(factors.rank for factors in start.trained.values())
-        rank = max(factors.rank for factors in update.adapter.values())
-        if start.local.prune_factor and rank < sent:
-            self.lowered[update.client_id] = member.rank_class.lowered(rank)
+    def _discounted(self, update: Update, late: LateMessage) -> Update:
+        """The update of an earlier round, whose examples count less.
+
+        Raises:
+            UpdateRefused: this round trains something else, or late updates have no weight.
+        """
+        self._check_same_kind(late)
+        weight = self._weight(late)
+        if weight == 0.0:
+            raise UpdateRefused("dropped, as server.late-weight is 0")
+        return replace(update, rank_class=late.start_name, late=True, discount=weight)
 
     def _weight(self, late: LateMessage) -> float:
         return self.config.server.late_weight ** (self.plan.server_round - late.server_round)

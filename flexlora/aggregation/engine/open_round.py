@@ -47,6 +47,7 @@ class OpenRound:
         self.method, self.state, self.sent = method, state, sent
         self.sums = Sums(method.needs, state.change.shapes, sent)
         self._gap = FactorGap(state.change.shapes, sent) if factor_gap else None
+        self._sums = (self.sums,) if self._gap is None else (self.sums, self._gap)
         self._places = {
             client_id: (False, sent[name].rank_class.rank if name in sent else 0, client_id)
             for client_id, name in (clients or {}).items()
@@ -86,7 +87,9 @@ class OpenRound:
         if not self._seen:
             return self.state.unchanged()
         for client_id in sorted(self._waiting, key=self._places.__getitem__):
-            self._accumulate(self._waiting.take(client_id))
+            update = self._waiting.take(client_id)
+            for sums in self._sums:
+                sums.add(update)
         self._waiting.close()
         state = self.method.close(self.state, self.sums)
         self.sums.clear()
@@ -104,16 +107,13 @@ class OpenRound:
         late = start.base_round != self.state.round
         return late or bool(self._order), start.rank_class.rank, update.key
 
-    def _accumulate(self, update: Update) -> None:
-        self.sums.add(update)
-        if self._gap is not None:
-            self._gap.add(update)
-
     def _accumulate_ready(self) -> None:
         while self._next < len(self._order):
             client_id = self._order[self._next]
             if client_id in self._waiting:
-                self._accumulate(self._waiting.take(client_id))
+                update = self._waiting.take(client_id)
+                for sums in self._sums:
+                    sums.add(update)
             elif client_id not in self._skipped:
                 return
             self._next += 1
