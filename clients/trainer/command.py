@@ -9,9 +9,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated
+
+from typer import Option
 
 from flexlora.clients.trainer.sockets import (
     check_folder,
@@ -22,34 +23,39 @@ from flexlora.clients.trainer.sockets import (
 )
 from flexlora.errors import UserError
 
-__all__ = ["ServeOptions", "health_command", "serve"]
+if TYPE_CHECKING:
+    from flexlora.clients.trainer.node import Node
+    from flexlora.clients.trainer.resident import ResidentTrainer
+    from flexlora.clients.trainer.telling import Teller
+
+__all__ = ["health", "serve"]
 
 ABORTED = 1
 ONE_WISH = 1.0  # seconds
 
 
-@dataclass(frozen=True, kw_only=True)
-class ServeOptions:
-    """The command line of ``serve``; "" is what was not given."""
-
-    model: str
-    data: str
-    socket: str = ""
-    group: str = ""
-    client_id: str = ""
-    quantization: str = "none"
-    device: str = "auto"
-    set: tuple[str, ...] | list[str] = ()
-    memory_limit: str = ""
-    state: str = ""
-    keep: str = "2GiB"
-    keep_hours: float = 24.0
-    max_request: str = "2GiB"
-    wait: float = 600.0
-    grace: float = 120.0
+Socket = Annotated[str, Option(metavar="PATH", help="Unix socket that the trainer listens on")]
 
 
-def serve(options: ServeOptions) -> int:
+def serve(
+    model: Annotated[str, Option(help="folder, hub name, embedded")],
+    data: Annotated[str, Option(metavar="DIR", help="this node's data folder")],
+    socket: Socket = "",
+    group: Annotated[str, Option(help="group that may open the socket too")] = "",
+    client_id: Annotated[str, Option(metavar="NAME", help="this node's name")] = "",
+    quantization: Annotated[str, Option(help="none, 8bit or nf4")] = "none",
+    device: Annotated[str, Option(help="auto, cpu or cuda")] = "auto",
+    memory_limit: Annotated[str, Option(metavar="SIZE", help="bytes to use, like 6GiB")] = "",
+    state: Annotated[str, Option(metavar="DIR", help="folder of the finished replies")] = "",
+    keep: Annotated[str, Option(metavar="SIZE", help="bytes of them at most")] = "2GiB",
+    keep_hours: Annotated[float, Option(help="hours to keep them")] = 24.0,
+    max_request: Annotated[str, Option(metavar="SIZE", help="largest request")] = "2GiB",
+    wait: Annotated[float, Option(help="seconds that a request waits for its turn")] = 600.0,
+    grace: Annotated[float, Option(help="seconds to finish in at a stop")] = 120.0,
+    sets: Annotated[
+        list[str] | None, Option("--set", metavar="KEY=VALUE", help="a model or engine key")
+    ] = None,
+) -> int:
     """Load the base, listen, and work until SIGTERM or Ctrl-C; the exit status.
 
     0 if what was in flight could end within ``--grace`` seconds, 1 if it was aborted.
@@ -57,25 +63,53 @@ def serve(options: ServeOptions) -> int:
     Raises:
         UserError: whatever a person mistyped, a socket that is taken, a model that does not fit.
     """
-    path = _checked_socket(options)  # before anything heavy is loaded
+    path = _checked_socket(socket, group)  # before anything heavy is loaded
 
-    from flexlora.clients.trainer.service import TrainerService, listen, stop
+    from rich.console import Console
+
+    from flexlora.clients.trainer.allowance import parse_size
+    from flexlora.clients.trainer.node import Node
+    from flexlora.clients.trainer.resident import ResidentTrainer
+    from flexlora.clients.trainer.service import Limits, TrainerService, listen, stop
+    from flexlora.clients.trainer.store import KeptReplies, default_folder
     from flexlora.clients.trainer.telling import Teller
 
-    limits = _limits(options)
-    with Teller(_console()) as teller, stop_signals() as signals:
-        trainer = _trainer(options, teller)
+    for flag, value in {"--keep-hours": keep_hours, "--wait": wait, "--grace": grace}.items():
+        if not value >= 0:
+            raise UserError(f"{flag} is {value:g}, expected 0 or more.")
+    limits = Limits(request_bytes=parse_size(max_request, "--max-request"), wait_seconds=wait)
+    with Teller(Console(highlight=False, markup=False)) as teller, stop_signals() as signals:
+        node = Node.of(
+            model=model,
+            data=data,
+            quantization=quantization,
+            device=device,
+            client_id=client_id,
+            sets=tuple(sets or ()),
+        )
+        limit = _enforced(memory_limit, node, teller)
+        kept = KeptReplies(
+            Path(state).expanduser() if state else default_folder(),
+            max_bytes=parse_size(keep, "--keep"),
+            max_seconds=keep_hours * 3600,
+        )
+        teller.line(f"loading {model}")
+        try:
+            trainer = ResidentTrainer(node=node, kept=kept, limit_bytes=limit)
+        except BaseException:
+            kept.close()
+            raise
         service = TrainerService(trainer, limits=limits, teller=teller)
         try:
-            server = listen(service, path, options.group)
+            server = listen(service, path, group)
             server.start()
         except UserError:
             trainer.close()
             raise
         teller.line(_ready(trainer, path))
         signals.stop.wait()
-        teller.line(f"stopping: what is in flight has {options.grace:g} s to end")
-        ended = _stop(lambda: stop(service, server, path, options.grace), signals.now)
+        teller.line(f"stopping: what is in flight has {grace:g} s to end")
+        ended = _stop(lambda: stop(service, server, path, grace), signals.now)
         teller.line("stopped" if ended else "stopped: what was in flight is aborted")
     if not ended:
         remove(path)
@@ -84,16 +118,16 @@ def serve(options: ServeOptions) -> int:
     return 0
 
 
-def health_command(socket: str) -> int:
+def health(socket: Socket = "") -> int:
     """Print how the trainer is; exit status 1 where it is stopping.
 
     Raises:
         UserError: no trainer there.
     """
-    from flexlora.clients.trainer.client import health
+    from flexlora.clients.trainer import client
     from flexlora.units import human_bytes
 
-    told = health(_socket(socket))
+    told = client.health(_socket(socket))
     doing = f"{told.doing}, for {told.seconds:.0f} s" if told.doing else "idle"
     lines = {
         "now": "stopping" if told.stopping else doing,
@@ -114,73 +148,30 @@ def _socket(given: str) -> Path:
     return Path(os.path.abspath(Path(given).expanduser())) if given else default_socket()
 
 
-def _checked_socket(options: ServeOptions) -> Path:
+def _checked_socket(given: str, group: str) -> Path:
     """The socket's path, free and in a folder that is safe."""
-    path = _socket(options.socket)
+    path = _socket(given)
     check_folder(path)
     check_free(path)
-    if options.group:
-        group_number(options.group)
+    if group:
+        group_number(group)
     return path
 
 
-def _limits(options: ServeOptions) -> Any:
-    from flexlora.clients.trainer.service import Limits
+def _enforced(memory_limit: str, node: Node, teller: Teller) -> int:
+    """The limit in bytes, 0 for none; what does not fit it is refused before it is loaded."""
+    from flexlora.clients.trainer.allowance import enforce, parse_size, smallest_plan
 
-    named = {"--keep-hours": options.keep_hours, "--wait": options.wait, "--grace": options.grace}
-    for flag, value in named.items():
-        if not value >= 0:
-            raise UserError(f"{flag} is {value:g}, expected 0 or more.")
-    largest = _size(options.max_request, "--max-request")
-    return Limits(request_bytes=largest, wait_seconds=options.wait)
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    return Console(highlight=False, markup=False)
+    if not memory_limit:
+        return 0
+    limit = parse_size(memory_limit, "--memory-limit")
+    choice = smallest_plan(node.config, limit)
+    teller.line(f"memory limit: a training at rank {choice.plan.rank} fits it")
+    teller.line(enforce(node.config, limit))
+    return limit
 
 
-def _size(text: str, flag: str) -> int:
-    from flexlora.clients.trainer.allowance import parse_size
-
-    return parse_size(text, flag)
-
-
-def _trainer(options: ServeOptions, teller: Any) -> Any:
-    """The trainer with its base loaded; what does not fit the memory limit is not loaded."""
-    from flexlora.clients.trainer.allowance import enforce, smallest_plan
-    from flexlora.clients.trainer.node import Node
-    from flexlora.clients.trainer.resident import ResidentTrainer
-    from flexlora.clients.trainer.store import KeptReplies, default_folder
-
-    node = Node.of(
-        model=options.model,
-        data=options.data,
-        quantization=options.quantization,
-        device=options.device,
-        client_id=options.client_id,
-        sets=tuple(options.set),
-    )
-    limit = _size(options.memory_limit, "--memory-limit") if options.memory_limit else 0
-    if limit:
-        choice = smallest_plan(node.config, limit)
-        teller.line(f"memory limit: a training at rank {choice.plan.rank} fits it")
-        teller.line(enforce(node.config, limit))
-    kept = KeptReplies(
-        Path(options.state).expanduser() if options.state else default_folder(),
-        max_bytes=_size(options.keep, "--keep"),
-        max_seconds=options.keep_hours * 3600,
-    )
-    teller.line(f"loading {options.model}")
-    try:
-        return ResidentTrainer(node=node, kept=kept, limit_bytes=limit)
-    except BaseException:
-        kept.close()
-        raise
-
-
-def _ready(trainer: Any, path: Path) -> str:
+def _ready(trainer: ResidentTrainer, path: Path) -> str:
     config = trainer.node.config
     return (
         f"ready on {path}: {config.model.name} ({config.model.quantization}) on "
