@@ -39,7 +39,7 @@ COMMANDS: Table = {
     "export": ("commands.runs:export", "write a run's adapter at any rank, or merged"),
     "plan": ("commands.plan:plan", "rank, quantization and batch that a device can train"),
     "tune": ("commands.train:tune", "measure how many clients in one pass are fastest here"),
-    "doctor": ("commands.doctor:doctor", "whether this machine can do the job, by doing"),
+    "doctor": ("commands.runs:doctor", "whether this machine can do the job, by doing"),
     "client": ("", "what runs on an edge node"),
     "server": ("", "what runs where the nodes meet"),
     "reproduce": ("commands.train:reproduce", "run a named experiment, several seeds"),

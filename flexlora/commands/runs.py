@@ -1,5 +1,4 @@
-"""The commands that read a run folder: ``flexlora eval``, ``report``, ``watch``, ``compare``,
-``export``."""
+"""``flexlora eval``, ``report``, ``watch``, ``compare``, ``export`` and ``doctor``: no training."""
 
 from __future__ import annotations
 
@@ -9,7 +8,7 @@ from typer import Argument, Option
 
 from flexlora.commands.train import ConfigFile, Sets
 
-__all__ = ["compare", "evaluate", "export", "report", "watch"]
+__all__ = ["compare", "doctor", "evaluate", "export", "report", "watch"]
 
 
 def evaluate(
@@ -60,3 +59,22 @@ def export(
     from flexlora.simulations.inspection import export_run
 
     export_run(target, rank=rank, kind=format, out=out)
+
+
+def doctor(
+    superlink: Annotated[
+        list[str] | None, Option(metavar="HOST:PORT", help="try to reach it (repeatable)")
+    ] = None,
+    root_certificates: Annotated[str, Option(help="who signed the SuperLink's certificate")] = "",
+    node_key: Annotated[str, Option(help="this node's private key: is it registered?")] = "",
+    trainer_socket: Annotated[str, Option(help="ask the resident trainer how it is")] = "",
+    format: Annotated[str, Option(help="text or json")] = "text",
+) -> int:
+    from flexlora.clients.setup.superlink_checks import node_checks
+    from flexlora.deploy.doctor import CHECKS, check_format, diagnose, report
+    from flexlora.simulations.flower_checks import check_flower
+
+    check_format(format)
+    asked = node_checks(superlink or (), root_certificates, node_key, trainer_socket)
+    findings = diagnose([*CHECKS, ("flower", check_flower), *asked])
+    return report(findings, format=format)
