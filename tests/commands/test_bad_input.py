@@ -174,7 +174,7 @@ def broken_model(folder, kind):
         (folder / "tokenizer.json").write_text("{")
     elif kind == "of an unknown kind":
         config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**config.flat(), "model_type": "lama"}))
+        (folder / "config.json").write_text(json.dumps({**config, "model_type": "lama"}))
     return folder
 
 
