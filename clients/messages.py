@@ -1,8 +1,11 @@
-"""Flower messages in and out on the client's side: no training here, only names and bytes.
+"""Decode and encode the content of Flower messages on the client's side; nothing is pickled.
 
-``decode_train(Message) -> TrainJob`` and ``encode_train(result, reply_to) -> Message``; the same
-pair for evaluation and for the capability query. Each has a twin for a message's content alone,
-which is what reaches a resident trainer. Nothing is pickled.
+A content is a ``RecordDict``: the caller takes it from a Flower message or from a resident
+trainer's request, and puts the reply into one.
+
+    train      decode_train_job       encode_train_result
+    evaluate   decode_evaluate_job    encode_evaluate_result
+    query                             encode_capability
 """
 
 from __future__ import annotations
@@ -11,41 +14,32 @@ import json
 from collections.abc import Mapping, MutableMapping
 from dataclasses import asdict
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-from flexlora.aggregation.engine.method import LocalPlan, Start
+from flexlora.aggregation.engine.starts import LocalPlan, Start
 from flexlora.lora.adapters import Adapter
 from flexlora.lora.ranks import RankClass
 from flexlora.wire.encoding import FACTORS, decode_adapter, encode_adapter
 from flexlora.wire.jobs import Capability, EvalJob, EvalResult, TrainJob, TrainResult
 
 __all__ = [
-    "capability_reply",
-    "decode_evaluate",
-    "decode_train",
+    "decode_evaluate_job",
+    "decode_train_job",
     "encode_capability",
-    "encode_evaluate",
-    "encode_train",
-    "evaluate_reply",
-    "read_evaluate",
-    "read_train",
-    "train_reply",
+    "encode_evaluate_result",
+    "encode_train_result",
 ]
 
-Memo = MutableMapping[int, Adapter]
+Memo = MutableMapping[int, Adapter]  # id of a record shared by several messages -> its adapter
+LOCAL_FIELDS = ("adapter", "personal")  # of a TrainResult: not part of the report
 
 
-def decode_train(message: Message, client_id: str, memo: Memo | None = None) -> TrainJob:
-    """The job in a train message. ``memo`` keeps what one payload, shared by a class, decodes to.
+def decode_train_job(content: Mapping, client_id: str, memo: Memo | None = None) -> TrainJob:
+    """The job in a train message. With ``memo`` a record is decoded once for all its messages.
 
     Raises:
-        UpdateRefused: arrays that are not what their names say.
+        UpdateRefused: arrays that do not match their names, shapes or dtypes.
     """
-    return read_train(message.content, client_id, memo)
-
-
-def read_train(content: Mapping, client_id: str, memo: Memo | None = None) -> TrainJob:
-    """``decode_train`` of a message's content."""
     job = content["job"]
     start = Start(
         rank_class=RankClass.from_dict(json.loads(job["rank-class"])),
@@ -64,39 +58,29 @@ def read_train(content: Mapping, client_id: str, memo: Memo | None = None) -> Tr
     )
 
 
-def encode_train(
-    result: TrainResult, *, dtype: str, reply_to: Message, start: Start | None = None
-) -> Message:
-    """The reply to a train message: the trained factors and a report, or the cause of neither.
+def encode_train_result(
+    result: TrainResult, *, dtype: str, start: Start | None = None
+) -> RecordDict:
+    """The trained factors and a report, or a report with the cause of failure.
 
-    A factor that was not trained stays where it came from; int8 may send changes of the others.
-    ``start`` is this one client's.
+    Args:
+        dtype: the wire's (``wire.dtype``).
+        start: what this client started from. Factors that it did not train are left out, and int8
+            may send the others as changes of it.
     """
-    return Message(train_reply(result, dtype=dtype, start=start), reply_to=reply_to)
-
-
-def train_reply(result: TrainResult, *, dtype: str, start: Start | None = None) -> RecordDict:
-    """``encode_train`` without the message around it."""
-    # Factors travel as arrays, and personal ones not at all.
-    told = {key: value for key, value in vars(result).items() if key not in ("adapter", "personal")}
-    report = {key.replace("_", "-"): value for key, value in told.items()}
-    content: dict = {"report": ConfigRecord(report)}
+    values = {key: value for key, value in vars(result).items() if key not in LOCAL_FIELDS}
+    content = RecordDict({"report": _config_record(values)})
     if result.adapter is not None:
         labels = start.trainable if start is not None else FACTORS
         held = start.trained if start is not None else None
-        arrays, values = encode_adapter(result.adapter, dtype, labels, held)
+        arrays, more = encode_adapter(result.adapter, dtype, labels, held)
         content["update"] = ArrayRecord({k: Array(**vars(array)) for k, array in arrays.items()})
-        content["update.values"] = ConfigRecord(values)
-    return RecordDict(content)
+        content["update.values"] = ConfigRecord({**more})
+    return content
 
 
-def decode_evaluate(message: Message, client_id: str, memo: Memo | None = None) -> EvalJob:
-    """The job in an evaluate message: one adapter per rank class, or none for the bare base."""
-    return read_evaluate(message.content, client_id, memo)
-
-
-def read_evaluate(content: Mapping, client_id: str, memo: Memo | None = None) -> EvalJob:
-    """``decode_evaluate`` of a message's content."""
+def decode_evaluate_job(content: Mapping, client_id: str, memo: Memo | None = None) -> EvalJob:
+    """The job in an evaluate message: one adapter per rank class, none for the bare base."""
     job = content["job"]
     return EvalJob(
         client_id=client_id,
@@ -106,37 +90,34 @@ def read_evaluate(content: Mapping, client_id: str, memo: Memo | None = None) ->
     )
 
 
-def encode_evaluate(result: EvalResult, *, reply_to: Message) -> Message:
-    """The reply to an evaluate message: one record of sums per rank class."""
-    return Message(evaluate_reply(result), reply_to=reply_to)
-
-
-def evaluate_reply(result: EvalResult) -> RecordDict:
-    """``encode_evaluate`` without the message around it."""
-    content = {"report": ConfigRecord({"client-id": result.client_id, "cause": result.cause})}
+def encode_evaluate_result(result: EvalResult) -> RecordDict:
+    """One record of sums per rank class, and a report with the cause of what is missing."""
+    report = {"client_id": result.client_id, "cause": result.cause}
+    content = RecordDict({"report": _config_record(report)})
     for name, score in result.scores.items():
         content[f"score/{name}"] = ConfigRecord(asdict(score))
-    return RecordDict(content)
+    return content
 
 
-def encode_capability(capability: Capability, *, reply_to: Message) -> Message:
-    """The reply to a query: what this client is and what it holds."""
-    return Message(capability_reply(capability), reply_to=reply_to)
+def encode_capability(capability: Capability) -> RecordDict:
+    """The reply to a query: the client's data, base, device and kernels."""
+    return RecordDict({"capability": _config_record(vars(capability))})
 
 
-def capability_reply(capability: Capability) -> RecordDict:
-    """``encode_capability`` without the message around it."""
-    values = {
-        key.replace("_", "-"): list(value) if isinstance(value, tuple) else value
-        for key, value in vars(capability).items()
-    }
-    return RecordDict({"capability": ConfigRecord(values)})
+def _config_record(values: Mapping) -> ConfigRecord:
+    """Fields as Flower takes them: kebab-case keys, lists for tuples."""
+    return ConfigRecord(
+        {
+            key.replace("_", "-"): list(value) if isinstance(value, tuple) else value
+            for key, value in values.items()
+        }
+    )
 
 
 def _adapter(content: Mapping, name: str, memo: Memo | None) -> Adapter:
-    record = content[name]
+    record, values = content[name], content[f"{name}.values"]
     if memo is None:
-        return decode_adapter(record, content[f"{name}.values"])
+        return decode_adapter(record, values)
     if id(record) not in memo:
-        memo[id(record)] = decode_adapter(record, content[f"{name}.values"])
+        memo[id(record)] = decode_adapter(record, values)
     return memo[id(record)]

@@ -1,4 +1,4 @@
-"""Jobs in one training pass; where that fails, one by one, each within the memory that there is."""
+"""Train jobs in one pass; if it fails, one by one, each within the free memory."""
 
 from __future__ import annotations
 
@@ -17,37 +17,37 @@ Attempt = Callable[[Sequence[TrainJob], TrainSettings], list[TrainResult]]
 
 @dataclass(kw_only=True)
 class TrainPasses:
-    """One kind of training.
+    """The memory limits learnt in one kind of training (global or personal factors).
 
-    ``rows_in_pass`` is of the clients that ran out of memory in it; ``told``: that a cohort did,
-    whose clients fit one by one, which takes longer in every round and is told once.
+    ``rows_in_pass`` holds the micro-batch of each client that ran out of memory; ``reported`` is
+    set when the note about a cohort that was too large has been sent once.
     """
 
     rows_in_pass: dict[str, int] = field(default_factory=dict)
-    told: bool = False
+    reported: bool = False
 
     def train(
         self, jobs: Sequence[TrainJob], settings: TrainSettings, attempt: Attempt
     ) -> list[TrainResult]:
-        """Results of jobs that may share a pass; a job that fails takes no other with it."""
+        """Results of jobs that may share a pass; a failed job fails no other."""
         short = any(job.client_id in self.rows_in_pass for job in jobs)
         too_large = False
         if len(jobs) > 1 and not short:
-            # Alone, each tells whether it was the cause; the others lose only time.
+            # One by one, the job at fault fails alone.
             try:
                 return attempt(jobs, settings.model_copy(update={"micro_batch_size": 0}))
             except Exception as error:
                 too_large = is_out_of_memory(error)
-            # Outside the block above: the error's frames hold the pass that was too large.
+            # Outside the block above, where the error's frames hold the pass's tensors.
             free_memory()
         results = [self._alone(job, settings, attempt) for job in jobs]
-        return self._telling(results) if too_large else results
+        return self._with_note(results) if too_large else results
 
-    def _telling(self, results: list[TrainResult]) -> list[TrainResult]:
-        """The first result with a note that the cohort was too large, unless a client was it."""
-        if self.told or any(result.cause or result.note for result in results):
+    def _with_note(self, results: list[TrainResult]) -> list[TrainResult]:
+        """Note once, on the first result, that a cohort was too large whose clients all fit."""
+        if self.reported or any(result.cause or result.note for result in results):
             return results
-        self.told = True
+        self.reported = True
         note = (
             f"out of memory with {len(results)} clients in a pass: trained one by one, which takes "
             "longer in every round; lower engine.cohort-size"
@@ -64,12 +64,12 @@ class TrainPasses:
         except Exception as error:
             return failed_training(job, one_line(error))
         if rows < first:
-            self.rows_in_pass[job.client_id] = rows  # not to run out again in every round
+            self.rows_in_pass[job.client_id] = rows  # next rounds start there
         return result
 
 
 def failed_training(job: TrainJob, cause: str) -> TrainResult:
-    """A result without factors: who, what it was to start from, and why there is nothing."""
+    """A result without factors, with its start and the cause."""
     return TrainResult(
         client_id=job.client_id,
         rank_class=job.start.rank_class.name,

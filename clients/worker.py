@@ -1,9 +1,8 @@
-"""Who does the work behind a ClientApp: holds the base and the data, answers jobs.
+"""Loads the base and the clients' rows once, trains and evaluates jobs with them.
 
-One worker per process and configuration. In a ClientApp's process and in a simulation's cohort
-it is the same ``train(jobs) -> results``; only the number of jobs differs. Simulated clients may
-stand on different bases (``clients.quantization``): the worker holds one of each kind in use, and
-never trains two kinds in one pass.
+A ClientApp and a simulation's cohort call the same ``train(jobs) -> results``; only the number of
+jobs differs. Simulated clients may use different quantizations (``clients.quantization``): the
+worker loads one base of each in use, and a pass trains clients of one quantization only.
 """
 
 from __future__ import annotations
@@ -37,9 +36,9 @@ _workers: dict[Config, Worker] = {}
 
 
 def worker_for(config: Config) -> Worker:
-    """The worker of this process for ``config``: base and data are loaded once."""
+    """This process's worker for ``config``, made at the first call."""
     if config not in _workers:
-        _workers.clear()  # one configuration at a time: another one's data need not stay
+        _workers.clear()  # one configuration at a time
         _workers[config] = Worker(config)
     return _workers[config]
 
@@ -48,8 +47,8 @@ class Worker:
     """The base model, the clients' rows and the settings of one configuration.
 
     Raises:
-        UserError: a model or data that cannot be loaded, targets that match nothing, a quantization
-            that this machine cannot run.
+        UserError: a model or data that cannot be loaded, target modules that match nothing, a
+            quantization that this machine cannot run.
     """
 
     def __init__(self, config: Config) -> None:
@@ -68,7 +67,7 @@ class Worker:
         device = pick_device(config.engine.device)
         wide = torch.float64 if config.wire.dtype == "float64" else torch.float32
         require_optimizer(config.train.optim, device, dtype=wide)
-        self.free_bytes = free_bytes(device)  # what it is before the base takes its part
+        self.free_bytes = free_bytes(device)  # before the base is loaded
         self.quantizations = deal_quantizations(
             list(rows),
             shares=config.clients.quantization,
@@ -76,7 +75,7 @@ class Worker:
             seed=config.seed,
         )
         self.bases = self._load_bases(device)
-        # Tokenizer, names and shapes are those of any of them.
+        # All have the same tokenizer, module names and shapes.
         self.base: BaseModel = next(iter(self.bases.values()))
         longest = self.base.max_positions
         self.data = ClientData(
@@ -97,10 +96,10 @@ class Worker:
                 seed=derive_seed(config.seed, "personal"),
             )
         self._global_passes, self._personal_passes = TrainPasses(), TrainPasses()
-        self.shapes = self.slots.shapes  # targets that match nothing are told before any work
+        self.shapes = self.slots.shapes  # raises for targets that match nothing
 
     def _load_bases(self, device: torch.device) -> dict[str, BaseModel]:
-        """A base of every kind in use, ``model.quantization`` first."""
+        """A base of every quantization in use, ``model.quantization`` first."""
         config, used = self.config, set(self.quantizations.values())
         bases = {}
         for kind in sorted(used, key=lambda kind: (kind != config.model.quantization, kind)):
@@ -118,22 +117,22 @@ class Worker:
 
     @property
     def slots(self) -> SlotModel:
-        """The base with its LoRA layers, injected anew if another configuration came between."""
+        """The first base with its LoRA layers, injected again if another worker replaced them."""
         return self.slots_of(next(iter(self.bases)))
 
     def slots_of(self, kind: str) -> SlotModel:
-        """The same over the base that is held in this quantization."""
+        """The base of this quantization with its LoRA layers."""
         return slot_model(self.bases[kind].model, self.config.lora.target_modules)
 
     def quantization_of(self, client_id: str) -> str:
-        """How this client's base is held: clients of one kind may share a pass."""
+        """The quantization of this client's base."""
         return self.quantizations.get(client_id, self.config.model.quantization)
 
     def pass_key(self, client_id: str) -> str:
-        """Clients with the same key may be trained and evaluated in one pass.
+        """Clients with equal keys may share a pass.
 
-        With an outlier threshold, 8-bit looks for large inputs over the whole batch, so that
-        clients would feel each other: each is alone.
+        8-bit with an outlier threshold chooses outlier columns over the whole batch, so that
+        clients would affect each other: each gets a key of its own.
         """
         kind = self.quantization_of(client_id)
         alone = kind == "8bit" and self.config.model.outlier_threshold > 0
@@ -149,9 +148,9 @@ class Worker:
         return ids[partition_id] if partition_id < len(ids) else None
 
     def capability(self, client_id: str, *, probed: bool = True) -> Capability:
-        """What this client can say of itself; a client without rows says so in ``cause``.
+        """The client's rows, base, device and kernels; ``cause`` says why it cannot train.
 
-        ``probed`` runs the device's kernels: a second, in which bitsandbytes is imported.
+        ``probed`` runs the device's kernels, which takes a second and imports bitsandbytes.
         """
         shapes = self.slots.shapes
         kernels = probe(self.base.device) if probed else None
@@ -180,19 +179,21 @@ class Worker:
         )
 
     def train(self, jobs: Sequence[TrainJob]) -> list[TrainResult]:
-        """Results in the order of ``jobs``; a job that fails takes no other with it.
+        """Results in the order of ``jobs``; a failed job fails no other.
 
-        With ``personal.rank`` each also holds the factors that the client keeps to itself; what it
-        sends is the same with and without them.
+        With ``personal.rank`` each result also has the client's personal factors; the adapter to
+        send is the same with and without them.
         """
         results = self._train_all(jobs, self.settings, self._global_passes)
         if self.personal is None:
             return results
 
-        def own(personal_jobs: Sequence[TrainJob], settings: TrainSettings) -> list[TrainResult]:
+        def train_personal(
+            personal_jobs: Sequence[TrainJob], settings: TrainSettings
+        ) -> list[TrainResult]:
             return self._train_all(personal_jobs, settings, self._personal_passes)
 
-        return personalised(self.personal, jobs, results, self.settings, own)
+        return personalised(self.personal, jobs, results, self.settings, train_personal)
 
     def _train_all(
         self, jobs: Sequence[TrainJob], settings: TrainSettings, passes: TrainPasses
@@ -208,14 +209,14 @@ class Worker:
         return [results[k] for k in range(len(jobs))]
 
     def _passes(self, client_ids: Sequence[str]) -> list[list[int]]:
-        """Indices of clients that may share a pass, in the order of their first."""
+        """Indices of the clients of each pass, in the order of their first."""
         groups: dict[str, list[int]] = {}
         for k, client_id in enumerate(client_ids):
             groups.setdefault(self.pass_key(client_id), []).append(k)
         return list(groups.values())
 
     def train_rows(self, job: TrainJob) -> list[Example]:
-        """What this job's client trains on."""
+        """The train rows of the job's client."""
         return self.data.examples(job.client_id, "train")
 
     def _train(self, jobs: Sequence[TrainJob], settings: TrainSettings) -> list[TrainResult]:
@@ -228,7 +229,7 @@ class Worker:
         )
 
     def evaluate(self, jobs: Sequence[EvalJob]) -> list[EvalResult]:
-        """Scores of each job's adapters on its client's held-out rows, or the cause of none."""
+        """Scores of each job's adapters on its client's held-out rows, or the cause of failure."""
         results: dict[int, EvalResult] = {}
         for members in self._passes([job.client_id for job in jobs]):
             done = self._evaluate_together([jobs[k] for k in members])
@@ -252,15 +253,15 @@ class Worker:
             results, _ = within_memory(attempt, self.config.eval.batch_size)
         except Exception as error:
             if len(jobs) == 1:
-                return [self._evaluate_without_own(jobs[0], one_line(error))]
+                return [self._evaluate_without_personal(jobs[0], one_line(error))]
             return [self._evaluate_together([job])[0] for job in jobs]
         if results is None:
             cause = "out of memory with 1 row in an evaluation pass"
             return [EvalResult(client_id=job.client_id, cause=cause) for job in jobs]
         return results
 
-    def _evaluate_without_own(self, job: EvalJob, cause: str) -> EvalResult:
-        """What failed with the client's own factors may do without; the cause stays told."""
+    def _evaluate_without_personal(self, job: EvalJob, cause: str) -> EvalResult:
+        """Evaluate once more without the personal factors, and keep the cause in the result."""
         if job.personal is None:
             return EvalResult(client_id=job.client_id, cause=cause)
         (result,) = self._evaluate_together([replace(job, personal=None)])

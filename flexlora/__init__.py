@@ -1,14 +1,13 @@
 """FlexLoRA: one language model tuned over many machines, each training LoRA at its own rank.
 
-Names are resolved on first use, so that ``import flexlora`` loads neither torch nor Flower.
+Names are resolved on first use, so that ``import flexlora`` loads neither torch nor Flower. The
+version is that of the installed package: ``version`` in ``pyproject.toml`` is its only source.
 """
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING
-
-__version__ = "0.1.0"
 
 _HOME = {
     "Adapter": "flexlora.lora.adapters",
@@ -32,8 +31,12 @@ if TYPE_CHECKING:
     from flexlora.lora.peft_folder import load_adapter, save_adapter
     from flexlora.lora.ranks import RankClass
 
+    __version__: str
+
 
 def __getattr__(name: str) -> object:
+    if name == "__version__":
+        return importlib.import_module("importlib.metadata").version("flexlora")
     if name not in _HOME:
         raise AttributeError(f"module 'flexlora' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME[name]), name)

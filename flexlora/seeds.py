@@ -1,4 +1,4 @@
-"""Every random draw comes from ``(seed, round, client, purpose)`` (DESIGN.md, determinism).
+"""Every random draw comes from ``(seed, round, client, purpose)``.
 
 A draw is named, not numbered: two parts of the program never share a stream, and adding a draw
 somewhere does not move the draws elsewhere. There is no global generator.

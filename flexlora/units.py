@@ -14,16 +14,17 @@ PREFIXES = ("", "k", "M", "G", "T", "P")
 MINUTE, HOUR, DAY = 60, 3600, 86400
 
 
-def parse_bytes(text: str) -> int:
+def parse_bytes(text: str, flag: str = "--memory") -> int:
     """``8GiB``, ``8 GB``, ``64MiB`` as a number of bytes.
 
     Raises:
-        UserError: no number, or no unit after it.
+        UserError: no number, no unit after it, or less than a byte; it names ``flag``.
     """
     found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]+)\s*", text)
-    if not found or found[2].lower() not in UNITS:
-        raise UserError(f"--memory is '{text}', expected a number and a unit, like 8GiB or 500MB.")
-    return round(float(found[1]) * UNITS[found[2].lower()])
+    size = round(float(found[1]) * UNITS.get(found[2].lower(), 0)) if found else 0
+    if size < 1:
+        raise UserError(f"{flag} is '{text}', expected a number and a unit, like 8GiB or 500MB.")
+    return size
 
 
 def with_prefix(value: float, unit: str, *, digits: str = ".1f") -> str:

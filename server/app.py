@@ -13,14 +13,15 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from flexlora.aggregation.engine.state import State
 from flexlora.config.resolve import Config, of_flower, resolved
 from flexlora.lora.peft_folder import save_adapter
 from flexlora.runs.folder import RunFolder
 from flexlora.runs.lock import exclusive_lock
+from flexlora.server.observing.observed import observed
 from flexlora.server.observing.observer import LogObserver, Observer
-from flexlora.server.observing.observers import observed
 from flexlora.server.resuming import destination_of, settle
-from flexlora.server.settings import check_config, factoring_of
+from flexlora.server.settings import check_config
 from flexlora.server.strategy import FlexLoRAStrategy
 from flexlora.training.models import resolve_name
 
@@ -56,19 +57,19 @@ def federate(
     resume: bool = False,
     run_id: int | None = None,
 ) -> FlexLoRAStrategy:
-    """Rounds over ``grid`` into the folder ``out``, which is made once there is somebody to train.
+    """Run the rounds over ``grid`` into the folder ``out``, made once a client can train.
 
-    Whatever ends the rounds, the adapters of the last one that was written down whole are left.
-    ``run_id`` is Flower's: a folder that is marked with it is known again (``resuming.py``).
+    Whatever ends the rounds, the adapters of the last one that was written whole are written.
+    ``run_id`` is Flower's, which marks the folder (``resuming.py``).
 
     Raises:
-        UserError: a setting that cannot be, too few nodes, no client that can train, a folder in
-            use, nothing to resume.
+        UserError: settings that contradict each other, too few nodes, no client that can train, a
+            folder in use, nothing to resume.
     """
     check_config(config)
     state, classes = RunFolder(out).load_checkpoint() if resume else (None, None)
-    with ExitStack() as held, observed(out, config, observer, resumed=resume) as told:
-        strategy = FlexLoRAStrategy(config, observer=told, state=state, rank_classes=classes)
+    with ExitStack() as held, observed(out, config, observer, resumed=resume) as watcher:
+        strategy = FlexLoRAStrategy(config, observer=watcher, state=state, rank_classes=classes)
         strategy.meet(grid)
         if state is None:
             strategy.run = RunFolder.create(out, config, overwrite=overwrite)
@@ -77,7 +78,7 @@ def federate(
             held.enter_context(exclusive_lock(out))
             strategy.run = RunFolder(out)
             strategy.run.rewind(state.round)
-            strategy.go_on(strategy.run.load_notes(), grid)
+            strategy.restore(strategy.run.load_notes(), grid)
         if run_id is not None:
             strategy.origin = settle(strategy.run, config, run_id)
         try:
@@ -85,31 +86,26 @@ def federate(
         finally:
             if strategy.closed is not None:
                 with strategy.run.writing("the adapters"):
-                    write_adapters(strategy, config, strategy.run)
+                    write_adapters(strategy, strategy.closed, config, strategy.run)
     return strategy
 
 
-def write_adapters(strategy: FlexLoRAStrategy, config: Config, run: RunFolder) -> None:
+def write_adapters(
+    strategy: FlexLoRAStrategy, state: State, config: Config, run: RunFolder
+) -> None:
     """``adapters/CLASS`` for every rank class and ``adapters/global`` at the server's full rank.
 
-    A class that a resumed run has emptied since (its clients lowered their ranks) leaves none.
+    The folder of a class that no client has any more, as ranks were lowered, is removed.
     """
-    change, factoring = strategy.closed.change, factoring_of(strategy.config)
     base = resolve_name(config.model.name)
-    served = strategy.served(strategy.closed)
+    adapters = {**strategy.served(state), "global": strategy.global_adapter(state)}
     for folder in (run.path / "adapters").glob("*"):
-        if folder.is_dir() and folder.name not in {*served, "global"}:
+        if folder.is_dir() and folder.name not in adapters:
             shutil.rmtree(folder)
-    for name, adapter in served.items():
+    for name, adapter in adapters.items():
         save_adapter(
             adapter,
             run.path / "adapters" / name,
             base=base,
             fan_in_fan_out=strategy.roster.fan_in_fan_out,
         )
-    save_adapter(
-        change.full_rank_adapter(factoring.alpha, rslora=factoring.rslora),
-        run.path / "adapters" / "global",
-        base=base,
-        fan_in_fan_out=strategy.roster.fan_in_fan_out,
-    )

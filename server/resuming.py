@@ -1,8 +1,8 @@
-"""Which folder a ServerApp writes to, and whether it goes on with what is there.
+"""Choose the folder that a ServerApp writes to, and whether it resumes the run in it.
 
-A run under Flower goes on in two ways. A ServerApp that Flower starts again for the same run finds
-its own folder, by the run's id. A new ``flwr run`` names the folder with ``resume``: since clients
-read the configuration of the new run, it must be the folder's own, in all that clients read.
+Flower resumes a run in two ways. A ServerApp that is started again for the same run finds the
+folder by the run's id. A new ``flwr run`` names the folder with ``resume``: since clients read the
+configuration of the new run, it must equal the folder's in every key that clients read.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Destination:
 
 
 def destination_of(config: Config, run_id: int) -> Destination:
-    """What a run with this configuration and Flower's id does with the disk.
+    """The folder of the run with this configuration and Flower's id.
 
     Raises:
         UserError: ``resume`` names no run, none that has finished a round, or one that was
@@ -51,43 +51,42 @@ def destination_of(config: Config, run_id: int) -> Destination:
 
 
 def _resumed(config: Config) -> Destination:
-    run, own = RunFolder.open(config.resume)
+    run, saved = RunFolder.open(config.resume)
     if config.out and Path(config.out).resolve() != run.path.resolve():
         raise UserError(
             f"resume is '{run.path}' and out is '{config.out}', expected one of the two: "
             "a resumed run goes on in its own folder."
         )
-    begun = own.flat()
+    before = saved.flat()
     for key, value in config.flat().items():
-        if value != begun.get(key) and not _may_differ(key, value, begun.get(key)):
+        if value != before.get(key) and not _may_differ(key, value, before.get(key)):
             raise UserError(
-                f"{key} is {value!r}, expected {begun.get(key)!r} as in '{run.path}', which resume "
-                f"goes on with; give {_whole(run.path)} as the only --run-config."
+                f"{key} is {value!r}, expected {before.get(key)!r} as in '{run.path}', which is "
+                f"resumed; give {_whole(run.path)} as the only --run-config."
             )
-    run.load_checkpoint()  # refused before anybody is asked
-    return Destination(
-        folder=run.path, config=config.with_values({"resume": "", "out": ""}), resume=True
-    )
+    run.load_checkpoint()  # raises before any node is queried
+    config = config.with_values({"resume": "", "out": ""})
+    return Destination(folder=run.path, config=config, resume=True)
 
 
-def _may_differ(key: str, value: object, own: object) -> bool:
-    """What no client reads, and a run that is to be longer."""
+def _may_differ(key: str, value: object, saved: object) -> bool:
+    """Keys that no client reads, and a larger number of rounds."""
     if key == "num-server-rounds":
-        return int(str(value)) >= int(str(own))
+        return int(str(value)) >= int(str(saved))
     return key in ("out", "resume") or key.startswith("server.")
 
 
 def _whole(folder: Path) -> str:
-    """The file that repeats a run's configuration; Flower takes one file or pairs, never both."""
+    """How to repeat a run's configuration: Flower takes one file or pairs, never both."""
     if (folder / RESUME_FILE).is_file():
         return f"'{folder / RESUME_FILE}'"
     return f"a copy of '{folder / 'config.toml'}' with resume = \"{folder}\" in it"
 
 
 def settle(run: RunFolder, config: Config, run_id: int) -> str:
-    """Write down what a later ServerApp needs to know of a folder that is this run's now.
+    """Mark the folder as this run's, and write the configuration that resumes it.
 
-    Returns Flower's id of the first run in it, by which nodes keep what they keep.
+    Returns Flower's id of the first run in the folder: nodes store their files under that id.
     """
     nested = {k: v for k, v in config.with_values({"resume": ""}).nested().items() if k != "out"}
     write_atomically(run.path / "config.toml", tomli_w.dumps(nested).encode())

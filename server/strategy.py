@@ -1,13 +1,13 @@
 """FlexLoRA as a Flower strategy: the steps of a round, top to bottom.
 
-    meet the nodes     what can each train; a rank class for each client; a table; later ones too
-    configure_train    T_r(G) per rank class, one payload each; sampled by client id
-    aggregate_train    replies are read as they come, checked, folded in; a bad one is left out,
-                       a message that is lost is sent again, a node that loses them sits out
-    configure_evaluate every class's adapter to the clients that evaluate
-    aggregate_evaluate loss, exact match, ROUGE-L per class; then rows on disk, then the checkpoint
+    meet                query every node, assign every client a rank class
+    configure_train     T_r(G) per rank class, one payload each; clients sampled by their own ids
+    aggregate_train     decode, validate and add the replies as they come; then close the sum
+    configure_evaluate  every class's adapter to the evaluating clients
+    aggregate_evaluate  loss, exact match and ROUGE-L per class
 
-Never Flower's own averaging: it adds factors of unequal rank by broadcasting, without an error.
+then the rows are written, and then the checkpoint. Flower's own averaging is not used: it adds
+factors of unequal rank by broadcasting, without an error.
 """
 
 from __future__ import annotations
@@ -16,58 +16,59 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from flexlora.aggregation import make_method
-from flexlora.aggregation.engine.method import Start, State
-from flexlora.aggregation.engine.state import GlobalChange
+from flexlora.aggregation.engine.open_round import OpenRound
+from flexlora.aggregation.engine.state import GlobalChange, State
 from flexlora.config.resolve import Config
-from flexlora.evaluation.evaluate import BASE
 from flexlora.lora.adapters import Adapter
 from flexlora.lora.ranks import RankClass
 from flexlora.runs.folder import RunFolder
-from flexlora.seeds import derive_seed
+from flexlora.runs.outcomes import Outcome
 from flexlora.server.members.membership import Membership
 from flexlora.server.members.roster import Member, Roster
 from flexlora.server.members.sampling import History
-from flexlora.server.members.selection import Selected, Selector, too_few
+from flexlora.server.members.selection import Selector
 from flexlora.server.observing.observer import Observer
-from flexlora.server.rounds.intake import Intake, OverdueBook
-from flexlora.server.rounds.ledger import (
-    RoundLedger,
-    class_metrics,
+from flexlora.server.rounds.client_rows import ClientRow, left_out_rows
+from flexlora.server.rounds.evaluation import (
     eval_metrics,
+    evaluation_messages,
+    evaluation_results,
     evaluation_rows,
-    left_out_rows,
-    module_metrics,
 )
-from flexlora.server.rounds.opening import Opening
-from flexlora.server.rounds.scoring import evaluation_messages, evaluation_results
-from flexlora.server.rounds.underway import UnderWay, moment_of, return_to, unanswered
-from flexlora.server.settings import check_config, factoring_of
-from flexlora.server.transport.clocks import clock_of
-from flexlora.server.transport.exchange import ask, exchange, resending_of
+from flexlora.server.rounds.late_messages import LateMessages
+from flexlora.server.rounds.replies import ReplyHandler
+from flexlora.server.rounds.round_metrics import RoundMetrics, class_metrics, module_metrics
+from flexlora.server.rounds.round_plan import RoundPlan
+from flexlora.server.settings import factoring_of
+from flexlora.server.transport.clocks import Clock, clock_of, clock_state, restore_clock
+from flexlora.server.transport.exchange import ask
 from flexlora.server.transport.messages import content_bytes, pack
-from flexlora.server.transport.resending import Letter
+from flexlora.server.transport.retry_queue import PendingMessage
 from flexlora.wire.encoding import DTYPES
 from flexlora.wire.jobs import EvalResult
 
 __all__ = ["FlexLoRAStrategy"]
 
 LOG = logging.getLogger(__name__)
+EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 
 
 class FlexLoRAStrategy(Strategy):
     """Heterogeneous-rank LoRA with exact aggregation, streamed replies and resume.
 
     Args:
-        config: all keys, as ``Config.of({"ranks.tiers": "4,8"})``.
-        run: where rows, checkpoints and adapters go; None keeps nothing.
-        observer: told of every step; None tells nobody.
-        state: the state to go on from, with the rank class of each client, after a resume.
+        config: the configuration, checked by ``check_config``.
+        run: the folder for rows, checkpoints and adapters; None writes nothing.
+        observer: called at every event.
+        state: the state to resume from; None starts from the base.
+        rank_classes: the rank class of each client, after a resume.
     """
 
     def __init__(
@@ -79,25 +80,37 @@ class FlexLoRAStrategy(Strategy):
         state: State | None = None,
         rank_classes: dict[str, RankClass] | None = None,
     ) -> None:
-        check_config(config)
-        self.config, self.run, self.observer = config, run, observer
+        self.config, self.run = config, run
+        self.observer = observer or Observer()
         self.method = make_method(config.method.name, config.method)
-        self.state = self.closed = state  # closed: after the last round written down whole
+        self.closed = state  # the state of the last round that was written whole
         self.origin = ""  # Flower's id of the first run in this folder
         self.num_rounds = config.num_server_rounds
         self.membership = Membership(config, rank_classes or {})
         self.selector = Selector(config)
-        self._selected = Selected()
-        self._letters: dict[Letter, str] = {}  # and the client that each was written to
-        self._sent: dict[str, Start] = {}
-        self._asked: dict[str, str] = {}
-        self._late = UnderWay(OverdueBook(config.server.late_rounds))
-        self._class_bytes: dict[str, int] = {}
-        self._ledger = RoundLedger(server_round=0)
+        self.metrics = RoundMetrics(server_round=0)
+        self.late = LateMessages(config.server.late_rounds)
+        self._state = state
+        self._open: ReplyHandler | None = None
         self._eval_results: list[EvalResult] = []
 
+    @property
+    def state(self) -> State:
+        """The global change after the last round.
+
+        Raises:
+            RuntimeError: neither ``state`` was given nor has ``start`` been called.
+        """
+        if self._state is None:
+            raise RuntimeError("the strategy has no state, expected one after start(grid).")
+        return self._state
+
+    @property
+    def roster(self) -> Roster:
+        return self.membership.roster
+
     def summary(self) -> None:
-        """Nothing: the observer reports."""
+        """The observer reports instead."""
 
     def start(
         self,
@@ -107,294 +120,205 @@ class FlexLoRAStrategy(Strategy):
         timeout: float | None = None,
         train_config: ConfigRecord | None = None,
         evaluate_config: ConfigRecord | None = None,
-        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+        evaluate_fn: EvaluateFn | None = None,
     ) -> Result:
         """Run rounds ``state.round + 1`` to ``num_rounds`` (default: the configuration's).
 
-        ``initial_arrays`` and the two configs are not used: round 0 is the base itself, and clients
+        ``initial_arrays`` and the two configs are ignored: round 0 is the base itself, and clients
         read their settings from the run's configuration. ``evaluate_fn`` gets the global adapter.
 
         Raises:
-            UserError: too few nodes in time, or no client that can train.
+            UserError: too few nodes in time, or no client can train.
         """
-        rounds = self.num_rounds = num_rounds or self.config.num_server_rounds
-        limit = timeout or self.config.server.round_timeout_seconds
-        config, result = ConfigRecord(), Result()
+        self.num_rounds = num_rounds or self.config.num_server_rounds
+        timeout = timeout or self.config.server.round_timeout_seconds
+        result, clock, first = Result(), clock_of(grid), 0
         if not self.roster.members:
-            self.meet(grid, limit)
-        first = self.state is None
-        if self.state is None:
+            self.meet(grid, timeout)
+        if self._state is not None:
+            first = self._state.round + 1
+        else:
             dtype = DTYPES["float64" if self.config.wire.dtype == "float64" else "float32"]
-            self.state = State(round=0, change=GlobalChange.zero(self.roster.shapes, dtype))
-        clock = clock_of(grid)
-        measured = not (clock.simulated or getattr(grid, "in_process", False))
-        for server_round in range(0 if first else self.state.round + 1, rounds + 1):
-            began, then = time.perf_counter(), clock.now()
-            self._ledger = RoundLedger(server_round=server_round, measured=measured)
-            metrics: dict[str, object] = {"round": server_round}
+            self._state = State(round=0, change=GlobalChange.zero(self.roster.shapes, dtype))
+        for server_round in range(first, self.num_rounds + 1):
+            began = time.perf_counter()
+            measured = not (clock.simulated or getattr(grid, "in_process", False))
+            self.metrics = RoundMetrics(server_round=server_round, measured=measured)
+            values: dict[str, Any] = {"round": server_round}
             if server_round > 0:
-                self._welcome(grid, server_round, limit)
-                messages = self.configure_train(server_round, ArrayRecord(), config, grid)
-                self._tell("round_started", server_round, rounds, len(messages))
-                replies = self._replies(grid, limit)
-                _, trained = self.aggregate_train(server_round, replies)
-                metrics |= trained or {}
-                metrics |= self._ledger.account(clock, clock.now() - then)
-                result.train_metrics_clientapp[server_round] = trained or MetricRecord()
-            if self.config.eval.due(server_round, rounds):
-                messages = self.configure_evaluate(server_round, ArrayRecord(), config, grid)
-                metrics["eval_bytes_down"] = sum(content_bytes(m.content) for m in messages)
-                if server_round == 0:
-                    self._tell("round_started", server_round, rounds, len(messages))
-                letters = [Letter(message) for message in messages]
-                scored = ask(grid, letters, self.config, limit)
-                scores = self.aggregate_evaluate(server_round, (r for _, r in scored if r))
-                metrics |= scores or {}
-                result.evaluate_metrics_clientapp[server_round] = scores or MetricRecord()
+                values |= self._train(grid, server_round, timeout, result)
+            if self.config.eval.due(server_round, self.num_rounds):
+                values |= self._evaluate(grid, server_round, timeout, result)
             if evaluate_fn is not None:
                 extra = evaluate_fn(server_round, self.global_arrays())
                 result.evaluate_metrics_serverapp[server_round] = extra or MetricRecord()
-            metrics["seconds"] = time.perf_counter() - began
-            self._close_round(metrics, moment_of(clock))
+            values["seconds"] = time.perf_counter() - began
+            self._close_round(values, clock)
         result.arrays = self.global_arrays()
         return result
 
-    def go_on(self, notes: Mapping, grid: Grid) -> None:
-        """Take up what an earlier process of this run had come to know."""
+    def restore(self, notes: Mapping[str, Any], grid: Grid) -> None:
+        """Go on from a checkpoint's ``notes``: the clients' history, the clock, late messages."""
         if notes.get("history"):
             self.selector.history = History.from_dict(notes["history"])
         waited = notes.get("under_way", {})
-        if self.state is not None and self.state.round < self.num_rounds and waited:
-            self._late.send_again(self.run, waited, grid, self.roster, opening=self._opening)
-        return_to(notes, clock_of(grid))
-
-    @property
-    def roster(self) -> Roster:
-        """Who takes part, at which rank."""
-        return self.membership.roster
+        if self.run is not None and self.state.round < self.num_rounds and waited:
+            self.late.send_again(self.run, waited, grid, self.roster, self._plan)
+        restore_clock(notes, clock_of(grid))
 
     def meet(self, grid: Grid, timeout: float | None = None) -> None:
-        """Wait for nodes, ask what each can train, and give every client its rank class."""
+        """Wait for nodes, query their capabilities, and assign every client its rank class."""
         self.membership.meet(grid, timeout or self.config.server.round_timeout_seconds)
-        self._tell("met", self.roster)
+        self.observer.met(self.roster)
 
-    def _welcome(self, grid: Grid, server_round: int, timeout: float) -> None:
-        joined, left_out = self.membership.welcome(grid, server_round, timeout)
+    def _train(
+        self, grid: Grid, server_round: int, timeout: float, result: Result
+    ) -> dict[str, Any]:
+        clock = clock_of(grid)
+        began = clock.now()
+        joined, left_out = self.membership.admit(grid, server_round, timeout)
         if joined:
-            self._tell("met", self.roster)
-        self._ledger.leave_out(left_out)
+            self.observer.met(self.roster)
+        self.metrics.rows += left_out_rows(server_round, left_out)
+        messages = self.configure_train(server_round, ArrayRecord(), ConfigRecord(), grid)
+        self.observer.round_started(server_round, self.num_rounds, len(messages))
+        replies = self._handler.replies(grid, timeout)
+        _, metrics = self.aggregate_train(server_round, replies)
+        result.train_metrics_clientapp[server_round] = metrics
+        seconds = clock.now() - began
+        timed = self.metrics.apply_clock(clock, seconds)
+        return {**metrics, **self.metrics.exceptions(), **timed}
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
-        """One message per sampled client; clients of a class share one payload."""
-        self._selected = self.selector.select(grid, self.roster, server_round)
-        asked = [self.roster.members[client_id] for client_id in self._selected.client_ids]
-        opening = self._opening(self.state, asked, server_round)
-        if getattr(grid, "sends_again", False):
-            self._late.opened(self.state, asked, clock_of(grid))
-        self._sent, self._asked = opening.sent, opening.asked
-        self._class_bytes = opening.class_bytes
-        self._ledger.bytes_carried = opening.bytes_carried
-        self._ledger.bytes_down = sum(self._class_bytes[name] for name in self._asked.values())
-        self._ledger.sit_out(self.roster, self._selected.resting)
-        for client_id, cause in self._selected.resting.items():
-            LOG.warning("client %s, round %d: %s", client_id, server_round, cause)
-        messages = opening.messages()
-        self._letters = {Letter(message): client_id for client_id, message in messages.items()}
-        return list(messages.values())
-
-    def _opening(self, state: State, asked: Sequence[Member], server_round: int) -> Opening:
-        return Opening.of(
-            self.method,
-            state,
-            asked,
-            self.config,
-            server_round=server_round,
-            num_rounds=self.num_rounds,
-            fingerprint=self.roster.fingerprint,
-            origin=self.origin,
-        )
-
-    def _replies(self, grid: Grid, timeout: float) -> Iterable[Message]:
-        """Replies as they come, overdue ones among them; who sends none gets its row here."""
-        silent: list[tuple[Letter, str]] = []
-        needed, clock = self._selected.needed, clock_of(grid)
-
-        def enough() -> bool:
-            return bool(self._letters) and self._intake.counted >= needed
-
-        for letter, reply in exchange(
-            grid,
-            self._letters,
-            timeout=timeout,
-            resending=resending_of(grid, self.config, timeout),
-            overdue=self._late.book.letters,
-            enough=enough,
-            told=self._resent,
-            forward=lambda letter: self.membership.forward(
-                grid, letter, self._letters[letter], self._ledger.server_round
-            ),
-            turns=self._turns(needed),
-        ):
-            if reply is not None:
-                yield reply
-            else:
-                silent.append((letter, self._letters[letter]))
-        satisfied = enough()
-        for letter, client_id in silent:
+        """Open the round: one message per sampled client, one payload per rank class."""
+        selected = self.selector.select(grid, self.roster, server_round)
+        for client_id, cause in selected.backing_off.items():
             member = self.roster.members[client_id]
-            if satisfied:
-                self._intake.unneeded(member, f"{needed} updates came first", letter=letter)
-            else:
-                self._intake.missing(member, f"no reply within {timeout:g} s", letter=letter)
-        starts = {client_id: self._sent[name] for client_id, name in self._asked.items()}
-        late = unanswered(self._letters, starts, self._ledger.server_round)
-        self._late.keep(late if not satisfied else (), self._ledger.server_round, clock)
-        for letter in self._letters:
-            letter.forget()
-        if not clock.simulated:
-            self._remember_losses(satisfied)
+            row = ClientRow.of(member, server_round, Outcome.BACKING_OFF, cause)
+            self.metrics.rows.append(row)
+            LOG.warning("client %s, round %d: %s", client_id, server_round, cause)
+        members = [self.roster.members[client_id] for client_id in selected.client_ids]
+        plan = self._plan(self.state, members, server_round)
+        if getattr(grid, "sends_again", False):
+            self.late.open_round(self.state, members, clock_of(grid))
+        starts = plan.sent | self.late.starts
+        self.metrics.bytes_carried = plan.bytes_carried
+        self._open = ReplyHandler(
+            plan=plan,
+            selected=selected,
+            sent=starts,
+            opened=OpenRound(
+                self.method,
+                self.state,
+                starts,
+                plan.asked,
+                factor_gap=self.config.eval.factor_gap,
+            ),
+            late=self.late,
+            metrics=self.metrics,
+            membership=self.membership,
+            history=self.selector.history,
+            observer=self.observer,
+            config=self.config,
+        )
+        return [pending.message for pending in plan.pending if pending.message is not None]
 
-    def _resent(self, letter: Letter, cause: str) -> None:
-        client_id = self._letters[letter]
-        self._ledger.resent += 1
-        self._ledger.bytes_down += self._class_bytes[self._asked[client_id]]
-        if hasattr(self.observer, "resent"):
-            self._tell("resent", client_id, letter.sent, cause)
+    def _plan(self, state: State, members: Sequence[Member], server_round: int) -> RoundPlan:
+        when = server_round, self.num_rounds
+        return RoundPlan.of(self.method, state, members, self.config, *when, self.origin)
 
-    def _remember_losses(self, satisfied: bool) -> None:
-        """For back-off: silence is a loss unless enough others came first."""
-        for letter, client_id in self._letters.items():
-            if letter.answered:
-                self.selector.history.hear(client_id)
-            elif letter.error is not None or not satisfied:
-                self.selector.history.lose(client_id, self._ledger.server_round)
-
-    def _turns(self, needed: int) -> dict[Letter, int]:
-        """Drawn where more are asked than needed: by id, the last ones would never count."""
-        purpose = (self.config.seed, "arrival", self._ledger.server_round)
-        letters = self._letters.items() if needed < len(self._letters) else ()
-        return {letter: derive_seed(*purpose, client_id) for letter, client_id in letters}
+    @property
+    def _handler(self) -> ReplyHandler:
+        if self._open is None:
+            raise RuntimeError("no round is open, expected configure_train before aggregate_train.")
+        return self._open
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Fold in the replies one by one and close the round's sum; ``state`` is the next one."""
-        starts = self._sent | self._late.book.starts
-        self._intake = Intake(
-            opened=self.method.begin(self.state, starts, self._asked),
-            sent=starts,
-            class_bytes=self._class_bytes,
-            ledger=self._ledger,
-            max_norm=self.config.method.max_update_norm,
-            tell=lambda client_id, cause: self._tell("replied", client_id, cause),
-            late_weight=self.config.server.late_weight,
-        )
-        done: set[Letter] = set()
+    ) -> tuple[ArrayRecord | None, MetricRecord]:
+        """Add the replies one by one and close the sum; ``state`` is the next one afterwards."""
+        handler = self._handler
         for reply in replies:
-            self._take(server_round, reply, done)
+            handler.handle(reply)
         began = time.perf_counter()
-        quorum, counted = self.config.server.quorum, self._intake.counted + self._intake.late
-        cause = self._selected.cause
-        if not cause and counted < quorum:
-            cause = too_few(counted, quorum, "updates came")
-        self.state = _unchanged(self.state) if cause else self._intake.opened.finish()
-        for client_id, rank_class in sorted(self._intake.lowered.items()):
+        self.metrics.skipped = handler.skipped(self.config.server.quorum)
+        if self.metrics.skipped:
+            self._state = self.state.unchanged()
+        else:
+            self._state = handler.opened.close()
+        for client_id, rank_class in sorted(handler.lowered.items()):
             member = self.roster.members[client_id]
             self.roster.members[client_id] = replace(member, rank_class=rank_class)
-        served = self.served(self.state)
-        metrics = self._ledger.metrics() | class_metrics(self.state, served)
-        metrics["server_seconds"] = time.perf_counter() - began
-        if cause:
-            self._ledger.skipped = cause
-            self._tell("replied", f"round {server_round}", cause)
-        return None, MetricRecord(metrics)
+        served = class_metrics(self.state, self.served(self.state))
+        seconds = time.perf_counter() - began
+        if self.metrics.skipped:
+            self.observer.round_skipped(server_round, self.metrics.skipped)
+        return None, MetricRecord({**self.metrics.totals(), **served, "server_seconds": seconds})
 
-    def _take(self, server_round: int, reply: Message, done: set[Letter]) -> None:
-        """One reply: to a letter of this round, to an overdue one, or to nothing at all."""
-        message_id, members = reply.metadata.reply_to_message_id, self.roster.members
-        letter = next((own for own in self._letters if own.wrote(message_id)), None)
-        overdue = None if letter is not None else self._late.book.take(message_id)
-        if letter is not None and letter not in done:
-            done.add(letter)
-            self._intake.take(members[self._letters[letter]], reply, letter=letter)
-        elif overdue is not None:
-            if not reply.has_error():
-                self.selector.history.hear(overdue.client_id)
-            self._intake.take(members[overdue.client_id], reply, overdue)
-            self._ledger.came_late(self._late.spent(overdue))
-        else:
-            what = "a second reply" if letter is not None else "a reply to nothing that was sent"
-            sender = self._letters[letter] if letter else f"node {reply.metadata.src_node_id}"
-            LOG.warning("%s: %s in round %d, dropped", sender, what, server_round)
+    def _evaluate(
+        self, grid: Grid, server_round: int, timeout: float, result: Result
+    ) -> dict[str, Any]:
+        messages = self.configure_evaluate(server_round, ArrayRecord(), ConfigRecord(), grid)
+        if server_round == 0:
+            self.observer.round_started(server_round, self.num_rounds, len(messages))
+        pending = [PendingMessage(message) for message in messages]
+        replies = (reply for _, reply in ask(grid, pending, self.config, timeout) if reply)
+        scores = self.aggregate_evaluate(server_round, replies)
+        result.evaluate_metrics_clientapp[server_round] = scores
+        return {"eval_bytes_down": sum(content_bytes(m.content) for m in messages), **scores}
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
-        """The same clients every time, each with every class's adapter (round 0: none)."""
-        return evaluation_messages(
-            self.served(self.state),
-            self.roster,
-            self.config,
-            server_round=server_round,
-            num_rounds=self.num_rounds,
-            origin=self.origin,
-        )
+        """To the same clients in every round, each with every class's adapter (round 0: none)."""
+        served, when = self.served(self.state), (server_round, self.num_rounds)
+        return evaluation_messages(served, self.roster, self.config, *when, self.origin)
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord:
+        """Sums over clients, then means: per rank class, and each client at its own class."""
+        self._eval_results = evaluation_results(replies, self.roster, self.observer.evaluated)
+        return MetricRecord({**eval_metrics(self._eval_results, self.roster)})
+
+    def _close_round(self, values: dict[str, Any], clock: Clock) -> None:
+        """Write the rows, then the checkpoint: a resume removes rows that have no checkpoint."""
+        server_round, history = self.metrics.server_round, self.selector.history
+        self.metrics.update_history(history)
+        if self.run is not None:
+            rows = self.metrics.rows
+            if server_round == 0:
+                rows = left_out_rows(0, self.roster.left_out)
+            else:
+                classes = self.roster.rank_classes
+                values["modules"] = module_metrics(self.state, classes)
+            cells = [row.cells() for row in sorted(rows, key=lambda row: row.client_id)]
+            evaluations = evaluation_rows(server_round, self._eval_results)
+            self.run.append_round(values, cells, evaluations)
+            waited = self.late.write(self.run)
+            notes = {"history": history.to_dict(), "under_way": waited, **clock_state(clock)}
+            members = self.roster.members.items()
+            classes = {client_id: member.rank_class for client_id, member in members}
+            self.run.save_checkpoint(self.run.checkpoint, self.state, classes, notes)
+            self.late.remove_unneeded(self.run, waited)
+        self._eval_results, self.closed = [], self.state
+        self.observer.round_finished(values)
 
     def served(
         self, state: State, rank_classes: Mapping[str, RankClass] | None = None
     ) -> dict[str, Adapter]:
-        """The adapter that each rank class (default: those met) would be given to use."""
+        """The adapter of each rank class (default: the roster's) at ``state``, ready to use."""
         classes = self.roster.rank_classes if rank_classes is None else rank_classes
         return {
             name: self.method.start(state, rank_class, factoring_of(self.config)).served()
             for name, rank_class in classes.items()
         }
 
-    def aggregate_evaluate(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> MetricRecord | None:
-        """Sums over clients, then means: per rank class, and each client at its own class."""
-
-        def told(result: EvalResult) -> None:
-            if result.cause or server_round == 0:
-                cause = f"evaluation: {result.cause}" if result.cause else ""
-                self._tell("replied", result.client_id, cause)
-
-        self._eval_results = evaluation_results(replies, self.roster, told=told)
-        return MetricRecord(eval_metrics(self._eval_results, self.roster, base=BASE))
-
-    def _close_round(self, metrics: dict[str, object], moment: Mapping) -> None:
-        """Rows first, then the checkpoint: what a crash between them leaves is rewound."""
-        server_round, history = self._ledger.server_round, self.selector.history
-        self._ledger.teach(history)
-        if self.run is not None:
-            rows = left_out_rows(self.roster) if server_round == 0 else self._ledger.rows
-            rows = sorted(rows, key=lambda row: str(row["client_id"]))
-            evaluations = evaluation_rows(server_round, self._eval_results)
-            if server_round > 0:
-                metrics["modules"] = module_metrics(self.state, self.roster.rank_classes)
-            self.run.append_round(metrics, rows, evaluations)
-            classes = {k: member.rank_class for k, member in self.roster.members.items()}
-            waited = self._late.write(self.run)
-            notes = {"history": history.to_dict(), "under_way": waited, **moment}
-            self.run.save_checkpoint(self.run.checkpoint, self.state, classes, notes)
-            self._late.tidy(self.run, waited)
-        self._eval_results, self.closed = [], self.state
-        self._tell("round_finished", metrics)
+    def global_adapter(self, state: State) -> Adapter:
+        """``G`` as one adapter at the server's full rank."""
+        factoring = factoring_of(self.config)
+        return state.change.full_rank_adapter(factoring.alpha, rslora=factoring.rslora)
 
     def global_arrays(self) -> ArrayRecord:
-        """The global adapter at the server's full rank as Flower arrays."""
-        lora = self.config.lora
-        adapter = self.state.change.full_rank_adapter(lora.alpha, rslora=lora.rslora)
-        return pack(adapter, "float32").arrays
-
-    def _tell(self, event: str, *args: object) -> None:
-        if self.observer is not None:
-            getattr(self.observer, event)(*args)
-
-
-def _unchanged(state: State) -> State:
-    """The state after a round that changes nothing."""
-    return replace(state, round=state.round + 1, dropped_energy=0.0, modules={})
+        """``global_adapter`` as Flower arrays."""
+        return pack(self.global_adapter(self.state), "float32").arrays

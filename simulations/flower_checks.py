@@ -35,12 +35,12 @@ def check_flower() -> Finding:
         back = _round_trip()
     except Exception as error:  # whatever a half-installed Flower raises
         return failed(f"a message does not come back: {one_line(error).rstrip('.')}.", remedy)
-    if back != _asked():
+    if back != _capability():
         return failed("a message comes back changed.", remedy)
     return ok(f"{version}, a message went there and back")
 
 
-def _asked() -> Capability:
+def _capability() -> Capability:
     from flexlora.wire.jobs import Capability
 
     return Capability(
@@ -53,8 +53,8 @@ def _asked() -> Capability:
     )
 
 
-class _Answering:
-    """What an ``InProcessGrid`` asks of a worker that is only queried."""
+class _QueriedWorker:
+    """The part of a worker that ``InProcessGrid`` needs for a capability query."""
 
     client_ids = ("doctor",)
     personal = None
@@ -63,7 +63,7 @@ class _Answering:
         self.config = Config()  # imports the default method's file, and so torch
 
     def capability(self, client_id: str, *, probed: bool = True) -> Capability:
-        return _asked()
+        return _capability()
 
 
 def _round_trip() -> Capability:
@@ -73,7 +73,7 @@ def _round_trip() -> Capability:
     from flexlora.simulations.engine.cohorts import CohortLimits
     from flexlora.simulations.engine.grid import InProcessGrid
 
-    worker: Any = _Answering()
+    worker: Any = _QueriedWorker()
     grid = InProcessGrid(worker, limits=CohortLimits(clients=1), wire_dtype="float32")
     query = Message(RecordDict(), dst_node_id=1, message_type=MessageType.QUERY)
     (reply,) = grid.pull_messages(grid.push_messages([query]))

@@ -1,4 +1,4 @@
-"""``flexlora eval`` and ``flexlora export``: what a run is worth, and taking it along."""
+"""``flexlora eval`` and ``flexlora export``: score adapters, write one rank of a run's change."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from flexlora.clients.worker import Worker, worker_for
+from flexlora.clients.worker import worker_for
 from flexlora.config.resolve import Config, resolved
 from flexlora.errors import UserError, nearest
 from flexlora.evaluation.evaluate import BASE
 from flexlora.lora.adapters import Adapter
 from flexlora.lora.peft_folder import load_adapter, save_adapter
+from flexlora.report.console import make_console
 from flexlora.runs.folder import RunFolder
 from flexlora.server.strategy import FlexLoRAStrategy
-from flexlora.simulations.terminal import make_console
+from flexlora.simulations.scoring import held_out_scores
 from flexlora.training.models import load_base, resolve_name
-from flexlora.wire.jobs import EvalJob, Score
 
-__all__ = ["evaluate_target", "export_run", "score_adapters"]
+__all__ = ["evaluate_target", "export_run"]
 
 
 def evaluate_target(
@@ -45,14 +45,11 @@ def evaluate_target(
         values |= {"clients.quantization": ""}
     values |= Config.given(file=file, sets=sets)
     worker = worker_for(resolved(Config.of(values)))
-    scores = score_adapters(worker, adapters)
+    scores = held_out_scores(worker, {}) | held_out_scores(worker, adapters)
     table = Table(box=None, pad_edge=False)
     for column in ("adapter", "loss", "exact match", "ROUGE-L", "rows"):
         table.add_column(column, justify="left" if column == "adapter" else "right")
     for name, score in scores.items():
-        if not score.rows:
-            split = worker.config.eval.split
-            raise UserError(f"the data has no {split} rows that fit; try another eval.split.")
         table.add_row(
             name,
             f"{score.loss / score.tokens:.4f}",
@@ -82,23 +79,6 @@ def _adapters_of(path: Path) -> tuple[dict[str, Adapter], dict[str, object]]:
     config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
     base = config.get("base_model_name_or_path") or "embedded"
     return {name: adapter}, {"model.name": base, "lora.target-modules": ",".join(adapter)}
-
-
-def score_adapters(worker: Worker, adapters: Mapping[str, Adapter]) -> dict[str, Score]:
-    """Scores of the base and of each adapter over the held-out rows of all clients."""
-    totals = dict.fromkeys((BASE, *adapters), Score())
-    for group in ({}, adapters):
-        jobs = [
-            EvalJob(client_id=client_id, server_round=0, adapters=group, generate=True)
-            for client_id in worker.client_ids
-        ]
-        for result in worker.evaluate(jobs):
-            if result.cause:
-                cause = result.cause.removeprefix("ValueError: ")
-                raise UserError(f"the adapter does not fit the base: {cause}")
-            for name, score in result.scores.items():
-                totals[name] += score
-    return totals
 
 
 def export_run(target: str, *, rank: int, kind: str, out: str) -> None:

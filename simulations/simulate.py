@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
 from pathlib import Path
 
 import torch
+from rich.console import Console
 
 from flexlora.clients.worker import Worker, worker_for
 from flexlora.config.resolve import Config, resolved
-from flexlora.errors import UserError
+from flexlora.errors import UserError, one_line
+from flexlora.report import write_report
 from flexlora.runs.folder import RunFolder
 from flexlora.runs.lock import check_idle
 from flexlora.server.app import federate
@@ -20,11 +21,41 @@ from flexlora.server.strategy import FlexLoRAStrategy
 from flexlora.simulations.engine.cohorts import limits_of, resolved_limits
 from flexlora.simulations.engine.grid import InProcessGrid
 from flexlora.simulations.engine.pool import Pool, make_pool
+from flexlora.simulations.terminal import TerminalObserver
 from flexlora.simulations.world.populations import Population
 from flexlora.simulations.world.simulated_time import world_of
 from flexlora.training.personal_store import PersonalStore
 
-__all__ = ["make_grid", "resume", "simulate"]
+__all__ = ["make_grid", "resume", "run_in_terminal", "simulate"]
+
+
+def run_in_terminal(
+    config: Config, out: Path, *, console: Console, overwrite: bool = False, go_on: bool = False
+) -> None:
+    """Run ``config`` into ``out`` with a table per round, a summary and ``report.html``.
+
+    With ``go_on`` the run in ``out`` is resumed under its own configuration.
+
+    Raises:
+        UserError: see ``simulate`` and ``resume``.
+    """
+    if go_on:
+        _, config = RunFolder.open(out)
+    with TerminalObserver(console, personal_rank=config.personal.rank) as observer:
+        if go_on:
+            resume(out, observer=observer)
+        else:
+            simulate(config, out, observer=observer, overwrite=overwrite)
+    observer.summary(RunFolder(out).metrics())
+    try:
+        page = write_report(out)
+    except Exception as error:  # the run is complete, whatever is wrong with its page
+        print(
+            f"flexlora: the run is whole, but its report was not written ({one_line(error)}).",
+            file=sys.stderr,
+        )
+    else:
+        console.print(f"\nReport: {page}", soft_wrap=True)
 
 
 def simulate(
@@ -37,39 +68,43 @@ def simulate(
     """
     config, out = resolved(config), Path(out)
     RunFolder.check_free(out, overwrite=overwrite)
-    with _ready(config, out) as (config, grid):
-        return federate(grid, config, out, observer=observer, overwrite=overwrite)
+    return _run(config, out, observer, overwrite=overwrite)
 
 
 def resume(out: str | Path, *, observer: Observer | None = None) -> FlexLoRAStrategy:
-    """Go on with the run in ``out`` after its last whole round, with its own configuration."""
+    """Continue the run in ``out`` after its last complete round, with its own configuration."""
     run, config = RunFolder.open(out)
     check_idle(run.path)
     run.load_checkpoint()  # refused before the base is loaded
-    with _ready(resolved(config), run.path) as (config, grid):
-        return federate(grid, config, run.path, observer=observer, resume=True)
+    return _run(resolved(config), run.path, observer, resume=True)
 
 
-@contextmanager
-def _ready(config: Config, out: Path) -> Iterator[tuple[Config, InProcessGrid]]:
-    """The whole plan of the run and the grid that carries it out; its processes end with it."""
+def _run(
+    config: Config,
+    out: Path,
+    observer: Observer | None,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+) -> FlexLoRAStrategy:
+    """Load base and data, plan the cohorts and run the rounds over an in-process grid."""
     check_config(config)
     torch.set_num_threads(config.engine.threads)
-    # Other processes load while this one does.
     several = config.engine.workers > 1 or bool(config.engine.ray_address)
-    pool = make_pool(config) if several else None
+    pool = make_pool(config) if several else None  # other processes load while this one does
     try:
         worker = worker_for(config)
         _check_enough(config, len(worker.client_ids))
         config = resolved_limits(config, worker)
-        yield config, make_grid(config, worker, pool, PersonalStore(out / "personal"))
+        grid = make_grid(config, worker, pool, PersonalStore(out / "personal"))
+        return federate(grid, config, out, observer=observer, overwrite=overwrite, resume=resume)
     finally:
         if pool is not None:
             pool.close()
 
 
 def _check_enough(config: Config, count: int) -> None:
-    """Nobody comes in here who is not there: what can never be met is not waited for.
+    """Refuse a quorum above the number of clients: no client joins a simulation later.
 
     Raises:
         UserError: more clients are asked for than the data makes.

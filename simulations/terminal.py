@@ -1,4 +1,4 @@
-"""What a person sees while a run goes: a rank table, a progress bar, a row per round.
+"""The terminal output of a run: a rank table, a progress bar, a row per round.
 
 Quiet where the output is not a terminal: no bar, and the tables as plain text.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -15,25 +15,18 @@ from rich.table import Table
 
 from flexlora.lora.ranks import RankClass
 from flexlora.report.formats import format_counts, metric_format
+from flexlora.runs.outcomes import Outcome
+from flexlora.server.observing.observer import Observer
 from flexlora.units import human_bytes
 
 if TYPE_CHECKING:
     from flexlora.server.members.roster import Roster
 
-__all__ = ["TerminalObserver", "make_console"]
+__all__ = ["TerminalObserver"]
 
 
-def make_console() -> Console:
-    """Standard output; 120 columns where it is not a terminal, so that tables are not cut at 80."""
-    # No markup: client ids and paths are text, whatever brackets they hold.
-    console = Console(highlight=False, markup=False)
-    if console.is_terminal:
-        return console
-    return Console(highlight=False, markup=False, width=120)
-
-
-class TerminalObserver:
-    """Implements ``flexlora.server.observing.observer.Observer`` on a terminal or a pipe."""
+class TerminalObserver(Observer):
+    """Prints a run to a terminal or a pipe."""
 
     def __init__(self, console: Console, *, personal_rank: int = 0) -> None:
         self.console, self.personal_rank = console, personal_rank
@@ -52,7 +45,7 @@ class TerminalObserver:
         )
         self._task: TaskID | None = None
 
-    def __enter__(self) -> TerminalObserver:
+    def __enter__(self) -> Self:
         if self.console.is_terminal:
             self.loading.start()
         return self
@@ -101,11 +94,22 @@ class TerminalObserver:
         what = f"round {server_round}/{num_rounds}" if server_round else "evaluating the base"
         self._task = self.progress.add_task(what, total=num_clients)
 
-    def replied(self, client_id: str, cause: str) -> None:
+    def replied(self, client_id: str, outcome: Outcome, cause: str, late: bool) -> None:
+        self._advance()
+        if cause and outcome is not Outcome.NOT_NEEDED:
+            self._causes.append(f"  {client_id}: {cause}")
+
+    def evaluated(self, client_id: str, cause: str) -> None:
+        self._advance()
+        if cause:
+            self._causes.append(f"  {client_id}: evaluation: {cause}")
+
+    def round_skipped(self, server_round: int, cause: str) -> None:
+        self._causes.append(f"  round {server_round}: {cause}")
+
+    def _advance(self) -> None:
         if self._task is not None:
             self.progress.advance(self._task)
-        if cause:
-            self._causes.append(f"  {client_id}: {cause}")
 
     def resent(self, client_id: str, attempt: int, cause: str) -> None:
         self._causes.append(f"  {client_id}: sent again ({attempt}), {cause}")
@@ -197,7 +201,7 @@ def _spelled_ranks(rank_class: RankClass, roster: Roster) -> str:
 
 
 def _out_there(metrics: Mapping[str, object]) -> str:
-    """What the round would have taken in the simulated world, where there is one."""
+    """Seconds and joules of the round in the simulated world, where there is one."""
     found = [(key, metrics.get(key)) for key in ("simulated_seconds", "joules")]
     spelled = [metric_format(key)(value) for key, value in found if isinstance(value, int | float)]
     return f"  out there {', '.join(spelled)}" if spelled else ""

@@ -16,16 +16,15 @@ import tomli_w
 import torch
 from rich.table import Table
 
-from flexlora.aggregation.engine.method import State
-from flexlora.aggregation.engine.state import GlobalChange
+from flexlora.aggregation.engine.state import GlobalChange, State
 from flexlora.clients.worker import Worker, worker_for
 from flexlora.config.resolve import Config, resolved
 from flexlora.errors import UserError
+from flexlora.report.console import make_console
 from flexlora.server.settings import check_config, factoring_of
 from flexlora.server.strategy import FlexLoRAStrategy
 from flexlora.simulations.engine.cohorts import MOST_CLIENTS, resolved_limits
 from flexlora.simulations.simulate import make_grid
-from flexlora.simulations.terminal import make_console
 from flexlora.training.local import train
 from flexlora.training.out_of_memory import free_memory, is_out_of_memory
 from flexlora.wire.jobs import TrainJob
@@ -64,10 +63,8 @@ def tune(config: Config, *, out: str | None = None) -> int:
     model = resolved_limits(
         run.with_values({"engine.cohort-size": 0, "engine.cohort-tokens": 0}), worker
     )
-    console.print(
-        f"The cost model would take passes of up to {model.engine.cohort_tokens} tokens.",
-        soft_wrap=True,
-    )
+    text = f"The cost model would take passes of up to {model.engine.cohort_tokens} tokens."
+    console.print(text, soft_wrap=True)
     pass_tokens = run.train.per_device_train_batch_size * run.train.max_length
     chosen = {
         "engine.cohort-size": best.clients,
@@ -173,7 +170,7 @@ def _table(sizes: Sequence[Measured], best: Measured) -> Table:
 
 
 def _check_writable(out: Path) -> None:
-    """Told before minutes of measuring, not after.
+    """Refuse an output file before the minutes of measuring.
 
     Raises:
         UserError: the file is there, or cannot be made.

@@ -7,7 +7,7 @@ dense SVD, and local training is torch's own AdamW on explicit factors merged in
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -214,32 +214,6 @@ def tail_product(adapter, kept):
             tail_A, tail_B = factors.lora_A[first:], factors.lora_B[:, first:]
             total = total + torch.linalg.norm(tail_B) * torch.linalg.norm(tail_A)
     return total
-
-
-def train_in_phases(model, starts, examples, recipe, carried=None, mu=0.0):
-    """One plain training after another, each with a new optimizer and beside the earlier results.
-
-    Phase i of P begins at step ``i * steps // P`` from ``starts[i]``; returns what each trained.
-    """
-    steps, trained = len(recipe.batches), []
-    for phase, start in enumerate(starts):
-        span = slice(phase * steps // len(starts), (phase + 1) * steps // len(starts))
-        own = replace(
-            recipe, learning_rates=recipe.learning_rates[span], batches=recipe.batches[span]
-        )
-        beside = [carried] * (carried is not None) + trained
-        trained = [
-            *trained,
-            train_one_client(
-                model,
-                start,
-                examples,
-                own,
-                carried=stacked(beside) if beside else None,
-                penalty=pull(start, mu),
-            ),
-        ]
-    return trained
 
 
 def causal_attention(query, key, value, scale):

@@ -1,4 +1,4 @@
-"""The house of DESIGN.md, section 2, read from the syntax trees: who may import whom."""
+"""The rooms of docs/architecture.md, read from the syntax trees: who may import whom."""
 
 import ast
 import subprocess

@@ -20,6 +20,7 @@ FOLDERS = {
 }
 NOT_CODE = (
     "**/*.proto",
+    "**/*.pyi",
     "templates/**/*",
     "assets/**/*",
     "**/*.md",

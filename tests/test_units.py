@@ -16,10 +16,12 @@ def test_sizes_are_read_with_their_unit(text, count):
     assert parse_bytes(text) == count
 
 
-@pytest.mark.parametrize("text", ["8", "8G", "GiB", "-1GB", "8 GiB now", "nanGB"])
+@pytest.mark.parametrize("text", ["8", "8G", "GiB", "-1GB", "8 GiB now", "nanGB", "0GiB"])
 def test_a_size_without_a_unit_is_refused(text):
-    with pytest.raises(UserError, match="expected a number and a unit, like 8GiB"):
-        parse_bytes(text)
+    with pytest.raises(
+        UserError, match=f"--keep is '{text}', expected a number and a unit, like 8G"
+    ):
+        parse_bytes(text, "--keep")
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """``flexlora client init``: a ready folder for a machine that trains.
 
-The node's keys, a copy of the authority's certificate, start scripts, systemd units for three users
-behind a fence, Dockerfiles, and a README of the steps with all values filled in. What the base is
-held as is found out on this machine: the kernels are run and the bytes are counted.
+Writes the node's keys, a copy of the authority's certificate, start scripts, systemd units for
+three users, Dockerfiles, and a README of the steps with all values filled in. The quantization is
+chosen on this machine: the kernels are run and the bytes are counted.
 """
 
 from __future__ import annotations
@@ -13,18 +13,16 @@ import platform
 import re
 import sys
 from dataclasses import asdict, dataclass
-from datetime import datetime
 from pathlib import Path
 from string import Template
 from typing import Annotated
 
-from cryptography import x509
 from typer import Argument, Option
 
 import flexlora
 from flexlora.data.rows import Row
 from flexlora.data.sources import load_folder
-from flexlora.deploy.certificates import read_authority
+from flexlora.deploy.certificates import Authorities, read_authorities
 from flexlora.deploy.folder import SECRET, File, check_free, fill_tree, write_folder
 from flexlora.deploy.hosts import SuperLink, parse_name, parse_port, parse_superlink, plain
 from flexlora.deploy.machine import flower_version, programs, requirements
@@ -37,16 +35,16 @@ TEMPLATES = Path(__file__).parents[1] / "templates"
 DEVICES = ("auto", "cpu", "cuda")
 HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*")
 EMPTY = {"state": 0o700, "docker/wheels": 0o755}
-GPU_GROUPS = ("video", "render")  # distributions and JetPack give the device files to these
+GPU_GROUPS = ("video", "render")  # own the device files on distributions and JetPack
 
 
 @dataclass(frozen=True, kw_only=True)
-class Node:
-    """What was asked for, looked at: everything that is filled in."""
+class CheckedInit:
+    """The command line, checked and resolved."""
 
     folder: Path
     superlink: SuperLink
-    authority: bytes
+    authorities: Authorities
     data: Path
     num_examples: int
     model: str
@@ -69,11 +67,11 @@ def client_init(
     memory_limit: Annotated[str, Option(metavar="SIZE", help="bytes to use, like 6GiB")] = "",
     port: Annotated[int, Option(help="of this node on loopback")] = 9094,
 ) -> None:
-    """Write the folder and say where to go on.
+    """Write the folder and print the next step.
 
     Raises:
-        UserError: an address, certificate, data or model that is none, a folder that is taken, a
-            base that does not fit or cannot be run here.
+        UserError: a malformed address, certificate, data or model, a folder that is not empty, a
+            base that does not fit or cannot run here.
     """
     if device not in DEVICES:
         raise UserError(
@@ -81,7 +79,8 @@ def client_init(
             f"{nearest(device, DEVICES)}"
         )
     address = parse_superlink(superlink, "--superlink")
-    authority = read_authority(root_certificates, "--root-certificates")
+    authorities = read_authorities(Path(root_certificates))
+    authorities.check_dates()
     parse_port(port, "--port")
     path = check_free(folder)
     plain(path, "the folder")
@@ -90,10 +89,10 @@ def client_init(
     rows = _rows(data_path)
     plain(data_path, "--data")
     name, is_local = _model(model)
-    node = Node(
+    node = CheckedInit(
         folder=path,
         superlink=address,
-        authority=authority,
+        authorities=authorities,
         data=data_path,
         num_examples=len(rows),
         model=name,
@@ -102,9 +101,9 @@ def client_init(
         port=port,
     )
 
-    from flexlora.clients.setup.findings import find  # loads torch: after what is quickly refused
+    from flexlora.clients.setup.machine_plan import plan_machine  # loads torch
 
-    findings = find(
+    plan = plan_machine(
         model=model,
         device=device,
         quantization=quantization,
@@ -112,15 +111,13 @@ def client_init(
         num_examples=node.num_examples,
     )
     keys = make_node_keys(node.client_id)
-    values = _values(node) | findings.values()
+    values = _values(node) | plan.values()
     values["doctor_step"] = _part("doctor.md", values)
-    values["gpu_reservation"] = _part("gpu.yaml", values) if findings.on_card else ""
+    values["gpu_reservation"] = _part("gpu.yaml", values) if plan.on_card else ""
     files = [
         *fill_tree(TEMPLATES / "folder", values),
-        File(path="ca.crt", content=node.authority),
-        File(
-            path="findings.json", content=(json.dumps(asdict(findings), indent=1) + "\n").encode()
-        ),
+        File(path="ca.crt", content=node.authorities.pem),
+        File(path="findings.json", content=(json.dumps(asdict(plan), indent=1) + "\n").encode()),
         File(path="keys/node", content=keys.private, mode=SECRET),
         File(path="keys/node.pub", content=keys.public),
         File(path="keys/superexec.secret", content=make_secret(), mode=SECRET),
@@ -149,10 +146,10 @@ def _rows(data: Path) -> list[Row]:
 
 
 def _model(name: str) -> tuple[str, bool]:
-    """What the trainer is started with, and whether it lies on this machine.
+    """The trainer's ``--model``, and whether it is on this machine.
 
     Raises:
-        UserError: a folder that is no model's, or a name that is none.
+        UserError: a folder without a model, or a malformed name.
     """
     if name == "embedded":
         return name, True
@@ -170,7 +167,7 @@ def _model(name: str) -> tuple[str, bool]:
 
 
 def _client_id(given: str, rows: list[Row]) -> str:
-    """The name that was given, else the one that all rows have, else this computer's."""
+    """The given name, else the rows' only client, else this computer's name."""
     if given:
         return parse_name(given, "--client-id")
     named = {row.client for row in rows}
@@ -185,9 +182,8 @@ def _client_id(given: str, rows: list[Row]) -> str:
         ) from None
 
 
-def _values(node: Node) -> dict[str, str]:
-    authority = x509.load_pem_x509_certificates(node.authority)
-    ends = min(certificate.not_valid_after_utc for certificate in authority)
+def _values(node: CheckedInit) -> dict[str, str]:
+    ends = min(each.not_valid_after_utc for each in node.authorities.certificates)
     return {
         "folder": str(node.folder),
         "programs": programs(),
@@ -201,14 +197,14 @@ def _values(node: Node) -> dict[str, str]:
         "num_examples": str(node.num_examples),
         "model": node.model,
         "client_id": node.client_id,
-        "expires": _day(ends),
+        "expires": f"{ends:%Y-%m-%d}",
         "gpu_groups": _gpu_groups(),
         **_network(node),
     }
 
 
-def _network(node: Node) -> dict[str, str]:
-    """Who may reach what: a trainer whose base is on the disk needs no network at all."""
+def _network(node: CheckedInit) -> dict[str, str]:
+    """Network rules: a trainer whose base is on this disk needs no network."""
     address = node.superlink.host.address
     if address:
         supernode = f"IPAddressDeny=any\nIPAddressAllow=localhost {address}"
@@ -234,7 +230,7 @@ def _network(node: Node) -> dict[str, str]:
 
 
 def _gpu_groups() -> str:
-    """The unit's line for groups of this machine; with an unknown one a unit does not start."""
+    """The unit's line for the GPU groups of this machine; a unit with an unknown one fails."""
     import grp
 
     known = {entry.gr_name for entry in grp.getgrall()}
@@ -246,7 +242,3 @@ def _gpu_groups() -> str:
 
 def _part(name: str, values: dict[str, str]) -> str:
     return Template((TEMPLATES / "parts" / name).read_text(encoding="utf-8")).substitute(values)
-
-
-def _day(moment: datetime) -> str:
-    return f"{moment:%Y-%m-%d}"

@@ -1,4 +1,4 @@
-"""The ClientApp's side of the trainer's socket: passes a message's content on, imports no torch."""
+"""The ClientApp's side of the trainer's socket: send a content, read the reply, without torch."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ import grpc
 from flwr.app import Context, Message, MessageType, RecordDict
 
 import flexlora
-from flexlora.clients.trainer.contents import (
+from flexlora.clients.trainer.content_codec import (
     PART_BYTES,
     ContentRefused,
-    data_parts,
-    describe,
-    rebuild,
-    write_entries,
+    array_parts,
+    decode_content,
+    encode_entries,
+    encode_header,
 )
-from flexlora.clients.trainer.sockets import reach
+from flexlora.clients.trainer.sockets import connection_error
 from flexlora.clients.trainer.trainer_pb2 import Answer, Call, HealthReply, HealthRequest, Question
 from flexlora.clients.trainer.trainer_pb2_grpc import TrainerStub
 from flexlora.errors import UserError
 
 __all__ = ["ask", "call_of", "health"]
 
-SECONDS = 10.0  # for an answer that needs no work
+HEALTH_SECONDS = 10.0
 _METHODS = {
     MessageType.QUERY: "Capability",
     MessageType.TRAIN: "Train",
@@ -34,10 +34,10 @@ _METHODS = {
 
 
 def ask(path: Path, message: Message, context: Context) -> RecordDict:
-    """What the trainer on ``path`` answers to a message.
+    """The content of the trainer's reply to a message.
 
     Raises:
-        UserError: no trainer there, one that refuses, or one that went away: why, in a sentence.
+        UserError: no trainer on ``path``, one that refuses, or one that ended meanwhile.
     """
     content = message.content
     call = call_of(message, context)
@@ -48,16 +48,16 @@ def ask(path: Path, message: Message, context: Context) -> RecordDict:
         if first is None or first.WhichOneof("part") != "reply":
             raise UserError(f"the trainer on '{path}' answers without a reply; update both sides.")
         try:
-            return rebuild(first.reply.content, (answer.data for answer in answers))
+            return decode_content(first.reply.content, (answer.data for answer in answers))
         except ContentRefused as error:
             raise UserError(f"the reply of the trainer on '{path}' is damaged: {error}") from None
 
 
 def call_of(message: Message, context: Context) -> Call:
-    """The header of a message: who asks in which run, its configuration, what the content holds.
+    """The header of a request: node and run, the run's configuration, the content's header.
 
-    The settings are sorted: Flower hands every process the same ones in another order, and a
-    trainer knows a message that was sent again by the header's bytes.
+    The settings are sorted: Flower gives each process another order, and the trainer recognises a
+    repeated message by the header's bytes.
     """
     job = message.content.config_records.get("job")
     return Call(
@@ -66,32 +66,32 @@ def call_of(message: Message, context: Context) -> Call:
         run_id=context.run_id,
         node_id=context.node_id,
         client_id=str(context.node_config.get("client-id", "")),
-        settings=write_entries(dict(sorted(context.run_config.items()))),
-        content=describe(message.content),
+        settings=encode_entries(dict(sorted(context.run_config.items()))),
+        content=encode_header(message.content),
     )
 
 
 def questions(call: Call, content: RecordDict) -> Iterator[Question]:
-    """The parts of a request; gRPC asks for the next one when the trainer has taken the last."""
+    """The parts of a request; gRPC pulls the next one when the trainer has read the last."""
     yield Question(call=call)
-    for part in data_parts(content):
+    for part in array_parts(content):
         yield Question(data=part)
 
 
 def health(path: Path) -> HealthReply:
-    """How the trainer on ``path`` is.
+    """The state of the trainer on ``path``.
 
     Raises:
         UserError: no trainer there.
     """
     with trainer_on(path) as stub:
-        return stub.Health(HealthRequest(), timeout=SECONDS)
+        return stub.Health(HealthRequest(), timeout=HEALTH_SECONDS)
 
 
 @contextmanager
 def trainer_on(path: Path) -> Iterator[TrainerStub]:
-    """A stub for one call; gRPC's errors become sentences."""
-    why = reach(path)
+    """A stub for one call; gRPC's errors become ``UserError``."""
+    why = connection_error(path)
     if why:
         raise UserError(
             f"the trainer on '{path}' cannot be reached: {why}; start it with `flexlora client "
@@ -109,8 +109,8 @@ def trainer_on(path: Path) -> Iterator[TrainerStub]:
 
 
 def _sentence(path: Path, error: grpc.RpcError) -> str:
-    """What a failed call means for whoever reads ``clients.csv``."""
-    code, details = error.code(), error.details()  # type: ignore[attr-defined]
+    """The cause of a failed call, for ``clients.csv``."""
+    code, details = error.code(), error.details()
     if code == grpc.StatusCode.UNAVAILABLE:
         return (
             f"the trainer on '{path}' went away while it was asked ({details}); a message that is "

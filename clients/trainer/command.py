@@ -21,17 +21,18 @@ from flexlora.clients.trainer.sockets import (
     group_number,
     remove,
 )
+from flexlora.config.resolve import Config
 from flexlora.errors import UserError
+from flexlora.units import human_bytes, parse_bytes
 
 if TYPE_CHECKING:
-    from flexlora.clients.trainer.node import Node
+    from flexlora.clients.trainer.activity_log import ActivityLog
     from flexlora.clients.trainer.resident import ResidentTrainer
-    from flexlora.clients.trainer.telling import Teller
 
 __all__ = ["health", "serve"]
 
 ABORTED = 1
-ONE_WISH = 1.0  # seconds
+SAME_SIGNAL_SECONDS = 1.0  # some senders signal a process and then its group
 
 
 Socket = Annotated[str, Option(metavar="PATH", help="Unix socket that the trainer listens on")]
@@ -58,28 +59,28 @@ def serve(
 ) -> int:
     """Load the base, listen, and work until SIGTERM or Ctrl-C; the exit status.
 
-    0 if what was in flight could end within ``--grace`` seconds, 1 if it was aborted.
+    0 if the running request ended within ``--grace`` seconds, 1 if it was aborted.
 
     Raises:
-        UserError: whatever a person mistyped, a socket that is taken, a model that does not fit.
+        UserError: a mistyped option, a socket that is in use, a model that does not fit.
     """
     path = _checked_socket(socket, group)  # before anything heavy is loaded
 
     from rich.console import Console
 
-    from flexlora.clients.trainer.allowance import parse_size
-    from flexlora.clients.trainer.node import Node
+    from flexlora.clients.trainer.activity_log import ActivityLog
+    from flexlora.clients.trainer.owner_config import OwnerConfig
+    from flexlora.clients.trainer.reply_store import ReplyStore, default_folder
     from flexlora.clients.trainer.resident import ResidentTrainer
     from flexlora.clients.trainer.service import Limits, TrainerService, listen, stop
-    from flexlora.clients.trainer.store import KeptReplies, default_folder
-    from flexlora.clients.trainer.telling import Teller
 
     for flag, value in {"--keep-hours": keep_hours, "--wait": wait, "--grace": grace}.items():
         if not value >= 0:
             raise UserError(f"{flag} is {value:g}, expected 0 or more.")
-    limits = Limits(request_bytes=parse_size(max_request, "--max-request"), wait_seconds=wait)
-    with Teller(Console(highlight=False, markup=False)) as teller, stop_signals() as signals:
-        node = Node.of(
+    limits = Limits(request_bytes=parse_bytes(max_request, "--max-request"), wait_seconds=wait)
+    console = Console(highlight=False, markup=False)
+    with ActivityLog(console) as log, stop_signals() as signals:
+        owner = OwnerConfig.of(
             model=model,
             data=data,
             quantization=quantization,
@@ -87,30 +88,30 @@ def serve(
             client_id=client_id,
             sets=tuple(sets or ()),
         )
-        limit = _enforced(memory_limit, node, teller)
-        kept = KeptReplies(
+        limit = _enforced(memory_limit, owner.config, log)
+        replies = ReplyStore(
             Path(state).expanduser() if state else default_folder(),
-            max_bytes=parse_size(keep, "--keep"),
+            max_bytes=parse_bytes(keep, "--keep"),
             max_seconds=keep_hours * 3600,
         )
-        teller.line(f"loading {model}")
+        log.line(f"loading {model}")
         try:
-            trainer = ResidentTrainer(node=node, kept=kept, limit_bytes=limit)
+            trainer = ResidentTrainer(owner=owner, replies=replies, limit_bytes=limit)
         except BaseException:
-            kept.close()
+            replies.close()
             raise
-        service = TrainerService(trainer, limits=limits, teller=teller)
+        service = TrainerService(trainer, limits=limits, log=log)
         try:
             server = listen(service, path, group)
             server.start()
         except UserError:
             trainer.close()
             raise
-        teller.line(_ready(trainer, path))
+        log.line(_ready(trainer, path))
         signals.stop.wait()
-        teller.line(f"stopping: what is in flight has {grace:g} s to end")
+        log.line(f"stopping: what is in flight has {grace:g} s to end")
         ended = _stop(lambda: stop(service, server, path, grace), signals.now)
-        teller.line("stopped" if ended else "stopped: what was in flight is aborted")
+        log.line("stopped" if ended else "stopped: what was in flight is aborted")
     if not ended:
         remove(path)
         sys.stdout.flush()
@@ -119,29 +120,29 @@ def serve(
 
 
 def health(socket: Socket = "") -> int:
-    """Print how the trainer is; exit status 1 where it is stopping.
+    """Print the trainer's state; exit status 1 if it is stopping.
 
     Raises:
-        UserError: no trainer there.
+        UserError: no trainer on the socket.
     """
     from flexlora.clients.trainer import client
-    from flexlora.units import human_bytes
 
-    told = client.health(_socket(socket))
-    doing = f"{told.doing}, for {told.seconds:.0f} s" if told.doing else "idle"
+    state = client.health(_socket(socket))
+    doing = f"{state.doing}, for {state.seconds:.0f} s" if state.doing else "idle"
     lines = {
-        "now": "stopping" if told.stopping else doing,
-        "version": told.version,
-        "base": f"{told.model}, {told.quantization}, fingerprint {told.fingerprint}",
-        "device": f"{told.device}, {human_bytes(told.free_bytes)} for a training and its base",
-        "runs": ", ".join(told.runs) or "no kernel",
-        "absent": "; ".join(told.absent) or "no kernel",
-        "done": f"{told.trained} trained, {told.evaluated} evaluated, {told.from_disk} from disk",
-        "kept": f"{told.kept_files} replies, {human_bytes(told.kept_bytes)}",
+        "now": "stopping" if state.stopping else doing,
+        "version": state.version,
+        "base": f"{state.model}, {state.quantization}, fingerprint {state.fingerprint}",
+        "device": f"{state.device}, {human_bytes(state.free_bytes)} for a training and its base",
+        "runs": ", ".join(state.runs) or "no kernel",
+        "absent": "; ".join(state.absent) or "no kernel",
+        "done": f"{state.trained} trained, {state.evaluated} evaluated, "
+        f"{state.from_disk} from disk",
+        "kept": f"{state.kept_files} replies, {human_bytes(state.kept_bytes)}",
     }
     for name, text in lines.items():
         print(f"{name:<8} {text}")
-    return 1 if told.stopping else 0
+    return 1 if state.stopping else 0
 
 
 def _socket(given: str) -> Path:
@@ -149,7 +150,7 @@ def _socket(given: str) -> Path:
 
 
 def _checked_socket(given: str, group: str) -> Path:
-    """The socket's path, free and in a folder that is safe."""
+    """The socket's path, unused and in a safe folder."""
     path = _socket(given)
     check_folder(path)
     check_free(path)
@@ -158,21 +159,21 @@ def _checked_socket(given: str, group: str) -> Path:
     return path
 
 
-def _enforced(memory_limit: str, node: Node, teller: Teller) -> int:
-    """The limit in bytes, 0 for none; what does not fit it is refused before it is loaded."""
-    from flexlora.clients.trainer.allowance import enforce, parse_size, smallest_plan
+def _enforced(memory_limit: str, config: Config, log: ActivityLog) -> int:
+    """The limit in bytes, 0 for none; a base that does not fit it is refused, not loaded."""
+    from flexlora.clients.trainer.memory_limit import enforce, smallest_plan
 
     if not memory_limit:
         return 0
-    limit = parse_size(memory_limit, "--memory-limit")
-    choice = smallest_plan(node.config, limit)
-    teller.line(f"memory limit: a training at rank {choice.plan.rank} fits it")
-    teller.line(enforce(node.config, limit))
+    limit = parse_bytes(memory_limit, "--memory-limit")
+    choice = smallest_plan(config, limit)
+    log.line(f"memory limit: a training at rank {choice.plan.rank} fits it")
+    log.line(enforce(config, limit))
     return limit
 
 
 def _ready(trainer: ResidentTrainer, path: Path) -> str:
-    config = trainer.node.config
+    config = trainer.owner.config
     return (
         f"ready on {path}: {config.model.name} ({config.model.quantization}) on "
         f"{trainer.device}, {trainer.num_examples} train rows, kernels "
@@ -181,10 +182,7 @@ def _ready(trainer: ResidentTrainer, path: Path) -> str:
 
 
 class Signals:
-    """``stop`` at the first SIGTERM or Ctrl-C, ``now`` at another one a while later.
-
-    Some who end a process send the signal to it and to its group: that is one wish, not two.
-    """
+    """Sets ``stop`` at the first SIGTERM or Ctrl-C, and ``now`` at a later one."""
 
     def __init__(self) -> None:
         self.stop, self.now = threading.Event(), threading.Event()
@@ -194,16 +192,16 @@ class Signals:
         if not self.stop.is_set():
             self._first = time.monotonic()
             self.stop.set()
-        elif time.monotonic() - self._first > ONE_WISH:
+        elif time.monotonic() - self._first > SAME_SIGNAL_SECONDS:
             self.now.set()
 
 
 @contextmanager
 def stop_signals() -> Iterator[Signals]:
-    """What SIGTERM and Ctrl-C set, for as long as the block lasts."""
+    """Handle SIGTERM and Ctrl-C for as long as the block lasts."""
     signals = Signals()
-    wanted = (signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.signal(number, signals) for number in wanted}
+    handled = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, signals) for number in handled}
     try:
         yield signals
     finally:
@@ -211,11 +209,11 @@ def stop_signals() -> Iterator[Signals]:
             signal.signal(number, handler)
 
 
-def _stop(stopping: Callable[[], bool], again: threading.Event) -> bool:
-    """Whether ``stopping()`` says that all has ended; a second signal does not wait for it."""
-    answer: list[bool] = []
-    thread = threading.Thread(target=lambda: answer.append(stopping()), daemon=True)
+def _stop(stopping: Callable[[], bool], now: threading.Event) -> bool:
+    """The result of ``stopping()``, False as soon as ``now`` is set."""
+    ended: list[bool] = []
+    thread = threading.Thread(target=lambda: ended.append(stopping()), daemon=True)
     thread.start()
-    while thread.is_alive() and not again.wait(0.1):
+    while thread.is_alive() and not now.wait(0.1):
         continue
-    return bool(answer and answer[0])
+    return bool(ended and ended[0])

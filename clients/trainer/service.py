@@ -1,13 +1,12 @@
-"""The gRPC service around a ``ResidentTrainer``: what arrives, what is refused, what goes back.
+"""The gRPC service around a ``ResidentTrainer``: checks, the lock, limits, the reply.
 
-    header           version, base, client and announced size are checked before anything is read
-    disk             the same call finished before: its reply, whoever is training meanwhile
-    turn             one at a time; until then the caller's bytes stay with the caller
-    bytes, work      received within their limits, done, kept
+    header           version, base, client and announced size, checked before anything is read
+    disk             the reply to the same call, if it is stored
+    lock             one request at a time; meanwhile the bytes stay with the caller
+    bytes, work      received within their limits; the reply is stored
     reply            a header, then parts of at most 1 MiB
 
-A caller that goes away does not stop a training: what comes of it is kept, and a repeated request
-is answered from there.
+A caller that disconnects does not stop a training: its reply is stored for a repeated request.
 """
 
 from __future__ import annotations
@@ -23,26 +22,30 @@ import grpc
 from flwr.app import MessageType
 
 import flexlora
-from flexlora.clients.trainer.contents import PART_BYTES, ContentRefused, data_bytes
-from flexlora.clients.trainer.resident import Answered, ResidentTrainer, what
+from flexlora.clients.trainer.activity_log import ActivityLog
+from flexlora.clients.trainer.content_codec import PART_BYTES, ContentRefused, array_bytes
+from flexlora.clients.trainer.request_lock import Busy, RequestLock
+from flexlora.clients.trainer.resident import PreparedReply, ResidentTrainer, describe_call
 from flexlora.clients.trainer.sockets import check_free, open_to, remove
-from flexlora.clients.trainer.telling import Teller
 from flexlora.clients.trainer.trainer_pb2 import Answer, Call, HealthReply, HealthRequest, Question
 from flexlora.clients.trainer.trainer_pb2_grpc import TrainerServicer, add_TrainerServicer_to_server
-from flexlora.clients.trainer.turns import Busy, Turns
 from flexlora.errors import UserError, one_line
 
 __all__ = ["MESSAGE_LIMIT", "Limits", "TrainerService", "listen", "stop"]
 
 MESSAGE_LIMIT = 4 * PART_BYTES  # a header, or a part and its tag
-THREADS = 8  # one works, a few wait for it, the others say how it is
-LONGEST_CAUSE = 2000  # characters; a status has room for a few kilobytes
-SENDING = 30.0  # seconds for replies on their way when the trainer stops
+THREADS = 8  # one works, up to four wait, the others answer Health
+LONGEST_CAUSE = 2000  # characters; a gRPC status holds a few kilobytes
+SEND_SECONDS = 30.0  # for replies that are being sent when the trainer stops
+
+
+Context = grpc.ServicerContext
+Questions = Iterator[Question]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What is accepted: bytes of a request, seconds in the queue, seconds without a byte."""
+    """Bytes of a request, seconds of waiting for the lock, seconds without a byte."""
 
     request_bytes: int = 2 * 2**30
     wait_seconds: float = 600.0
@@ -50,93 +53,83 @@ class Limits:
 
 
 class TrainerService(TrainerServicer):
-    """Answers calls; everything that can be refused is refused with a sentence."""
+    """Answers calls; every refusal says its cause."""
 
     def __init__(
         self,
         trainer: ResidentTrainer,
         *,
         limits: Limits | None = None,
-        teller: Teller | None = None,
+        log: ActivityLog | None = None,
     ) -> None:
-        self.trainer, self.limits, self.teller = trainer, limits or Limits(), teller or Teller()
-        self.turns = Turns(wait_seconds=self.limits.wait_seconds)
+        self.trainer, self.limits, self.log = trainer, limits or Limits(), log or ActivityLog()
+        self.lock = RequestLock(wait_seconds=self.limits.wait_seconds)
 
-    def Capability(  # noqa: N802
-        self, request_iterator: Iterator[Question], context: grpc.ServicerContext
-    ) -> Iterator[Answer]:
+    def Capability(self, request_iterator: Questions, context: Context) -> Iterator[Answer]:
         return self._serve(MessageType.QUERY, request_iterator, context)
 
-    def Train(  # noqa: N802
-        self, request_iterator: Iterator[Question], context: grpc.ServicerContext
-    ) -> Iterator[Answer]:
+    def Train(self, request_iterator: Questions, context: Context) -> Iterator[Answer]:
         return self._serve(MessageType.TRAIN, request_iterator, context)
 
-    def Evaluate(  # noqa: N802
-        self, request_iterator: Iterator[Question], context: grpc.ServicerContext
-    ) -> Iterator[Answer]:
+    def Evaluate(self, request_iterator: Questions, context: Context) -> Iterator[Answer]:
         return self._serve(MessageType.EVALUATE, request_iterator, context)
 
-    def Health(self, request: HealthRequest, context: grpc.ServicerContext) -> HealthReply:  # noqa: N802
-        doing, seconds = self.turns.now
-        trainer, (files, size) = self.trainer, self.trainer.kept.held()
+    def Health(self, request: HealthRequest, context: Context) -> HealthReply:
+        doing, seconds = self.lock.current
+        trainer, (files, size) = self.trainer, self.trainer.replies.usage()
         return HealthReply(
             version=flexlora.__version__,
             fingerprint=trainer.fingerprint,
-            model=trainer.node.config.model.name,
-            quantization=trainer.node.config.model.quantization,
+            model=trainer.owner.config.model.name,
+            quantization=trainer.owner.config.model.quantization,
             device=trainer.device,
             runs=trainer.kernels.runs,
             absent=trainer.kernels.absent,
             doing=doing,
             seconds=seconds,
-            stopping=self.turns.stopping,
+            stopping=self.lock.stopping,
             kept_files=files,
             kept_bytes=size,
             free_bytes=trainer.free_bytes,
-            **vars(trainer.tally),
+            **vars(trainer.totals),
         )
 
-    def _serve(
-        self, message_type: str, questions: Iterator[Question], context: grpc.ServicerContext
-    ) -> Iterator[Answer]:
+    def _serve(self, message_type: str, questions: Questions, context: Context) -> Iterator[Answer]:
         try:
-            answered = self._answered(message_type, questions, context)
+            reply = self._reply(message_type, questions, context)
         except Exception as error:
             status, cause = refusal(error)
-            self.teller.line(f"{message_type} refused: {cause}")
+            self.log.line(f"{message_type} refused: {cause}")
             context.abort(status, cause[:LONGEST_CAUSE])
-        self.teller.line(answered.line)
+        self.log.line(reply.line)
         try:
-            yield Answer(reply=answered.header)
-            for part in answered.parts:
+            yield Answer(reply=reply.header)
+            for part in reply.parts:
                 yield Answer(data=part)
         finally:
-            answered.close()
+            reply.close()
 
-    def _answered(
-        self, message_type: str, questions: Iterator[Question], context: grpc.ServicerContext
-    ) -> Answered:
-        call = self._opening(questions, context)
+    def _reply(self, message_type: str, questions: Questions, context: Context) -> PreparedReply:
+        call = self._call(questions, context)
         client_id = self.trainer.check(call)
-        found = self.trainer.find(message_type, call, client_id)
-        if found is not None:
-            return found
-        doing = what(message_type, call)
-        with self.turns.taken(doing, context.is_active), self.teller.working(doing):
-            # The same call may have been at work while this one waited.
-            found = self.trainer.find(message_type, call, client_id)
-            if found is not None:
-                return found
-            parts = self._data(questions, context)
+        stored = self.trainer.find(message_type, call, client_id)
+        if stored is not None:
+            return stored
+        doing = describe_call(message_type, call)
+        with self.lock.held(doing, context.is_active), self.log.running(doing):
+            # The same call may have been answered while this one waited.
+            stored = self.trainer.find(message_type, call, client_id)
+            if stored is not None:
+                return stored
+            parts = self._parts(questions, context)
             return self.trainer.work(message_type, call, client_id, parts)
 
-    def _opening(self, questions: Iterator[Question], context: grpc.ServicerContext) -> Call:
-        with impatient(context, self.limits.stall_seconds):
+    def _call(self, questions: Questions, context: Context) -> Call:
+        with cancel_if_stalled(context, self.limits.stall_seconds):
             first = next(questions, None)
         if first is None or first.WhichOneof("part") != "call":
             raise ContentRefused("a request begins with a call, and this one does not.")
-        size = data_bytes(first.call.content)
+        size = array_bytes(first.call.content)
         if size > self.limits.request_bytes:
             raise ContentRefused(
                 f"the request brings {size:,} bytes, expected {self.limits.request_bytes:,} at "
@@ -144,10 +137,8 @@ class TrainerService(TrainerServicer):
             )
         return first.call
 
-    def _data(
-        self, questions: Iterator[Question], context: grpc.ServicerContext
-    ) -> Iterator[bytes]:
-        with impatient(context, self.limits.stall_seconds) as moved:
+    def _parts(self, questions: Questions, context: Context) -> Iterator[bytes]:
+        with cancel_if_stalled(context, self.limits.stall_seconds) as moved:
             for question in questions:
                 if question.WhichOneof("part") != "data":
                     raise ContentRefused("a second call came where bytes were due.")
@@ -156,19 +147,21 @@ class TrainerService(TrainerServicer):
 
 
 def refusal(error: Exception) -> tuple[grpc.StatusCode, str]:
-    """The status and the sentence of a call that was not answered."""
-    if isinstance(error, UserError):
-        return grpc.StatusCode.FAILED_PRECONDITION, str(error)
-    if isinstance(error, ContentRefused):
-        return grpc.StatusCode.INVALID_ARGUMENT, str(error)
-    if isinstance(error, Busy):
-        return grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)
+    """The gRPC status and the cause of a call that failed."""
+    statuses = {
+        UserError: grpc.StatusCode.FAILED_PRECONDITION,
+        ContentRefused: grpc.StatusCode.INVALID_ARGUMENT,
+        Busy: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    }
+    for kind, status in statuses.items():
+        if isinstance(error, kind):
+            return status, str(error)
     return grpc.StatusCode.INTERNAL, one_line(error)
 
 
 @contextmanager
-def impatient(context: grpc.ServicerContext, seconds: float) -> Iterator[threading.Event]:
-    """Cancel the call if the event is not set for so long: a silent caller would hold the turn."""
+def cancel_if_stalled(context: Context, seconds: float) -> Iterator[threading.Event]:
+    """Cancel the call if the event is not set for ``seconds``: a silent caller holds the lock."""
     moved, ended = threading.Event(), threading.Event()
 
     def watch() -> None:
@@ -186,10 +179,10 @@ def impatient(context: grpc.ServicerContext, seconds: float) -> Iterator[threadi
 
 
 def listen(service: TrainerService, path: Path, group: str = "") -> grpc.Server:
-    """A server for ``service`` on the socket ``path``, not yet started.
+    """A gRPC server for ``service`` on the socket ``path``, not yet started.
 
     Raises:
-        UserError: the socket is taken or cannot be made.
+        UserError: the socket is in use or cannot be made.
     """
     options = [
         ("grpc.max_receive_message_length", MESSAGE_LIMIT),
@@ -211,12 +204,12 @@ def listen(service: TrainerService, path: Path, group: str = "") -> grpc.Server:
 
 
 def stop(service: TrainerService, server: grpc.Server, path: Path, grace: float) -> bool:
-    """Take no more work, let what is in flight end within ``grace`` seconds, remove the socket.
+    """Refuse new requests, let the running one end within ``grace`` seconds, remove the socket.
 
     Returns whether it has ended; if not, its thread still runs.
     """
-    ended = service.turns.close(grace)
-    server.stop(SENDING if ended else 0).wait()
+    ended = service.lock.close(grace)
+    server.stop(SEND_SECONDS if ended else 0).wait()
     remove(path)
     service.trainer.close()
     return ended

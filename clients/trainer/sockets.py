@@ -1,9 +1,8 @@
-"""The trainer's Unix socket: where it may lie, who may open it, and who is behind one.
+"""The trainer's Unix socket: its path, its permissions, and whether a process listens on it.
 
-A socket is as safe as the folder it lies in: whoever may write there can put another in its place
-and be handed a node's updates. So the folder, and every folder above it, must belong to the
-trainer's user or to root, and nobody else may write there (above it, a sticky folder such as /tmp
-will do).
+Whoever may write in the socket's folder can replace the socket and receive the node's updates. So
+the folder, and every folder above it, must belong to the trainer's user or to root, and nobody else
+may write there (above it, a sticky folder such as /tmp is accepted).
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import os
 import socket
 import stat
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from flexlora.errors import UserError
@@ -22,34 +21,34 @@ __all__ = [
     "VARIABLE",
     "check_folder",
     "check_free",
+    "connection_error",
     "default_socket",
     "open_to",
-    "reach",
     "remove",
-    "socket_of",
+    "trainer_socket",
 ]
 
 NODE_KEY = "trainer-socket"  # in a node's config
 VARIABLE = "FLEXLORA_TRAINER_SOCKET"
 LONGEST = 107  # bytes of a path in Linux's sockaddr_un, without the final zero
-PATIENCE = 5.0  # seconds for a connection on this machine
-DEAD = "nobody listens there any more"
+CONNECT_SECONDS = 5.0
+DEAD = "no process listens there any more"
 
 
 def default_socket() -> Path:
-    """A user's own runtime folder, or one in the home folder where there is none."""
+    """In the user's runtime folder, or in the home folder where there is none."""
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     folder = Path(runtime) if runtime else Path.home() / ".local" / "state"
     return folder / "flexlora" / "trainer.sock"
 
 
-def socket_of(node_config: Mapping[str, object]) -> Path | None:
-    """Where this node's trainer listens, None where it has none.
+def trainer_socket(node_config: Mapping[str, object]) -> Path | None:
+    """The socket of this node's trainer, None where it has none.
 
-    The environment speaks for a real node only: a simulated one is one of many on a machine.
+    The environment variable is ignored in simulation, where many nodes share a machine.
 
     Raises:
-        UserError: a path that is not absolute: nobody knows where a ClientApp is started.
+        UserError: a path that is not absolute: a ClientApp may be started in any folder.
     """
     given = node_config.get(NODE_KEY)
     if given is None and "partition-id" not in node_config:
@@ -62,11 +61,11 @@ def socket_of(node_config: Mapping[str, object]) -> Path | None:
     return path
 
 
-def reach(path: Path) -> str:
-    """Why no connection to a socket can be made, "" where one can."""
+def connection_error(path: Path) -> str:
+    """Why no connection to a socket can be made; "" if one can."""
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            probe.settimeout(PATIENCE)
+            probe.settimeout(CONNECT_SECONDS)
             probe.connect(str(path))
     except FileNotFoundError:
         return "there is no such socket"
@@ -82,7 +81,7 @@ def reach(path: Path) -> str:
 
 
 def check_folder(path: Path) -> None:
-    """Make the socket's folder where it is missing, for this user alone, and see who may write.
+    """Make the socket's folder (mode 0700) if it is missing, and check who may write there.
 
     Raises:
         UserError: a path too long for a socket, or a folder in which others could replace it.
@@ -93,12 +92,12 @@ def check_folder(path: Path) -> None:
             "the system takes for a socket; give a shorter path."
         )
     folder = path.parent
-    if not folder.exists():
-        try:
+    try:
+        if not folder.exists():
             folder.mkdir(mode=0o700, parents=True)
-        except OSError as error:
-            reason = error.strerror or error
-            raise UserError(f"the socket's folder '{folder}' cannot be made: {reason}.") from None
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"the socket's folder '{folder}' cannot be made: {reason}.") from None
     for place in (folder.resolve(), *folder.resolve().parents):
         _check_place(place, is_folder=place == folder.resolve())
 
@@ -121,10 +120,10 @@ def _check_place(place: Path, *, is_folder: bool) -> None:
 
 
 def check_free(path: Path) -> None:
-    """Remove a socket that nobody listens on; a live one, and any other file, stays.
+    """Remove a socket on which no process listens.
 
     Raises:
-        UserError: somebody listens there, or it is no socket.
+        UserError: a process listens there, or the file is no socket.
     """
     try:
         kind = path.lstat().st_mode
@@ -132,7 +131,7 @@ def check_free(path: Path) -> None:
         return
     if not stat.S_ISSOCK(kind):
         raise UserError(f"'{path}' is there and is not a socket; give --socket another path.")
-    why = reach(path)
+    why = connection_error(path)
     if not why:
         raise UserError(
             f"a trainer listens on '{path}' already; stop it, or give --socket another path."
@@ -144,7 +143,7 @@ def check_free(path: Path) -> None:
 
 @contextmanager
 def open_to(path: Path, group: str) -> Iterator[None]:
-    """Sockets made inside are this user's alone; at the end ``path`` is opened to ``group`` too.
+    """Sockets made inside get mode 0600; at the end ``path`` is opened to ``group`` too.
 
     Raises:
         UserError: no such group, or one that this user may not give files to.
@@ -177,9 +176,7 @@ def group_number(group: str) -> int:
 
 
 def remove(path: Path) -> None:
-    """Take the socket away, if it is still one."""
-    try:
+    """Remove the socket, if it is still there."""
+    with suppress(FileNotFoundError):
         if stat.S_ISSOCK(path.lstat().st_mode):
             path.unlink()
-    except FileNotFoundError:
-        return

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from flexlora.aggregation import make_method, method_class, method_options
-from flexlora.aggregation.engine.method import State, Update, check_update
+from flexlora.aggregation.engine.open_round import OpenRound
 from flexlora.aggregation.engine.options import UNCAPPED
-from flexlora.aggregation.engine.state import GlobalChange
+from flexlora.aggregation.engine.state import GlobalChange, State
+from flexlora.aggregation.engine.updates import Update, check_update
 from flexlora.errors import UpdateRefused
 from flexlora.lora.adapters import Adapter
 
@@ -34,12 +35,12 @@ def aggregate(updates: Sequence[tuple[Adapter, int]], method: str = "flexlora") 
     exact = {"server_learning_rate": 1.0, "server_max_rank": UNCAPPED}
     known = method_class(method).Options.model_fields
     options = method_options(method, {name: exact[name] for name in exact if name in known})
-    opened = make_method(method, options).begin(state, sent={})
+    opened = OpenRound(make_method(method, options), state, sent={})
     for index, (adapter, num_examples) in enumerate(updates):
         update = Update(client_id=f"{index:09d}", adapter=adapter, num_examples=num_examples)
         check_update(update, _like(adapter, first, update.client_id))
         opened.add(update)
-    return opened.finish().change
+    return opened.close().change
 
 
 def _like(adapter: Adapter, first: Adapter, client_id: str) -> Adapter:

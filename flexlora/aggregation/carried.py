@@ -5,22 +5,21 @@
 
 FlexLoRA starts a weak client from a poorer model than a strong one, and what both learn is then
 added up as if they had started alike. Frozen factors cost a forward pass and no optimizer state, so
-every client can carry ``G`` up to a rank c far above its own, and all begin with ``T_c(G)``. What
-the server does is the residual form's step, to the letter.
+every client can carry ``G`` up to a rank c far above its own, and all begin with ``T_c(G)``. The
+server's step is that of the residual form.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import Field
 
-from flexlora.aggregation.aligned import carried_directions
-from flexlora.aggregation.engine.method import Factoring, Start, State
-from flexlora.aggregation.engine.open_round import OpenRound
 from flexlora.aggregation.engine.options import FastStepOptions
-from flexlora.aggregation.engine.truncated import truncated_adapter
+from flexlora.aggregation.engine.server_step import moved_by
+from flexlora.aggregation.engine.starts import Factoring, Start, directions, truncated
+from flexlora.aggregation.engine.state import State
+from flexlora.aggregation.engine.sums import Needs, Sums
 from flexlora.aggregation.residual import Residual
 from flexlora.lora.ranks import RankClass
 
@@ -32,6 +31,8 @@ class Carried:
 
     name = "carried"
     laws = Residual.laws
+    needs = Needs(products=True, starts=True)
+    wire_space = "products"
 
     class Options(FastStepOptions):
         carried_rank: int = Field(
@@ -50,12 +51,10 @@ class Carried:
         return Start(
             rank_class=rank_class,
             base_round=state.round,
-            trained=truncated_adapter(state, rank_class, factoring),
-            carried=carried_directions(state, ranks, last, factoring),
+            trained=truncated(state, rank_class, factoring),
+            carried=directions(state, ranks, last, factoring),
             carried_dtype=self.options.carried_dtype,
         )
 
-    def begin(
-        self, state: State, sent: Mapping[str, Start], clients: Mapping[str, str] | None = None
-    ) -> OpenRound:
-        return Residual(self.options).begin(state, sent, clients)
+    def close(self, state: State, sums: Sums) -> State:
+        return moved_by(state, sums.products - sums.starts, self.options)

@@ -9,16 +9,15 @@ The sets are drawn anew by (seed, round, client). A term that nobody drew stays 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from pydantic import Field
 
-from flexlora.aggregation.engine.factor_sums import factor_adapter, held_factors
-from flexlora.aggregation.engine.method import Factoring, Law, LocalPlan, Start, State
-from flexlora.aggregation.engine.open_round import OpenRound
+from flexlora.aggregation.engine.held_factors import first_rows, held_factors, hold
+from flexlora.aggregation.engine.method import Law
 from flexlora.aggregation.engine.options import MethodOptions
-from flexlora.aggregation.engine.truncated import StartedFrom
-from flexlora.aggregation.rbla import begin_holders
+from flexlora.aggregation.engine.starts import Factoring, LocalPlan, Start
+from flexlora.aggregation.engine.state import State
+from flexlora.aggregation.engine.sums import Needs, Sums
+from flexlora.aggregation.rbla import mean_of_holders
 from flexlora.lora.ranks import RankClass
 
 __all__ = ["FedPLoRA"]
@@ -29,6 +28,8 @@ class FedPLoRA:
 
     name = "fed-plora"
     laws = frozenset({Law.ORDER, Law.SCALE_OF_WEIGHTS, Law.ZERO_TRAINING})
+    needs = Needs(factors=True, starts=True)
+    wire_space = ""
 
     class Options(MethodOptions):
         carried_rank: int = Field(
@@ -45,7 +46,7 @@ class FedPLoRA:
         return Start(
             rank_class=rank_class,
             base_round=state.round,
-            trained=factor_adapter(state, ranks, factoring),
+            trained=first_rows(state, ranks, factoring),
             local=LocalPlan(select=True, select_seed=factoring.seed),
         )
 
@@ -55,7 +56,5 @@ class FedPLoRA:
         known = 0 if held is None else held[0].shape[0]
         return max(known, min(self.options.carried_rank, *state.change[name].shape))
 
-    def begin(
-        self, state: State, sent: Mapping[str, Start], clients: Mapping[str, str] | None = None
-    ) -> OpenRound:
-        return begin_holders(state, sent, clients, StartedFrom(sent).admit)
+    def close(self, state: State, sums: Sums) -> State:
+        return hold(state, {name: mean_of_holders(state, sums, name) for name in state.change})

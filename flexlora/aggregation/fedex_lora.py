@@ -11,19 +11,18 @@ server adds is therefore the change that training made, whatever the ranks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 
-from flexlora.aggregation.engine.factor_sums import FactorSums, factor_adapter
-from flexlora.aggregation.engine.method import Factoring, Law, LocalPlan, Start, State, Update
-from flexlora.aggregation.engine.open_round import OpenRound
-from flexlora.aggregation.engine.options import StepOptions
-from flexlora.aggregation.engine.product_sums import ProductSums, factors_term, svd_term
-from flexlora.aggregation.engine.server_step import next_state
-from flexlora.aggregation.engine.state import GlobalChange
-from flexlora.aggregation.engine.truncated import StartedFrom
+from flexlora.aggregation.engine.held_factors import first_rows
+from flexlora.aggregation.engine.method import Law
+from flexlora.aggregation.engine.options import UNCAPPED, StepOptions
+from flexlora.aggregation.engine.product_sums import factors_term, svd_term
+from flexlora.aggregation.engine.server_step import moved_by
+from flexlora.aggregation.engine.starts import Factoring, LocalPlan, Start
+from flexlora.aggregation.engine.state import GlobalChange, State
+from flexlora.aggregation.engine.sums import Needs, Sums
 from flexlora.algebra.decompose import MatrixSum, decompose
 from flexlora.algebra.linalg import FactoredSVD, product_norm
 from flexlora.lora.adapters import Adapter, LoRAFactors
@@ -36,9 +35,9 @@ class FedExLoRA:
     """FedIT's factors over a base that takes up what averaging them loses."""
 
     name = "fedex-lora"
-    laws = frozenset(
-        {Law.ORDER, Law.SCALE_OF_WEIGHTS, Law.ZERO_TRAINING, Law.AVERAGE_OF_PRODUCTS},
-    )
+    laws = frozenset({Law.ORDER, Law.SCALE_OF_WEIGHTS, Law.ZERO_TRAINING, Law.AVERAGE_OF_PRODUCTS})
+    needs = Needs(products=True, starts=True, factors=True)
+    wire_space = "products"
 
     Options = StepOptions
 
@@ -46,7 +45,7 @@ class FedExLoRA:
         self.options = options
 
     def start(self, state: State, rank_class: RankClass, factoring: Factoring) -> Start:
-        trained = factor_adapter(state, rank_class.ranks(state.change.shapes), factoring)
+        trained = first_rows(state, rank_class.ranks(state.change.shapes), factoring)
         return Start(
             rank_class=rank_class,
             base_round=state.round,
@@ -55,33 +54,11 @@ class FedExLoRA:
             local=LocalPlan(merge=True),
         )
 
-    def begin(
-        self, state: State, sent: Mapping[str, Start], clients: Mapping[str, str] | None = None
-    ) -> OpenRound:
-        products, started = ProductSums(state.change.shapes), StartedFrom(sent)
-        factors = FactorSums(state.change.shapes)
-
-        def fold(update: Update) -> None:
-            started.add(update)
-            factors.add(update.adapter, update.num_examples)
-
-        def close() -> State:
-            extra, changes = dict(state.extra), {}
-            for name in state.change:
-                extra[f"lora_A/{name}"], extra[f"lora_B/{name}"] = factors.mean(name)
-                total = products.take(name)
-                changes[name] = replace(total, terms=total.terms + started.terms(name, -1.0))
-            return next_state(replace(state, extra=extra), changes, self.options)
-
-        return OpenRound(
-            state,
-            sent,
-            clients,
-            products=products,
-            fold=fold,
-            close=close,
-            admit=started.admit,
-        )
+    def close(self, state: State, sums: Sums) -> State:
+        extra = dict(state.extra)
+        for name in state.change:
+            extra[f"lora_A/{name}"], extra[f"lora_B/{name}"] = sums.factors.mean(name)
+        return moved_by(replace(state, extra=extra), sums.products - sums.starts, self.options)
 
 
 def _left_out(change: GlobalChange, trained: Adapter, factoring: Factoring) -> Adapter | None:
@@ -93,7 +70,7 @@ def _left_out(change: GlobalChange, trained: Adapter, factoring: Factoring) -> A
         for name, svd in change.items()
     }
     dtype = next(iter(change.values())).U.dtype
-    parts = decompose(sums, max_rank=1 << 30, dtype=dtype)
+    parts = decompose(sums, max_rank=UNCAPPED, dtype=dtype)
     rest = GlobalChange(
         {
             name: part.svd.truncate(_above_rounding(part.svd, change[name], trained[name]))

@@ -8,12 +8,12 @@ The mean of the factors is not the mean of the products: their difference is the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from flexlora.aggregation.engine.factor_sums import FactorSums, factor_start, factor_state
-from flexlora.aggregation.engine.method import Factoring, Law, Start, State, Update
-from flexlora.aggregation.engine.open_round import OpenRound
+from flexlora.aggregation.engine.held_factors import first_rows, hold
+from flexlora.aggregation.engine.method import Law
 from flexlora.aggregation.engine.options import MethodOptions
+from flexlora.aggregation.engine.starts import Factoring, Start
+from flexlora.aggregation.engine.state import State
+from flexlora.aggregation.engine.sums import Needs, Sums
 from flexlora.lora.ranks import RankClass
 
 __all__ = ["FedIT"]
@@ -24,6 +24,8 @@ class FedIT:
 
     name = "fedit"
     laws = frozenset({Law.ORDER, Law.SCALE_OF_WEIGHTS, Law.ONE_CLIENT})
+    needs = Needs(factors=True)
+    wire_space = ""
 
     Options = MethodOptions
 
@@ -31,17 +33,8 @@ class FedIT:
         self.options = options
 
     def start(self, state: State, rank_class: RankClass, factoring: Factoring) -> Start:
-        return factor_start(state, rank_class, factoring)
+        trained = first_rows(state, rank_class.ranks(state.change.shapes), factoring)
+        return Start(rank_class=rank_class, base_round=state.round, trained=trained)
 
-    def begin(
-        self, state: State, sent: Mapping[str, Start], clients: Mapping[str, str] | None = None
-    ) -> OpenRound:
-        sums = FactorSums(state.change.shapes)
-
-        def fold(update: Update) -> None:
-            sums.add(update.adapter, update.num_examples)
-
-        def close() -> State:
-            return factor_state(state, {name: sums.mean(name) for name in state.change})
-
-        return OpenRound(state, sent, clients, fold=fold, close=close)
+    def close(self, state: State, sums: Sums) -> State:
+        return hold(state, {name: sums.factors.mean(name) for name in state.change})

@@ -9,25 +9,24 @@ differ the mean is of the changes, so that a column that few clients have does n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from flexlora.aggregation.engine.factor_sums import FactorSums, changed_state, factor_start
-from flexlora.aggregation.engine.method import Factoring, Law, Start, State, Update
-from flexlora.aggregation.engine.open_round import OpenRound
+from flexlora.aggregation.engine.held_factors import add_changes, first_rows
+from flexlora.aggregation.engine.method import Law
 from flexlora.aggregation.engine.options import MethodOptions
-from flexlora.aggregation.engine.truncated import StartedFrom
+from flexlora.aggregation.engine.starts import Factoring, Start
+from flexlora.aggregation.engine.state import State
+from flexlora.aggregation.engine.sums import Needs, Sums
 from flexlora.lora.ranks import RankClass
 
-__all__ = ["FFALoRA", "begin_changes"]
+__all__ = ["FFALoRA"]
 
 
 class FFALoRA:
     """Trains and averages ``lora_B`` alone."""
 
     name = "ffa-lora"
-    laws = frozenset(
-        {Law.ORDER, Law.SCALE_OF_WEIGHTS, Law.ZERO_TRAINING, Law.AVERAGE_OF_PRODUCTS},
-    )
+    laws = frozenset({Law.ORDER, Law.SCALE_OF_WEIGHTS, Law.ZERO_TRAINING, Law.AVERAGE_OF_PRODUCTS})
+    needs = Needs(factor_changes=True)
+    wire_space = "factors"
 
     Options = MethodOptions
 
@@ -35,26 +34,13 @@ class FFALoRA:
         self.options = options
 
     def start(self, state: State, rank_class: RankClass, factoring: Factoring) -> Start:
-        return factor_start(state, rank_class, factoring, trainable=("lora_B",))
+        trained = first_rows(state, rank_class.ranks(state.change.shapes), factoring)
+        return Start(
+            rank_class=rank_class,
+            base_round=state.round,
+            trained=trained,
+            trainable=("lora_B",),
+        )
 
-    def begin(
-        self, state: State, sent: Mapping[str, Start], clients: Mapping[str, str] | None = None
-    ) -> OpenRound:
-        return begin_changes(state, sent, clients)
-
-
-def begin_changes(
-    state: State, sent: Mapping[str, Start], clients: Mapping[str, str] | None
-) -> OpenRound:
-    """A round that adds the mean change of the factors, one of which nobody changes."""
-    sums = FactorSums(state.change.shapes)
-
-    def fold(update: Update) -> None:
-        start = sent.get(update.rank_class)
-        minus = start.trained if start is not None else None
-        sums.add(update.adapter, update.num_examples, minus=minus)
-
-    def close() -> State:
-        return changed_state(state, sent, sums)
-
-    return OpenRound(state, sent, clients, fold=fold, close=close, admit=StartedFrom(sent).admit)
+    def close(self, state: State, sums: Sums) -> State:
+        return add_changes(state, sums)

@@ -9,24 +9,24 @@ into its weights; on a 4-bit base, whose weights cannot take it, it is carried b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from flexlora.aggregation.aligned import begin_sum, carried_directions, fresh_factors
-from flexlora.aggregation.engine.method import Factoring, Law, LocalPlan, Start, State
-from flexlora.aggregation.engine.open_round import OpenRound
+from flexlora.aggregation.engine.method import Law
 from flexlora.aggregation.engine.options import StepOptions
+from flexlora.aggregation.engine.server_step import moved_by
+from flexlora.aggregation.engine.starts import Factoring, LocalPlan, Start, fresh, whole_change
+from flexlora.aggregation.engine.state import State
+from flexlora.aggregation.engine.sums import Needs, Sums
 from flexlora.lora.ranks import RankClass
 
-__all__ = ["FLoRA", "merged_start"]
+__all__ = ["FLoRA"]
 
 
 class FLoRA:
     """The stack of all updates, merged."""
 
     name = "flora"
-    laws = frozenset(
-        {Law.ORDER, Law.SCALE_OF_WEIGHTS, Law.ZERO_TRAINING, Law.AVERAGE_OF_PRODUCTS},
-    )
+    laws = frozenset({Law.ORDER, Law.SCALE_OF_WEIGHTS, Law.ZERO_TRAINING, Law.AVERAGE_OF_PRODUCTS})
+    needs = Needs(products=True)
+    wire_space = "products"
 
     Options = StepOptions
 
@@ -34,22 +34,13 @@ class FLoRA:
         self.options = options
 
     def start(self, state: State, rank_class: RankClass, factoring: Factoring) -> Start:
-        return merged_start(state, rank_class, factoring)
+        return Start(
+            rank_class=rank_class,
+            base_round=state.round,
+            trained=fresh(state, rank_class, factoring),
+            carried=whole_change(state, factoring),
+            local=LocalPlan(merge=True),
+        )
 
-    def begin(
-        self, state: State, sent: Mapping[str, Start], clients: Mapping[str, str] | None = None
-    ) -> OpenRound:
-        return begin_sum(state, sent, clients, self.options)
-
-
-def merged_start(state: State, rank_class: RankClass, factoring: Factoring) -> Start:
-    """Fresh random factors over the whole of ``G``, which the client merges where it can."""
-    nothing = dict.fromkeys(state.change, 0)
-    everything = max(svd.rank for svd in state.change.values())
-    return Start(
-        rank_class=rank_class,
-        base_round=state.round,
-        trained=fresh_factors(state, rank_class, factoring),
-        carried=carried_directions(state, nothing, everything, factoring),
-        local=LocalPlan(merge=True),
-    )
+    def close(self, state: State, sums: Sums) -> State:
+        return moved_by(state, sums.products, self.options)

@@ -10,24 +10,24 @@ feedback it is added to the next round's sum.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from pydantic import Field
 
-from flexlora.aggregation.engine.method import Factoring, Law, Start, State
-from flexlora.aggregation.engine.open_round import OpenRound
+from flexlora.aggregation.engine.method import Law
 from flexlora.aggregation.engine.options import UNCAPPED, StepOptions
-from flexlora.aggregation.engine.product_sums import ProductSums, svd_term
+from flexlora.aggregation.engine.product_sums import svd_term
 from flexlora.aggregation.engine.server_step import (
     dropped_share,
-    next_state,
+    moved_by,
     pack_svd,
     tail_of,
     unpack_svd,
 )
-from flexlora.aggregation.flora import merged_start
+from flexlora.aggregation.engine.starts import Factoring, LocalPlan, Start, fresh, whole_change
+from flexlora.aggregation.engine.state import State
+from flexlora.aggregation.engine.sums import Needs, Sums
 from flexlora.algebra.decompose import LazySums, MatrixSum, decompose
 from flexlora.lora.ranks import RankClass
 
@@ -39,6 +39,8 @@ class FLoRIST:
 
     name = "florist"
     laws = frozenset({Law.ORDER, Law.SCALE_OF_WEIGHTS, Law.ZERO_TRAINING})
+    needs = Needs(products=True)
+    wire_space = "products"
 
     class Options(StepOptions):
         energy_threshold: float = Field(
@@ -54,36 +56,38 @@ class FLoRIST:
             self.laws = self.laws - {Law.ZERO_TRAINING}
 
     def start(self, state: State, rank_class: RankClass, factoring: Factoring) -> Start:
-        return merged_start(state, rank_class, factoring)
+        return Start(
+            rank_class=rank_class,
+            base_round=state.round,
+            trained=fresh(state, rank_class, factoring),
+            carried=whole_change(state, factoring),
+            local=LocalPlan(merge=True),
+        )
 
-    def begin(
-        self, state: State, sent: Mapping[str, Start], clients: Mapping[str, str] | None = None
-    ) -> OpenRound:
-        products = ProductSums(state.change.shapes)
-
-        def close() -> State:
-            extra, changes, notes = dict(state.extra), {}, {}
-            sums = LazySums(state.change, products.mean)
-            if self.options.error_feedback:
-                means = sums
-                sums = LazySums(means, lambda name: _with_last_cut(state, name, means[name]))
-            dtype = next(iter(state.change.values())).U.dtype
-            for name, found in decompose(sums, max_rank=UNCAPPED, dtype=dtype).items():
-                rank = rank_for_energy(found.svd.S, self.options.energy_threshold)
-                changes[name] = MatrixSum(
-                    shape=found.svd.shape, terms=(svd_term(1.0, found.svd.truncate(rank)),)
-                )
-                notes[name] = {"cut_energy": dropped_share(found, rank)}
-                if self.options.error_feedback:
-                    extra |= pack_svd("cut", name, tail_of(found.svd, rank))
-            return next_state(replace(state, extra=extra), changes, self.options, notes=notes)
-
-        return OpenRound(state, sent, clients, products=products, close=close)
+    def close(self, state: State, sums: Sums) -> State:
+        total, feedback = sums.products, self.options.error_feedback
+        if feedback:
+            total = total + _last_cuts(state)
+        extra, changes, notes = dict(state.extra), {}, {}
+        for name, found in decompose(total, max_rank=UNCAPPED, dtype=state.dtype).items():
+            rank = rank_for_energy(found.svd.S, self.options.energy_threshold)
+            term = svd_term(1.0, found.svd.truncate(rank))
+            changes[name] = MatrixSum(shape=found.svd.shape, terms=(term,))
+            notes[name] = {"cut_energy": dropped_share(found, rank)}
+            if feedback:
+                extra |= pack_svd("cut", name, tail_of(found.svd, rank))
+        return moved_by(replace(state, extra=extra), changes, self.options, notes)
 
 
-def _with_last_cut(state: State, name: str, total: MatrixSum) -> MatrixSum:
-    left = unpack_svd(state.extra, "cut", name)
-    return total if left is None else replace(total, terms=(*total.terms, svd_term(1.0, left)))
+def _last_cuts(state: State) -> LazySums:
+    """What the cut of the last round dropped, by module."""
+
+    def cut(name: str) -> MatrixSum:
+        left = unpack_svd(state.extra, "cut", name)
+        terms = () if left is None else (svd_term(1.0, left),)
+        return MatrixSum(shape=state.change[name].shape, terms=terms)
+
+    return LazySums(state.change, cut)
 
 
 def rank_for_energy(S: torch.Tensor, threshold: float) -> int:

@@ -11,18 +11,26 @@ norms has shrunk in training; it then stays at its lower rank. The number of exa
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 from pydantic import Field
 
-from flexlora.aggregation.engine.factor_sums import FactorSums, factor_start, factor_state
-from flexlora.aggregation.engine.method import Factoring, Law, LocalPlan, Start, State, Update
-from flexlora.aggregation.engine.open_round import OpenRound
+from flexlora.aggregation.engine.held_factors import first_rows, hold
+from flexlora.aggregation.engine.method import Law
 from flexlora.aggregation.engine.options import MethodOptions
+from flexlora.aggregation.engine.starts import Factoring, LocalPlan, Start
+from flexlora.aggregation.engine.state import State
+from flexlora.aggregation.engine.sums import Needs, Sums
+from flexlora.aggregation.engine.updates import Update
 from flexlora.algebra.linalg import product_norm
 from flexlora.lora.ranks import RankClass
 
 __all__ = ["HetLoRA"]
+
+
+def norm_of_products(update: Update) -> float:
+    """``|s_k B_k A_k|_F`` over all modules together."""
+    norms = (f.scaling * product_norm(f.lora_B, f.lora_A) for f in update.adapter.values())
+    return math.sqrt(sum(norm**2 for norm in norms))
 
 
 class HetLoRA:
@@ -30,6 +38,8 @@ class HetLoRA:
 
     name = "hetlora"
     laws = frozenset({Law.ORDER, Law.SCALE_OF_WEIGHTS, Law.ONE_CLIENT})
+    needs = Needs(factors=True, weight=norm_of_products)
+    wire_space = ""
 
     class Options(MethodOptions):
         prune_factor: float = Field(
@@ -47,20 +57,12 @@ class HetLoRA:
         )
 
     def start(self, state: State, rank_class: RankClass, factoring: Factoring) -> Start:
-        return factor_start(state, rank_class, factoring, local=self.local)
+        trained = first_rows(state, rank_class.ranks(state.change.shapes), factoring)
+        return Start(
+            rank_class=rank_class, base_round=state.round, trained=trained, local=self.local
+        )
 
-    def begin(
-        self, state: State, sent: Mapping[str, Start], clients: Mapping[str, str] | None = None
-    ) -> OpenRound:
-        sums = FactorSums(state.change.shapes)
-
-        def fold(update: Update) -> None:
-            norms = (f.scaling * product_norm(f.lora_B, f.lora_A) for f in update.adapter.values())
-            sums.add(update.adapter, math.sqrt(sum(norm**2 for norm in norms)))
-
-        def close() -> State:
-            if sums.total == 0.0:  # nobody changed anything: all products are zero
-                return state.one_round_later()
-            return factor_state(state, {name: sums.mean(name) for name in state.change})
-
-        return OpenRound(state, sent, clients, fold=fold, close=close)
+    def close(self, state: State, sums: Sums) -> State:
+        if sums.factors.total == 0.0:  # all products are zero: there is nothing to weigh by
+            return state.unchanged()
+        return hold(state, {name: sums.factors.mean(name) for name in state.change})

@@ -2,30 +2,24 @@
 
     A[j] <- sum_{k: r_k > j} n_k A_k[j] / sum_{k: r_k > j} n_k,   and so B[:, j] with s_k B_k
 
-Zero-padding would shrink the rows that only strong clients have. A row that nobody of this round
-has stays as it was, which the paper, whose clients all take part, need not say.
+Zero-padding would shrink the rows that only strong clients have. A row that no client of a round
+has stays as it was (in the paper all clients take part in every round).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-
 import torch
 
-from flexlora.aggregation.engine.factor_gap import rows_of
-from flexlora.aggregation.engine.factor_sums import (
-    FactorSums,
-    factor_start,
-    factor_state,
-    known_factors,
-    widened,
-)
-from flexlora.aggregation.engine.method import Factoring, Law, Start, State, Update
-from flexlora.aggregation.engine.open_round import OpenRound
+from flexlora.aggregation.engine.factor_sums import Pair
+from flexlora.aggregation.engine.held_factors import first_rows, hold, known_factors, widened
+from flexlora.aggregation.engine.method import Law
 from flexlora.aggregation.engine.options import MethodOptions
+from flexlora.aggregation.engine.starts import Factoring, Start
+from flexlora.aggregation.engine.state import State
+from flexlora.aggregation.engine.sums import Needs, Sums
 from flexlora.lora.ranks import RankClass
 
-__all__ = ["RBLA", "begin_holders"]
+__all__ = ["RBLA", "mean_of_holders"]
 
 
 class RBLA:
@@ -33,6 +27,8 @@ class RBLA:
 
     name = "rbla"
     laws = frozenset({Law.ORDER, Law.SCALE_OF_WEIGHTS, Law.ZERO_TRAINING})
+    needs = Needs(factors=True)
+    wire_space = ""
 
     Options = MethodOptions
 
@@ -40,42 +36,20 @@ class RBLA:
         self.options = options
 
     def start(self, state: State, rank_class: RankClass, factoring: Factoring) -> Start:
-        return factor_start(state, rank_class, factoring)
+        trained = first_rows(state, rank_class.ranks(state.change.shapes), factoring)
+        return Start(rank_class=rank_class, base_round=state.round, trained=trained)
 
-    def begin(
-        self, state: State, sent: Mapping[str, Start], clients: Mapping[str, str] | None = None
-    ) -> OpenRound:
-        return begin_holders(state, sent, clients)
-
-
-def begin_holders(
-    state: State,
-    sent: Mapping[str, Start],
-    clients: Mapping[str, str] | None,
-    admit: Callable[[Update], None] | None = None,
-) -> OpenRound:
-    """A round that averages every row over those who have it."""
-    sums = FactorSums(state.change.shapes)
-
-    def fold(update: Update) -> None:
-        sums.add(update.adapter, update.num_examples, rows_of(update, sent))
-
-    def close() -> State:
-        held = {name: _kept_where_nobody_is(state, sent, name, sums) for name in state.change}
-        return factor_state(state, held)
-
-    return OpenRound(state, sent, clients, fold=fold, close=close, admit=admit)
+    def close(self, state: State, sums: Sums) -> State:
+        return hold(state, {name: mean_of_holders(state, sums, name) for name in state.change})
 
 
-def _kept_where_nobody_is(
-    state: State, sent: Mapping[str, Start], name: str, sums: FactorSums
-) -> tuple[torch.Tensor, torch.Tensor]:
+def mean_of_holders(state: State, sums: Sums, name: str) -> Pair:
     """The mean over holders of each row; rows without a holder as they were before the round.
 
     Before the first round that is as they were sent: zeros in both factors would never train.
     """
-    A, B, has = sums.mean_of_holders(name)
-    last = known_factors(state, sent, name)
+    A, B, has = sums.factors.mean_of_holders(name)
+    last = known_factors(state, sums.sent, name)
     if last is None:
         return A, B
     rank = max(A.shape[0], last[0].shape[0])

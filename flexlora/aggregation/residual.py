@@ -1,24 +1,21 @@
-"""The residual form of FlexLoRA: only what training changed is averaged (DESIGN.md, section 1).
+"""The residual form of FlexLoRA: the server averages only what training changed.
 
-    G <- G + eta * sum_k p_k (s_k B_k A_k - start_k)
+    client k:  starts from T_{r_k}(G), trains, sends its factors back whole
+    server:    G <- G + eta * sum_k p_k (s_k B_k A_k - start_k)
 
 ``start_k`` is the decoded product that client k really started from: ``T_{r_k}(G)`` over a lossless
-wire, its rounded neighbour over a 16-bit one. Nobody trains, nothing changes: no rank collapse
-(arXiv 2602.13486) by construction.
+wire, its rounded neighbour over a 16-bit one. A round in which nobody trains changes nothing, so
+there is no rank collapse (arXiv 2602.13486) by construction.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
-
-from flexlora.aggregation.engine.method import Factoring, Law, Start, State
-from flexlora.aggregation.engine.open_round import OpenRound
+from flexlora.aggregation.engine.method import Law
 from flexlora.aggregation.engine.options import FastStepOptions
-from flexlora.aggregation.engine.product_sums import ProductSums
-from flexlora.aggregation.engine.server_step import next_state
-from flexlora.aggregation.engine.truncated import StartedFrom, truncated_start
-from flexlora.algebra.decompose import LazySums, MatrixSum
+from flexlora.aggregation.engine.server_step import moved_by
+from flexlora.aggregation.engine.starts import Factoring, Start, truncated
+from flexlora.aggregation.engine.state import State
+from flexlora.aggregation.engine.sums import Needs, Sums
 from flexlora.lora.ranks import RankClass
 
 __all__ = ["Residual"]
@@ -28,9 +25,9 @@ class Residual:
     """Adds the weighted changes that training made to ``G``, with a server learning rate."""
 
     name = "residual"
-    laws = frozenset(
-        {Law.ORDER, Law.SCALE_OF_WEIGHTS, Law.ZERO_TRAINING, Law.AVERAGE_OF_PRODUCTS},
-    )
+    laws = frozenset({Law.ORDER, Law.SCALE_OF_WEIGHTS, Law.ZERO_TRAINING, Law.AVERAGE_OF_PRODUCTS})
+    needs = Needs(products=True, starts=True)
+    wire_space = "products"
 
     Options = FastStepOptions
 
@@ -38,26 +35,8 @@ class Residual:
         self.options = options
 
     def start(self, state: State, rank_class: RankClass, factoring: Factoring) -> Start:
-        return truncated_start(state, rank_class, factoring)
+        trained = truncated(state, rank_class, factoring)
+        return Start(rank_class=rank_class, base_round=state.round, trained=trained)
 
-    def begin(
-        self, state: State, sent: Mapping[str, Start], clients: Mapping[str, str] | None = None
-    ) -> OpenRound:
-        products, started = ProductSums(state.change.shapes), StartedFrom(sent)
-
-        def close() -> State:
-            def change(name: str) -> MatrixSum:
-                total = products.mean(name)
-                return replace(total, terms=total.terms + started.terms(name, -1.0))
-
-            return next_state(state, LazySums(state.change, change), self.options)
-
-        return OpenRound(
-            state,
-            sent,
-            clients,
-            products=products,
-            fold=started.add,
-            close=close,
-            admit=started.admit,
-        )
+    def close(self, state: State, sums: Sums) -> State:
+        return moved_by(state, sums.products - sums.starts, self.options)

@@ -9,13 +9,12 @@ and ``lora_A`` learns too, which FFA-LoRA gives up. ``lora_B`` goes first, since
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from flexlora.aggregation.engine.factor_sums import factor_start
-from flexlora.aggregation.engine.method import Factoring, Law, Start, State
-from flexlora.aggregation.engine.open_round import OpenRound
+from flexlora.aggregation.engine.held_factors import add_changes, first_rows
+from flexlora.aggregation.engine.method import Law
 from flexlora.aggregation.engine.options import MethodOptions
-from flexlora.aggregation.ffa_lora import begin_changes
+from flexlora.aggregation.engine.starts import Factoring, Start
+from flexlora.aggregation.engine.state import State
+from flexlora.aggregation.engine.sums import Needs, Sums
 from flexlora.lora.ranks import RankClass
 
 __all__ = ["RoLoRA"]
@@ -25,9 +24,9 @@ class RoLoRA:
     """FFA-LoRA's exact averaging with the frozen factor changing from round to round."""
 
     name = "rolora"
-    laws = frozenset(
-        {Law.ORDER, Law.SCALE_OF_WEIGHTS, Law.ZERO_TRAINING, Law.AVERAGE_OF_PRODUCTS},
-    )
+    laws = frozenset({Law.ORDER, Law.SCALE_OF_WEIGHTS, Law.ZERO_TRAINING, Law.AVERAGE_OF_PRODUCTS})
+    needs = Needs(factor_changes=True)
+    wire_space = "factors"
 
     Options = MethodOptions
 
@@ -35,10 +34,13 @@ class RoLoRA:
         self.options = options
 
     def start(self, state: State, rank_class: RankClass, factoring: Factoring) -> Start:
-        trainable = ("lora_A",) if state.round % 2 else ("lora_B",)
-        return factor_start(state, rank_class, factoring, trainable=trainable)
+        trained = first_rows(state, rank_class.ranks(state.change.shapes), factoring)
+        return Start(
+            rank_class=rank_class,
+            base_round=state.round,
+            trained=trained,
+            trainable=("lora_A",) if state.round % 2 else ("lora_B",),
+        )
 
-    def begin(
-        self, state: State, sent: Mapping[str, Start], clients: Mapping[str, str] | None = None
-    ) -> OpenRound:
-        return begin_changes(state, sent, clients)
+    def close(self, state: State, sums: Sums) -> State:
+        return add_changes(state, sums)

@@ -17,11 +17,13 @@ from dataclasses import replace
 import torch
 from pydantic import Field
 
-from flexlora.aggregation.aligned import begin_sum, carried_directions
-from flexlora.aggregation.engine.factor_sums import Pair, factor_state
-from flexlora.aggregation.engine.method import Factoring, Law, LocalPlan, Start, State
-from flexlora.aggregation.engine.open_round import OpenRound
+from flexlora.aggregation.engine.held_factors import held_factors, hold
+from flexlora.aggregation.engine.method import Law
 from flexlora.aggregation.engine.options import UNCAPPED, MethodOptions, StepOptions
+from flexlora.aggregation.engine.server_step import moved_by
+from flexlora.aggregation.engine.starts import Factoring, LocalPlan, Start, whole_change
+from flexlora.aggregation.engine.state import State
+from flexlora.aggregation.engine.sums import Needs, Sums
 from flexlora.aggregation.fedit import FedIT
 from flexlora.lora.adapters import Adapter, LoRAFactors
 from flexlora.lora.ranks import RankClass
@@ -36,6 +38,8 @@ class SLoRA:
     name = "slora"
     # Zero training changes nothing in the sparse rounds only.
     laws = frozenset({Law.ORDER, Law.SCALE_OF_WEIGHTS, Law.AVERAGE_OF_PRODUCTS})
+    needs = Needs(products=True, factors=True)
+    wire_space = ""
 
     class Options(MethodOptions):
         sparse_rounds: int = Field(default=2, ge=0, description="rounds before the SVD start")
@@ -47,31 +51,31 @@ class SLoRA:
 
     def start(self, state: State, rank_class: RankClass, factoring: Factoring) -> Start:
         if state.round >= self.options.sparse_rounds:
+            if held_factors(state, next(iter(state.change))) is None:
+                # No update came in the last sparse round, so it was not closed here.
+                state = _svd_start(state, dict.fromkeys(state.change, UNCAPPED))
             return FedIT(self.options).start(state, rank_class, factoring)
-        everything = max(svd.rank for svd in state.change.values())
-        nothing = dict.fromkeys(state.change, 0)
         return Start(
             rank_class=rank_class,
             base_round=state.round,
             trained=_chosen_columns(state, rank_class, factoring),
-            carried=carried_directions(state, nothing, everything, factoring),
+            carried=whole_change(state, factoring),
             trainable=("lora_B",),
             local=LocalPlan(merge=True),
         )
 
-    def begin(
-        self, state: State, sent: Mapping[str, Start], clients: Mapping[str, str] | None = None
-    ) -> OpenRound:
-        if state.round >= self.options.sparse_rounds:
-            return FedIT(self.options).begin(state, sent, clients)
-        opened = begin_sum(state, sent, clients, StepOptions(server_max_rank=UNCAPPED))
-        if state.round + 1 == self.options.sparse_rounds:
-            widest = {
-                name: max((start.trained[name].rank for start in sent.values()), default=1 << 30)
-                for name in state.change
-            }
-            opened.then(lambda summed: _svd_start(summed, widest))
-        return opened
+    def close(self, state: State, sums: Sums) -> State:
+        rounds = self.options.sparse_rounds
+        if state.round >= rounds:
+            return FedIT(self.options).close(state, sums)
+        summed = moved_by(state, sums.products, StepOptions(server_max_rank=UNCAPPED))
+        if summed.round < rounds:
+            return summed
+        widest = {
+            name: max((start.trained[name].rank for start in sums.sent.values()), default=UNCAPPED)
+            for name in state.change
+        }
+        return _svd_start(summed, widest)
 
 
 def _chosen_columns(state: State, rank_class: RankClass, factoring: Factoring) -> Adapter:
@@ -95,14 +99,14 @@ def _svd_start(state: State, ranks: Mapping[str, int]) -> State:
 
     The share of the energy that the cut drops is in ``dropped_energy``.
     """
-    held: dict[str, Pair] = {}
+    held = {}
     for name, svd in state.change.items():
         top = svd.truncate(ranks[name])
         held[name] = (top.Vh.double(), top.U.double() * top.S.double())
     if not any(A.shape[0] for A, _ in held.values()):
         return state
     return replace(
-        factor_state(state, held),
+        hold(state, held),
         round=state.round,
         modules=state.modules,
         dropped_energy=1.0 - state.change.total_energy_kept(ranks),

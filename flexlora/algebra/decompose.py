@@ -69,6 +69,32 @@ class MatrixSum:
             return self.dense.device
         return self.terms[0][1].device if self.terms else torch.device("cpu")
 
+    def __add__(self, other: MatrixSum) -> MatrixSum:
+        """All terms of both, none of them multiplied out."""
+        parts = [dense for dense in (self.dense, other.dense) if dense is not None]
+        dense = parts[0] + parts[1] if len(parts) == 2 else next(iter(parts), None)
+        return MatrixSum(shape=self.shape, terms=self.terms + other.terms, dense=dense)
+
+    def __sub__(self, other: MatrixSum) -> MatrixSum:
+        return self + other.scaled(-1.0)
+
+    def scaled(self, weight: float) -> MatrixSum:
+        """``weight`` times the sum."""
+        terms = tuple((weight * w, left, right) for w, left, right in self.terms)
+        dense = self.dense
+        if dense is not None and weight != 1.0:
+            dense = dense * weight
+        return MatrixSum(shape=self.shape, terms=terms, dense=dense)
+
+    def apply(self, probes: Tensor) -> Tensor:
+        """``M @ probes``, ``[n, k] -> [m, k]``, in float64."""
+        total = probes.new_zeros(self.shape[0], probes.shape[1], dtype=torch.float64)
+        if self.dense is not None:
+            total += (self.dense @ probes.to(self.dense.dtype)).double()
+        for weight, left, right in self.terms:
+            total += weight * (left.double() @ (right.double() @ probes))
+        return total
+
     def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The sum formed in ``dtype`` (None: as ``fold`` would); never the caller's own tensor."""
         m, n = self.shape
@@ -80,7 +106,7 @@ class MatrixSum:
 
 
 class LazySums(Mapping[str, MatrixSum]):
-    """Sums by name that are made anew when they are asked for: none of them stays in memory."""
+    """Sums by module name, computed at each access: none of them stays in memory."""
 
     def __init__(self, names: Iterable[str], make: Callable[[str], MatrixSum]) -> None:
         self._names, self._make = dict.fromkeys(names), make
@@ -95,6 +121,12 @@ class LazySums(Mapping[str, MatrixSum]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+    def __add__(self, other: Mapping[str, MatrixSum]) -> LazySums:
+        return LazySums(self, lambda name: self[name] + other[name])
+
+    def __sub__(self, other: Mapping[str, MatrixSum]) -> LazySums:
+        return LazySums(self, lambda name: self[name] - other[name])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

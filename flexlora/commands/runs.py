@@ -34,8 +34,8 @@ def watch(
     target: Annotated[str, Argument(metavar="[RUN]", help="(default: the newest)")] = "",
     once: Annotated[bool, Option("--once", help="print one picture and end")] = False,
 ) -> int:
+    from flexlora.report.console import make_console
     from flexlora.report.watch import watch
-    from flexlora.simulations.terminal import make_console
 
     return watch(target or None, once=once, console=make_console())
 
@@ -45,7 +45,7 @@ def compare(
     out: Annotated[str, Option(metavar="FILE.html", help="write a page with the figures")] = "",
 ) -> int:
     from flexlora.report import compare
-    from flexlora.simulations.terminal import make_console
+    from flexlora.report.console import make_console
 
     return compare(targets, out=out or None, console=make_console())
 

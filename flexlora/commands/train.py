@@ -48,12 +48,12 @@ def simulate(
     if not resume:
         RunFolder.check_free(folder, overwrite=overwrite)  # before anything heavy is loaded
 
-    from flexlora.simulations.terminal import make_console
-    from flexlora.simulations.watched_run import watched_run
+    from flexlora.report.console import make_console
+    from flexlora.simulations.simulate import run_in_terminal
 
     console = make_console()
     try:
-        watched_run(config, folder, console=console, overwrite=overwrite, go_on=bool(resume))
+        run_in_terminal(config, folder, console=console, overwrite=overwrite, go_on=bool(resume))
     except KeyboardInterrupt:
         done = [row["round"] for row in RunFolder(folder).metrics()]
         if not done:
@@ -69,8 +69,8 @@ def simulate(
 
 def _simulate_seeds(config: Config, folder: Path, seeds: int | None, overwrite: bool) -> int:
     """Run ``seeds`` seeds, or go on with the series in ``folder`` where it is None."""
-    from flexlora.simulations.experiments.seeds import is_series, resume_series, run_series
-    from flexlora.simulations.terminal import make_console
+    from flexlora.report.console import make_console
+    from flexlora.simulations.experiments.seed_series import is_series, resume_series, run_series
 
     console = make_console()
     try:

@@ -4,7 +4,7 @@
     "100"                   at most so many
     "lognormal:60:1.0"      at most N, with log N ~ N(log 60, 1.0): a few hold much, most little
 
-A client's number is a function of the seed and its own id; which rows it keeps likewise.
+The number and the choice of rows are functions of the seed and the client id.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The clients of a configuration: which rows each holds, and those rows as tokens.
 
-Rows are encoded when a client is first asked for them and kept, so that a node that serves one
-client never tokenises the others'.
+A client's rows are tokenised at first use and cached: a node that serves one client tokenises
+that client's rows only.
 """
 
 from __future__ import annotations

@@ -39,9 +39,7 @@ __all__ = [
     "batch_plan",
     "collate",
     "collate_prompts",
-    "encode_row",
     "encode_rows",
-    "padding_id",
 ]
 
 IGNORE_INDEX = -100  # the label that torch's cross entropy and transformers leave out
@@ -57,13 +55,18 @@ class Example:
     answer: str
     task: str | None = None
 
+    @property
+    def answer_tokens(self) -> int:
+        """Tokens that the loss is on: answer and eos."""
+        return len(self.input_ids) - self.prompt_length
+
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
     """K slots of b rows each, slot-major: slot k holds rows ``k * b`` to ``k * b + b - 1``.
 
     The first ``rows_per_slot[k]`` of them are real. ``lengths_per_slot[k]`` is the length T_k of
-    slot k's longest row (0 without rows), the width it would have in a batch of its own.
+    slot k's longest row (0 without rows), the width of a batch of that slot alone.
     """
 
     input_ids: Tensor  # [K * b, T] int64
@@ -73,30 +76,19 @@ class Batch:
     lengths_per_slot: tuple[int, ...]
 
 
-def encode_row(
-    row: Row, *, tokenizer: PreTrainedTokenizerBase, template: str, max_length: int
-) -> Example | None:
-    """The row in at most ``max_length`` tokens, or None when it cannot fit (see the module)."""
-    return _encode([row], tokenizer, template, max_length)[0]
-
-
 def encode_rows(
     rows: Sequence[Row], *, tokenizer: PreTrainedTokenizerBase, template: str, max_length: int
 ) -> tuple[list[Example], int]:
     """The rows that fit, in order, and the number of those that were dropped.
 
-    Equals ``encode_row`` on each, several times faster, because it tokenises in batches.
+    Each row is encoded as it would be alone. A row is dropped when it does not fit even with its
+    input cut (see the module).
 
     Raises:
         UserError: as ``templates.render``, or a ``max_length`` below 1.
     """
     examples = [e for e in _encode(rows, tokenizer, template, max_length) if e is not None]
     return examples, len(rows) - len(examples)
-
-
-def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id to pad with; 0 for a tokenizer without one, since masks and labels hide padding."""
-    return 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 def batch_plan(
@@ -262,7 +254,7 @@ def _answer_ids(answers: list[str], tokenizer: PreTrainedTokenizerBase) -> list[
 
 
 def _tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase, **options: bool) -> dict:
-    """Token ids as the text stands: what special tokens there are, we add ourselves."""
+    """Token ids of the texts without special tokens, which the callers add."""
     if not texts:
         return {"input_ids": []}
     return tokenizer(

@@ -1,1 +1,1 @@
-"""What ``flexlora client init`` and ``flexlora server init`` share: keys, certificates, folders."""
+"""``flexlora doctor``, and what client init and server init share: keys, certificates, folders."""

@@ -1,13 +1,14 @@
-"""A small certificate authority for one federation, and the certificate of its server (RFC 5280).
+"""Make and read certificates: a federation's authority and its server (RFC 5280).
 
-One authority signs one certificate, that of the server; nodes are known by their own keys
-(``node_keys.py``) and need none. The server's names are subjectAltNames: clients have looked at
-nothing else for years (RFC 9525). Extensions are those that OpenSSL's strict mode asks for.
+The authority signs one certificate, the server's; nodes have keys (``node_keys.py``) and need none.
+The server's names are subjectAltNames, the only ones that clients read (RFC 9525). The extensions
+are those that OpenSSL's strict mode requires.
 """
 
 from __future__ import annotations
 
 import ipaddress
+import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -21,9 +22,20 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from flexlora.deploy.hosts import Host
 from flexlora.errors import UserError
 
-__all__ = ["Issued", "alternative_names", "make_authority", "make_server", "read_authority"]
+__all__ = [
+    "Authorities",
+    "AuthoritiesRefused",
+    "Issued",
+    "alternative_names",
+    "make_authority",
+    "make_server",
+    "printable",
+    "quoted",
+    "read_authorities",
+]
 
-SKEW = timedelta(days=1)  # a clock that is behind must not see a certificate of the future
+SKEW = timedelta(days=1)  # for nodes whose clock is behind
+LONGEST = 80  # characters of a name that are printed
 HERE = (
     Host(text="localhost"),
     Host(text="127.0.0.1", address=ipaddress.ip_address("127.0.0.1")),
@@ -51,12 +63,12 @@ class Issued:
 
     @property
     def certificate_pem(self) -> bytes:
-        """What everybody may read."""
+        """The certificate, which is public."""
         return self.certificate.public_bytes(serialization.Encoding.PEM)
 
     @property
     def key_pem(self) -> bytes:
-        """What nobody else may read (PKCS #8, not encrypted: a server starts unattended)."""
+        """The private key in PKCS #8, not encrypted: a server starts unattended."""
         return self.key.private_bytes(
             serialization.Encoding.PEM,
             serialization.PrivateFormat.PKCS8,
@@ -65,7 +77,7 @@ class Issued:
 
 
 def make_authority(name: str, *, days: int) -> Issued:
-    """A self-signed authority that may sign servers and no further authorities."""
+    """A self-signed authority that may sign servers and no authorities."""
     key = ec.generate_private_key(ec.SECP384R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     built = (
@@ -77,10 +89,10 @@ def make_authority(name: str, *, days: int) -> Issued:
 
 
 def make_server(authority: Issued, hosts: Sequence[Host], *, days: int) -> Issued:
-    """A server's certificate for ``hosts`` and for this machine's own loopback names."""
+    """A server's certificate for ``hosts`` and the loopback names."""
     key = ec.generate_private_key(ec.SECP256R1())
     names = [_general_name(host) for host in dict.fromkeys([*hosts, *HERE])]
-    # A common name has 64 characters at most, and nobody reads it: the names are below.
+    # A common name has 64 characters at most, and clients ignore it.
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "FlexLoRA SuperLink")])
     issuer = authority.certificate
     built = (
@@ -98,58 +110,105 @@ def make_server(authority: Issued, hosts: Sequence[Host], *, days: int) -> Issue
 
 
 def alternative_names(certificate: x509.Certificate) -> list[str]:
-    """The names that a certificate is for, DNS names and addresses."""
+    """A certificate's DNS names and IP addresses."""
     names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     return [str(name.value) for name in names]
 
 
-def read_authority(path: str | Path, flag: str) -> bytes:
-    """The bytes of a file of authorities' certificates, all of them valid now.
+@dataclass(frozen=True, kw_only=True)
+class Authorities:
+    """The trusted certificates of one PEM file."""
+
+    path: Path
+    pem: bytes
+    certificates: tuple[x509.Certificate, ...]
+
+    def context(self) -> ssl.SSLContext:
+        """TLS that trusts these and no others, as a SuperNode's does."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.load_verify_locations(cadata=self.pem.decode("ascii"))
+        return context
+
+    def check_dates(self) -> None:
+        """Refuse certificates that are expired or not valid yet.
+
+        Raises:
+            UserError: with the date.
+        """
+        now, what = datetime.now(UTC), f"--root-certificates '{self.path}'"
+        for certificate in self.certificates:
+            start, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+            if now > end:
+                raise UserError(
+                    f"{what} expired on {end:%Y-%m-%d}; ask the server's owner for the new ca.crt."
+                )
+            if now < start:
+                moment = f"{start:%Y-%m-%d %H:%M} UTC"
+                raise UserError(f"{what} is not valid before {moment}; set this machine's clock.")
+
+
+class AuthoritiesRefused(UserError):
+    """A file that cannot serve as root certificates; ``remedy`` is a command."""
+
+    def __init__(self, path: Path, problem: str, remedy: str) -> None:
+        super().__init__(f"--root-certificates '{path}' {problem}")
+        self.remedy = remedy
+
+
+def read_authorities(path: Path) -> Authorities:
+    """The certificates in a PEM file of root certificates.
 
     Raises:
-        UserError: no such file, no certificate in it, one that is expired or not valid yet, or one
-            that is not an authority's: a SuperNode would refuse every server with it.
+        AuthoritiesRefused: no such file, no certificate in PEM, a private key, no authority among
+            the certificates (one that signed itself counts).
     """
     try:
-        data = Path(path).expanduser().read_bytes()
+        data = path.expanduser().read_bytes()
     except OSError as error:
-        reason = error.strerror or error
-        raise UserError(
-            f"{flag} '{path}' cannot be read: {reason}; copy ca.crt from the server's folder."
-        ) from None
+        problem = (
+            f"cannot be read: {error.strerror or error}; copy ca.crt from the server's folder."
+        )
+        raise AuthoritiesRefused(path, problem, f"ls -l '{path}'") from None
+    if b"PRIVATE KEY-----" in data:
+        problem = "holds a private key, which is for the server alone: do not hand it on."
+        raise AuthoritiesRefused(path, problem, f"openssl x509 -in '{path}' -out ca.pem")
     try:
-        found = x509.load_pem_x509_certificates(data)
+        certificates = tuple(x509.load_pem_x509_certificates(data))
     except ValueError:
-        raise UserError(
-            f"{flag} '{path}' holds no certificate, expected the authority's in PEM; "
-            "copy ca.crt from the server's folder."
-        ) from None
-    for certificate in found:
-        _check_authority(certificate, f"{flag} '{path}'")
-    return data
+        problem = (
+            "holds no certificate in PEM (text between BEGIN and END CERTIFICATE); copy ca.crt "
+            "from the server's folder."
+        )
+        remedy = f"openssl x509 -inform der -in '{path}' -out ca.pem"
+        raise AuthoritiesRefused(path, problem, remedy) from None
+    if not any(map(_may_sign, certificates)):
+        subject, issuer = quoted(certificates[0].subject), quoted(certificates[0].issuer)
+        problem = (
+            f"is no authority's: it is the certificate of {subject}, signed by {issuer}; copy that "
+            "one's (ca.crt, not server.crt)."
+        )
+        raise AuthoritiesRefused(path, problem, f"openssl x509 -noout -text -in '{path}'")
+    return Authorities(path=path, pem=data, certificates=certificates)
 
 
-def _check_authority(certificate: x509.Certificate, what: str) -> None:
-    now = datetime.now(UTC)
-    start, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
-    if now > end:
-        raise UserError(
-            f"{what} expired on {end:%Y-%m-%d}; ask the server's owner for the new ca.crt."
-        )
-    if now < start:
-        raise UserError(
-            f"{what} is not valid before {start:%Y-%m-%d %H:%M} UTC; set this machine's clock."
-        )
+def _may_sign(certificate: x509.Certificate) -> bool:
+    """An authority, or a self-signed certificate, which may be trusted alone."""
+    if certificate.issuer == certificate.subject:
+        return True
     try:
-        constraints = certificate.extensions.get_extension_for_class(x509.BasicConstraints).value
-        is_authority = constraints.ca
-    except x509.ExtensionNotFound:
-        is_authority = False
-    if not is_authority:
-        raise UserError(
-            f"{what} is the certificate of '{certificate.subject.rfc4514_string()}', which is no "
-            "authority, expected the one that signed the server's; copy ca.crt, not server.crt."
-        )
+        return bool(certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca)
+    except (x509.ExtensionNotFound, ValueError):
+        return False
+
+
+def quoted(name: x509.Name) -> str:
+    """A certificate's subject or issuer in quotes, safe to print on a terminal."""
+    return f"'{printable(name.rfc4514_string())[:LONGEST]}'"
+
+
+def printable(text: str) -> str:
+    """``text`` from another machine, with ``?`` for whatever could steer a terminal."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def _builder(

@@ -1,7 +1,7 @@
-"""Connections to one server that a person named: short, bounded, and to nobody else.
+"""HTTP and TLS requests to one server, for ``flexlora doctor``.
 
-Proxies of the environment and redirects are not followed, and nothing is sent but the request that
-the caller wrote. What a failed connection means is told in a sentence, for ``flexlora doctor``.
+Bounded in time and size. Proxies of the environment and redirects are not followed. A failed
+connection becomes a finding that says what it means.
 """
 
 from __future__ import annotations
@@ -16,39 +16,37 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from ipaddress import ip_address
 
+from cryptography import x509
+
 from flexlora.deploy.doctor import Finding, failed
-from flexlora.errors import UserError
+from flexlora.deploy.hosts import join_address
 
 __all__ = [
     "SECONDS",
-    "Answer",
+    "HttpResponse",
     "Link",
     "Stopped",
-    "ask",
-    "connect",
-    "is_own",
-    "parse_address",
+    "is_loopback",
     "reason",
-    "spelled",
 ]
 
-SECONDS = 5.0  # for a connection, for a handshake and for each piece of an answer
-LARGEST = 4 * 2**20  # bytes of an answer that are read
+SECONDS = 5.0  # for a connection, for a handshake and for each read
+LARGEST = 4 * 2**20  # bytes of a response that are read
 
 
 class Stopped(Exception):
-    """Why nothing that comes after it can be found out."""
+    """A finding after which no further check of the server can run."""
 
     def __init__(self, finding: Finding) -> None:
-        super().__init__(finding.told)
+        super().__init__(finding.message)
         self.finding = finding
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
-    """An HTTP response; when, by this machine's clock, it was asked for and came.
+class HttpResponse:
+    """Times are in seconds since 1970; ``asked`` and ``came`` by this machine's clock.
 
-    ``date`` is what the server's clock said, in seconds since 1970, None where it says nothing.
+    ``date`` is the server's clock, None if it does not send it.
     """
 
     status: int
@@ -59,143 +57,112 @@ class Answer:
 
     @property
     def code(self) -> int | None:
-        """The number in an error that is told in JSON, as Flower's are."""
+        """The error code in a JSON body, as in Flower's errors."""
         try:
-            told = json.loads(self.body)
+            body = json.loads(self.body)
         except ValueError:
             return None
-        code = told.get("code") if isinstance(told, dict) else None
+        code = body.get("code") if isinstance(body, dict) else None
         return code if isinstance(code, int) else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Link:
-    """A server that was reached: over TLS and trusted, or in the clear (no ``context``).
+    """A server: over TLS trusted by ``context``, or over plain HTTP without one.
 
-    ``own`` says that its address never leaves this machine.
+    ``certificate`` is what it showed in an unverified handshake, None if it speaks plain HTTP.
     """
 
     host: str
     port: int
-    context: ssl.SSLContext | None
-    own: bool
+    is_loopback: bool = False
+    certificate: x509.Certificate | None = None
+    context: ssl.SSLContext | None = None
 
     @property
     def address(self) -> str:
-        return spelled(self.host, self.port)
+        return join_address(self.host, self.port)
 
-    def get(self, path: str) -> Answer:
-        return self._ask("GET", path, {}, b"")
-
-    def post(self, path: str, headers: Mapping[str, str], body: bytes = b"") -> Answer:
-        return self._ask("POST", path, headers, body)
-
-    def _ask(self, method: str, path: str, headers: Mapping[str, str], body: bytes) -> Answer:
+    def ask(
+        self, method: str, path: str, headers: Mapping[str, str] | None = None, body: bytes = b""
+    ) -> HttpResponse:
+        """``request``, where no response stops the checks."""
         try:
-            return ask(
-                self.host, self.port, method, path, context=self.context, headers=headers, body=body
-            )
+            return self.request(method, path, headers, body)
         except (OSError, http.client.HTTPException) as error:
-            told = f"{self.address} breaks off its answer to {method} {path}: {reason(error)}."
+            cause = reason(error)
+            message = f"{self.address} breaks off its answer to {method} {path}: {cause}."
             remedy = f"ss -ltnp 'sport = :{self.port}' (on the server; its log says why)"
-            raise Stopped(failed(told, remedy)) from None
+            raise Stopped(failed(message, remedy)) from None
+
+    def request(
+        self, method: str, path: str, headers: Mapping[str, str] | None = None, body: bytes = b""
+    ) -> HttpResponse:
+        """One request over a connection of its own.
+
+        Raises:
+            OSError, http.client.HTTPException: no response, or one that is not HTTP.
+        """
+        if self.context is None:
+            made = http.client.HTTPConnection(self.host, self.port, timeout=SECONDS)
+        else:
+            made = http.client.HTTPSConnection(
+                self.host, self.port, timeout=SECONDS, context=self.context
+            )
+        try:
+            made.connect()
+            asked = time.time()
+            made.request(method, path, body=body, headers=dict(headers or {}))
+            response = made.getresponse()
+            came = time.time()
+            date = _seconds(response.getheader("Date"))
+            content = response.read(LARGEST)
+        finally:
+            made.close()
+        return HttpResponse(status=response.status, body=content, date=date, asked=asked, came=came)
+
+    def connect(self) -> socket.socket:
+        """A TCP connection.
+
+        Raises:
+            Stopped: with the cause.
+        """
+        try:
+            return socket.create_connection((self.host, self.port), timeout=SECONDS)
+        except (OSError, UnicodeError) as error:
+            raise Stopped(failed(*_unreachable(self, error))) from None
 
 
-def parse_address(text: str) -> tuple[str, int]:
-    """``HOST:PORT``, or ``[::1]:PORT``.
-
-    Raises:
-        UserError: no host, a port that is none, an address with a scheme or a path, an IPv6 address
-            without brackets.
-    """
-    host, _, port = text.rpartition(":")
-    if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
-        raise UserError(f"--superlink is '{text}', expected HOST:PORT such as '10.0.0.1:8000'.")
-    if "/" in host:
-        bare = host.rpartition("/")[2] or "HOST"
-        raise UserError(f"--superlink is '{text}', expected HOST:PORT; try '{bare}:{port}'.")
-    bracketed = host.startswith("[") and host.endswith("]")
-    if ":" in host and not bracketed:
-        raise UserError(
-            f"--superlink is '{text}', expected brackets around an IPv6 address: '[{host}]:{port}'."
+def _unreachable(link: Link, error: Exception) -> tuple[str, str]:
+    """What a failed connection means, and a remedy."""
+    address, host, port = link.address, link.host, link.port
+    if isinstance(error, socket.gaierror | UnicodeError):
+        message = f"the name '{host}' cannot be resolved here: {reason(error)}."
+        return message, f"getent hosts {host}"
+    if isinstance(error, ConnectionRefusedError):
+        message = f"{address} refuses connections: the machine is there, and nothing listens there."
+        where = "on the server: does its SuperLink run with this --port?"
+        return message, f"ss -ltn 'sport = :{port}' ({where})"
+    if isinstance(error, TimeoutError):
+        causes = "a firewall is between, or it is off"
+        message = f"{address} does not answer within {SECONDS:g} s: {causes}."
+        return (
+            message,
+            f"nc -vz -w 5 {host} {port} (once the server's firewall lets the port through)",
         )
-    return (host[1:-1] if bracketed else host), int(port)
-
-
-def spelled(host: str, port: int) -> str:
-    """``HOST:PORT`` as a person writes it."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return f"{address} cannot be reached: {reason(error)}.", f"ip route get {host}"
 
 
 def reason(error: BaseException) -> str:
-    """The short part of what the system says."""
-    told = getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error)
-    return str(told or type(error).__name__).splitlines()[0].rstrip(".")
+    """The first line of a system error, without codes."""
+    text = getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error)
+    return str(text or type(error).__name__).splitlines()[0].rstrip(".")
 
 
-def connect(host: str, port: int) -> socket.socket:
-    """A TCP connection.
-
-    Raises:
-        Stopped: why there is none.
-    """
-    address = spelled(host, port)
-    try:
-        return socket.create_connection((host, port), timeout=SECONDS)
-    except (socket.gaierror, UnicodeError) as error:
-        told = f"the name '{host}' cannot be resolved here: {reason(error)}."
-        remedy = f"getent hosts {host}"
-    except ConnectionRefusedError:
-        told = f"{address} refuses connections: the machine is there, and nothing listens there."
-        remedy = (
-            f"ss -ltn 'sport = :{port}' (on the server: does its SuperLink run with this --port?)"
-        )
-    except TimeoutError:
-        told = (
-            f"{address} does not answer within {SECONDS:g} s: a firewall is between, or it is off."
-        )
-        remedy = f"nc -vz -w 5 {host} {port} (once the server's firewall lets the port through)"
-    except OSError as error:
-        told, remedy = f"{address} cannot be reached: {reason(error)}.", f"ip route get {host}"
-    raise Stopped(failed(told, remedy))
-
-
-def is_own(address: str) -> bool:
+def is_loopback(address: str) -> bool:
     """Whether an IP address never leaves this machine."""
     ip = ip_address(address.partition("%")[0])
     return (getattr(ip, "ipv4_mapped", None) or ip).is_loopback
-
-
-def ask(
-    host: str,
-    port: int,
-    method: str,
-    path: str,
-    *,
-    context: ssl.SSLContext | None,
-    headers: Mapping[str, str] | None = None,
-    body: bytes = b"",
-) -> Answer:
-    """One request over TLS, or in the clear where ``context`` is None.
-
-    Raises:
-        OSError, http.client.HTTPException: there is no answer, or it is none of HTTP's.
-    """
-    if context is None:
-        made = http.client.HTTPConnection(host, port, timeout=SECONDS)
-    else:
-        made = http.client.HTTPSConnection(host, port, timeout=SECONDS, context=context)
-    try:
-        made.connect()
-        asked = time.time()
-        made.request(method, path, body=body, headers=dict(headers or {}))
-        response = made.getresponse()
-        came = time.time()
-        date = _seconds(response.getheader("Date"))
-        content = response.read(LARGEST)
-    finally:
-        made.close()
-    return Answer(status=response.status, body=content, date=date, asked=asked, came=came)
 
 
 def _seconds(date: str | None) -> float | None:

@@ -1,15 +1,13 @@
-"""``flexlora doctor``: whether this machine can do the job, each part found out by doing it.
+"""``flexlora doctor``: test what training needs on this machine by running it.
 
-A check returns what it saw, or what is wrong in one sentence with the command that mends it. What a
-run cannot do without fails; what only some runs need (NF4, a card) warns. The checks that need
-Flower are in ``simulations/flower_checks.py``, those of a node's SuperLink and trainer in
-``clients/setup/superlink_checks.py``.
+A check returns what it found, or what is wrong in one sentence with a remedy. What every run needs
+fails; what some runs need (NF4, a card) warns. ``simulations/flower_checks.py`` has the check that
+needs Flower, ``clients/setup/superlink_checks.py`` those of a node's SuperLink and trainer.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import socket
 import sys
@@ -20,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from flexlora.errors import UserError, nearest, one_line
+from flexlora.wire.files import write_atomically
 
 __all__ = ["CHECKS", "Check", "Finding", "check_format", "diagnose", "report"]
 
@@ -34,23 +33,23 @@ class Finding:
 
     name: str
     status: str
-    told: str
+    message: str
     remedy: str = ""
 
 
 Check = tuple[str, Callable[[], Finding | Sequence[Finding]]]
 
 
-def ok(told: str, *, name: str = "") -> Finding:
-    return Finding(name=name, status="ok", told=told)
+def ok(message: str, *, name: str = "") -> Finding:
+    return Finding(name=name, status="ok", message=message)
 
 
-def warning(told: str, remedy: str, *, name: str = "") -> Finding:
-    return Finding(name=name, status="warning", told=told, remedy=remedy)
+def warning(message: str, remedy: str, *, name: str = "") -> Finding:
+    return Finding(name=name, status="warning", message=message, remedy=remedy)
 
 
-def failed(told: str, remedy: str, *, name: str = "") -> Finding:
-    return Finding(name=name, status="failed", told=told, remedy=remedy)
+def failed(message: str, remedy: str, *, name: str = "") -> Finding:
+    return Finding(name=name, status="failed", message=message, remedy=remedy)
 
 
 def diagnose(checks: Sequence[Check]) -> list[Finding]:
@@ -177,21 +176,17 @@ def check_disk(folder: Path) -> Finding:
     free = shutil.disk_usage(where).free
     try:
         with tempfile.TemporaryDirectory(dir=where, prefix=".flexlora-doctor-") as made:
-            first, second = Path(made) / "a", Path(made) / "b"
-            with first.open("wb") as file:
-                file.write(b"flexlora")
-                file.flush()
-                os.fsync(file.fileno())
-            first.rename(second)
-            intact = second.read_bytes() == b"flexlora"
+            path = Path(made) / "written"
+            write_atomically(path, b"flexlora")
+            intact = path.read_bytes() == b"flexlora"
     except OSError as error:
         reason = error.strerror or str(error)
         return failed(f"'{where}' cannot be written to: {reason}.", f"chmod u+rwx '{where}'")
     if not intact:
         return failed(f"'{where}' gives back other bytes than were written.", "dmesg | tail")
     if free < SMALL_DISK:
-        told = f"'{where}' has {free / 2**20:.0f} MiB free; checkpoints of large runs need more."
-        return warning(told, "flexlora simulate --out DIR (on another disk)")
+        message = f"'{where}' has {free / 2**20:.0f} MiB free; checkpoints of large runs need more."
+        return warning(message, "flexlora simulate --out DIR (on another disk)")
     return ok(f"{free / 2**30:.1f} GiB free in {where}")
 
 
@@ -256,6 +251,6 @@ def _print_table(findings: Sequence[Finding]) -> None:
         table.add_column(column, overflow="fold")
     styles = {"ok": "green", "warning": "yellow", "failed": "bold red"}
     for finding in findings:
-        told = finding.told + (f"\nmend: {finding.remedy}" if finding.remedy else "")
-        table.add_row(finding.name, finding.status, told, style=styles[finding.status])
+        message = finding.message + (f"\nremedy: {finding.remedy}" if finding.remedy else "")
+        table.add_row(finding.name, finding.status, message, style=styles[finding.status])
     console.print(table)

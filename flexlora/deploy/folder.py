@@ -1,8 +1,8 @@
-"""A folder that is there as a whole or not at all, and replaces nothing.
+"""Write a new folder all at once, or nothing; never overwrite.
 
-Everything is written into a hidden folder beside the wanted one, flushed, and renamed into place:
-the system renames onto an empty folder and onto nothing else. A crash before that leaves the hidden
-folder, which nothing refers to; half a key is never where somebody would look for one.
+Files go into a hidden folder beside the wanted one, are synced, and the folder is renamed: the
+system renames onto an empty folder and onto nothing else. A crash before that leaves the hidden
+folder, which nothing refers to.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flexlora.errors import UserError
+from flexlora.wire.files import sync_folder
 
 __all__ = ["SECRET", "File", "check_free", "fill_tree", "write_folder"]
 
@@ -24,7 +25,7 @@ SECRET, PUBLIC, SCRIPT = 0o600, 0o644, 0o755
 
 @dataclass(frozen=True, kw_only=True)
 class File:
-    """A file by its path below the folder; a folder that holds a secret is its owner's alone."""
+    """A file by its path below the folder; the folder of a secret gets mode 0700."""
 
     path: str
     content: bytes
@@ -53,7 +54,7 @@ def fill_tree(
 ) -> list[File]:
     """Every template by its relative path, with ``$name`` and ``${name}`` filled in.
 
-    What lies in ``bin`` can be run.
+    Files in ``bin`` are executable.
 
     Raises:
         KeyError: a template names a value that is not given.
@@ -89,7 +90,7 @@ def write_folder(folder: Path, files: Iterable[File], *, empty: Mapping[str, int
             _write(made, file)
         made.chmod(0o755)
         os.rename(made, folder)
-        _flush_folder(folder.parent)
+        sync_folder(folder.parent)
     except OSError as error:
         shutil.rmtree(made, ignore_errors=True)
         raise _cannot(folder, error) from None
@@ -119,14 +120,6 @@ def _make_folder(made: Path, path: Path, mode: int) -> None:
         path.mkdir()
         path.chmod(mode)
     path.chmod(path.stat().st_mode & mode)
-
-
-def _flush_folder(path: Path) -> None:
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
 
 
 def _cannot(folder: Path, error: OSError) -> UserError:

@@ -1,7 +1,7 @@
-"""Hosts, ports and paths as a person types them, checked before a key or a unit is made of them.
+"""Parse hosts, ports, names and paths that a person types.
 
-A path ends up in shell scripts, systemd units, nginx's and compose's files, which quote in four
-different ways; so only such characters are taken as mean themselves in all of them.
+Paths end up in shell scripts, systemd units, nginx's and compose's files, which quote in four
+different ways; only characters that need no quotes in any of them are accepted.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from flexlora.errors import UserError
 __all__ = [
     "Host",
     "SuperLink",
+    "join_address",
     "parse_host",
     "parse_name",
     "parse_port",
     "parse_superlink",
     "plain",
+    "split_address",
 ]
 
 LABEL = re.compile(r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)")
@@ -31,14 +33,14 @@ LONGEST = 253  # characters of a DNS name
 
 @dataclass(frozen=True, kw_only=True)
 class Host:
-    """A DNS name, or an address; a certificate tells the two apart."""
+    """A DNS name, or an IP address; certificates distinguish the two."""
 
     text: str
     address: ipaddress.IPv4Address | ipaddress.IPv6Address | None = None
 
     @property
     def is_loopback(self) -> bool:
-        """Whether nobody but this machine reaches it."""
+        """Whether only this machine reaches it."""
         return self.address.is_loopback if self.address else self.text == "localhost"
 
 
@@ -50,15 +52,14 @@ class SuperLink:
     port: int
 
     def __str__(self) -> str:
-        is_v6 = isinstance(self.host.address, ipaddress.IPv6Address)
-        return f"[{self.host.text}]:{self.port}" if is_v6 else f"{self.host.text}:{self.port}"
+        return join_address(self.host.text, self.port)
 
 
 def parse_host(text: str, flag: str) -> Host:
     """A DNS name or an IP address.
 
     Raises:
-        UserError: neither of them; with a port, a scheme or a wildcard, it is neither.
+        UserError: neither of them, or one with a port, a scheme or a wildcard.
     """
     try:
         address = ipaddress.ip_address(text)
@@ -66,7 +67,7 @@ def parse_host(text: str, flag: str) -> Host:
     except ValueError:
         pass
     labels = text.split(".")
-    # An all-numeric last label would be read as an address, and it is none (300.1.1.1).
+    # A numeric last label would be read as an address (300.1.1.1).
     fits = len(text) <= LONGEST and all(map(LABEL.fullmatch, labels)) and not labels[-1].isdigit()
     if not fits:
         raise UserError(
@@ -88,23 +89,37 @@ def parse_port(port: int, flag: str) -> int:
 
 
 def parse_superlink(text: str, flag: str) -> SuperLink:
-    """``HOST:PORT``, or ``[::1]:PORT``.
+    """``split_address`` with a host that ``parse_host`` accepts."""
+    host, port = split_address(text, flag)
+    return SuperLink(host=parse_host(host, flag), port=port)
+
+
+def split_address(text: str, flag: str) -> tuple[str, int]:
+    """``HOST:PORT``, or ``[::1]:PORT``, as host (without brackets) and port.
 
     Raises:
-        UserError: no port, or a host that is none.
+        UserError: no host, no port from 1 to 65535, an address with a scheme or a path, an IPv6
+            address without brackets.
     """
-    name, _, port = text.rpartition(":")
-    number = int(port) if port.isascii() and port.isdigit() else 0
-    bare = name[1:-1] if name.startswith("[") and name.endswith("]") else name
-    if not bare or not 0 < number < 65536 or (":" in bare and bare == name):
-        raise UserError(
-            f"{flag} is '{text}', expected HOST:PORT such as 'fl.example.org:9092' or '[::1]:9092'."
-        )
-    return SuperLink(host=parse_host(bare, flag), port=number)
+    host, _, port = text.rpartition(":")
+    expected = f"{flag} is '{text}', expected HOST:PORT"
+    if host in ("", "[]") or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
+        raise UserError(f"{expected} such as 'fl.example.org:9092' or '[::1]:9092'.")
+    if "/" in host:
+        raise UserError(f"{expected}; try '{host.rpartition('/')[2] or 'HOST'}:{port}'.")
+    bracketed = host.startswith("[") and host.endswith("]")
+    if ":" in host and not bracketed:
+        raise UserError(f"{expected} with brackets around an IPv6 address: '[{host}]:{port}'.")
+    return (host[1:-1] if bracketed else host), int(port)
+
+
+def join_address(host: str, port: int) -> str:
+    """``HOST:PORT``, with brackets around an IPv6 address."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def parse_name(text: str, flag: str) -> str:
-    """A name that a command line, a unit and a CSV file can carry as it is.
+    """A name that needs no quotes in a command line, a unit and a CSV file.
 
     Raises:
         UserError: other characters, or more than 64.
@@ -118,7 +133,7 @@ def parse_name(text: str, flag: str) -> str:
 
 
 def plain(path: str | Path, what: str) -> str:
-    """``path`` as text, if it means itself in every file that is made of it.
+    """``path`` as text, if it needs no quotes in any file that init writes.
 
     Raises:
         UserError: spaces, quotes, colons, dollar or percent signs and the like.

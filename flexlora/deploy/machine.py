@@ -1,4 +1,4 @@
-"""What a written folder says about the installation that wrote it: programs and versions."""
+"""The installed programs and versions, for the folders that init writes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def programs() -> str:
     """The folder of ``flexlora``, ``flwr`` and Flower's other commands.
 
     Raises:
-        UserError: a path that scripts and units cannot name.
+        UserError: a path that scripts and units would have to quote.
     """
     return plain(Path(sys.executable).parent, "the folder of this Python's programs")
 
@@ -26,7 +26,7 @@ def flower_version() -> str:
 
 
 def requirements() -> str:
-    """FlexLoRA's own requirements at the versions that are installed, a line each."""
+    """FlexLoRA's requirements at the installed versions, a line each."""
     from packaging.requirements import Requirement
 
     wanted = [Requirement(text) for text in metadata.requires("flexlora") or ()]
@@ -34,7 +34,7 @@ def requirements() -> str:
     for requirement in wanted:
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
-        # A build such as 2.9.0+cpu is of this machine; the plain version is everybody's.
+        # Without the build, such as +cpu, which is specific to this machine.
         version = metadata.version(requirement.name).partition("+")[0]
         lines.append(f"{requirement.name}=={version}")
     return "\n".join(sorted(lines))

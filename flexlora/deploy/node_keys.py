@@ -1,4 +1,4 @@
-"""A node's own key pair, as Flower's SuperNode authentication takes it.
+"""A node's key pair for Flower's SuperNode authentication.
 
 Flower 1.41 takes keys on a NIST curve in OpenSSH's format: the node signs the time of every request
 with the private one, and the server knows the public one from ``flwr supernode register``.
@@ -17,7 +17,7 @@ __all__ = ["NodeKeys", "make_node_keys", "make_secret"]
 
 @dataclass(frozen=True, kw_only=True)
 class NodeKeys:
-    """The private key's file, and the line that goes to the server."""
+    """The private key's file, and the public line for the server."""
 
     private: bytes
     public: bytes
@@ -38,5 +38,5 @@ def make_node_keys(comment: str) -> NodeKeys:
 
 
 def make_secret() -> bytes:
-    """What a SuperExec shows to the process it takes tasks from, and other users cannot."""
+    """The secret by which a SuperExec authenticates to its SuperNode."""
     return secrets.token_hex(32).encode()

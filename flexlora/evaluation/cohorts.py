@@ -1,9 +1,9 @@
-"""Which evaluations go through together: those with the same adapters, and cohorts of own ones.
+"""Which evaluation jobs share forward passes.
 
-    shared    every adapter is a slot, all over the same rows: K times the rows in a pass
-    own       every client is a slot over its own rows: K times the most rows of any in a pass
+    shared adapters    every adapter is a slot, all over the same rows: K times the rows in a pass
+    personal adapters  every client is a slot over its own rows: K times the most rows of any
 
-A plan depends on the jobs and their rows, never on the order in which they come.
+A plan depends on the jobs and their rows, never on the order in which they arrive.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from flexlora.data.collation import Example
 from flexlora.lora.adapters import Adapter
 from flexlora.wire.jobs import PERSONAL, EvalJob
 
-__all__ = ["Asked", "below_of"]
+__all__ = ["EvalPlan", "carried_adapter"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
-    """What is to be evaluated, ``examples[k]`` under the adapters of ``jobs[k]``."""
+class EvalPlan:
+    """Groups of ``jobs``; ``examples[k]`` are the rows of ``jobs[k]``."""
 
     jobs: Sequence[EvalJob]
     examples: Sequence[Sequence[Example]]
     _digests: dict[int, str] = field(default_factory=dict)
 
     def _digest(self, adapter: Adapter) -> str:
-        """Equal for equal adapters; an object that many jobs share is read once."""
+        """Equal for equal adapters; an object that many jobs share is hashed once."""
         if id(adapter) not in self._digests:
             self._digests[id(adapter)] = adapter.digest()
         return self._digests[id(adapter)]
 
     def groups(self) -> Iterable[list[int]]:
-        """Jobs with rows that have the same adapters and the same questions."""
+        """Indices of jobs with rows, grouped by equal adapters and equal ``generate``."""
         groups: dict[tuple, list[int]] = {}
         for k in sorted(range(len(self.jobs)), key=lambda k: (self.jobs[k].client_id, k)):
             job = self.jobs[k]
@@ -43,46 +43,46 @@ class Asked:
         return groups.values()
 
     def cohorts(self, batch_size: int) -> list[list[int]]:
-        """Jobs with an adapter of their own that go through together, one slot each.
+        """Indices of jobs with personal factors that share passes, one slot each.
 
-        K jobs make a pass of K times their most rows, at most ``batch_size``, and at least half of
-        its tokens are real: clients with about as many rows of alike length come together. A job
-        with more rows than that is alone. What lies below is shared in memory, so that jobs over
-        different adapters are never in one cohort.
+        K jobs make a pass of K times their most rows, at most ``batch_size``, of which at least
+        half of the tokens are real: clients with similar row counts and lengths share a cohort, and
+        a job with more rows than that is alone. All jobs of a cohort carry the same adapter, which
+        is held in memory once.
         """
         cohorts: list[list[int]] = []
-        kind: tuple = ()
-        for k in sorted(self._own(), key=self._place):
-            job_kind = self._place(k)[:2]
-            if job_kind == kind and self._fit([*cohorts[-1], k], batch_size):
+        previous: tuple = ()
+        for k in sorted(self._personal(), key=self._sort_key):
+            kind = self._sort_key(k)[:2]
+            if kind == previous and self._fit([*cohorts[-1], k], batch_size):
                 cohorts[-1].append(k)
             else:
                 cohorts.append([k])
-            kind = job_kind
+            previous = kind
         return cohorts
 
-    def _own(self) -> list[int]:
-        own = [k for k, job in enumerate(self.jobs) if job.personal is not None]
-        return [k for k in own if self.examples[k]]
+    def _personal(self) -> list[int]:
+        jobs = enumerate(self.jobs)
+        return [k for k, job in jobs if job.personal is not None and self.examples[k]]
 
-    def _place(self, k: int) -> tuple:
+    def _sort_key(self, k: int) -> tuple:
         job, lengths = self.jobs[k], [len(row.input_ids) for row in self.examples[k]]
-        below = below_of(job)
-        kind = (job.generate, "" if below is None else self._digest(below))
+        carried = carried_adapter(job)
+        kind = (job.generate, "" if carried is None else self._digest(carried))
         return (*kind, len(lengths), max(lengths), job.client_id, k)
 
     def _fit(self, members: Sequence[int], batch_size: int) -> bool:
         lengths = [[len(row.input_ids) for row in self.examples[k]] for k in members]
-        rows = len(members) * max(len(own) for own in lengths)
-        padded = rows * max(max(own) for own in lengths)
-        return rows <= batch_size and 2 * sum(sum(own) for own in lengths) >= padded
+        rows = len(members) * max(map(len, lengths))
+        padded = rows * max(map(max, lengths))
+        return rows <= batch_size and 2 * sum(map(sum, lengths)) >= padded
 
 
-def below_of(job: EvalJob) -> Adapter | None:
-    """What a job's own factors lie over.
+def carried_adapter(job: EvalJob) -> Adapter | None:
+    """The adapter of the job that its personal factors are added to; None for the bare base.
 
     Raises:
-        ValueError: it is not among the job's adapters, or its scores could not be told from theirs.
+        ValueError: the job has no such adapter, or a rank class with the name of personal scores.
     """
     who = f"client {job.client_id}: personal factors"
     if PERSONAL in job.adapters:

@@ -1,8 +1,8 @@
-"""Greedy answers to prompts alone, each slot its own rows; a row's answer knows no neighbour.
+"""Greedy generation from prompts, many rows and slots in one pass.
 
-Rows are padded on the left and answered together. What a row gets does not depend on who else is in
-its pass: rows near the model's last position are answered with rows of their own length only, and
-what is written behind a row's end while others go on is cut off.
+Rows are padded on the left. An answer does not depend on the other rows of its pass: prompts near
+the model's last position share passes with prompts of equal length only, and tokens after a row's
+end of sequence are cut off.
 """
 
 from __future__ import annotations
@@ -17,47 +17,22 @@ from torch import Tensor
 from flexlora.data.collation import Example, collate_prompts
 from flexlora.training.slots import SlotModel
 
-__all__ = ["generate_answers", "own_answers", "passes"]
+__all__ = ["generate_answers", "passes"]
 
 
 def passes(lengths: Sequence[Sequence[int]], size: int) -> Iterator[list[list[int]]]:
-    """The rows of each pass by slot, ``size // K`` of each slot, the shorter ones first.
+    """Row indices ``[K]`` of each pass: ``size // K`` rows of each slot, shortest first.
 
-    ``lengths[k]`` are those of slot k's rows. A pass is ``[K]`` lists of indices; slots that have
-    fewer rows than others end earlier.
+    ``lengths[k]`` are the lengths of slot k's rows; slots with fewer rows end earlier.
     """
     share = max(1, size // len(lengths))
-    orders = [_shortest_first(own) for own in lengths]
+    orders = [sorted(range(len(of_slot)), key=of_slot.__getitem__) for of_slot in lengths]
     for at in range(0, max(len(order) for order in orders), share):
         yield [order[at : at + share] for order in orders]
 
 
-def _shortest_first(lengths: Sequence[int]) -> list[int]:
-    return sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
-
-
-def generate_answers(
-    slots: SlotModel,
-    examples: Sequence[Example],
-    *,
-    tokenizer: Any,
-    max_new_tokens: int,
-    batch_size: int,
-    pad_token_id: int,
-) -> list[list[str]]:
-    """Greedy answers of each loaded slot to each prompt, ``[K][rows]``, without special tokens."""
-    return own_answers(
-        slots,
-        [examples] * max(slots.num_slots, 1),
-        tokenizer=tokenizer,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        pad_token_id=pad_token_id,
-    )
-
-
 @torch.no_grad()
-def own_answers(
+def generate_answers(
     slots: SlotModel,
     examples: Sequence[Sequence[Example]],
     *,
@@ -66,18 +41,18 @@ def own_answers(
     batch_size: int,
     pad_token_id: int,
 ) -> list[list[str]]:
-    """The same where slot k has rows of its own, ``examples[k]``."""
+    """Greedy answers ``[K][rows]`` of slot k to the prompts ``examples[k]``, no special tokens."""
     longest = getattr(slots.model.config, "max_position_embeddings", None)
     answers = [[""] * len(rows) for rows in examples]
     for room, chosen in _by_room(examples, max_new_tokens, longest):
         config = _greedy(slots.model, tokenizer, room, pad_token_id)
-        lengths = [[examples[k][i].prompt_length for i in own] for k, own in enumerate(chosen)]
+        lengths = [[examples[k][i].prompt_length for i in ids] for k, ids in enumerate(chosen)]
         for picked in passes(lengths, batch_size):
-            indices = [[chosen[k][i] for i in own] for k, own in enumerate(picked)]
-            rows = [[examples[k][i] for i in own] for k, own in enumerate(indices)]
+            indices = [[chosen[k][i] for i in ids] for k, ids in enumerate(picked)]
+            rows = [[examples[k][i] for i in ids] for k, ids in enumerate(indices)]
             texts = _answer(slots, rows, config, tokenizer, pad_token_id)
-            for k, own in enumerate(indices):
-                for i, text in zip(own, texts[k], strict=True):
+            for k, ids in enumerate(indices):
+                for i, text in zip(ids, texts[k], strict=True):
                     answers[k][i] = text
     return answers
 
@@ -85,10 +60,10 @@ def own_answers(
 def _by_room(
     examples: Sequence[Sequence[Example]], max_new_tokens: int, longest: int | None
 ) -> Iterator[tuple[int, list[list[int]]]]:
-    """Rows that may share a pass: ``(tokens to generate, [K] lists of indices)``.
+    """Rows that may share passes, as ``(tokens to generate, row indices [K])``.
 
-    Those with room for a whole answer are together; of the others, those of one prompt length. A
-    prompt that fills all positions has room for nothing.
+    Rows with room for ``max_new_tokens`` form one group; the others one group for each prompt
+    length. A prompt that fills all ``longest`` positions is left out: its answer is empty.
     """
     groups: dict[tuple[int, int], list[list[int]]] = {}
     for k, rows in enumerate(examples):
@@ -110,7 +85,7 @@ def _answer(
 ) -> list[list[str]]:
     """Answers to the rows of one pass, by slot."""
     batch = collate_prompts(rows, pad_token_id=pad_token_id)
-    with _own_preferences_aside(slots.model, config):
+    with _generation_config(slots.model, config):
         output = slots.model.generate(
             input_ids=batch.input_ids.to(slots.device),
             attention_mask=batch.attention_mask.to(slots.device),
@@ -121,24 +96,24 @@ def _answer(
         [
             text.strip()
             for text in tokenizer.batch_decode(
-                [_until_end(new[k * per_slot + i], config) for i in range(len(own))],
+                [_until_end(new[k * per_slot + i], config) for i in range(len(of_slot))],
                 skip_special_tokens=True,
             )
         ]
-        if own
+        if of_slot
         else []
-        for k, own in enumerate(rows)
+        for k, of_slot in enumerate(rows)
     ]
 
 
 def _until_end(ids: Tensor, config: Any) -> Tensor:
-    """What a row said before it ended; what comes after is padding until its neighbours end."""
+    """The tokens before the first end of sequence; generation pads a row until all have ended."""
     ends = torch.isin(ids, torch.tensor(config.eos_token_id or [], dtype=ids.dtype)).nonzero()
     return ids[: int(ends[0])] if len(ends) else ids
 
 
 def _greedy(model: Any, tokenizer: Any, max_new_tokens: int, pad_token_id: int) -> Any:
-    """Plain greedy decoding that stops at the tokenizer's eos or at any the model itself names."""
+    """A greedy ``GenerationConfig`` that stops at the tokenizer's eos and at those of the model."""
     from transformers import GenerationConfig
 
     named = model.generation_config.eos_token_id
@@ -153,12 +128,15 @@ def _greedy(model: Any, tokenizer: Any, max_new_tokens: int, pad_token_id: int) 
 
 
 @contextmanager
-def _own_preferences_aside(model: Any, config: Any) -> Iterator[None]:
-    """Put ``config`` in the place of the model's: a config passed to ``generate`` is filled up with
-    the model's own sampling, penalties and beams, and two models could no longer be compared."""
-    own = model.generation_config
+def _generation_config(model: Any, config: Any) -> Iterator[None]:
+    """Replace ``model.generation_config`` inside the block.
+
+    ``generate(generation_config=...)`` would fill gaps with the model's sampling, penalties and
+    beams, and scores of two models could not be compared.
+    """
+    before = model.generation_config
     model.generation_config = config
     try:
         yield
     finally:
-        model.generation_config = own
+        model.generation_config = before

@@ -1,8 +1,8 @@
 """Rank classes: what a client trains, module by module, and what it carries.
 
-A rank class is a name, a trained rank per module and, where they differ, a carried rank
-(DESIGN.md, "Two ranks"). All clients of a class are sent the same bytes. Who gets which class is
-decided in ``rank_policies.py``.
+A rank class is a name, a trained rank per module and, where they differ, a carried rank: that of
+the frozen factors, which cost a forward pass and no optimizer state. All clients of a class are
+sent the same bytes. Who gets which class is decided in ``planning/rank_policies.py``.
 """
 
 from __future__ import annotations

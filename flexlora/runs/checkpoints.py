@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import load, save
 
-from flexlora.aggregation.engine.method import State
-from flexlora.aggregation.engine.state import GlobalChange
+from flexlora.aggregation.engine.state import GlobalChange, State
 from flexlora.algebra.linalg import FactoredSVD
 from flexlora.errors import UserError
 from flexlora.lora.ranks import RankClass

@@ -30,7 +30,7 @@ from typing import Any
 import tomli_w
 from safetensors import SafetensorError
 
-from flexlora.aggregation.engine.method import State
+from flexlora.aggregation.engine.state import State
 from flexlora.config.resolve import Config, of_older, read_toml
 from flexlora.errors import UserError
 from flexlora.lora.ranks import RankClass

@@ -6,7 +6,7 @@ numbers whose distances grow with their size, in [-1, 1] for the first moment an
 second; a number is its block's scale times its table entry.
 
 A block's scale is its largest number, and what is far below it is lost, the second moment first,
-by which a step is divided. So a block holds one slot's own numbers, without the padding to the
+by which a step is divided. So a block holds numbers of one slot, without the padding to the
 cohort's largest rank, and of one factor: the gradients of ``lora_A`` and ``lora_B`` differ in size.
 That is the layout of ``bnb.optim.AdamW8bit`` over the slot's factors, except that it keeps tensors
 under 4,096 numbers in 32 bits: here all are in 8.
@@ -33,7 +33,7 @@ CHUNK = 2**20  # numbers in one call: on a CPU the kernel holds 20 bytes of each
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Live:
-    """A slot's own numbers: how many of each factor, and where in its row (None: all of it).
+    """A slot's numbers without padding: how many per factor, where in its row (None: all of it).
 
     ``positions`` ascend, which is the order of the row that the slot has when it is alone.
     """
@@ -43,17 +43,17 @@ class Live:
 
 
 def live_numbers(leaves: Sequence[Tensor], labels: Sequence[str], ranks: Sequence[int]) -> Live:
-    """What is inside a slot's own ``ranks`` in a row, the leaves end to end.
+    """The numbers of a row that are inside a slot's ``ranks``; the row is the leaves end to end.
 
     A leaf is all slots' ``lora_A [K, R, in]`` or ``lora_B [K, out, R]``, zero beyond a slot's rank.
     """
     inside = []
     for leaf, label, rank in zip(leaves, labels, ranks, strict=True):
-        own = torch.zeros(leaf.shape[1:], dtype=torch.bool, device=leaf.device)
-        (own[:rank] if label == "lora_A" else own[:, :rank]).fill_(True)
-        inside.append(own.flatten())
+        inside_rank = torch.zeros(leaf.shape[1:], dtype=torch.bool, device=leaf.device)
+        (inside_rank[:rank] if label == "lora_A" else inside_rank[:, :rank]).fill_(True)
+        inside.append(inside_rank.flatten())
     whole = torch.cat(inside)
-    sizes = tuple(int(own.sum()) for own in inside)
+    sizes = tuple(int(mask.sum()) for mask in inside)
     return Live(sizes=sizes, positions=None if bool(whole.all()) else whole.nonzero().flatten())
 
 
@@ -94,13 +94,13 @@ class BlockwiseMoments:
         self.paged = paged
         self.signed = create_dynamic_map(signed=True).to(parameters.device)
         self.unsigned = create_dynamic_map(signed=False).to(parameters.device)
-        counts = [2 * sum(map(_blocks, _runs(own.sizes))) for own in live]
+        counts = [2 * sum(map(_blocks, _runs(slot.sizes))) for slot in live]
         ends = list(itertools.accumulate(counts))
         self._codes = self._allocate(BLOCK * sum(counts), parameters.device)
         self._scales = torch.zeros(sum(counts), device=parameters.device)
         self._spans = [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
         slots = zip(live, self._spans, strict=True)
-        self._parts = [list(self._split(own, span)) for own, span in slots]
+        self._parts = [list(self._split(slot, span)) for slot, span in slots]
 
     @property
     def nbytes(self) -> int:
@@ -151,12 +151,6 @@ class BlockwiseMoments:
         """Wait for steps on managed memory, which torch takes for the host's own."""
         if self.paged:
             torch.cuda.synchronize(self.signed.device)
-
-    def forget(self, row: int) -> None:
-        """Zero the moments of one slot."""
-        span = self._spans[row]
-        self._codes[BLOCK * span.start : BLOCK * span.stop].zero_()
-        self._scales[span].zero_()
 
     def _allocate(self, count: int, device: torch.device) -> Tensor:
         if not self.paged:

@@ -128,7 +128,7 @@ class _SlotLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             to_x = torch.bmm(g, whole).view(*gradient.shape[:-1], -1)
         if any(ctx.needs_input_grad[1:3]):
-            to_weight = torch.bmm(g.mT, by_slot) * scaling
+            to_weight = torch.bmm(g.mT, by_slot).mul_(scaling)
             to_A = torch.bmm(B.mT, to_weight) if ctx.needs_input_grad[1] else None
             to_B = torch.bmm(to_weight, A.mT) if ctx.needs_input_grad[2] else None
         return to_x, to_A, to_B, None, None, None
@@ -163,9 +163,8 @@ class LoRALinear(nn.Module):
         self.num_slots = 0
         self.trained: SlotFactors | None = None
         self.carried: SlotFactors | None = None
-        self.frozen: list[SlotFactors] = []  # what earlier phases of this round trained
         self.merged: Tensor | None = None  # the weight with the carried factors added in
-        self.wholes: Tensor | None = None  # the same for every slot, [1 or K, out, in], once asked
+        self.wholes: Tensor | None = None  # [1 or K, out, in], made in the first pass
         self.dropout = 0.0
         self.streams: tuple[DropoutStream | None, ...] = ()
         self.sketch: GradientSketch | None = None
@@ -177,7 +176,7 @@ class LoRALinear(nn.Module):
         out = self.base(x, *args, **kwargs) if self.merged is None else self._merged(x)
         if self.num_slots == 0:
             return out
-        for factors in (self.trained, self.carried, *self.frozen):
+        for factors in (self.trained, self.carried):
             if factors is not None:
                 inputs = x.to(torch.promote_types(factors.A.dtype, torch.float32))
                 if factors is self.trained and self.dropout > 0 and self.streams:
@@ -193,7 +192,7 @@ class LoRALinear(nn.Module):
     def _one_product(self, x: Tensor) -> bool:
         """Whether ``W_k`` itself is what these rows should go through."""
         trained, weight = self.trained, self.base.weight
-        if self.num_slots < 2 or trained is None or self.frozen:
+        if self.num_slots < 2 or trained is None:
             return False
         if (self.dropout > 0 and self.streams) or weight.requires_grad:
             return False

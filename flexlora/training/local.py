@@ -1,9 +1,9 @@
 """Local training of K slots at once: the same code for a device (K = 1) and for a cohort.
 
-Every slot minimises its own mean loss over its own answer tokens. The passes are shared, nothing
-else is: losses are summed over slots and never averaged over the batch, gradients are clipped per
-slot, each slot has its own batches, learning rate, dropout masks and number of steps. So K slots
-give what K separate runs give, up to the rounding of wider matrix products.
+Each slot minimises the mean loss over its answer tokens. Slots share passes and nothing else:
+losses are summed over slots, gradients are clipped per slot, and each slot has its batches,
+learning rate, dropout masks and number of steps. So K slots give what K separate runs give, up to
+the rounding of wider matrix products.
 """
 
 from __future__ import annotations
@@ -91,7 +91,6 @@ class _Cohort:
             trainable=starts[0].trainable,
             merge=self.local.merge,
         )
-        self.slots.add_phases(self.local.restarts)
         self.optimizer = SlotOptimizer(
             self.slots.parameters,
             optim=self.settings.optim,
@@ -108,13 +107,11 @@ class _Cohort:
         losses = [0.0] * len(self.jobs)
         tokens = [0] * len(self.jobs)
         with checkpointing(self.slots.model, self.settings.gradient_checkpointing):
-            everybody = len(self.jobs)
-            self._align(0, range(everybody), everybody)
+            self._align()
             self.origin = self.slots.parameters.clone() if self.settings.proximal_mu else None
             for step in range(self.steps[0]):
                 active = sum(count > step for count in self.steps)
                 with self.slots.first_slots(active):
-                    self._restart(step, active)
                     step_losses, step_tokens = self._accumulate(step, active)
                 self._pull(active)
                 clip_rows(self.slots.gradients[:active], self.settings.max_grad_norm)
@@ -130,30 +127,15 @@ class _Cohort:
             for k in range(len(after))
         ]
 
-    def _align(self, step: int, slots: Sequence[int], active: int) -> None:
-        """Turn ``lora_A`` of ``slots`` towards each one's own gradient over its next batches."""
+    def _align(self) -> None:
+        """Turn ``lora_A`` of every slot towards its own gradient over its first batches."""
         batches = self.local.gradient_batches
         if batches < 1:
             return
-        seed = derive_seed(self.settings.seed, "align", self.jobs[0].server_round, step)
-        with self.slots.sketching(seed, slots):
-            for ahead in range(batches):
-                self._accumulate(step + ahead, active, dropout=False)
-
-    def _restart(self, step: int, active: int) -> None:
-        """Slots that have come to the end of a phase keep what they have and begin afresh."""
-        phases = self.local.restarts + 1
-        for phase in range(1, phases):
-            due = [k for k in range(active) if step == phase * self.steps[k] // phases]
-            for k in due:
-                job = self.jobs[k]
-                purpose = ("restart", job.server_round, job.client_id, phase)
-                self.slots.freeze(k, phase - 1, derive_seed(self.settings.seed, *purpose))
-            if due:
-                self.optimizer.forget(due)
-                self._align(step, due, active)
-                if self.origin is not None:
-                    self.origin[due] = self.slots.parameters[due]
+        seed = derive_seed(self.settings.seed, "align", self.jobs[0].server_round, 0)
+        with self.slots.sketching(seed):
+            for step in range(batches):
+                self._accumulate(step, len(self.jobs), dropout=False)
 
     def _pull(self, active: int) -> None:
         """FedProx (arXiv 1812.06127): the gradient of ``mu / 2 |factors - start|^2``."""
@@ -174,9 +156,9 @@ class _Cohort:
         job, finite = self.jobs[k], math.isfinite(loss) and math.isfinite(after)
         adapter = self.slots.extract(k) if finite else None
         if adapter is not None and pruned:
-            kept = self.local.prune_factor
+            factor = self.local.prune_factor
             adapter = Adapter(
-                {name: f.terms(range(kept_rank(kept, f.rank))) for name, f in adapter.items()}
+                {name: f.terms(range(kept_rank(factor, f.rank))) for name, f in adapter.items()}
             )
         return {
             "client_id": job.client_id,
@@ -194,7 +176,7 @@ class _Cohort:
         }
 
     def _plan(self, k: int) -> list[list[int]]:
-        """The rows of every step, and of the batches that are looked at ahead of the last."""
+        """The rows of every step, and enough more that aligning has its batches."""
         ahead = self.local.gradient_batches
         return planned_rows(self.jobs[k], len(self.examples[k]), self.settings, ahead=ahead)
 
@@ -207,8 +189,7 @@ class _Cohort:
     def _accumulate(self, step: int, active: int, *, dropout: bool = True) -> tuple[list, list]:
         """Gradients of one step into the flat buffer; mean losses and answer tokens per slot."""
         size = self.settings.rows_per_pass
-        # A look ahead may go beyond the end of a slot that is not the one that is aligned.
-        rows = [plan[min(step, len(plan) - 1)] for plan in self.plans[:active]]
+        rows = [plan[step] for plan in self.plans[:active]]
         answers = [self._answer_tokens(k, indices) for k, indices in enumerate(rows)]
         self.slots.gradients.zero_()
         losses = [0.0] * active
@@ -234,8 +215,7 @@ class _Cohort:
         return losses, answers
 
     def _answer_tokens(self, k: int, indices: Sequence[int]) -> int:
-        chosen = [self.examples[k][i] for i in indices]
-        return sum(len(example.input_ids) - example.prompt_length for example in chosen)
+        return sum(self.examples[k][i].answer_tokens for i in indices)
 
     def _streams(self, batch: Batch, step: int, micro: int) -> list[DropoutStream | None]:
         if self.settings.lora_dropout == 0.0:
@@ -279,9 +259,9 @@ class _Cohort:
 def answer_losses(slots: SlotModel, batch: Batch) -> list[Tensor]:
     """Cross entropy of every answer token, slot by slot: K tensors ``[answer tokens]``.
 
-    Only answer positions go through the output layer, where the model can be told so. Padding is on
-    the right, where a causal model's real tokens never look, so no attention mask is given and the
-    fast causal kernels run. The losses are float32 at least.
+    Only answer positions go through the output layer where the model takes ``logits_to_keep``.
+    Padding is on the right, where causal attention never looks, so there is no attention mask and
+    the fast causal kernels run. The losses are float32 at least.
     """
     device = slots.device
     labels = batch.labels.to(device)[:, 1:]
@@ -306,8 +286,8 @@ def answer_losses(slots: SlotModel, batch: Batch) -> list[Tensor]:
 class checkpointing:  # noqa: N801  (reads as a word at the place of use)
     """Recompute the activations of each decoder layer in the backward pass, inside the block.
 
-    transformers does so only for layers in training mode, which would wake the base's own dropout;
-    so the layers' ``forward`` is wrapped here, and they stay in evaluation mode.
+    transformers does so only in training mode, which would enable the base's dropout; so here the
+    layers' ``forward`` is wrapped, and they stay in evaluation mode.
     """
 
     def __init__(self, model: Any, enabled: bool) -> None:
@@ -326,6 +306,6 @@ class checkpointing:  # noqa: N801  (reads as a word at the place of use)
 
     def __exit__(self, *_: object) -> None:
         for layer, forward in self.plain:
-            del layer.forward  # the class's own shows again
+            del layer.forward  # the class's method is visible again
             if forward is not None:
                 layer.forward = forward

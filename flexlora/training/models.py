@@ -6,8 +6,7 @@ bfloat16, float32 or float64, in 8 bits (LLM.int8(), arXiv 2208.07339), or as NF
 quantization (QLoRA, arXiv 2305.14314).
 
 Attention runs as the library would run it (``auto``: torch's fused ``sdpa`` where the model has
-it, else ``eager``, which keeps scores ``[heads, T, T]``), or as asked for. On a CPU ``auto`` takes
-our own kernel for heads that are too narrow for torch's (``attention.py``).
+it, else ``eager``, which keeps scores ``[heads, T, T]``), or as asked for.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ import torch
 
 from flexlora.config.paths import EMBEDDED
 from flexlora.errors import UserError
-from flexlora.training.attention import prefer_narrow
 
 __all__ = ["BaseModel", "load_base", "pick_device", "resolve_name"]
 
@@ -32,7 +30,7 @@ _loaded: dict[tuple[str, ...], BaseModel] = {}
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BaseModel:
-    """A frozen causal language model in evaluation mode, its tokenizer, and who it is."""
+    """A frozen causal language model in evaluation mode, its tokenizer and its fingerprint."""
 
     name: str
     model: Any
@@ -97,7 +95,7 @@ def load_base(
 ) -> BaseModel:
     """The base model of that name, frozen; the same arguments give the same object.
 
-    ``fresh`` loads a copy of its own, for a caller that changes the weights.
+    ``fresh`` loads a separate copy, for a caller that changes the weights.
 
     Raises:
         UserError: a model that is not there or cannot be read, attention that cannot be run.
@@ -115,9 +113,9 @@ def load_base(
 
 
 def _check_attention(attention: str, dtype: str, device: torch.device) -> None:
-    """Refuse Flash Attention where it cannot run; what else a model lacks its loading tells.
+    """Refuse Flash Attention where it cannot run; loading refuses the other kinds.
 
-    The package alone is looked for: transformers would otherwise fetch kernels from the hub.
+    The package must be installed: transformers would otherwise fetch kernels from the hub.
     """
     if attention != "flash_attention_2":
         return
@@ -148,7 +146,7 @@ def _load(
     logging = transformers.utils.logging
     logging.disable_progress_bar()
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # what goes wrong is told in one sentence below
+    logging.set_verbosity_error()  # errors become one sentence below
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "use_safetensors": True}
     if attention != "auto":
         options["attn_implementation"] = attention
@@ -173,8 +171,6 @@ def _load(
     if quantization == "none":
         model.to(device)
     model.requires_grad_(False).eval()
-    if attention == "auto" and device.type == "cpu" and dtype != "bfloat16":
-        prefer_narrow(model)
     return BaseModel(
         name=name,
         model=model,

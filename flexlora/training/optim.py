@@ -1,7 +1,7 @@
 """AdamW and SGD over the slots' one flat buffer, each row a client of its own.
 
-Rows do not feel each other: own step count, own learning rate, own gradient norm, and a row that
-has ended does not move. On one row this is ``torch.optim.AdamW`` (Loshchilov and Hutter,
+Rows are independent: each has its step count, learning rate and gradient norm, and a row whose
+training has ended does not move. On one row this is ``torch.optim.AdamW`` (Loshchilov and Hutter,
 arXiv 1711.05101) and ``clip_grad_norm_``, which are the oracles in the tests.
 
 ``adamw_8bit`` and ``paged_adamw_8bit`` are bitsandbytes' AdamW with moments in 8 bits: see
@@ -56,8 +56,8 @@ def check_optimizer(optim: str, device: torch.device, dtype: torch.dtype) -> Non
 class SlotOptimizer:
     """One optimizer for K rows of ``parameters [K, P]``, updated in place.
 
-    ``live`` tells which numbers of a row are its slot's own and which padding, of which moments in
-    8 bits may know nothing; by default a row is one factor and all its slot's own.
+    ``live`` returns which numbers of a row are real and which are padding, which 8-bit moments must
+    leave out; by default a row is one factor without padding.
 
     Moments begin at zero in every round: the server's SVD rotates the factors, and moments kept
     across it would belong to other directions.
@@ -85,8 +85,8 @@ class SlotOptimizer:
             self.first = torch.zeros_like(parameters)
             self.second = torch.zeros_like(parameters)
         elif optim.endswith("8bit"):
-            own = live() if live else [Live(sizes=(row.numel(),)) for row in parameters]
-            self.moments = BlockwiseMoments(parameters, own, paged=optim.startswith("paged"))
+            numbers = live() if live else [Live(sizes=(row.numel(),)) for row in parameters]
+            self.moments = BlockwiseMoments(parameters, numbers, paged=optim.startswith("paged"))
 
     @torch.no_grad()
     def step(self, gradients: Tensor, learning_rates: Sequence[float]) -> None:
@@ -128,13 +128,3 @@ class SlotOptimizer:
                 weight_decay=self.weight_decay,
             )
         self.moments.settle()
-
-    def forget(self, rows: Sequence[int]) -> None:
-        """Begin anew in these rows: their parameters are not the ones that the moments are of."""
-        for row in rows:
-            self.steps[row] = 0
-            if self.optim == "adamw_torch":
-                self.first[row].zero_()
-                self.second[row].zero_()
-            elif self.optim.endswith("8bit"):
-                self.moments.forget(row)

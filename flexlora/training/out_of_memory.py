@@ -1,12 +1,13 @@
-"""A client whose card is too small for one pass, and what it does about it.
+"""Handles running out of memory in a client's training.
 
-    free       drop what the failed pass held
-    halve      the rows of a pass, again and again down to one; a step still has the same rows, so
-               its gradient is the same mean, in more passes
-    ask        for half of its rank from the next round on, and sit this one out
+    free       release what the failed pass held
+    halve      the rows of a pass, repeatedly, down to one; a step has the same rows and the same
+               mean gradient, in more passes
+    lower      without memory for one row: request half the rank from the next round on, and send no
+               update in this one
 
-It does not train a part of what it was sent: a client that started from the first terms of
-``T_r(G)`` alone would have to be subtracted as such, by every method, so its update is left out.
+A client never trains only the first terms of the ``T_r(G)`` it was sent: every method would then
+have to subtract that shorter start.
 """
 
 from __future__ import annotations
@@ -24,18 +25,18 @@ __all__ = ["free_memory", "is_out_of_memory", "train_within_memory", "within_mem
 
 Result = TypeVar("Result")
 
-_TOLD = ("out of memory", "can't allocate memory", "cannot allocate memory", "alloc_failed")
+_MESSAGES = ("out of memory", "can't allocate memory", "cannot allocate memory", "alloc_failed")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` says that memory ran out, on the card or on the machine."""
+    """Whether ``error`` is an out-of-memory error of the card or of the machine."""
     if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _TOLD)
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _MESSAGES)
 
 
 def free_memory() -> None:
-    """Give back what nothing refers to any more, to the card too."""
+    """Collect garbage and release cached CUDA memory."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -62,32 +63,33 @@ def within_memory(work: Callable[[int], Result], size: int) -> tuple[Result | No
 def train_within_memory(
     attempt: Callable[[int], TrainResult], job: TrainJob, rows_per_pass: int
 ) -> tuple[TrainResult, int]:
-    """``attempt(rows in a pass)`` for one job; its result and how many rows it took in the end.
+    """``attempt(rows in a pass)`` for one job: its result and the rows in a pass that fitted.
 
-    Without memory for a single row the result holds no factors, says so, and asks for a lower rank.
+    Without memory for one row the result holds a cause and a lower ``asked_rank``, no factors.
     """
     result, size = within_memory(attempt, rows_per_pass)
     if result is None:
-        return _asking(job), 1
+        return _rank_request(job), 1
     if size < rows_per_pass:
         note = f"out of memory with {rows_per_pass} rows in a pass: trained with {size}"
         result = replace(result, note=note)
     return result, size
 
 
-def _asking(job: TrainJob) -> TrainResult:
+def _rank_request(job: TrainJob) -> TrainResult:
     trained = job.start.for_client(job.client_id).trained
     rank = max(factors.rank for factors in trained.values())
-    told = f"out of memory at rank {rank} with 1 row in a pass"
+    failure = f"out of memory at rank {rank} with 1 row in a pass"
     if rank > 1:
-        cause = f"{told}; asks for rank {rank // 2}"
+        cause = f"{failure}; asks for rank {rank // 2}"
     else:
-        cause = f"{told}; lower train.max-length or quantize the base"
+        cause = f"{failure}; lower train.max-length or quantize the base"
     return TrainResult(
         client_id=job.client_id,
         rank_class=job.start.rank_class.name,
         base_round=job.start.base_round,
         digest=job.start.digest,
         asked_rank=rank // 2,
+        out_of_memory=True,
         cause=cause,
     )

@@ -1,14 +1,13 @@
-"""Factors that a client keeps to itself, trained over the global model that it is sent.
+"""Personal factors: trained by each client over the global model it receives, never uploaded.
 
-    round:    T_c(G) sent, trained, returned and added up as ever; then, with T_c(G) frozen,
+    round:    the global training as without personal factors; then, with T_c(G) frozen,
               client k takes some steps on  min over (A_k, B_k) of  L_k(W + T_c(G) + s B_k A_k)
-    at use:   W + T_c(G) + s B_k A_k  for client k;  A_k and B_k never leave it
+    at use:   W + T_c(G) + s B_k A_k  for client k
 
 Two adapters side by side, one shared and one that stays, are FedDPA's (Yang et al., NeurIPS 2024,
-arXiv 2403.19211), here as a plain sum without its weights by instance. That the global solution
-does not feel the personal one, which goes on from round to round as a task of its own, is Ditto's
-(Li et al., ICML 2021, arXiv 2012.04221); in the place of its pull towards the global model stands
-the rank.
+arXiv 2403.19211), here as a plain sum without its weights by instance. As in Ditto (Li et al.,
+ICML 2021, arXiv 2012.04221) the personal model does not change the global one and continues from
+round to round; it is regularised by its rank, not by a pull towards the global model.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from flexlora.lora.ranks import RankClass
 from flexlora.seeds import generator
 from flexlora.training.personal_store import PersonalStore
 from flexlora.training.schedule import TrainSettings
+from flexlora.training.uplink import add_note
 from flexlora.wire.jobs import PERSONAL, TrainJob, TrainResult
 
 __all__ = ["Frozen", "PersonalPlan", "PersonalStore", "frozen_model", "personalised"]
@@ -44,31 +44,31 @@ class PersonalPlan(Personal):
         return settings.model_copy(update={**own, "optim": "adamw_torch", "proximal_mu": 0.0})
 
     def job(self, job: TrainJob, frozen: Frozen | None = None) -> TrainJob:
-        """A second job for the client: its own factors over the frozen model of the first.
+        """A second job for the client: its personal factors over the frozen model of the first.
 
-        They go on from what it kept, or begin at zero: live ``lora_A``, ``lora_B`` zero. With one
-        ``frozen`` for a cohort, those who were sent the same payloads share one frozen model.
+        They continue from the stored ones, or start with random ``lora_A`` and zero ``lora_B``.
+        Clients of a cohort that received the same payloads share one model through ``frozen``.
 
         Raises:
-            ValueError: kept factors that are not those of this plan.
+            ValueError: stored factors of another rank, alpha, dtype or target list.
         """
         start, known = job.start, {} if frozen is None else frozen
         sent = (id(start.trained), id(start.carried))
         if sent not in known:
             known[sent] = frozen_model(start)
         carried, dtype = known[sent]
-        own = Start(
+        personal = Start(
             rank_class=RankClass(name=PERSONAL, rank=self.rank),
             base_round=start.base_round,
-            trained=self._own_factors(job),
+            trained=self._initial_factors(job),
             carried=carried,
             carried_dtype=dtype,
             local=LocalPlan(merge=start.local.merge),
         )
-        return replace(job, start=own, personal=None)
+        return replace(job, start=personal, personal=None)
 
-    def _own_factors(self, job: TrainJob) -> Adapter:
-        """What the client goes on from."""
+    def _initial_factors(self, job: TrainJob) -> Adapter:
+        """The stored factors of the job, or fresh ones."""
         fresh = Adapter(
             {name: self._fresh(job.client_id, name, f) for name, f in job.start.trained.items()}
         )
@@ -76,11 +76,11 @@ class PersonalPlan(Personal):
             return fresh
         for name in sorted(set(fresh) | set(job.personal)):
             kept, made = job.personal.get(name), fresh.get(name)
-            if kept is None or made is None or not _alike(kept, made):
+            if kept is None or made is None or not _same_form(kept, made):
                 raise ValueError(
                     f"client {job.client_id}, module '{name}': the personal factors that were kept "
-                    f"are {_told(kept)}, expected {_told(made)}; were they made with another "
-                    "personal.rank, LoRA alpha or target list?"
+                    f"are {_describe(kept)}, expected {_describe(made)}; "
+                    "were they made with another personal.rank, LoRA alpha or target list?"
                 )
         return job.personal
 
@@ -104,36 +104,32 @@ def personalised(
     settings: TrainSettings,
     train: Callable[[Sequence[TrainJob], TrainSettings], Sequence[TrainResult]],
 ) -> list[TrainResult]:
-    """``results``, those who trained with factors of their own too: all clients in one ``train``.
+    """``results`` with personal factors, trained by all clients in one call of ``train``.
 
-    Whoever cannot train them has the same result, with a note that says why.
+    A client that cannot train them has its result unchanged but for a note with the cause.
     """
     frozen: Frozen = {}
-    own: dict[int, TrainJob] = {}
+    personal_jobs: dict[int, TrainJob] = {}
     personal = list(results)
     for k, (job, result) in enumerate(zip(jobs, results, strict=True)):
         if result.adapter is None:
             continue  # a client that could not train what it was sent
         try:
-            own[k] = plan.job(job, frozen)
+            personal_jobs[k] = plan.job(job, frozen)
         except ValueError as error:
-            personal[k] = _noted(result, str(error))
-    done = train(list(own.values()), plan.settings(settings)) if own else []
-    for k, trained in zip(own, done, strict=True):
-        # Nobody grants another rank here: there is nothing to ask for.
+            personal[k] = add_note(result, f"personal factors: {error}")
+    jobs_in_order = list(personal_jobs.values())
+    done = train(jobs_in_order, plan.settings(settings)) if jobs_in_order else []
+    for k, trained in zip(personal_jobs, done, strict=True):
+        # Personal ranks are fixed: drop the request for a lower one.
         cause = trained.cause.removesuffix(f"; asks for rank {trained.asked_rank}") or trained.note
         result = replace(results[k], personal=trained.adapter)
-        personal[k] = _noted(result, cause) if cause else result
+        personal[k] = add_note(result, f"personal factors: {cause}" if cause else "")
     return personal
 
 
-def _noted(result: TrainResult, cause: str) -> TrainResult:
-    parts = [result.note] if result.note else []
-    return replace(result, note="; ".join([*parts, f"personal factors: {cause}"]))
-
-
 def frozen_model(start: Start) -> tuple[Adapter | None, str]:
-    """All that a client was sent, to be carried frozen, and the dtype that keeps it as it was.
+    """The whole model that a client was sent, to be carried frozen, and the dtype to carry it in.
 
     None where it adds nothing to the base yet.
     """
@@ -143,7 +139,7 @@ def frozen_model(start: Start) -> tuple[Adapter | None, str]:
     return served, start.carried_dtype if served is start.carried else ""
 
 
-def _alike(kept: LoRAFactors, made: LoRAFactors) -> bool:
+def _same_form(kept: LoRAFactors, made: LoRAFactors) -> bool:
     return all(
         getattr(kept, label).shape == getattr(made, label).shape
         and getattr(kept, label).dtype == getattr(made, label).dtype
@@ -151,7 +147,7 @@ def _alike(kept: LoRAFactors, made: LoRAFactors) -> bool:
     ) and (kept.alpha, kept.rslora) == (made.alpha, made.rslora)
 
 
-def _told(factors: LoRAFactors | None) -> str:
+def _describe(factors: LoRAFactors | None) -> str:
     if factors is None:
         return "absent"
     size = f"{factors.out_features} x {factors.in_features}"

@@ -1,7 +1,7 @@
-"""What local training will do, told before it happens: settings, steps, rates, rows of each step.
+"""The plan of local training: settings, number of steps, learning rates, rows of each step.
 
-A function of the configuration, the client and the round alone, so that a clock can price a
-training and a planner can pack it before anybody trains.
+A function of the configuration, the client and the round alone, so that a simulated clock and the
+cohort planner can compute it before training.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A base model with a LoRA layer in the place of each target, and K slots to load, train and read.
 
-``SlotModel`` is what training and evaluation work on. The trained factors of all slots lie in one
+Training and evaluation work on a ``SlotModel``. The trained factors of all slots are in one
 buffer ``parameters [K, P]``, of which the layers hold views, and gradients arrive as one
 ``gradients [K, P]``. So a step of the optimizer, a slot's gradient norm and its learning rate are a
 few operations on a matrix, whatever the number of modules.
@@ -9,7 +9,7 @@ few operations on a matrix, whatever the number of modules.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -17,11 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flexlora.algebra.linalg import live_rows
 from flexlora.algebra.sketch import GradientSketch, top_rows
 from flexlora.errors import UserError, nearest
 from flexlora.lora.adapters import Adapter, LoRAFactors, zero_factors
-from flexlora.seeds import generator
 from flexlora.training.blockwise import Live, live_numbers
 from flexlora.training.layers import DropoutStream, LoRALinear, SlotFactors
 
@@ -134,8 +132,8 @@ class SlotModel:
     ) -> None:
         """One adapter per slot; factors named in ``trainable`` get gradients, the rest is frozen.
 
-        Slots that carry one and the same adapter share it in memory; with ``merge`` it is added
-        into a copy of each weight that is a float, and lies beside the others.
+        Slots that carry equal adapters share one copy. With ``merge`` it is added into a copy of
+        each float weight; quantized weights keep it as separate factors.
 
         Raises:
             ValueError: an adapter whose modules or shapes are not the model's.
@@ -186,11 +184,11 @@ class SlotModel:
         return views
 
     def live_numbers(self) -> list[Live]:
-        """Where each slot's own numbers lie in ``parameters``; one object for equal ranks."""
+        """Where each slot's numbers are in ``parameters``; one object for equal ranks."""
         names, labels = zip(*self._leaf_names, strict=True)
         ranks = [tuple(adapter[name].rank for name in names) for adapter in self._templates]
-        inside = {own: live_numbers(self._leaves, labels, own) for own in dict.fromkeys(ranks)}
-        return [inside[own] for own in ranks]
+        inside = {r: live_numbers(self._leaves, labels, r) for r in dict.fromkeys(ranks)}
+        return [inside[r] for r in ranks]
 
     def _stack(
         self, name: str, slots: Sequence[LoRAFactors], dtype: torch.dtype | None = None
@@ -198,37 +196,16 @@ class SlotModel:
         like = torch.empty(0, dtype=dtype or slots[0].lora_A.dtype, device=self.device)
         return SlotFactors.stack(slots, like)
 
-    def add_phases(self, count: int) -> None:
-        """Room beside every layer for what ``count`` earlier phases of a round trained."""
-        for layer in self.layers.values():
-            trained = layer.trained
-            assert trained is not None
-            for _ in range(count):
-                A, B = torch.zeros_like(trained.A), torch.zeros_like(trained.B)
-                layer.frozen.append(SlotFactors(A=A, B=B, scaling=trained.scaling))
-
-    @torch.no_grad()
-    def freeze(self, slot: int, phase: int, seed: int) -> None:
-        """Keep what the slot has trained as its part ``phase`` and give it fresh factors."""
-        for name, layer in self.layers.items():
-            assert layer.trained is not None
-            rank = self._templates[slot][name].rank
-            A, B = layer.trained.A[slot], layer.trained.B[slot]
-            layer.frozen[phase].A[slot].copy_(A)
-            layer.frozen[phase].B[slot].copy_(B)
-            A[:rank].copy_(live_rows(rank, layer.in_features, generator(seed, "live", name)))
-            B.zero_()
-
-    def tail_norms(self, kept: float) -> Tensor:
+    def tail_norms(self, kept_fraction: float) -> Tensor:
         """``sum over modules |B_tail|_F |A_tail|_F`` of each slot, ``[K]``, with gradients.
 
-        The tail of a slot's module is its terms from ``max(1, floor(kept * rank))`` on.
+        The tail of a slot's module is its terms from ``kept_rank(kept_fraction, rank)`` on.
         """
         total = self.parameters.new_zeros(self.num_slots)
         for name, layer in self.layers.items():
             assert layer.trained is not None
             A, B = layer.trained.A, layer.trained.B
-            first = [kept_rank(kept, adapter[name].rank) for adapter in self._templates]
+            first = [kept_rank(kept_fraction, adapter[name].rank) for adapter in self._templates]
             terms = torch.arange(A.shape[1], device=A.device)
             tail = (terms[None] >= torch.tensor(first, device=A.device)[:, None]).to(A.dtype)
             # Padding is zero in both factors, and the root of zero has no gradient.
@@ -253,29 +230,22 @@ class SlotModel:
                 )
 
     def extract(self, slot: int) -> Adapter:
-        """The factors of one slot as they are now, copied to the CPU, at the slot's own ranks.
-
-        Phases of a round lie side by side, in the order in which they were trained.
-        """
+        """The factors of one slot as they are now, copied to the CPU, at the slot's own ranks."""
         modules = {}
         for name, layer in self.layers.items():
-            template, parts = self._templates[slot][name], []
+            template = self._templates[slot][name]
             assert layer.trained is not None
-            for factors in (*layer.frozen, layer.trained):
-                A = factors.A[slot, : template.rank].detach().cpu().clone()
-                B = factors.B[slot, :, : template.rank].detach().cpu().clone()
-                parts.append(replace(template, lora_A=A, lora_B=B))
-            modules[name] = parts[0] if len(parts) == 1 else LoRAFactors.side_by_side(parts)
+            A = layer.trained.A[slot, : template.rank].detach().cpu().clone()
+            B = layer.trained.B[slot, :, : template.rank].detach().cpu().clone()
+            modules[name] = replace(template, lora_A=A, lora_B=B)
         return Adapter(modules)
 
     @contextmanager
-    def sketching(self, seed: int, slots: Sequence[int] | None = None) -> Iterator[None]:
+    def sketching(self, seed: int) -> Iterator[None]:
         """Sketch every target's gradient in the backward passes inside; then turn ``lora_A``.
 
-        Afterwards ``lora_A`` of the ``slots`` (default: all) holds the top right singular vectors
-        of each one's own gradient.
+        Afterwards ``lora_A`` of each slot holds the top right singular vectors of its own gradient.
         """
-        chosen = range(self.num_slots) if slots is None else slots
         for name, layer in self.layers.items():
             layer.sketch = GradientSketch(
                 name=name,
@@ -286,28 +256,27 @@ class SlotModel:
         try:
             yield
             for layer in self.layers.values():
-                self._align(layer, chosen)
+                self._align(layer)
         finally:
             for layer in self.layers.values():
                 layer.sketch = None
 
     @torch.no_grad()
-    def _align(self, layer: LoRALinear, slots: Iterable[int]) -> None:
+    def _align(self, layer: LoRALinear) -> None:
         assert layer.trained is not None and layer.sketch is not None
         if layer.sketch.total is None:
             return
-        for slot in slots:
+        for slot in range(self.num_slots):
             rank, size = self._templates[slot][layer.name].rank, layer.sketch.sizes[slot]
             rows = layer.trained.A[slot, :rank]
             rows.copy_(top_rows(layer.sketch.total[slot, :size], rank, rows.cpu()))
 
     def clear(self) -> None:
-        """No slots: the model is the frozen base."""
+        """Remove all slots: the model is the frozen base."""
         self.num_slots, self._templates, self._leaves = 0, [], []
         self.parameters = self.gradients = torch.empty(0, 0)
         for layer in self.layers.values():
             layer.trained = layer.carried = layer.merged = layer.wholes = None
-            layer.frozen = []
             layer.num_slots, layer.dropout, layer.streams = 0, 0.0, ()
 
     def set_dropout(self, dropout: float, streams: Sequence[DropoutStream | None]) -> None:
@@ -317,7 +286,7 @@ class SlotModel:
 
     @contextmanager
     def first_slots(self, count: int) -> Iterator[None]:
-        """Rows of the first ``count`` slots only: a slot that has ended costs nothing."""
+        """Batches inside the block hold rows of the first ``count`` slots only."""
         whole = self.num_slots
         try:
             self._show(count)
@@ -342,16 +311,16 @@ def _once(carried: Sequence[Adapter | None]) -> Sequence[Adapter | None]:
     return carried[:1] if same else carried
 
 
-def kept_rank(kept: float, rank: int) -> int:
-    """``max(1, floor(kept * rank))``: the terms that self-pruning leaves."""
-    return max(1, int(kept * rank + 1e-9))
+def kept_rank(kept_fraction: float, rank: int) -> int:
+    """``max(1, floor(kept_fraction * rank))``: the rank after self-pruning."""
+    return max(1, int(kept_fraction * rank + 1e-9))
 
 
 def _keep_unpacked(model: Any) -> None:
-    """Tell 4-bit linears, targets or not, to leave their weights as they are on the CPU.
+    """Forbid 4-bit linears, targets or not, to repack their weights on the CPU.
 
-    bitsandbytes repacks them in place for an inference kernel that has no gradient: what lies below
-    such a linear would train on another matrix's gradient, or on none.
+    bitsandbytes repacks them in place for an inference kernel without a gradient: modules before
+    such a linear would train on the gradient of another matrix, or on none.
     """
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":

@@ -1,17 +1,15 @@
-"""Adapters as raw little-endian bytes and plain values: what travels, whatever the transport.
+"""Encode adapters as raw little-endian bytes and plain values; nothing is pickled.
 
-Nothing is pickled. An array is a dtype name, a shape and bytes; Flower's ``Array`` has the same
-fields, so the transport wraps and unwraps it without looking inside. The receiver continues in
-float32 from the rounded numbers. ``bfloat16`` halves the bytes, ``int8`` quarters them:
+An array is a dtype name, a shape and bytes, the fields of Flower's ``Array``. The receiver decodes
+to float32. ``bfloat16`` halves the bytes, ``int8`` quarters them:
 
     x = scale * code,   code in -127 .. 127,   scale = max |x| / 127 over one direction of the rank
 
-A direction is a row of ``lora_A`` and a column of ``lora_B``. The columns hold the singular values:
-a scale for each row of ``lora_B`` would round the weak directions at the step of the strongest, and
-there are more outputs than directions. The scales, float32, come before the codes. They have 17
-significant bits, so that ``scale * code`` is exact and what has travelled once travels again
-unchanged. Where the other side holds what training began with (``held``), the change travels if it
-is the smaller of the two, and the rounding is a share of the change instead of the whole.
+A direction is a row of ``lora_A`` and a column of ``lora_B``: with a scale for each row of
+``lora_B`` the weak directions would be rounded at the step of the strongest. The float32 scales
+come before the codes and have 17 significant bits, so that ``scale * code`` is exact and encoding
+again changes nothing. If the receiver has the factors that training started from (``held``), int8
+sends the change from them when its norm is the smaller, and rounds relative to that.
 """
 
 from __future__ import annotations
@@ -41,7 +39,7 @@ __all__ = [
 FACTORS = ("lora_A", "lora_B")
 RAW = "flexlora.raw"  # the serialization name that Flower's Array carries
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
-# The dimension that has a scale per entry, and whether the numbers are a change of what is held.
+# The dimension with a scale per entry, and whether the numbers are a change of ``held``.
 INT8 = {
     "int8.rows": (0, False),
     "int8.columns": (1, False),
@@ -86,8 +84,8 @@ def encode_adapter(
 ) -> tuple[dict[str, WireArray], dict[str, list]]:
     """Arrays named ``MODULE.lora_A`` and ``MODULE.lora_B``, and the alphas beside them.
 
-    ``labels`` leaves out factors that the other side holds already. ``held`` is what it holds of
-    all of them, to the bit: int8 may then send changes.
+    Only the factors in ``labels`` are sent. With ``held``, what the receiver has of all factors (to
+    the bit), int8 may send changes.
     """
     arrays = {}
     for name, factors in adapter.items():
@@ -108,7 +106,7 @@ def encode_adapter(
 
 
 def _held(held: Adapter | None, name: str, label: str) -> Tensor | None:
-    """The factor that the other side has, where it has one."""
+    """The receiver's factor, None if it has none."""
     return getattr(held[name], label) if held is not None and name in held else None
 
 
@@ -117,7 +115,7 @@ def _bytes(tensor: Tensor) -> bytes:
 
 
 def _int8_array(tensor: Tensor, kind: str, held: Tensor | None) -> WireArray:
-    """Scales and codes of a factor, or of its change since ``held`` where that is smaller."""
+    """Scales and codes of a factor, or of its change from ``held`` if that is smaller."""
     if held is not None and held.shape == tensor.shape:
         change = tensor - held.detach().cpu().float()
         if float(change.norm()) < float(tensor.norm()):
@@ -129,8 +127,8 @@ def _int8_array(tensor: Tensor, kind: str, held: Tensor | None) -> WireArray:
 def _rounded(tensor: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """One scale for every entry of ``dim``, and the codes.
 
-    A row too small for a scale is a row of zeros. One with NaN or infinity has NaN for its scale,
-    which the other side refuses: that a training diverged must not be rounded away.
+    A row too small for a scale becomes zeros. NaN or infinity gives a NaN scale, which the receiver
+    refuses: rounding must not hide that a training diverged.
     """
     largest = tensor.abs().amax(dim=1 - dim, keepdim=True)
     bits = (largest / LARGEST_CODE).view(torch.int32)
@@ -158,13 +156,13 @@ def decode_adapter(
     labels: Sequence[str] = FACTORS,
     held: Adapter | None = None,
 ) -> Adapter:
-    """The adapter behind ``encode_adapter``, float32 (float64 stays).
+    """The inverse of ``encode_adapter``: float32 factors (float64 stays).
 
-    Factors that are not among ``labels`` are taken from ``held``; changes are added to it.
+    Factors not in ``labels`` are taken from ``held``; changes are added to it.
 
     Raises:
-        UpdateRefused: arrays and names that do not match, an unknown dtype, bytes that are not the
-            shape's, scales that are none, a change of nothing, factors that do not pair up.
+        UpdateRefused: arrays and names that do not match, an unknown dtype, bytes that do not fit
+            the shape, invalid scales, a change without ``held``, factors of unequal rank.
     """
     try:
         names, alphas, rslora = values["modules"], values["alphas"], values["rslora"]
@@ -182,10 +180,10 @@ def decode_adapter(
             label: _tensor(f"{name}.{label}", arrays, _held(held, name, label)) for label in labels
         }
         for label in set(FACTORS) - set(labels):
-            own = _held(held, name, label)
-            if own is None:
+            unsent = _held(held, name, label)
+            if unsent is None:
                 raise UpdateRefused(f"module '{name}' has no {label}, and nothing is held for it.")
-            tensors[label] = own
+            tensors[label] = unsent
         try:
             modules[name] = LoRAFactors(**tensors, alpha=float(alpha), rslora=bool(plain))
         except ValueError as error:
@@ -212,7 +210,7 @@ def _tensor(key: str, arrays: Mapping[str, ArrayLike], held: Tensor | None) -> T
 
 
 def _from_int8(key: str, array: ArrayLike, shape: tuple[int, ...], held: Tensor | None) -> Tensor:
-    """``scale * code``, added to what is held where it is a change."""
+    """``scale * code``, added to ``held`` if it is a change."""
     dim, is_change = INT8[array.dtype]
     if len(shape) != 2:
         raise UpdateRefused(f"array '{key}' has shape {shape}, expected two dimensions.")
@@ -253,5 +251,5 @@ def over_the_wire(
     labels: Sequence[str] = FACTORS,
     held: Adapter | None = None,
 ) -> Adapter:
-    """The adapter as the other side decodes it: what a client really starts from."""
+    """The adapter as the receiver decodes it, which is what a client starts from."""
     return decode_adapter(*encode_adapter(adapter, dtype, labels, held), labels=labels, held=held)

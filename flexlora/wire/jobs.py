@@ -1,6 +1,6 @@
-"""What is asked of a client and what it answers, free of any transport.
+"""Jobs and results of clients, independent of any transport.
 
-One boundary serves simulation, deployment and notebooks: ``decode(Message) -> TrainJob``,
+Simulation, deployment and notebooks share one boundary: ``decode(Message) -> TrainJob``,
 ``train(jobs) -> results``, ``encode(result) -> Message``; only the number of jobs differs.
 """
 
@@ -9,20 +9,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from flexlora.aggregation.engine.method import Start
+from flexlora.aggregation.engine.starts import Start
 from flexlora.lora.adapters import Adapter
 
 __all__ = ["PERSONAL", "Capability", "EvalJob", "EvalResult", "Score", "TrainJob", "TrainResult"]
 
-PERSONAL = "personal"  # what a score under a client's own factors is called, among rank classes
+PERSONAL = "personal"  # the name of a score with personal factors, beside rank classes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Capability:
-    """What a client says of itself before round 1.
+    """A client's description of itself, sent before round 1.
 
-    ``runs`` names the kernels that were run on its device and ``absent`` those that failed, each
-    with its error; ``free_bytes`` was free on the device before the base was loaded.
+    ``runs`` are the kernels that ran on its device, ``absent`` those that failed, with the error;
+    ``free_bytes`` was free on the device before the base was loaded.
     """
 
     client_id: str
@@ -49,7 +49,7 @@ class Capability:
 
     @staticmethod
     def failed(client_id: str, cause: str) -> Capability:
-        """A node that cannot say what it is, and why."""
+        """A node that cannot describe itself, and the cause."""
         return Capability(client_id=client_id, cause=cause)
 
 
@@ -57,8 +57,7 @@ class Capability:
 class TrainJob:
     """Train from ``start`` in round ``server_round`` of ``num_server_rounds``.
 
-    ``personal`` are the factors that this client kept to itself in an earlier round, if any; no
-    message holds them.
+    ``personal`` are the client's personal factors of an earlier round; no message holds them.
     """
 
     client_id: str
@@ -70,14 +69,13 @@ class TrainJob:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """Trained factors and what it took; ``cause`` says why there are none.
+    """Trained factors and a report; ``cause`` says why there are none.
 
-    ``note`` says what was different about a training that did succeed. ``asked_rank`` is the rank
-    that a client without memory for its own asks for from the next round on; 0 asks for nothing.
-
-    ``loss_before`` and ``loss_after`` are over the rows of the first step, before any step and
-    after the last; ``train_loss`` is the mean over the steps. ``personal`` stays with the client:
-    no report holds it.
+    ``note`` is a remark on a training that succeeded. A client without memory for its rank asks for
+    ``asked_rank`` from the next round on; 0 asks for nothing; ``out_of_memory`` is
+    why there are no factors. ``loss_before`` and ``loss_after``
+    are over the rows of the first step, before any step and after the last; ``train_loss`` is the
+    mean over the steps. ``personal`` stays with the client: no message holds it.
     """
 
     client_id: str
@@ -93,22 +91,23 @@ class TrainResult:
     loss_after: float = float("nan")
     train_seconds: float = 0.0
     asked_rank: int = 0
+    out_of_memory: bool = False
     note: str = ""
     cause: str = ""
     personal: Adapter | None = None
 
     @staticmethod
     def failed(client_id: str, cause: str) -> TrainResult:
-        """A node that could not even read what it was sent."""
+        """A node that could not decode its job."""
         return TrainResult(client_id=client_id, rank_class="", base_round=0, digest="", cause=cause)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalJob:
-    """Evaluate every adapter (by rank class; none at all: the bare base) on the client's rows.
+    """Evaluate every adapter (by rank class; without any, the bare base) on the client's rows.
 
-    With ``personal`` they are scored once more under the name ``PERSONAL``: those factors beside
-    the adapter named ``personal_over``, or alone on the base where that is empty.
+    ``personal`` adds a score named ``PERSONAL``: these factors beside the adapter
+    ``personal_over``, or alone on the base if that is empty.
     """
 
     client_id: str
@@ -140,7 +139,7 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalResult:
-    """Scores by rank class, and ``PERSONAL``; ``cause`` says why there are none, or not all."""
+    """Scores by rank class, and ``PERSONAL``; ``cause`` says why some are missing."""
 
     client_id: str
     scores: Mapping[str, Score] = field(default_factory=dict)

@@ -1,7 +1,6 @@
-"""Who takes part: the nodes that answered, what they can train, and the rank class of each.
+"""The clients that take part, with their nodes, capabilities and rank classes.
 
-Clients are known by their own id. Flower's node ids are drawn anew in every run and serve only as
-addresses.
+A client is identified by its own id. Flower draws node ids anew in every run; they are addresses.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ __all__ = ["Member", "Roster", "sample"]
 
 @dataclass(frozen=True, kw_only=True)
 class Member:
-    """A client that can train: where it is reached, what it said, its rank class."""
+    """A client that can train, with the node that it is reached at."""
 
     node_id: int
     capability: Capability
@@ -58,18 +57,16 @@ class Roster:
     ) -> Roster:
         """Members from the reports by node id; ``known`` classes (of a resumed run) are kept.
 
-        A node is left out, with its cause, when it cannot train, has another FlexLoRA version,
-        holds another base than most, or names a client that another node already is.
+        A node is left out, with its cause, if it cannot train, has another FlexLoRA version, holds
+        another base than most, or names a client that another node has named already.
 
         Raises:
-            UserError: nobody can train.
+            UserError: no client can train.
         """
         roster = cls()
         fit: dict[str, tuple[int, Capability]] = {}
         base = _most_common_base(reports.values())
-        for node_id, report in sorted(
-            reports.items(), key=lambda item: (item[1].client_id, item[0])
-        ):
+        for node_id, report in _by_client(reports):
             cause = _unfit(report, base) or policy.too_small(report)
             if not cause and report.client_id in fit:
                 cause = f"node {fit[report.client_id][0]} is this client already"
@@ -82,13 +79,13 @@ class Roster:
         if not fit:
             causes = "; ".join(f"{k}: {v}" for k, v in sorted(roster.left_out.items())[:3])
             raise UserError(f"no client can train, expected at least one ({causes or 'no nodes'}).")
-        everybody_named = all(report.version for report in reports.values())
-        dealt = policy.assign(
+        all_named = all(report.version for report in reports.values())
+        assigned = policy.assign(
             list(fit),
-            others=list(roster.left_out) if everybody_named else None,
+            others=list(roster.left_out) if all_named else None,
             capabilities={client_id: report for client_id, (_, report) in fit.items()},
         )
-        table = {**dealt, **(known or {})}
+        table = {**assigned, **(known or {})}
         first = next(iter(fit.values()))[1]
         roster.shapes, roster.fan_in_fan_out = first.shapes, first.fan_in_fan_out
         roster.members = {
@@ -97,23 +94,21 @@ class Roster:
         }
         return roster
 
-    def take_in(
+    def add(
         self,
         reports: Mapping[int, Capability],
         policy: RankPolicy,
         known: Mapping[str, RankClass] | None = None,
     ) -> list[str]:
-        """Take in nodes that have come later, and clients that are back under another node id.
+        """Add nodes that came later, and clients that are back under another node id.
 
-        Newcomers are dealt their rank classes one by one, by client id, as if all had come with
-        them; nobody else's changes. One that does not fit is left out with its cause. Returns who
-        is new.
+        The policy assigns new clients their rank classes one by one, in the order of their ids;
+        the classes of members do not change. A client that does not fit is left out with its
+        cause. Returns the ids of the new members.
         """
         base = (self.fingerprint, tuple(self.shapes))
         joined = []
-        for node_id, report in sorted(
-            reports.items(), key=lambda item: (item[1].client_id, item[0])
-        ):
+        for node_id, report in _by_client(reports):
             client_id = report.client_id
             cause = _unfit(report, base) or policy.too_small(report)
             if not cause and report.shapes != self.shapes:
@@ -135,21 +130,25 @@ class Roster:
     def _join(
         self, node_id: int, report: Capability, policy: RankPolicy, known: Mapping[str, RankClass]
     ) -> str:
-        """Make one more member; why not, where the policy has no class for it."""
+        """Add one member, or return why the policy has no class for it."""
         client_id = report.client_id
         reports = {k: member.capability for k, member in self.members.items()}
         try:
-            dealt = policy.assign(
+            assigned = policy.assign(
                 [*self.members, client_id],
                 others=None,
                 capabilities={**reports, client_id: report},
             )
         except UserError as error:
             return str(error)
-        rank_class = known.get(client_id, dealt[client_id])
+        rank_class = known.get(client_id, assigned[client_id])
         member = Member(node_id=node_id, capability=report, rank_class=rank_class)
         self.members[client_id] = member
         return ""
+
+
+def _by_client(reports: Mapping[int, Capability]) -> list[tuple[int, Capability]]:
+    return sorted(reports.items(), key=lambda item: (item[1].client_id, item[0]))
 
 
 def _most_common_base(reports: Iterable[Capability]) -> tuple:

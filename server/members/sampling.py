@@ -1,9 +1,9 @@
-"""Who trains in a round, out of those that can be reached: seeded, by client id.
+"""Sample the clients of a round from those that can be reached: seeded, by client id.
 
-    uniform       everybody alike (FedAvg, arXiv 1602.05629)
+    uniform       all with equal probability (FedAvg, arXiv 1602.05629)
     examples      with probability as the number of examples; aggregation weighs by them again
-    availability  as one over the share of rounds in which a client could be reached so far, so that
-                  who is seldom there counts as much in the long run
+    availability  with probability as one over the share of rounds in which a client could be
+                  reached so far, so that all count alike in the long run
     utility       Oort (Lai et al., OSDI 2021, arXiv 2010.06081), without its pacer; below
     stratified    every rank class in its share of those that can be reached
 
@@ -12,7 +12,7 @@ training loss (the paper's root mean square of per-example losses is not sent he
 ``sqrt(0.1 log(t) / t_k)`` of the largest utility, with ``t_k`` the round in which it last trained,
 and times ``(T / seconds_k)^2`` where it took longer than ``T``, which four fifths do not. These are
 the seconds that clients on machines of their own report, or a simulated clock's; where one process
-trains for all, they would be its own, and nobody is slow.
+trains all clients, no client counts as slow.
 
 Nine clients in ten of the first round are new ones, drawn alike; that share falls by 2 % a round
 down to a fifth. Of few clients it is no whole number: rounded by chance, it holds in the mean.
@@ -104,10 +104,13 @@ def choose(
 
 
 def _draw(
-    clients: Sequence[Reachable], weights: Sequence[float], count: int, *purpose: object
+    clients: Sequence[Reachable],
+    weights: Sequence[float],
+    count: int,
+    seed: int,
+    *names: str | int,
 ) -> list[str]:
     """``count`` different clients, each draw in proportion to the weights that are left."""
-    seed, *names = purpose
     if count < 1:
         return []
     total = sum(weights)

@@ -1,45 +1,49 @@
-"""Whom a round asks: waits until a quorum can be reached, samples, and asks some more than needed.
+"""Select the clients of a round: wait for a quorum, apply back-off, sample more than needed.
 
-The time that is waited is the grid's own (``clocks.py``), so that a simulated night passes as a
-real one would.
+Clients whose messages get lost sit out 1, 2, 4 ... rounds until one message is answered, since a
+round that asks a dead node waits for it until its deadline. Where too few others can be reached,
+those that have sat out longest are asked all the same. Losses are part of the checkpoint.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from flwr.serverapp import Grid
 
 from flexlora.config.resolve import Config
 from flexlora.errors import UserError
-from flexlora.server.members.backoff import awake
 from flexlora.server.members.roster import Roster
 from flexlora.server.members.sampling import History, Reachable, choose
+from flexlora.server.transport.backoff import backoff
 from flexlora.server.transport.clocks import clock_of
 
-__all__ = ["Selected", "Selector", "too_few", "wait_for_nodes"]
+__all__ = ["Selected", "Selector", "split_backing_off", "too_few", "wait_for_nodes"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Selected:
-    """Who is asked, how many updates are enough, who sits out, or why nobody is asked."""
+    """The clients to ask, how many updates are enough, and the cause of each client's back-off.
+
+    ``skipped`` says why no client is asked.
+    """
 
     client_ids: tuple[str, ...] = ()
     needed: int = 0
-    cause: str = ""
-    resting: Mapping[str, str] = field(default_factory=dict)
+    skipped: str = ""
+    backing_off: Mapping[str, str] = field(default_factory=dict)
 
 
 class Selector:
-    """``sampling.policy``, ``server.over-selection`` and ``server.quorum`` at work."""
+    """Applies ``sampling.policy``, ``server.over-selection`` and ``server.quorum``."""
 
     def __init__(self, config: Config, history: History | None = None) -> None:
         self.config, self.history = config, history or History()
 
     def select(self, grid: Grid, roster: Roster, server_round: int) -> Selected:
-        """The clients of one round; nobody where fewer than the quorum can be reached in time."""
+        """The clients of one round; none where fewer than the quorum can be reached in time."""
         config = self.config
         count = max(
             config.min_train_clients,
@@ -50,9 +54,9 @@ class Selector:
         self.history.see([client.client_id for client in reachable])
         if len(reachable) < config.server.quorum:
             return Selected(
-                cause=too_few(len(reachable), config.server.quorum, "clients can be reached")
+                skipped=too_few(len(reachable), config.server.quorum, "clients can be reached")
             )
-        able, resting = awake(
+        able, backing_off = split_backing_off(
             reachable,
             self.history.lost,
             server_round,
@@ -68,10 +72,10 @@ class Selector:
             seed=config.seed,
         )
         needed = min(count, len(asked))
-        return Selected(client_ids=tuple(asked), needed=needed, resting=resting)
+        return Selected(client_ids=tuple(asked), needed=needed, backing_off=backing_off)
 
     def _wait(self, grid: Grid, roster: Roster) -> list[Reachable]:
-        """Those that can be reached once they are a quorum, or when the wait is over."""
+        """The clients that can be reached once they are a quorum, or when the wait is over."""
         clock = clock_of(grid)
         deadline = clock.now() + self.config.server.wait_seconds
         while True:
@@ -90,8 +94,33 @@ class Selector:
             clock.wait_for_nodes(deadline)
 
 
+def split_backing_off(
+    reachable: Sequence[Reachable],
+    lost: Mapping[str, tuple[int, int]],
+    server_round: int,
+    *,
+    least: int,
+    most_rounds: int,
+) -> tuple[list[Reachable], dict[str, str]]:
+    """The clients that may be asked (``least`` at least, if so many are reachable), and the others.
+
+    ``lost`` holds, by client, the losses in a row and the round of the last one.
+    """
+    causes = {}
+    for client_id, (losses, last) in lost.items():
+        until = last + backoff(losses, most_rounds)
+        if server_round <= until:
+            times = "once" if losses == 1 else f"{losses} times in a row"
+            causes[client_id] = f"sits out to round {until}: lost {times}, last in round {last}"
+    out = [client for client in reachable if client.client_id in causes]
+    out.sort(key=lambda client: (lost[client.client_id][1], client.client_id))
+    missing = max(0, least - (len(reachable) - len(out)))
+    sitting_out = {client.client_id: causes[client.client_id] for client in out[missing:]}
+    return [client for client in reachable if client.client_id not in sitting_out], sitting_out
+
+
 def wait_for_nodes(grid: Grid, config: Config) -> list[int]:
-    """All nodes that are there, once they are ``server.min-nodes``.
+    """All connected nodes, once there are ``server.min-nodes``.
 
     Raises:
         UserError: fewer came in ``server.wait-seconds``.
@@ -109,5 +138,5 @@ def wait_for_nodes(grid: Grid, config: Config) -> list[int]:
 
 
 def too_few(count: int, quorum: int, what: str) -> str:
-    """The sentence of a round that changes nothing."""
+    """Why a round changes nothing."""
     return f"skipped: {count} {what}, server.quorum is {quorum}; the round changes nothing"

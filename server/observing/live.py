@@ -1,7 +1,7 @@
-"""Keeps ``RUN/live.json`` up to date, a few times a second at most, in a thread of its own.
+"""Write ``RUN/live.json`` from a thread of its own, a few times a second at most.
 
-The run itself never waits for the disk: events change a value in memory, the thread writes it. It
-writes every few seconds when nothing happens too, so that silence means that the process is gone.
+Events change a value in memory and the thread writes it: the run never waits for the disk. It
+writes every few seconds without events too: a file that is not renewed means that the run died.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from flexlora.runs.live_state import (
     process_space,
     write_live,
 )
+from flexlora.runs.outcomes import Outcome
 from flexlora.server.members.roster import Roster
-from flexlora.server.observing.causes import EVALUATION, SKIPPED, failure_kind, of_another_round
+from flexlora.server.observing.observer import Observer
 
 __all__ = ["LiveObserver"]
 
@@ -35,14 +36,13 @@ LOG = logging.getLogger(__name__)
 SHORTEST_SECONDS = 0.25  # between two writes
 MOST_CLIENTS = 40
 MOST_FAILURES = 20
-MOST_LETTERS = 300
+MAX_CAUSE_LENGTH = 300
 
 
-class LiveObserver:
-    """Implements ``flexlora.server.observing.observer.Observer``.
+class LiveObserver(Observer):
+    """Writes from the start in a resumed run (``opened``), else from the first round on.
 
-    Nothing is written before the folder is this run's: from the start (``opened``, of a resume),
-    or from the first round on.
+    Before that the folder may hold another run.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class LiveObserver:
         self._lock = threading.Lock()
         self._changed, self._closed = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
-        self._told_of_disk = False
+        self._disk_error_logged = False
         if opened:
             self._open()
 
@@ -80,45 +80,57 @@ class LiveObserver:
         )
         self._open()
 
-    def replied(self, client_id: str, cause: str) -> None:
-        """Counts a client as heard of once: replies to evaluation and late ones come on top."""
-        now, kind = self._state, failure_kind(cause)
-        if kind == SKIPPED:
-            self._change(cause=cause[:MOST_LETTERS])
-            return
-        more: dict[str, object] = {}
-        if not of_another_round(cause) and (kind != EVALUATION or now.round == 0):
-            more["heard"] = now.heard + 1
-            if now.heard + 1 >= now.asked:
-                more["state"] = EVALUATING
-        if kind:
-            failure = Failure(client_id=client_id, cause=cause[:MOST_LETTERS])
-            more |= {
-                "failed": now.failed + 1,
-                "failures": (*now.failures, failure)[-MOST_FAILURES:],
-            }
-        else:
-            more["replied"] = (*now.replied, client_id)[-MOST_CLIENTS:]
-        self._change(**more)
+    def replied(self, client_id: str, outcome: Outcome, cause: str, late: bool) -> None:
+        if not late:
+            self._count_heard()
+        if outcome.is_failure:
+            self._add_failure(client_id, cause)
+        elif outcome is Outcome.OK:
+            self._change(replied=(*self._state.replied, client_id)[-MOST_CLIENTS:])
+
+    def evaluated(self, client_id: str, cause: str) -> None:
+        """Round 0 asks clients for evaluation only; later ones were counted when they trained."""
+        first = self._state.round == 0
+        if first:
+            self._count_heard()
+        if cause:
+            self._add_failure(client_id, f"evaluation: {cause}")
+        elif first:
+            self._change(replied=(*self._state.replied, client_id)[-MOST_CLIENTS:])
+
+    def _count_heard(self) -> None:
+        heard = self._state.heard + 1
+        state = EVALUATING if heard >= self._state.asked else self._state.state
+        self._change(heard=heard, state=state)
+
+    def _add_failure(self, client_id: str, cause: str) -> None:
+        failure = Failure(client_id=client_id, cause=cause[:MAX_CAUSE_LENGTH])
+        self._change(
+            failed=self._state.failed + 1,
+            failures=(*self._state.failures, failure)[-MOST_FAILURES:],
+        )
 
     def resent(self, client_id: str, attempt: int, cause: str) -> None:
         self._change(resent=self._state.resent + 1)
+
+    def round_skipped(self, server_round: int, cause: str) -> None:
+        self._change(cause=cause[:MAX_CAUSE_LENGTH])
 
     def round_finished(self, metrics: Mapping[str, object]) -> None:
         self._change(state=WAITING, cause="")
 
     def close(self, state: str, cause: str = "") -> None:
-        """The run's last word; the thread is gone afterwards."""
+        """Stop the thread and write how the run ended."""
         self._closed.set()
         self._changed.set()
         if self._thread is not None:
             self._thread.join()
-            self._change(state=state, cause=cause[:MOST_LETTERS])
+            self._change(state=state, cause=cause[:MAX_CAUSE_LENGTH])
             self._write()
 
     def _change(self, **values: object) -> None:
         with self._lock:
-            self._state = replace(self._state, **values)  # type: ignore[arg-type]
+            self._state = replace(self._state, **values)  # type: ignore[arg-type]  # by field name
         self._changed.set()
 
     def _open(self) -> None:
@@ -141,6 +153,6 @@ class LiveObserver:
         try:
             write_live(self.folder, state)
         except OSError as error:
-            if not self._told_of_disk:
+            if not self._disk_error_logged:
                 LOG.warning("%s is not written: %s", self.folder / "live.json", error)
-            self._told_of_disk = True
+            self._disk_error_logged = True

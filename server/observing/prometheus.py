@@ -1,7 +1,7 @@
 """The run's numbers for Prometheus, on ``server.metrics-host`` and ``-port`` where a port is given.
 
 Served by prometheus_client from a registry of its own, at ``/metrics``; without TLS and without a
-login, so on the loopback interface unless told otherwise. No client is named in a label.
+login, so on the loopback interface by default. Labels name no client.
 ``templates/grafana-dashboard.json`` draws them.
 """
 
@@ -27,16 +27,19 @@ from prometheus_client import (
 import flexlora
 from flexlora.config.resolve import Config
 from flexlora.errors import UserError
+from flexlora.runs.outcomes import Outcome
 from flexlora.server.members.roster import Roster
-from flexlora.server.observing.causes import KINDS, SKIPPED, failure_kind
+from flexlora.server.observing.observer import Observer
 
 __all__ = ["PrometheusObserver", "metrics_endpoint"]
 
 LOG = logging.getLogger(__name__)
 ROUND_BUCKETS = (1, 2, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 7200, 21600)
 DIRECTIONS = {"down": "bytes_down", "up": "bytes_up", "evaluation_down": "eval_bytes_down"}
-EVERYBODY = "all"  # as a rank class: every client under the adapter of its own
-TOLD_OF_THE_RUN = {
+ALL_CLASSES = "all"  # as a rank class: every client under the adapter of its own class
+EVALUATION = "evaluation"
+FAILURES = (*(outcome.value for outcome in Outcome if outcome.is_failure), EVALUATION)
+RUN_LABELS = {
     "method": "method.name",
     "model": "model.name",
     "quantization": "model.quantization",
@@ -45,15 +48,16 @@ TOLD_OF_THE_RUN = {
 }
 
 
-class PrometheusObserver:
-    """Implements ``observer.Observer``; counts what this process has seen."""
+class PrometheusObserver(Observer):
+    """Counts the events of this process; a resumed run starts from zero."""
 
     def __init__(self, config: Config, registry: CollectorRegistry) -> None:
         self._split = config.eval.split
         self._classes: list[str] = []
         self._of_rounds(registry)
         self._of_clients(registry)
-        run = {label: str(config.flat()[key]) for label, key in TOLD_OF_THE_RUN.items()}
+        given = config.flat()
+        run = {label: str(given[key]) for label, key in RUN_LABELS.items()}
         info = Info("flexlora", "What runs", registry=registry)
         info.info({"version": flexlora.__version__, **run})
         process = psutil.Process()
@@ -67,24 +71,23 @@ class PrometheusObserver:
         self.seconds = Histogram(
             "flexlora_round_seconds", "Seconds of a round", registry=registry, buckets=ROUND_BUCKETS
         )
-        told, labels = "Mean loss of the last round that has one", ["rank_class", "split"]
-        self.loss = Gauge("flexlora_loss", told, labels, registry=registry)
-        told, labels = "Bytes of factors, as sent", ["direction"]
-        self.bytes = Counter("flexlora_bytes", told, labels, registry=registry)
+        text, labels = "Mean loss of the last round that has one", ["rank_class", "split"]
+        self.loss = Gauge("flexlora_loss", text, labels, registry=registry)
+        text, labels = "Bytes of factors, as sent", ["direction"]
+        self.bytes = Counter("flexlora_bytes", text, labels, registry=registry)
         for direction in DIRECTIONS:
             self.bytes.labels(direction=direction)
 
     def _of_clients(self, registry: CollectorRegistry) -> None:
-        told, labels = "Clients that take part", ["rank_class"]
-        self.clients = Gauge("flexlora_clients", told, labels, registry=registry)
-        told = "Clients that cannot take part"
-        self.left_out = Gauge("flexlora_clients_left_out", told, registry=registry)
-        told, labels = "Replies that do not count", ["cause"]
-        self.failures = Counter("flexlora_client_failures", told, labels, registry=registry)
+        text, labels = "Clients that take part", ["rank_class"]
+        self.clients = Gauge("flexlora_clients", text, labels, registry=registry)
+        text = "Clients that cannot take part"
+        self.left_out = Gauge("flexlora_clients_left_out", text, registry=registry)
+        text, labels = "Replies that do not count", ["cause"]
+        self.failures = Counter("flexlora_client_failures", text, labels, registry=registry)
         self.resends = Counter("flexlora_resent", "Messages sent again", registry=registry)
-        for kind in KINDS:
-            if kind != SKIPPED:  # which is told of a round, not of a client
-                self.failures.labels(cause=kind)  # an increase is seen only from a zero on
+        for label in FAILURES:
+            self.failures.labels(cause=label)  # Prometheus sees an increase only from a zero on
 
     def met(self, roster: Roster) -> None:
         counts = Counts(member.rank_class.name for member in roster.members.values())
@@ -99,17 +102,20 @@ class PrometheusObserver:
         self.round.set(server_round)
         self.planned.set(num_rounds)
 
-    def replied(self, client_id: str, cause: str) -> None:
-        kind = failure_kind(cause)
-        if kind and kind != SKIPPED:
-            self.failures.labels(cause=kind).inc()
+    def replied(self, client_id: str, outcome: Outcome, cause: str, late: bool) -> None:
+        if outcome.is_failure:
+            self.failures.labels(cause=outcome.value).inc()
+
+    def evaluated(self, client_id: str, cause: str) -> None:
+        if cause:
+            self.failures.labels(cause=EVALUATION).inc()
 
     def resent(self, client_id: str, attempt: int, cause: str) -> None:
         self.resends.inc()
 
     def round_finished(self, metrics: Mapping[str, object]) -> None:
-        self._set_loss(EVERYBODY, "train", metrics.get("train_loss"))
-        self._set_loss(EVERYBODY, self._split, metrics.get("eval_loss"))
+        self._set_loss(ALL_CLASSES, "train", metrics.get("train_loss"))
+        self._set_loss(ALL_CLASSES, self._split, metrics.get("eval_loss"))
         for name in self._classes:
             self._set_loss(name, self._split, metrics.get(f"eval_loss/{name}"))
         for direction, key in DIRECTIONS.items():
@@ -125,7 +131,7 @@ class PrometheusObserver:
 
 
 def _number(value: object) -> float | None:
-    """None for what is not there: a round without an evaluation, a mean over nobody."""
+    """None where there is no number: a round without evaluation, a mean over no client."""
     if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
         return None
     return float(value)

@@ -6,37 +6,38 @@ Deadlines, waiting for nodes and the seconds of a round are the same code in bot
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-__all__ = ["Clock", "Spent", "WallClock", "clock_of"]
+__all__ = ["Clock", "Spent", "WallClock", "clock_of", "clock_state", "restore_clock"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spent:
-    """What one client's training took out there."""
+    """Seconds and joules of one client's training on a simulated clock."""
 
     seconds: float
     joules: float
 
 
 class Clock(Protocol):
-    """``simulated`` says whether its seconds are anybody's but ours."""
+    """``simulated`` is False for the machine's own time."""
 
     simulated: bool
-    busy_until: dict[str, float]  # by client that is at work, on a simulated clock
+    busy_until: dict[str, float]  # by the id of a client that is training, on a simulated clock
 
     def now(self) -> float:
-        """Seconds since some beginning, never backwards."""
+        """Seconds since an arbitrary origin, never decreasing."""
 
     def wait(self, until: float) -> None:
-        """Let some time pass: until the next thing that can happen, at most to ``until``."""
+        """Let time pass to the next event, at most to ``until``."""
 
     def wait_for_nodes(self, until: float) -> None:
-        """The same, until somebody may have come or gone, whatever replies are on their way."""
+        """Let time pass until a node may have come or gone, whatever replies are on their way."""
 
     def set(self, seconds: float) -> None:
-        """Go on from ``seconds``, where an earlier process of the same run had come to."""
+        """Set the time to ``seconds``: that of an earlier process of the same run."""
 
     def spent(self, client_id: str) -> Spent | None:
         """What this client's last training took, if the clock knows."""
@@ -64,7 +65,7 @@ class WallClock:
         self.wait(until)
 
     def set(self, seconds: float) -> None:
-        """The wall's time goes on by itself."""
+        """The wall's time cannot be set."""
 
     def spent(self, client_id: str) -> Spent | None:
         return None
@@ -76,3 +77,19 @@ class WallClock:
 def clock_of(grid: Any) -> Clock:
     """The grid's own clock, or the wall's."""
     return getattr(grid, "clock", None) or WallClock()
+
+
+def clock_state(clock: Clock) -> dict[str, Any]:
+    """What ``restore_clock`` needs to go on from now; empty for the wall's time."""
+    if not clock.simulated:
+        return {}
+    busy = {name: until for name, until in clock.busy_until.items() if until > clock.now()}
+    return {"simulated_now": clock.now(), "busy_until": busy}
+
+
+def restore_clock(state: Mapping[str, Any], clock: Clock) -> None:
+    """Set a simulated clock to ``state``, if it holds one."""
+    if state.get("simulated_now") is not None:
+        clock.set(state["simulated_now"])
+        clock.busy_until.clear()
+        clock.busy_until.update(state.get("busy_until", {}))

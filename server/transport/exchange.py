@@ -1,12 +1,11 @@
-"""Letters out, replies in one at a time, until all have come or the time is up.
+"""Send messages and yield their replies one by one, until all have come or the time is up.
 
-Replies are pulled one by one and dropped once read, so that the memory of a round is that of one
-reply, not of all (FIELD.md: 675 MB instead of 1,763 MB for 40 replies of 32 MB).
+Replies are pulled one by one and dropped once read, so that a round holds one reply in memory and
+not all of them (measured with 40 replies of 32 MB: 675 MB instead of 1,763 MB).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
@@ -16,108 +15,100 @@ from flwr.serverapp import Grid
 
 from flexlora.config.resolve import Config
 from flexlora.server.transport.clocks import clock_of
-from flexlora.server.transport.resending import Letter, Post, Resending
+from flexlora.server.transport.retry_queue import PendingMessage, RetryPolicy, RetryQueue
 
-__all__ = ["ask", "exchange", "resending_of", "send"]
+__all__ = ["ask", "exchange", "retry_policy", "send"]
 
-ONCE = Resending()
+ONCE = RetryPolicy()
 
 
-def resending_of(grid: Grid, config: Config, timeout: float) -> Resending:
-    """What the configuration says of a round that lasts ``timeout``.
+def retry_policy(grid: Grid, config: Config, timeout: float) -> RetryPolicy:
+    """What the settings say of a round that lasts ``timeout`` seconds.
 
     On a simulated clock nothing is sent twice: what a client does in a round is a function of the
-    seed, so that a second message would fare as the first did.
+    seed, so that a second message would be lost as the first was.
     """
     if clock_of(grid).simulated:
         return ONCE
-    server = config.server
-    return Resending(
-        resends=server.resends,
-        silence_seconds=server.silence_seconds or timeout / 2,
-        patience_seconds=server.wait_seconds,
-        ttl_seconds=server.message_ttl_seconds,
-        late_seconds=server.late_rounds * timeout,
+    return RetryPolicy(
+        resends=config.server.resends,
+        silence_seconds=config.server.silence_seconds or timeout / 2,
+        patience_seconds=config.server.wait_seconds,
+        ttl_seconds=config.server.message_ttl_seconds,
+        late_seconds=config.server.late_rounds * timeout,
     )
 
 
 def ask(
-    grid: Grid, letters: Sequence[Letter], config: Config, timeout: float
-) -> Iterator[tuple[Letter, Message | None]]:
-    """``exchange`` of questions: a node that has gone is not waited for."""
-    resending = replace(resending_of(grid, config, timeout), patience_seconds=0.0)
-    return exchange(grid, letters, timeout=timeout, resending=resending)
+    grid: Grid, messages: Sequence[PendingMessage], config: Config, timeout: float
+) -> Iterator[tuple[PendingMessage, Message | None]]:
+    """``exchange`` without waiting for nodes that have gone: for queries and evaluation."""
+    policy = replace(retry_policy(grid, config, timeout), patience_seconds=0.0)
+    return exchange(grid, messages, timeout=timeout, policy=policy)
 
 
-def send(grid: Grid, letters: Iterable[Letter]) -> None:
-    """Letters out, once, without waiting for anything."""
-    post = Post(
-        grid,
-        list(letters),
-        resending=ONCE,
-        deadline=math.inf,
-        told=lambda letter, cause: None,
-        forward=lambda letter: None,
-    )
-    for letter in [*post.begin(), *post.waiting]:
-        letter.forget()
+def send(grid: Grid, messages: Iterable[PendingMessage]) -> None:
+    """Send each message once and wait for nothing."""
+    sent, now = list(messages), clock_of(grid).now()
+    copies = [pending.next_copy(pending.node_id, None) for pending in sent]
+    for pending, message_id in zip(sent, grid.push_messages(copies) if sent else (), strict=True):
+        pending.mark_sent(message_id, now)
+        pending.drop_content()
 
 
 def exchange(
     grid: Grid,
-    letters: Iterable[Letter],
+    messages: Iterable[PendingMessage],
     *,
     timeout: float,
-    resending: Resending = ONCE,
-    overdue: Sequence[Letter] = (),
+    policy: RetryPolicy = ONCE,
+    late: Sequence[PendingMessage] = (),
     enough: Callable[[], bool] = lambda: False,
-    told: Callable[[Letter, str], None] = lambda letter, cause: None,
-    forward: Callable[[Letter], int | None] = lambda letter: None,
-    turns: Mapping[Letter, int] = MappingProxyType({}),
-) -> Iterator[tuple[Letter, Message | None]]:
-    """``(letter, reply)`` as replies come, each letter once; ``None`` for one that got no answer.
+    on_resent: Callable[[PendingMessage, str], None] = lambda pending, loss: None,
+    find_node: Callable[[PendingMessage], int | None] = lambda pending: None,
+    order: Mapping[PendingMessage, int] = MappingProxyType({}),
+) -> Iterator[tuple[PendingMessage, Message | None]]:
+    """``(message, reply)`` as replies come, each message once; ``None`` where no reply came.
 
     Args:
-        resending: what is done about copies that are lost; nothing by default.
-        overdue: letters of earlier rounds: answers to them are handed on too, but nobody waits.
-        enough: asked before every wait: whether the others need not answer any more.
-        told: called with every letter that is sent again, and why.
-        forward: where a letter's node is to be found when its id is gone.
-        turns: of answers that are there at the same time the lowest is read first; by default they
-            are read in the order of the letters.
+        policy: when a lost copy is sent again; never by default.
+        late: messages of earlier rounds: their replies are yielded too, but not waited for.
+        enough: checked before every wait: whether the other replies are no longer needed.
+        on_resent: called with every message that is sent again, and why.
+        find_node: the id under which a node is back whose own id is gone.
+        order: of replies that are there at the same time the lowest is read first; by default they
+            are read in the order of the messages.
     """
     clock = clock_of(grid)
     deadline = clock.now() + timeout
-    post = Post(
-        grid, list(letters), resending=resending, deadline=deadline, told=told, forward=forward
+    queue = RetryQueue(
+        grid,
+        list(messages),
+        policy=policy,
+        deadline=deadline,
+        on_resent=on_resent,
+        find_node=find_node,
     )
-    for letter in post.begin():
-        yield letter, letter.error
-    while post.waiting and not enough():
+    for pending in queue.send_all():
+        yield pending, pending.error
+    while queue.waiting and not enough():
         arrived = False
-        for letter, message_id in _open_copies([*overdue, *_in_turn(post.waiting, turns)]):
+        ordered = sorted(queue.waiting, key=lambda pending: order.get(pending, 0))
+        for pending, message_id in [(p, copy) for p in (*late, *ordered) for copy in p.open]:
             if enough():
                 break
-            if message_id not in letter.open:  # another copy was answered in this very pass
+            if message_id not in pending.open:  # another copy was answered in this very pass
                 continue
             for reply in list(grid.pull_messages([message_id]))[:1]:  # a second one is dropped
                 arrived = True
-                if post.take(letter, message_id, reply):
-                    yield letter, reply
-        if post.waiting and not arrived:
+                if queue.accept(pending, message_id, reply):
+                    yield pending, reply
+        if queue.waiting and not arrived:
             if clock.now() >= deadline:
                 break
-            for letter in post.resend():
-                yield letter, letter.error
-            clock.wait(min(deadline, post.next_due))
+            for pending in queue.resend_due():
+                yield pending, pending.error
+            clock.wait(min(deadline, queue.next_due))
     needless = enough()
-    for letter in post.waiting:
-        yield letter, None if needless else letter.error
-
-
-def _in_turn(letters: Iterable[Letter], turns: Mapping[Letter, int]) -> list[Letter]:
-    return sorted(letters, key=lambda letter: turns.get(letter, 0))
-
-
-def _open_copies(letters: Iterable[Letter]) -> list[tuple[Letter, str]]:
-    return [(letter, message_id) for letter in letters for message_id in letter.open]
+    for pending in queue.waiting:
+        yield pending, None if needless else pending.error

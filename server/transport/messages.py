@@ -1,4 +1,4 @@
-"""Flower messages in and out on the server's side, the mirror of ``clients/messages.py``.
+"""Encode jobs as Flower records, decode replies: the server's half of ``clients/messages.py``.
 
 Payloads are built once per rank class and shared by all messages of the class: Flower stores
 records by content, so they travel once.
@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
-from flexlora.aggregation.engine.method import Start
+from flexlora.aggregation.engine.starts import Start
 from flexlora.errors import UpdateRefused
 from flexlora.lora.adapters import Adapter
 from flexlora.wire.encoding import FACTORS, decode_adapter, encode_adapter
@@ -23,11 +23,11 @@ __all__ = [
     "Payload",
     "content_bytes",
     "decode_capability",
-    "decode_evaluate",
-    "decode_train",
-    "eval_content",
+    "decode_eval_result",
+    "decode_train_result",
+    "encode_eval_job",
+    "encode_train_job",
     "pack",
-    "train_content",
 ]
 
 
@@ -44,11 +44,11 @@ def pack(adapter: Adapter, dtype: str) -> Payload:
     arrays, values = encode_adapter(adapter, dtype)
     return Payload(
         arrays=ArrayRecord({key: Array(**vars(array)) for key, array in arrays.items()}),
-        values=ConfigRecord(values),
+        values=ConfigRecord({**values}),
     )
 
 
-def train_content(
+def encode_train_job(
     start: Start,
     payloads: Mapping[str, Payload],
     *,
@@ -57,11 +57,11 @@ def train_content(
     fingerprint: str = "",
     origin: str = "",
 ) -> RecordDict:
-    """What a client of a rank class is sent; ``payloads`` has ``trained`` and maybe ``carried``.
+    """The train message of a rank class; ``payloads`` has ``trained`` and maybe ``carried``.
 
-    ``fingerprint`` names the base that the factors are for: a node with another refuses.
-    ``origin`` is Flower's id of the run that this one goes on with, if any: what a node keeps of
-    it is kept on.
+    ``fingerprint`` names the base that the factors are for: a node with another base refuses.
+    ``origin`` is Flower's id of the run that this one resumes, if any: a node goes on with what it
+    stored under that id.
     """
     job = ConfigRecord(
         {
@@ -79,7 +79,7 @@ def train_content(
     return RecordDict({"job": job, **_records(payloads)})
 
 
-def eval_content(
+def encode_eval_job(
     payloads: Mapping[str, Payload],
     *,
     server_round: int,
@@ -87,7 +87,7 @@ def eval_content(
     fingerprint: str = "",
     origin: str = "",
 ) -> RecordDict:
-    """What an evaluating client is sent: one adapter per rank class, none for the bare base."""
+    """The evaluate message: one adapter per rank class, none for the bare base."""
     job = ConfigRecord(
         {
             "server-round": server_round,
@@ -109,14 +109,14 @@ def _records(payloads: Mapping[str, Payload]) -> dict[str, ArrayRecord | ConfigR
 
 
 def content_bytes(content: RecordDict) -> int:
-    """Bytes of all arrays in a message, as they travel."""
+    """Bytes of all arrays in a message, as sent."""
     return sum(
         len(array.data) for record in content.array_records.values() for array in record.values()
     )
 
 
 def decode_capability(reply: Message) -> Capability:
-    """What a node answered to the query; an error or nonsense becomes a capability with a cause."""
+    """A node's reply to the query; an error or unreadable reply is a capability with a cause."""
     if reply.has_error():
         return Capability.failed(f"node_{reply.metadata.src_node_id}", _error(reply))
     try:
@@ -129,13 +129,11 @@ def decode_capability(reply: Message) -> Capability:
         return Capability.failed(f"node_{reply.metadata.src_node_id}", cause)
 
 
-def decode_train(reply: Message, start: Start | None = None) -> TrainResult:
-    """What a client answered to a train message; ``start`` is what this client was sent.
-
-    Factors that it did not train are taken from there.
+def decode_train_result(reply: Message, start: Start | None = None) -> TrainResult:
+    """A client's reply to a train message; factors that it did not train come from ``start``.
 
     Raises:
-        UpdateRefused: a reply that cannot be read, with its cause.
+        UpdateRefused: an error reply or one that cannot be read, with its cause.
     """
     if reply.has_error():
         raise UpdateRefused(_error(reply))
@@ -143,9 +141,10 @@ def decode_train(reply: Message, start: Start | None = None) -> TrainResult:
         values = _fields(TrainResult, reply.content["report"])
         adapter = None
         if "update" in reply.content:
+            scalings = reply.content.config_records["update.values"]
             adapter = decode_adapter(
-                reply.content["update"],
-                reply.content["update.values"],
+                reply.content.array_records.get("update", {}),
+                {key: value for key, value in scalings.items() if isinstance(value, list)},
                 labels=start.trainable if start is not None else FACTORS,
                 held=start.trained if start is not None else None,
             )
@@ -157,8 +156,8 @@ def decode_train(reply: Message, start: Start | None = None) -> TrainResult:
         raise UpdateRefused(f"unreadable reply: {error}") from None
 
 
-def decode_evaluate(reply: Message) -> EvalResult:
-    """What a client answered to an evaluate message; an error becomes a result with a cause."""
+def decode_eval_result(reply: Message) -> EvalResult:
+    """A client's reply to an evaluate message; an error becomes a result with a cause."""
     if reply.has_error():
         return EvalResult(client_id=f"node_{reply.metadata.src_node_id}", cause=_error(reply))
     try:

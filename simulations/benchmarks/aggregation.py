@@ -33,6 +33,7 @@ from rich.table import Table
 from torch import Tensor
 
 from flexlora.algebra.decompose import Decomposition, MatrixSum, decompose, fold
+from flexlora.report.console import make_console
 from flexlora.simulations.benchmarks.aggregation_cases import (
     LIGHT,
     STRONG,
@@ -41,16 +42,15 @@ from flexlora.simulations.benchmarks.aggregation_cases import (
     dense_way,
     stack_qr_way,
 )
-from flexlora.simulations.terminal import make_console
 
-__all__ = ["Row", "main"]
+__all__ = ["AggregationRow", "main"]
 
 TOLERANCE = 1e-4
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class AggregationRow:
     """One measurement; ``ratio`` is to be at least ``target``, for memory at most."""
 
     name: str
@@ -70,13 +70,13 @@ class Row:
         return reached and self.error <= self.allowed_error
 
 
-def main(arguments: Sequence[str] | None = None) -> list[Row]:
+def main(arguments: Sequence[str] | None = None) -> list[AggregationRow]:
     options = _parser().parse_args(arguments)
     torch.set_num_threads(options.threads)
     scale = 16 if options.smoke else 1
     clock = {"wall": time.perf_counter, "cpu": time.process_time}[options.clock]
     timer = Timer(clock=clock, repeats=options.repeats)
-    parts: dict[str, Callable[[], list[Row]]] = {
+    parts: dict[str, Callable[[], list[AggregationRow]]] = {
         "sum": lambda: _sum_rows(scale, timer),
         "round": lambda: _round_rows(scale, timer),
         "rate": lambda: [_rate_row(scale, timer)],
@@ -120,8 +120,8 @@ class Timer:
 
 
 def _ours(matrix: MatrixSum, rank: int) -> Decomposition:
-    options = {"max_rank": rank, "dtype": torch.float32, "tolerance": TOLERANCE}
-    return decompose({"module": matrix}, **options)["module"]
+    found = decompose({"module": matrix}, max_rank=rank, dtype=torch.float32, tolerance=TOLERANCE)
+    return found["module"]
 
 
 def _distance(M: Tensor, parts: tuple[Tensor, Tensor, Tensor]) -> float:
@@ -137,7 +137,7 @@ def _exact(matrix: MatrixSum) -> Tensor:
     return matrix.to_dense(torch.float64)
 
 
-def _sum_rows(scale: int, timer: Timer) -> list[Row]:
+def _sum_rows(scale: int, timer: Timer) -> list[AggregationRow]:
     ranks = [max(1, rank // scale) for rank in (4, 8, 16, 64) for _ in range(4)]
     rows = []
     for shape in ((4096 // scale, 4096 // scale), (4096 // scale, 11008 // scale)):
@@ -145,7 +145,7 @@ def _sum_rows(scale: int, timer: Timer) -> list[Row]:
     return rows
 
 
-def _one_sum(shape: tuple[int, int], ranks: list[int], timer: Timer) -> list[Row]:
+def _one_sum(shape: tuple[int, int], ranks: list[int], timer: Timer) -> list[AggregationRow]:
     matrix, rank = client_terms(shape, ranks, "gaussian", seed=shape[1]), sum(ranks)
     M = _exact(matrix)
     size = float(M.norm())
@@ -157,7 +157,7 @@ def _one_sum(shape: tuple[int, int], ranks: list[int], timer: Timer) -> list[Row
         ("stacked QR", 1.0, stack_seconds, _distance(M, stacked) / size),
     )
     return [
-        Row(
+        AggregationRow(
             name=f"sum {shape[0]}x{shape[1]}, R={rank} : {way}",
             ratio=baseline / seconds,
             target=target,
@@ -171,7 +171,7 @@ def _one_sum(shape: tuple[int, int], ranks: list[int], timer: Timer) -> list[Row
     ]
 
 
-def _round_rows(scale: int, timer: Timer) -> list[Row]:
+def _round_rows(scale: int, timer: Timer) -> list[AggregationRow]:
     shapes = ((2048 // scale, 2048 // scale), (2048 // scale, 5504 // scale))
     return [
         _one_round(mix, shape, kind, target, scale, timer)
@@ -183,7 +183,7 @@ def _round_rows(scale: int, timer: Timer) -> list[Row]:
 
 def _one_round(
     mix: Mix, shape: tuple[int, int], kind: str, target: float, scale: int, timer: Timer
-) -> Row:
+) -> AggregationRow:
     rank, ranks = 200 // scale, mix.ranks(mlp=shape[0] != shape[1], scale=scale)
     matrix = client_terms(shape, ranks, kind, seed=shape[1])
     M = _exact(matrix)
@@ -192,7 +192,7 @@ def _one_round(
     seconds, ours = timer.best(_ours, matrix, rank)
     dense_seconds, _ = timer.best(dense_way, matrix, rank)
     missed = _distance(M, (ours.svd.U, ours.svd.S, ours.svd.Vh))
-    return Row(
+    return AggregationRow(
         name=f"round {mix.name} {shape[0]}x{shape[1]}, R={sum(ranks)}, {kind}",
         ratio=dense_seconds / seconds,
         target=target,
@@ -205,7 +205,7 @@ def _one_round(
     )
 
 
-def _rate_row(scale: int, timer: Timer) -> Row:
+def _rate_row(scale: int, timer: Timer) -> AggregationRow:
     side = 2048 // scale
     ranks = STRONG.ranks(mlp=False, scale=scale)
     matrix = client_terms((side, side), ranks, "gaussian", seed=1)
@@ -214,7 +214,7 @@ def _rate_row(scale: int, timer: Timer) -> Row:
     seconds, total = timer.best(_folded, matrix)
     M = _exact(matrix)
     best = 2.0 * side**3 / product_seconds
-    return Row(
+    return AggregationRow(
         name=f"rate of the dense sum {side}x{side}, R={sum(ranks)}",
         ratio=2.0 * side * side * sum(ranks) / seconds / best,
         target=0.5,
@@ -226,11 +226,11 @@ def _rate_row(scale: int, timer: Timer) -> Row:
     )
 
 
-def _memory_row(scale: int, threads: int) -> Row:
+def _memory_row(scale: int, threads: int) -> AggregationRow:
     few, many = (100, 1613) if scale == 1 else (10, 40)
     side = 2048 if scale == 1 else 1024  # smaller ones vanish in the allocator's reserve
     peaks = [_peak_in_subprocess(count, side, threads) for count in (few, many)]
-    return Row(
+    return AggregationRow(
         name=f"memory of {many} clients over {few}",
         ratio=peaks[1] / peaks[0],
         target=1.25,
@@ -255,7 +255,7 @@ def _peak_in_subprocess(clients: int, side: int, threads: int) -> float:
     return grown
 
 
-def _print(rows: Sequence[Row], threads: int) -> None:
+def _print(rows: Sequence[AggregationRow], threads: int) -> None:
     table = Table(title=f"aggregation, {threads} thread(s)", caption=f"torch {torch.__version__}")
     for column in (
         "what",

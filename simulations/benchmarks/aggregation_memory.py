@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 
 from flexlora.aggregation import make_method
-from flexlora.aggregation.engine.method import State, Update
-from flexlora.aggregation.engine.state import GlobalChange
+from flexlora.aggregation.engine.open_round import OpenRound
+from flexlora.aggregation.engine.state import GlobalChange, State
+from flexlora.aggregation.engine.updates import Update
 from flexlora.lora.adapters import Adapter, LoRAFactors
 from flexlora.simulations.benchmarks.aggregation_cases import LIGHT
 
@@ -33,11 +34,11 @@ def peak_megabytes(clients: int, side: int) -> float:
     torch.randn(64, 64) @ torch.randn(64, 64)
     before = _peak_kilobytes()
     method = make_method("flexlora", server_max_rank=max(1, 200 * side // 2048))
-    opened = method.begin(fresh, {}, clients=dict.fromkeys(ids, "any"))
+    opened = OpenRound(method, fresh, {}, clients=dict.fromkeys(ids, "any"))
     for index, client_id in enumerate(ids):
         adapter = _client(shapes, {name: ranks[name][types[index]] for name in shapes}, index)
         opened.add(Update(client_id=client_id, adapter=adapter, num_examples=10 + index % 7))
-    opened.finish()
+    opened.close()
     return (_peak_kilobytes() - before) / 1000.0
 
 

@@ -1,7 +1,6 @@
 """Client-trainings a second in simulation, side by side with what a person writes today.
 
     python -m flexlora.simulations.benchmarks.cohort [--json FILE] [--model DIR] [--data DIR]
-    python -m flexlora.simulations.benchmarks.cohort --sweep [--device cpu|cuda] [--shape NAME]
     python -m flexlora.simulations.benchmarks.cohort --flat [--model DIR] [--data DIR]
 
 Without a flag, programs on this machine's CPU cores, all with the same clients of unequal ranks,
@@ -17,9 +16,8 @@ CPU; ``whole`` is the time of the whole process. The Flower peers only collect w
 since Flower cannot average unequal ranks, and find a SuperLink running: both in their favour. Ours
 aggregates, takes the loss of every client before and after training, and writes its run folder. A
 ratio above 1 is in our favour; programs take turns, and of ``--repeats`` turns each has its best.
-``error`` is how far a peer's losses in round 1 are from ours: it trained the same. The other two
-modes are ``cohort_sweep`` (slots of one pass on one device; what ``--device cuda`` means) and
-``cohort_flat`` (memory over rounds).
+``error`` is how far a peer's losses in round 1 are from ours: it trained the same. The other
+mode is ``cohort_flat`` (memory over rounds).
 """
 
 from __future__ import annotations
@@ -36,9 +34,10 @@ from pathlib import Path
 from rich.table import Table
 
 from flexlora.errors import UserError
+from flexlora.report.console import make_console
 from flexlora.simulations.benchmarks.cohort_flat import flat_rows
 from flexlora.simulations.benchmarks.cohort_peers.work import Work
-from flexlora.simulations.benchmarks.cohort_rows import Row, print_rows, write_rows
+from flexlora.simulations.benchmarks.cohort_rows import CohortRow, print_rows, write_rows
 from flexlora.simulations.benchmarks.cohort_runs import (
     FLOWER,
     LOOP,
@@ -49,9 +48,7 @@ from flexlora.simulations.benchmarks.cohort_runs import (
     launch,
     programs,
 )
-from flexlora.simulations.benchmarks.cohort_sweep import SHAPES, Sweep, sweep_rows
 from flexlora.simulations.benchmarks.cohort_work import Size, prepare
-from flexlora.simulations.terminal import make_console
 
 __all__ = ["compare", "main"]
 
@@ -60,12 +57,10 @@ STEADY_TARGETS = {FLOWER: 1.5, LOOP: 1.2}  # by the first word of a program's na
 WHOLE_TARGETS = {FLOWER: 2.0}
 
 
-def main(arguments: Sequence[str] | None = None) -> list[Row]:
+def main(arguments: Sequence[str] | None = None) -> list[CohortRow]:
     options = _parser().parse_args(arguments)
     size = _plain(Size, options)
-    if options.sweep or options.device == "cuda":
-        title, rows = f"cohort sweep, {options.shape}", sweep_rows(_plain(Sweep, options))
-    elif options.flat:
+    if options.flat:
         title, rows = "memory over rounds", flat_rows(size, options.population)
     else:
         title, rows = "cohort, ours over theirs", _compared(size, options)
@@ -85,7 +80,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--json", help="write the rows to this file")
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: the sweep")
     add("--model", default="embedded", help="folder of the base")
     add("--data", default="", help="folder of JSONL (default: the built-in tasks)")
     add("--clients", type=int, default=16, help="clients, all of which train in every round")
@@ -104,11 +98,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--only", nargs="+", help="names of programs; ours always run")
     add("--flat", action="store_true", help="the memory of a large population over rounds")
     add("--population", type=int, default=1613, help="clients of --flat")
-    add("--sweep", action="store_true", help="slots of one pass on one device")
-    add("--shape", choices=sorted(SHAPES), default="0.5b")
-    add("--counts", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64], help="slots of a pass")
-    add("--slot-rows", type=int, nargs="+", default=[1, 2, 4], help="rows of a slot in a step")
-    add("--length", type=int, default=256, help="tokens of a row of the sweep")
     return parser
 
 
@@ -118,7 +107,7 @@ def _workers(cores: int) -> list[int]:
     return [1, cores] if pool is not None and cores > 1 else [1]
 
 
-def _compared(size: Size, options: argparse.Namespace) -> list[Row]:
+def _compared(size: Size, options: argparse.Namespace) -> list[CohortRow]:
     if not 0 <= options.warmup < size.rounds:
         raise UserError(
             f"--warmup is {options.warmup}, expected 0 to {size.rounds - 1}; raise --rounds."
@@ -162,7 +151,7 @@ def _rows(
     rates: dict[str, float],
     work: Work,
     unit: str,
-) -> list[Row]:
+) -> list[CohortRow]:
     """Ours over every peer, steady and whole; the best turn of each."""
     whole = {name: min(run.whole_seconds for run in done) for name, done in runs.items()}
     ours = [program.name for program in chosen if program.ours]
@@ -171,28 +160,29 @@ def _rows(
         kind = peer.partition("-")[0]
         control = runs[ours[0]][0]
         error = max(disagreement(run, control, work) for run in runs[peer])
-        shared = {"error": error, "allowed_error": ALLOWED_ERROR}
         for own in ours:
             rows.append(
-                Row(
+                CohortRow(
                     name=f"steady, {own} over {peer}",
                     ratio=rates[own] / rates[peer],
                     target=STEADY_TARGETS[kind],
                     ours=rates[own],
                     other=rates[peer],
                     unit=unit,
-                    **shared,
+                    error=error,
+                    allowed_error=ALLOWED_ERROR,
                 )
             )
             rows.append(
-                Row(
+                CohortRow(
                     name=f"whole, {own} over {peer}",
                     ratio=whole[peer] / whole[own],
                     target=WHOLE_TARGETS.get(kind, 0.0),
                     ours=whole[own],
                     other=whole[peer],
                     unit="s",
-                    **shared,
+                    error=error,
+                    allowed_error=ALLOWED_ERROR,
                 )
             )
     return rows

@@ -21,8 +21,8 @@ import tomli_w
 
 from flexlora.config.resolve import Config
 from flexlora.errors import UserError
-from flexlora.server.members.roster import Roster
-from flexlora.simulations.benchmarks.cohort_rows import Row
+from flexlora.server.observing.observer import Observer
+from flexlora.simulations.benchmarks.cohort_rows import CohortRow
 from flexlora.simulations.benchmarks.cohort_work import Size
 from flexlora.simulations.simulate import simulate
 from flexlora.training.models import resolve_name
@@ -33,20 +33,11 @@ FIRST_ROUND = 2  # by then every kind of pass has been made once
 TARGET = 1.1
 
 
-class Peaks:
-    """Implements ``flexlora.server.observing.observer.Observer``: the peak after each round."""
+class Peaks(Observer):
+    """The peak after each round."""
 
     def __init__(self) -> None:
         self.megabytes: list[float] = []
-
-    def met(self, roster: Roster) -> None:
-        pass
-
-    def round_started(self, server_round: int, num_rounds: int, num_clients: int) -> None:
-        pass
-
-    def replied(self, client_id: str, cause: str) -> None:
-        pass
 
     def round_finished(self, metrics: Mapping[str, object]) -> None:
         if metrics["round"]:
@@ -61,7 +52,7 @@ def peak_megabytes() -> float:
     raise RuntimeError("/proc/self/status has no VmHWM, expected a Linux kernel that counts it.")
 
 
-def flat_rows(size: Size, population: int) -> list[Row]:
+def flat_rows(size: Size, population: int) -> list[CohortRow]:
     """The peak after the last round over that after round 2, in a process of its own."""
     if size.rounds <= FIRST_ROUND:
         raise UserError(f"--rounds is {size.rounds}, expected more than {FIRST_ROUND}; raise it.")
@@ -76,7 +67,7 @@ def flat_rows(size: Size, population: int) -> list[Row]:
     peaks = json.loads(done.stdout.splitlines()[-1])
     print("peak after each round, MB:", ", ".join(f"{peak:.0f}" for peak in peaks))
     return [
-        Row(
+        CohortRow(
             name=f"peak after round {size.rounds} over round {FIRST_ROUND}, {population} clients",
             ratio=peaks[-1] / peaks[FIRST_ROUND - 1],
             target=TARGET,

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from rich.table import Table
 
-from flexlora.simulations.terminal import make_console
+from flexlora.report.console import make_console
 
-__all__ = ["Row", "print_rows", "write_rows"]
+__all__ = ["CohortRow", "print_rows", "write_rows"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class CohortRow:
     """One ratio; it is to be at least ``target``, for memory at most; a target of 0 asks nothing.
 
     ``ours`` and ``other`` are the two numbers in ``unit`` that the ratio is made of.
@@ -37,7 +37,7 @@ class Row:
         return (reached or not self.target) and self.error <= self.allowed_error
 
 
-def print_rows(title: str, rows: Sequence[Row]) -> None:
+def print_rows(title: str, rows: Sequence[CohortRow]) -> None:
     """The rows as a table on standard output."""
     table = Table(title=title)
     for column in ("what", "ours", "other", "unit", "ratio", "target", "error", "allowed", "met"):
@@ -57,6 +57,6 @@ def print_rows(title: str, rows: Sequence[Row]) -> None:
     make_console().print(table)
 
 
-def write_rows(path: str, rows: Sequence[Row]) -> None:
+def write_rows(path: str, rows: Sequence[CohortRow]) -> None:
     """The rows as JSON, one object each."""
     Path(path).write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")

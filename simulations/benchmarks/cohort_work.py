@@ -18,8 +18,7 @@ import tomli_w
 import torch
 
 from flexlora.aggregation import make_method
-from flexlora.aggregation.engine.method import State
-from flexlora.aggregation.engine.state import GlobalChange
+from flexlora.aggregation.engine.state import GlobalChange, State
 from flexlora.config.resolve import Config
 from flexlora.data.clients import ClientData, client_rows
 from flexlora.data.collation import Example, batch_plan

@@ -27,10 +27,10 @@ from rich.table import Table
 from flexlora.planning.architectures import shape_from_config
 from flexlora.planning.memory import MemoryTerms, training_memory
 from flexlora.planning.shapes import TrainingPlan
-from flexlora.simulations.benchmarks.memory_case import Case
-from flexlora.simulations.terminal import make_console
+from flexlora.report.console import make_console
+from flexlora.simulations.benchmarks.memory_case import LlamaCase
 
-__all__ = ["Row", "cases", "main"]
+__all__ = ["MemoryRow", "cases", "main"]
 
 SMALLEST = 300e6  # below it, what the interpreter itself takes and frees would be seen
 ALLOWED = {"cpu": 0.15, "cuda": 0.10}
@@ -53,7 +53,7 @@ LLAMAS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class MemoryRow:
     """One measurement; ``ratio`` is predicted over measured, ``error`` its distance from 1."""
 
     name: str
@@ -76,9 +76,9 @@ class Row:
         return self.error <= self.target
 
 
-def _case(size: str, device: str, **plan: Any) -> Case:
+def _case(size: str, device: str, **plan: Any) -> LlamaCase:
     hidden, layers, intermediate, heads, key_value_heads, vocabulary = LLAMAS[size]
-    return Case(
+    return LlamaCase(
         hidden_size=hidden,
         num_layers=layers,
         intermediate_size=intermediate,
@@ -90,7 +90,7 @@ def _case(size: str, device: str, **plan: Any) -> Case:
     )
 
 
-def cases(device: str = "cpu") -> dict[str, Case]:
+def cases(device: str = "cpu") -> dict[str, LlamaCase]:
     """Every configuration by name."""
     half: dict[str, Any] = {"dtype": "bfloat16"}
     small: dict[str, Any] = {"quantization": "nf4", **half}
@@ -172,11 +172,11 @@ def _name(size: str, plan: dict[str, Any]) -> str:
     return " ".join([*parts, f"{plan.get('batch', 1)}x{plan['max_length']}"])
 
 
-def predicted(case: Case) -> MemoryTerms:
+def predicted(case: LlamaCase) -> MemoryTerms:
     return training_memory(shape_from_config(case.config().to_dict()), case.plan)
 
 
-def measured(case: Case, threads: int) -> dict[str, int]:
+def measured(case: LlamaCase, threads: int) -> dict[str, int]:
     """Bytes measured in a process of its own."""
     name = "flexlora.simulations.benchmarks.memory_case"
     environment = {**os.environ, **ALLOCATOR, "OMP_NUM_THREADS": str(threads)}
@@ -191,7 +191,7 @@ def measured(case: Case, threads: int) -> dict[str, int]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure_row(name: str, case: Case, threads: int) -> Row:
+def measure_row(name: str, case: LlamaCase, threads: int) -> MemoryRow:
     """Prediction and measurement of one case.
 
     Raises:
@@ -203,7 +203,7 @@ def measure_row(name: str, case: Case, threads: int) -> Row:
             f"{name}: the peak grew by {bytes_measured['training'] / 1e6:.0f} MB, expected at "
             f"least {SMALLEST / 1e6:.0f}; take more rows or a larger model."
         )
-    return Row(
+    return MemoryRow(
         name=name,
         predicted=terms.total,
         measured=bytes_measured["training"],
@@ -213,7 +213,7 @@ def measure_row(name: str, case: Case, threads: int) -> Row:
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> list[Row]:
+def main(arguments: Sequence[str] | None = None) -> list[MemoryRow]:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", help="write the rows to this file")
     parser.add_argument("--smoke", action="store_true", help="the first case alone")
@@ -237,7 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     return rows
 
 
-def _print(rows: Sequence[Row]) -> None:
+def _print(rows: Sequence[MemoryRow]) -> None:
     table = Table(title="memory of local training", caption=f"torch {torch.__version__}")
     for column in ("what", "predicted MB", "measured MB", "ratio", "moment", "baseline MB", "met"):
         table.add_column(column, justify="left" if column in ("what", "moment") else "right")

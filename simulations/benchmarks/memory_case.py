@@ -34,11 +34,11 @@ from flexlora.training.models import BaseModel, load_base
 from flexlora.training.slots import slot_model
 from flexlora.wire.jobs import TrainJob
 
-__all__ = ["Case", "measure", "train_once"]
+__all__ = ["LlamaCase", "measure", "train_once"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
+class LlamaCase:
     """A random Llama and how it is trained."""
 
     hidden_size: int
@@ -66,12 +66,12 @@ class Case:
         return json.dumps(asdict(self))
 
     @staticmethod
-    def from_json(text: str) -> Case:
+    def from_json(text: str) -> LlamaCase:
         values: dict[str, Any] = json.loads(text)
-        return Case(**{**values, "plan": TrainingPlan(**values["plan"])})
+        return LlamaCase(**{**values, "plan": TrainingPlan(**values["plan"])})
 
 
-def measure(case: Case) -> dict[str, int]:
+def measure(case: LlamaCase) -> dict[str, int]:
     """The baseline; and beyond it, what is loaded, the peak of loading and that of training."""
     with tempfile.TemporaryDirectory() as folder:
         _write_model(case, Path(folder))
@@ -94,7 +94,7 @@ def measure(case: Case) -> dict[str, int]:
     return {"baseline": baseline, "loaded": loaded, "loading": loading, "training": training}
 
 
-def _write_model(case: Case, folder: Path) -> None:
+def _write_model(case: LlamaCase, folder: Path) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(case.config(), dtype=torch.bfloat16)
     model.save_pretrained(folder)
@@ -113,7 +113,7 @@ def _leave_the_file(model: Any) -> None:
             parameter.data = parameter.data.clone()
 
 
-def _warm_up(case: Case) -> None:
+def _warm_up(case: LlamaCase) -> None:
     """Imports, thread pools and kernels that a first training brings in belong to the baseline."""
     base = load_base(
         "embedded",
@@ -152,11 +152,13 @@ def train_once(base: BaseModel, plan: TrainingPlan, vocab_size: int) -> None:
         local=LocalPlan(gradient_batches=int(plan.aligned), merge=plan.merged),
     )
     job = TrainJob(client_id="one", server_round=1, num_server_rounds=1, start=start)
-    settings = TrainSettings(
-        max_steps=2,
-        per_device_train_batch_size=plan.batch,
-        gradient_checkpointing=plan.gradient_checkpointing,
-        optim=plan.optim,
+    settings = TrainSettings.model_validate(
+        {
+            "max_steps": 2,
+            "per_device_train_batch_size": plan.batch,
+            "gradient_checkpointing": plan.gradient_checkpointing,
+            "optim": plan.optim,
+        }
     )
     result = train(slots, [job], [rows], settings)[0]
     if result.adapter is None:
@@ -207,4 +209,4 @@ def _status(key: str) -> int:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(Case.from_json(sys.argv[1]))))
+    print(json.dumps(measure(LlamaCase.from_json(sys.argv[1]))))

@@ -36,20 +36,20 @@ from flwr.app import Array, RecordDict
 from rich.table import Table
 
 from flexlora.aggregation import make_method
-from flexlora.aggregation.engine.method import Factoring, State
-from flexlora.aggregation.engine.state import GlobalChange
-from flexlora.clients.trainer.sockets import reach
+from flexlora.aggregation.engine.starts import Factoring
+from flexlora.aggregation.engine.state import GlobalChange, State
+from flexlora.clients.trainer.sockets import connection_error
 from flexlora.clients.worker import Worker
 from flexlora.config.resolve import Config
 from flexlora.data.clients import client_rows
 from flexlora.errors import UserError
 from flexlora.lora.ranks import RankClass
-from flexlora.server.transport.messages import eval_content, pack, train_content
+from flexlora.report.console import make_console
+from flexlora.server.transport.messages import encode_eval_job, encode_train_job, pack
 from flexlora.simulations.benchmarks.resident_adapter import AdapterRow, adapter_rows
 from flexlora.simulations.benchmarks.resident_case import read_content, write_content
-from flexlora.simulations.terminal import make_console
 
-__all__ = ["Row", "main", "rows_of", "write_built_in"]
+__all__ = ["MessageRow", "main", "rows_of", "write_built_in"]
 
 TARGET = 4.0
 KINDS = ("query", "train", "evaluate")
@@ -97,7 +97,7 @@ class Times:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class MessageRow:
     """One kind of message, with a trainer and without."""
 
     name: str
@@ -114,10 +114,10 @@ class Row:
         return self.ratio >= self.target and self.error == 0.0
 
 
-def rows_of(kept: Mapping[str, tuple[Times, Times]]) -> list[Row]:
+def rows_of(kept: Mapping[str, tuple[Times, Times]]) -> list[MessageRow]:
     """Rows from the times by name: without a trainer, then with one."""
     return [
-        Row(
+        MessageRow(
             name=name,
             ratio=without.own / resident.own,
             target=TARGET,
@@ -172,10 +172,10 @@ def contents(
     rounds = config.num_server_rounds
     return {
         "query": RecordDict(),
-        "train": train_content(
+        "train": encode_train_job(
             start, payloads, server_round=server_round, num_server_rounds=rounds
         ),
-        "evaluate": eval_content(scored, server_round=server_round, generate=False),
+        "evaluate": encode_eval_job(scored, server_round=server_round, generate=False),
     }
 
 
@@ -188,7 +188,8 @@ def answered(request: Path, node: Mapping[str, str], config: Config) -> Answered
     reply = request.with_name("reply")
     module = "flexlora.simulations.benchmarks.resident_case"
     settings = json.dumps(config.flat())
-    command = [sys.executable, "-m", module, request, reply, json.dumps(node), settings]
+    paths = [str(request), str(reply)]
+    command = [sys.executable, "-m", module, *paths, json.dumps(node), settings]
     started = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -201,7 +202,7 @@ def answered(request: Path, node: Mapping[str, str], config: Config) -> Answered
         raise UserError(f"{request.name} was not answered: {cause}")
     return Answered(
         whole=seconds,
-        work=float(flat.get("report/train-seconds", 0.0)),
+        work=float(str(flat.get("report/train-seconds", 0.0))),
         reply={key: value for key, value in flat.items() if not key.endswith(MEASURED)},
         loads_torch=line == "torch",
     )
@@ -221,7 +222,7 @@ def serving(model: str, data: Path, folder: Path, threads: int) -> Iterator[Path
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + START
-        while reach(path):
+        while connection_error(path):
             if process.poll() is not None or time.monotonic() > deadline:
                 raise UserError("the trainer does not listen; its own words are above.")
             time.sleep(0.1)
@@ -231,7 +232,7 @@ def serving(model: str, data: Path, folder: Path, threads: int) -> Iterator[Path
         process.wait()
 
 
-def run(options: argparse.Namespace) -> list[Row]:
+def run(options: argparse.Namespace) -> list[MessageRow]:
     """Every message both ways, in turn; every train message once more, answered from disk."""
     with tempfile.TemporaryDirectory(prefix="flexlora-") as name:
         folder = Path(name)
@@ -264,7 +265,7 @@ def run(options: argparse.Namespace) -> list[Row]:
         return rows_of(kept)
 
 
-def main(arguments: Sequence[str] | None = None) -> list[Row] | list[AdapterRow]:
+def main(arguments: Sequence[str] | None = None) -> list[MessageRow] | list[AdapterRow]:
     """Print the table and write its rows with ``--json``."""
     parser = _parser()
     options = parser.parse_args(arguments)
@@ -320,7 +321,7 @@ def _adapter(options: argparse.Namespace) -> list[AdapterRow]:
     return rows
 
 
-def _write(options: argparse.Namespace, rows: Sequence[Row] | Sequence[AdapterRow]) -> None:
+def _write(options: argparse.Namespace, rows: Sequence[MessageRow] | Sequence[AdapterRow]) -> None:
     if options.json:
         written = [{**asdict(row), "met": row.met} for row in rows]
         options.json.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")

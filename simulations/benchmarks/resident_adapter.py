@@ -25,18 +25,18 @@ import torch
 from flwr.app import Context, Message, MessageType, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from flexlora.aggregation.engine.method import Start
+from flexlora.aggregation.engine.starts import Start
 from flexlora.clients.trainer.client import ask
-from flexlora.clients.trainer.node import Node
+from flexlora.clients.trainer.owner_config import OwnerConfig
+from flexlora.clients.trainer.reply_store import ReplyStore
 from flexlora.clients.trainer.resident import ResidentTrainer
 from flexlora.clients.trainer.service import Limits, TrainerService, listen, stop
-from flexlora.clients.trainer.store import KeptReplies
 from flexlora.clients.worker import Worker
 from flexlora.config.resolve import Config
 from flexlora.lora.adapters import Adapter, LoRAFactors
 from flexlora.lora.ranks import RankClass
 from flexlora.seeds import generator
-from flexlora.server.transport.messages import content_bytes, pack, train_content
+from flexlora.server.transport.messages import content_bytes, encode_train_job, pack
 from flexlora.simulations.benchmarks.process_memory import peak_bytes, reset_peak, settled_bytes
 from flexlora.simulations.world.clock_models import CLOCK_MODELS, clock_shape
 from flexlora.wire.encoding import DTYPES
@@ -177,9 +177,9 @@ class _Echo:
 
 def serve(folder: Path, data: Path) -> None:
     """A trainer on ``folder/socket`` until standard input ends; then what its peak grew by."""
-    node = Node.of(model="embedded", data=str(data), sets=("engine.threads=1",))
-    kept = KeptReplies(folder / "kept", max_bytes=8 * GIBIBYTE, max_seconds=3600.0)
-    trainer = _EchoTrainer(node=node, kept=kept)
+    node = OwnerConfig.of(model="embedded", data=str(data), sets=("engine.threads=1",))
+    kept = ReplyStore(folder / "kept", max_bytes=8 * GIBIBYTE, max_seconds=3600.0)
+    trainer = _EchoTrainer(owner=node, replies=kept)
     service = TrainerService(trainer, limits=Limits(request_bytes=8 * GIBIBYTE))
     server = listen(service, folder / "socket")
     server.start()
@@ -222,7 +222,7 @@ def _message(model: str, rank: int, wire_dtype: str) -> Message:
     rank_class = RankClass(name=f"rank_{rank}", rank=rank)
     start = Start(rank_class=rank_class, base_round=0, trained=adapter)
     payloads = {"trained": pack(adapter, wire_dtype)}
-    content = train_content(start, payloads, server_round=1, num_server_rounds=1)
+    content = encode_train_job(start, payloads, server_round=1, num_server_rounds=1)
     return Message(content, dst_node_id=NODE, message_type=MessageType.TRAIN)
 
 

@@ -17,7 +17,12 @@ from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from flexlora.clients.app import app
-from flexlora.clients.trainer.contents import PART_BYTES, data_parts, describe, rebuild
+from flexlora.clients.trainer.content_codec import (
+    PART_BYTES,
+    array_parts,
+    decode_content,
+    encode_header,
+)
 from flexlora.clients.trainer.trainer_pb2 import Content
 
 __all__ = ["main", "read_content", "write_content"]
@@ -28,10 +33,10 @@ RUN, NODE = 1, 2
 
 def write_content(path: Path, content: RecordDict) -> None:
     """A content as a file."""
-    header = describe(content).SerializeToString()
+    header = encode_header(content).SerializeToString()
     with path.open("wb") as file:
         file.write(len(header).to_bytes(PREFIX, "little") + header)
-        file.writelines(data_parts(content))
+        file.writelines(array_parts(content))
 
 
 def read_content(path: Path) -> RecordDict:
@@ -43,7 +48,7 @@ def read_content(path: Path) -> RecordDict:
             while part := file.read(PART_BYTES):
                 yield part
 
-        return rebuild(header, parts())
+        return decode_content(header, parts())
 
 
 def main(arguments: list[str]) -> None:

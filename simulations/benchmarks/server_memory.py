@@ -31,11 +31,11 @@ from pathlib import Path
 
 from rich.table import Table
 
-from flexlora.simulations.benchmarks.server_memory_answers import ECHO, FEDAVG, Case
+from flexlora.report.console import make_console
+from flexlora.simulations.benchmarks.server_memory_answers import ECHO, FEDAVG, ServerCase
 from flexlora.simulations.benchmarks.server_memory_flower import measured_by_flower
-from flexlora.simulations.terminal import make_console
 
-__all__ = ["Row", "main"]
+__all__ = ["ServerMemoryRow", "main"]
 
 TARGET = 1.1
 LIMIT = 1800.0  # seconds for one case
@@ -43,7 +43,7 @@ WAYS = ("residual", "carried", "flexlora", FEDAVG)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class ServerMemoryRow:
     """One way through one grid at the fewest and the most replies."""
 
     name: str
@@ -65,7 +65,7 @@ class Row:
         return self.reply_megabytes * self.replies[-1] / self.round_seconds[-1]
 
 
-def measured(case: Case, through: str) -> dict[str, float]:
+def measured(case: ServerCase, through: str) -> dict[str, float]:
     """One case in a process of its own."""
     if through == "superlink":
         return measured_by_flower(case, LIMIT)
@@ -77,7 +77,7 @@ def measured(case: Case, through: str) -> dict[str, float]:
     return json.loads(done.stdout)
 
 
-def row_of(case: Case, through: str, replies: Sequence[int]) -> Row:
+def row_of(case: ServerCase, through: str, replies: Sequence[int]) -> ServerMemoryRow:
     """The case at each number of replies.
 
     Raises:
@@ -95,7 +95,7 @@ def row_of(case: Case, through: str, replies: Sequence[int]) -> Row:
                 f"{one['reply_bytes']:,.0f}. Was it higher before the rounds began?"
             )
     name = f"{case.way}, {through}"
-    return Row(
+    return ServerMemoryRow(
         name=f"{name}, worst order" if case.reversed else name,
         ratio=found[-1]["peak"] / found[0]["peak"],
         target=TARGET,
@@ -107,9 +107,9 @@ def row_of(case: Case, through: str, replies: Sequence[int]) -> Row:
     )
 
 
-def run(options: argparse.Namespace) -> list[Row]:
+def run(options: argparse.Namespace) -> list[ServerMemoryRow]:
     """A row per way, grid and order; FedAvg knows no order."""
-    base = Case(
+    base = ServerCase(
         way=ECHO,
         replies=1,
         model=options.model,
@@ -127,7 +127,7 @@ def run(options: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def main(arguments: Sequence[str] | None = None) -> list[Row]:
+def main(arguments: Sequence[str] | None = None) -> list[ServerMemoryRow]:
     """Print the table and write its rows with ``--json``."""
     options = _parser().parse_args(arguments)
     if options.echo_megabytes:
@@ -161,7 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _print(rows: Sequence[Row], replies: Sequence[int]) -> None:
+def _print(rows: Sequence[ServerMemoryRow], replies: Sequence[int]) -> None:
     table = Table(box=None, pad_edge=False)
     table.add_column("server")
     columns = [f"MB at {count}" for count in replies]
@@ -182,7 +182,7 @@ def _print(rows: Sequence[Row], replies: Sequence[int]) -> None:
 
 
 def _print_echo(options: argparse.Namespace) -> None:
-    case = Case(way=ECHO, replies=1, rounds=1, echo_bytes=options.echo_megabytes * 10**6)
+    case = ServerCase(way=ECHO, replies=1, rounds=1, echo_bytes=options.echo_megabytes * 10**6)
     found = measured(case, "superlink")
     make_console().print(
         f"{options.echo_megabytes} MB to a node and back through a SuperLink: "

@@ -16,7 +16,12 @@ import torch
 from flwr.app import Array, ArrayRecord, Message, MessageType, MetricRecord, RecordDict
 
 import flexlora
-from flexlora.clients.messages import capability_reply, evaluate_reply, read_train, train_reply
+from flexlora.clients.messages import (
+    decode_train_job,
+    encode_capability,
+    encode_evaluate_result,
+    encode_train_result,
+)
 from flexlora.config.resolve import Config
 from flexlora.evaluation.evaluate import BASE
 from flexlora.lora.adapters import Adapter, LoRAFactors
@@ -25,7 +30,7 @@ from flexlora.simulations.world.clock_models import clock_shape
 from flexlora.wire.encoding import DTYPES
 from flexlora.wire.jobs import Capability, EvalResult, Score, TrainResult
 
-__all__ = ["ECHO", "FEDAVG", "Answers", "Case", "content_bytes"]
+__all__ = ["ECHO", "FEDAVG", "Answers", "ServerCase", "content_bytes"]
 
 FEDAVG, ECHO = "fedavg", "echo"
 EXAMPLES = 10
@@ -33,7 +38,7 @@ SPREAD = 0.02  # of the random numbers
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
+class ServerCase:
     """A server and those who answer it.
 
     Args:
@@ -95,9 +100,9 @@ class Case:
         return json.dumps(asdict(self))
 
     @staticmethod
-    def from_json(text: str) -> Case:
+    def from_json(text: str) -> ServerCase:
         values: dict[str, Any] = json.loads(text)
-        return Case(**values)
+        return ServerCase(**values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +118,7 @@ class Asked:
 class Answers:
     """The answers of all clients; client ``k`` is named by its place."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: ServerCase) -> None:
         self.case = case
         self._asked: dict[tuple[int, str], Asked] = {}
 
@@ -122,7 +127,7 @@ class Answers:
         content, client_id = message.content, f"site_{place:04d}"
         kind = message.metadata.message_type
         if kind == MessageType.QUERY:
-            return capability_reply(self._capability(client_id))
+            return encode_capability(self._capability(client_id))
         if kind == MessageType.EVALUATE:
             return _scored(content, client_id)
         if ECHO in content:
@@ -164,11 +169,11 @@ class Answers:
             loss_before=1.0,
             loss_after=1.0,
         )
-        return train_reply(result, dtype=self.case.wire_dtype)
+        return encode_train_result(result, dtype=self.case.wire_dtype)
 
 
 def _asked(content: RecordDict, client_id: str) -> Asked:
-    start = read_train(content, client_id).start
+    start = decode_train_job(content, client_id).start
     return Asked(
         rank_class=start.rank_class.name,
         base_round=start.base_round,
@@ -193,7 +198,9 @@ def _scored(content: RecordDict, client_id: str) -> RecordDict:
     classes: Any = content.config_records["job"]["rank-classes"]
     score = Score(loss=1.0, tokens=1, rows=1)
     names = list(classes) or [BASE]
-    return evaluate_reply(EvalResult(client_id=client_id, scores=dict.fromkeys(names, score)))
+    return encode_evaluate_result(
+        EvalResult(client_id=client_id, scores=dict.fromkeys(names, score))
+    )
 
 
 def _averaged(content: RecordDict, client_id: str) -> RecordDict:

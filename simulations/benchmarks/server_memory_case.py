@@ -35,7 +35,7 @@ from flexlora.simulations.benchmarks.server_memory_answers import (
     ECHO,
     FEDAVG,
     Answers,
-    Case,
+    ServerCase,
     content_bytes,
 )
 
@@ -51,12 +51,12 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Measure behind a SuperLink; the report is a file, since ``flwr run`` returns nothing."""
-    case = Case.from_json(Path(str(context.run_config["case"])).read_text(encoding="utf-8"))
+    case = ServerCase.from_json(Path(str(context.run_config["case"])).read_text(encoding="utf-8"))
     report = Path(str(context.run_config["report"]))
     report.write_text(json.dumps(measure(case, grid)), encoding="utf-8")
 
 
-def measure(case: Case, grid: Grid, make: Make = FlexLoRAStrategy) -> dict[str, float]:
+def measure(case: ServerCase, grid: Grid, make: Make = FlexLoRAStrategy) -> dict[str, float]:
     """Bytes that the peak grew by, seconds of each round, bytes that came in.
 
     Raises:
@@ -80,13 +80,13 @@ def _warm_up() -> None:
     """Thread pools and kernels that first rounds bring in belong to the baseline."""
     before = {key: vars(TaskIdentity)[key] for key in ("_task_id", "_run_id", "_node_id")}
     for way, start in ((FEDAVG, run_fedavg), ("residual", run_ours)):
-        small = Case(way=way, replies=2, rank=2, layers=1)
+        small = ServerCase(way=way, replies=2, rank=2, layers=1)
         start(small, PulledGrid(small))
     for key, value in before.items():  # a ServerApp has one of its own
         setattr(TaskIdentity, key, value)
 
 
-def run_ours(case: Case, grid: Grid, make: Make = FlexLoRAStrategy) -> list[float]:
+def run_ours(case: ServerCase, grid: Grid, make: Make = FlexLoRAStrategy) -> list[float]:
     """Seconds of each training round of the product's own strategy."""
     rows = _Rows()
     strategy = make(case.config(), observer=rows)
@@ -108,7 +108,7 @@ class _Rows(LogObserver):
         self.rounds.append(metrics)
 
 
-def run_fedavg(case: Case, grid: Grid) -> list[float]:
+def run_fedavg(case: ServerCase, grid: Grid) -> list[float]:
     """Seconds a round of Flower's own FedAvg over factors of one rank."""
     arrays = {}
     for name, (out_features, in_features) in case.shapes.items():
@@ -121,13 +121,15 @@ def run_fedavg(case: Case, grid: Grid) -> list[float]:
     )
     began = time.perf_counter()
     result = strategy.start(grid, ArrayRecord(arrays), num_rounds=case.rounds, timeout=PATIENCE)
-    counted = {round(metrics["one"], 6) for metrics in result.train_metrics_clientapp.values()}
+    counted = {
+        round(float(str(metrics["one"])), 6) for metrics in result.train_metrics_clientapp.values()
+    }
     if len(result.train_metrics_clientapp) != case.rounds or counted != {1}:
         raise RuntimeError("FedAvg averaged nothing, expected an average in every round.")
     return [(time.perf_counter() - began) / case.rounds]
 
 
-def run_echo(case: Case, grid: Grid) -> list[float]:
+def run_echo(case: ServerCase, grid: Grid) -> list[float]:
     """Seconds for one message of the case's bytes to a node and back, unread."""
     while not (nodes := list(grid.get_node_ids())):
         time.sleep(0.2)
@@ -152,7 +154,7 @@ def run_echo(case: Case, grid: Grid) -> list[float]:
 class PulledGrid(Grid):
     """Nodes in this process; a reply comes into being when it is pulled, in the case's order."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: ServerCase) -> None:
         self.case, self.answers = case, Answers(case)
         self._run = Run.create_empty(run_id=1)
         self._open: dict[str, Message] = {}
@@ -218,5 +220,5 @@ class PulledGrid(Grid):
 
 
 if __name__ == "__main__":
-    measured = Case.from_json(sys.argv[1])
+    measured = ServerCase.from_json(sys.argv[1])
     print(json.dumps(asdict(measured) | measure(measured, PulledGrid(measured))))

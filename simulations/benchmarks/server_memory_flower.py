@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 
 from flexlora.simulations.benchmarks.cohort_peers.flower import BIN, QUIET, processes_of
-from flexlora.simulations.benchmarks.server_memory_answers import Case
+from flexlora.simulations.benchmarks.server_memory_answers import ServerCase
 
 __all__ = ["measured_by_flower"]
 
@@ -59,7 +59,7 @@ insecure = true
 START_SECONDS, STOP_SECONDS = 60.0, 20.0
 
 
-def measured_by_flower(case: Case, seconds: float) -> dict[str, float]:
+def measured_by_flower(case: ServerCase, seconds: float) -> dict[str, float]:
     """What ``server_memory_case.measure`` finds in a ServerApp that Flower has started.
 
     Raises:
@@ -123,7 +123,7 @@ def _superlink(home: Path) -> Iterator[tuple[Mapping[str, str], str]]:
 
 
 @contextmanager
-def _nodes(address: str, case: Case, environment: Mapping[str, str]) -> Iterator[None]:
+def _nodes(address: str, case: ServerCase, environment: Mapping[str, str]) -> Iterator[None]:
     module = "flexlora.simulations.benchmarks.server_memory_nodes"
     command = [sys.executable, "-m", module, address, case.to_json()]
     process = subprocess.Popen(

@@ -30,7 +30,7 @@ from flwr.supercore.inflatable.inflatable_utils import (
 )
 from flwr.supernode.fleet_http_connection import http_request_response
 
-from flexlora.simulations.benchmarks.server_memory_answers import Answers, Case
+from flexlora.simulations.benchmarks.server_memory_answers import Answers, ServerCase
 
 __all__ = ["main"]
 
@@ -40,7 +40,7 @@ POLL = 1.0  # seconds between two questions of a node
 class Line:
     """One train message at a time: places in order, and again in the next round."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: ServerCase) -> None:
         places = list(range(case.replies))
         self._order = places[::-1] if case.reversed else places
         self._served, self._moved = 0, threading.Condition()
@@ -104,7 +104,7 @@ def serve(address: str, place: int, answers: Answers, line: Line, ended: threadi
 
 def main(arguments: list[str]) -> None:
     """All nodes of a case until standard input ends."""
-    address, case = arguments[0], Case.from_json(arguments[1])
+    address, case = arguments[0], ServerCase.from_json(arguments[1])
     answers, line, ended = Answers(case), Line(case), threading.Event()
     threads = [
         threading.Thread(target=serve, args=(address, place, answers, line, ended), daemon=True)

@@ -35,6 +35,7 @@ from flexlora.config.resolve import Config
 from flexlora.data.collation import Batch, Example, batch_plan, collate
 from flexlora.errors import UserError
 from flexlora.lora.adapters import Adapter, LoRAFactors
+from flexlora.report.console import make_console
 from flexlora.seeds import generator
 from flexlora.simulations.benchmarks.sketch_choices import (
     BATCHES,
@@ -43,7 +44,6 @@ from flexlora.simulations.benchmarks.sketch_choices import (
     choice_rows,
     memory_rows,
 )
-from flexlora.simulations.terminal import make_console
 from flexlora.training.local import answer_losses
 from flexlora.training.models import load_base
 from flexlora.training.slots import SlotModel

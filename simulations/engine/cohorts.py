@@ -2,7 +2,7 @@
 
 A cohort's pass is as wide as its longest row and as deep as its highest rank, so clients of alike
 length and rank are packed together, up to a number of clients and of padded tokens. Both limits
-come from a cost model, from ``flexlora tune`` or from the configuration, and stand in the resolved
+come from a cost model, from ``flexlora tune`` or from the configuration, and are in the resolved
 configuration: the plan is a function of the round's clients, never of arrival or timing.
 
 The cost model. On a CPU a pass of a few thousand tokens is as fast per token as any wider one, and
@@ -30,7 +30,7 @@ CPU_TOKENS = 4096
 CUDA_TOKENS = 1 << 16  # beyond it nothing is gained, and a lost cohort costs more
 MOST_CLIENTS = 64
 LENGTH_STEP = 32  # rows within so many tokens of each other are alike
-KEPT_FREE = {"cpu": 0.5, "cuda": 0.2}  # of the free memory; the CPU's is everybody's
+KEPT_FREE = {"cpu": 0.5, "cuda": 0.2}  # of the free memory; other programs use the CPU's too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +115,7 @@ def resolved_limits(config: Config, worker: Worker) -> Config:
     except UserError:  # another architecture, or targets by an expression
         room = None
     tokens = asked[1] or _tokens(config, worker, room)
-    # Who sets the number of clients alone means it.
+    # A number of clients that is set alone wins over the token limit.
     if asked[0] and not asked[1]:
         tokens = max(tokens, asked[0] * _largest_pass(config))
     clients = MOST_CLIENTS if room is None else room.clients(tokens)

@@ -4,8 +4,8 @@ The messages are the ones that deployment sends, encoded and decoded as there. T
 round are packed into cohorts (``cohorts.py``) and handed to a pool (``pool.py``): this process, or
 several through Ray. With a world (``world.py``) replies arrive when their clients would send them.
 
-What a client keeps to itself is a matter between it and the world, not of who shares its pass or
-whose answers the server takes: all that stay to the end of their training keep what they trained.
+A client that stays to the end of its training stores its personal factors, whichever cohort it was
+in and whether or not the server takes its answer.
 """
 
 from __future__ import annotations
@@ -16,43 +16,46 @@ from dataclasses import dataclass, replace
 
 from flwr.app import Error, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
-from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
 
 from flexlora.clients.messages import (
-    decode_evaluate,
-    decode_train,
+    decode_evaluate_job,
+    decode_train_job,
     encode_capability,
-    encode_evaluate,
-    encode_train,
+    encode_evaluate_result,
+    encode_train_result,
 )
 from flexlora.clients.worker import Worker
 from flexlora.lora.adapters import Adapter
+from flexlora.server.transport.flower_private import (
+    NODE_UNAVAILABLE,
+    Run,
+    act_as_server,
+    set_message_id,
+)
 from flexlora.simulations.engine.cohorts import CohortLimits, plan_cohorts
 from flexlora.simulations.engine.pool import LocalPool, Pending, Pool
 from flexlora.simulations.world.efforts import effort_of
 from flexlora.simulations.world.simulated_time import World
 from flexlora.training.personal_store import PersonalStore
-from flexlora.training.uplink import Uplink, feedback_beside
+from flexlora.training.uplink import Uplink, feedback_store
 from flexlora.wire.jobs import Capability, EvalJob, EvalResult, TrainJob, TrainResult
 
 __all__ = ["InProcessGrid"]
 
-LOST_NODE = 5  # Flower's code for a node that is gone
 EVALUATED_TOGETHER = 32  # clients; a constant, so that scores do not depend on the workers
 
 
 @dataclass(kw_only=True)
 class _Held:
-    """A message that was taken and not answered yet; its results are at ``place`` in a cohort."""
+    """A message without an answer yet; its result is at ``place`` of its cohort's results."""
 
     message: Message
     server_round: int
     job: TrainJob | None = None
     cohort: Pending[Sequence[TrainResult | EvalResult]] | None = None
     place: int = 0
-    since: float = 0.0  # when its client has what it keeps to itself, and whether that is put away
-    put_away: bool = False
+    since: float = 0.0  # when the client has its personal factors
+    kept: bool = False  # whether they are stored
 
     @property
     def result(self) -> TrainResult | EvalResult:
@@ -63,7 +66,7 @@ class _Held:
 class InProcessGrid(Grid):
     """Nodes 1 to N are the worker's clients in order; all of them have registered beforehand."""
 
-    in_process = True  # the server is told: seconds of training are this machine's, not a client's
+    in_process = True  # seconds of training are this machine's, not a client's
 
     def __init__(
         self,
@@ -79,14 +82,13 @@ class InProcessGrid(Grid):
         self.worker, self.limits, self.wire_dtype = worker, limits, wire_dtype
         self.pool, self.clock, self.late_rounds = pool or LocalPool(worker), world, late_rounds
         self.personal = personal or PersonalStore()
-        self.feedback = feedback_beside(self.personal)
+        self.feedback = feedback_store(self.personal)
         self._clients = dict(enumerate(worker.client_ids, start=1))
         self._held: dict[str, _Held] = {}
         self._pushed = self._round = 0
         self._met = False
         self._run = Run.create_empty(run_id=1)
-        # Flower's Message reads its sender from the process it is made in.
-        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 0
+        act_as_server(run_id=1)
 
     @property
     def sends_again(self) -> bool:
@@ -124,21 +126,21 @@ class InProcessGrid(Grid):
         for message in messages:
             self._pushed += 1
             message_id = f"message-{self._pushed}"
-            message.metadata.__dict__["_message_id"] = message_id
+            set_message_id(message, message_id)
             ids.append(message_id)
             kind, client_id = message.metadata.message_type, self._client(message)
             if kind == MessageType.TRAIN:
-                job = decode_train(message, client_id, memo)
+                job = decode_train_job(message.content, client_id, memo)
                 self._round = max(self._round, job.server_round)
                 if self._send(message, job):
                     trained[message_id] = job
             elif kind == MessageType.EVALUATE:
-                evaluated[message_id] = decode_evaluate(message, client_id, memo)
+                evaluated[message_id] = decode_evaluate_job(message.content, client_id, memo)
                 self._round = max(self._round, evaluated[message_id].server_round)
             else:
                 self._met = True
             self._held[message_id] = _Held(message=message, server_round=self._round)
-        self._put_away()  # before those who are asked again go on from it
+        self._keep_trained()  # before the same clients train again from them
         self._forget()
         if trained:
             self._submit(trained)
@@ -157,27 +159,23 @@ class InProcessGrid(Grid):
         )
         return self.clock.send(message.metadata.message_id, effort)
 
-    @property
-    def _oldest(self) -> int:
-        """The first round whose answers may still be asked for."""
-        return self._round - self.late_rounds
-
-    def _put_away(self) -> None:
-        """What is trained out there is its client's own, whether or not its answer is taken."""
+    def _keep_trained(self) -> None:
+        """Store the personal factors of every training, whether or not its answer is taken."""
         if self.worker.personal is not None:
             for held in self._held.values():
                 self._keep(held)
 
     def _keep(self, held: _Held) -> None:
-        if held.job is not None and not held.put_away:
+        if held.job is not None and not held.kept:
             result = held.result
             assert isinstance(result, TrainResult)
             self.personal.keep([result], [held.job], since=held.since)
-            held.put_away = True
+            held.kept = True
 
     def _forget(self) -> None:
-        """Whatever is held of rounds so old that nobody pulls their answers any more."""
-        old = [key for key, held in self._held.items() if held.server_round < self._oldest]
+        """Drop messages of rounds so old that the server no longer pulls their answers."""
+        oldest = self._round - self.late_rounds
+        old = [key for key, held in self._held.items() if held.server_round < oldest]
         for message_id in old:
             del self._held[message_id]
             if self.clock is not None:
@@ -194,8 +192,10 @@ class InProcessGrid(Grid):
         for keys in cohorts:
             attached = self.personal.attach([jobs[key] for key in keys])
             cohort = self.pool.train(attached)
-            for k, (key, job) in enumerate(zip(keys, attached, strict=True)):
-                self._hold(key, cohort, k, job)
+            for place, (key, job) in enumerate(zip(keys, attached, strict=True)):
+                held = self._held[key]
+                held.cohort, held.place, held.job = cohort, place, job
+                held.since = self.clock.arrives(key) if self.clock is not None else 0.0
 
     def _submit_evaluations(self, jobs: dict[str, EvalJob]) -> None:
         keys = list(jobs)
@@ -204,38 +204,20 @@ class InProcessGrid(Grid):
             now = math.inf if self.clock is None else self.clock.now()
             attached = self.personal.attach_eval([jobs[key] for key in group], now=now)
             cohort = self.pool.evaluate(attached)
-            for k, key in enumerate(group):
-                self._hold(key, cohort, k)
-
-    def _hold(
-        self,
-        message_id: str,
-        cohort: Pending[Sequence[TrainResult | EvalResult]],
-        place: int,
-        job: TrainJob | None = None,
-    ) -> None:
-        held = self._held[message_id]
-        held.cohort, held.place, held.job = cohort, place, job
-        if job is not None and self.clock is not None:
-            held.since = self.clock.arrives(message_id)
+            for place, key in enumerate(group):
+                self._held[key].cohort, self._held[key].place = cohort, place
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Replies to ``message_ids`` that have arrived, each given once; answering happens here."""
-        if self._leaves_some:
-            self._put_away()  # a run that is resumed finds what nobody asked for, too
+        # Trainings may end whose answers the server never takes; a resumed run finds those too.
+        if self.clock is not None or self.worker.config.server.over_selection > 0:
+            self._keep_trained()
         replies = []
         for message_id in message_ids:
-            if message_id in self._held and self._arrived(message_id):
+            arrived = self.clock is None or self.clock.arrived(message_id)
+            if message_id in self._held and arrived:
                 replies.append(self._answer(self._held.pop(message_id), message_id))
         return replies
-
-    @property
-    def _leaves_some(self) -> bool:
-        """Whether trainings may end whose answers nobody takes."""
-        return self.clock is not None or self.worker.config.server.over_selection > 0
-
-    def _arrived(self, message_id: str) -> bool:
-        return self.clock is None or self.clock.arrived(message_id)
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -249,26 +231,30 @@ class InProcessGrid(Grid):
         message, job = held.message, held.job
         lost = self.clock.take(message_id) if self.clock is not None else ""
         if lost:
-            return Message(Error(code=LOST_NODE, reason=lost), reply_to=message)
+            return Message(Error(code=NODE_UNAVAILABLE, reason=lost), reply_to=message)
         if held.cohort is None:
-            return encode_capability(self._capability(self._client(message)), reply_to=message)
+            return Message(
+                encode_capability(self._capability(self._client(message))), reply_to=message
+            )
         result = held.result
         if isinstance(result, EvalResult):
-            return encode_evaluate(result, reply_to=message)
+            return Message(encode_evaluate_result(result), reply_to=message)
         assert job is not None
         self._keep(held)
         uplink = Uplink.of(self.worker.config, self.feedback, dtype=self.wire_dtype)
-        return encode_train(
-            uplink.ready(result, job),
-            dtype=self.wire_dtype,
+        return Message(
+            encode_train_result(
+                uplink.ready(result, job),
+                dtype=self.wire_dtype,
+                start=job.start.for_client(job.client_id),
+            ),
             reply_to=message,
-            start=job.start.for_client(job.client_id),
         )
 
     def _capability(self, client_id: str) -> Capability:
-        """What the worker says of the client, on the device that the population gives it.
+        """The worker's capability of the client, on the device that the population gives it.
 
-        Nobody asks what kernels this machine runs: it is none of the clients' machines.
+        Kernels are not probed: this machine is none of the clients' machines.
         """
         own = self.worker.capability(client_id, probed=False)
         if self.clock is None:
@@ -276,7 +262,7 @@ class InProcessGrid(Grid):
         client = self.clock.population.client(client_id)
         if client.device is None:
             return own
-        return replace(own, device=client.device_label, free_bytes=client.free_bytes)
+        return replace(own, device=client.device_label, free_bytes=client.free_bytes or 0)
 
 
 def _array_bytes(content: RecordDict) -> int:

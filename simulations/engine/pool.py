@@ -1,8 +1,8 @@
-"""Who trains the cohorts of a simulation: this process, or several through Ray.
+"""Where the cohorts of a simulation are trained: in this process, or in several through Ray.
 
 A cohort is a list of jobs that go through one pass together. ``train`` and ``evaluate`` take one
 and answer at once with a ``Pending``; ``result()`` waits for it. A client that failed is a result
-with a cause, never an exception, so that nobody's failure is another's.
+with a cause, never an exception, so that one client's failure is not another's.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ class Pending(Protocol[Result_co]):
 
 
 class Pool(Protocol):
-    """What takes cohorts; the results do not depend on who trains them, nor on how many do."""
+    """Trains cohorts; the results depend neither on the process nor on the number of processes."""
 
     def train(self, jobs: Sequence[TrainJob]) -> Pending[list[TrainResult]]: ...
 
     def evaluate(self, jobs: Sequence[EvalJob]) -> Pending[list[EvalResult]]: ...
 
     def close(self) -> None:
-        """End whatever the pool has started; results not yet taken are lost."""
+        """End whatever the pool has started; cohorts that are not done are lost."""
 
 
 class LocalPool:
     """One worker in this process.
 
     A cohort is trained when its result is first asked for, so that only one cohort's factors are
-    held at a time, and a cohort that nobody asks for costs nothing.
+    held at a time, and a cohort whose result is not requested costs nothing.
     """
 
     def __init__(self, worker: Worker) -> None:
@@ -61,17 +61,15 @@ class LocalPool:
 
 
 class _Later(Generic[Result]):
-    """``work()`` at the first call of ``result``; afterwards only what it returned is kept."""
+    """``work()`` at the first call of ``result``; afterwards only what it returned is held."""
 
     def __init__(self, work: Callable[[], Result]) -> None:
         self._work: Callable[[], Result] | None = work
-        self._value: list[Result] = []
 
     def result(self) -> Result:
         if self._work is not None:
-            self._value = [self._work()]
-            self._work = None
-        return self._value[0]
+            self._value, self._work = self._work(), None
+        return self._value
 
 
 def make_pool(config: Config, worker: Worker | None = None) -> Pool:
@@ -84,16 +82,14 @@ def make_pool(config: Config, worker: Worker | None = None) -> Pool:
     Raises:
         UserError: Ray is asked for and not installed, or an address that is none.
     """
+    from flexlora.clients.worker import worker_for
+
     workers, address = config.engine.workers, config.engine.ray_address
     if workers > 1 or address:
         from flexlora.simulations.engine.ray_pool import RayPool
 
         return RayPool(config, workers=workers, address=address, local=_local(config, worker))
-    if worker is None:
-        from flexlora.clients.worker import worker_for
-
-        worker = worker_for(config)
-    return LocalPool(worker)
+    return LocalPool(worker or worker_for(config))
 
 
 def _local(config: Config, worker: Worker | None) -> Callable[[], Worker] | None:
@@ -106,9 +102,6 @@ def _local(config: Config, worker: Worker | None) -> Callable[[], Worker] | None
     if config.engine.ray_address or (config.engine.device != "cpu" and torch.cuda.is_available()):
         return None
 
-    def own() -> Worker:
-        from flexlora.clients.worker import worker_for
+    from flexlora.clients.worker import worker_for
 
-        return worker or worker_for(config)
-
-    return own
+    return lambda: worker or worker_for(config)

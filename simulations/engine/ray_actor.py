@@ -1,9 +1,8 @@
-"""One process of a Ray pool: holds a worker and answers whole cohorts.
+"""One process of a Ray pool: holds a worker and trains or evaluates whole cohorts.
 
-What both sides of the process border share is here too. Adapters cross it as ``Parcel``: raw
-bytes that Ray leaves in shared memory, a tenth of the time of torch's own way. A job names its
-adapters by ``Key``, so that what many jobs start from crosses once. Ray pickles what goes between
-its processes; a Ray cluster is one trust domain (DESIGN.md, section 5).
+Adapters cross between processes as ``Parcel``: raw bytes that Ray leaves in shared memory, a tenth
+of the time of torch's own way. A job names its adapters by ``Key``, so that what many jobs start
+from crosses once. Ray pickles what goes between its processes: a Ray cluster is one trust domain.
 
 Nothing heavy is imported before ``CohortActor`` has fixed the number of threads: the libraries
 below torch read it once, when they are loaded.
@@ -18,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import flexlora
 from flexlora.config.resolve import Config
-from flexlora.training import collector
 
 if TYPE_CHECKING:
     import numpy as np
@@ -98,15 +96,14 @@ class CohortActor:
         self.config = Config.of(values)
         threads = str(self.config.engine.threads)
         os.environ.update(dict.fromkeys(THREAD_VARIABLES, threads))
-        collector.loading()
         self.adapters: dict[str, Adapter] = {}
 
-    def placed(self) -> tuple[str, int]:
-        """Says that there is such a process: which FlexLoRA it runs, and its number there."""
-        return flexlora.__version__, os.getpid()
+    def process_id(self) -> int:
+        """Answers once Ray has started this process, and while it lives."""
+        return os.getpid()
 
-    def load(self) -> tuple[str, tuple[str, ...]]:
-        """Load base and data; the base's fingerprint and the clients, for all must have the same.
+    def load(self) -> tuple[str, str, tuple[str, ...]]:
+        """Load base and data; FlexLoRA's version, the base's fingerprint and the client ids.
 
         Raises:
             UserError: what the worker of the main process would refuse, or what is missing here.
@@ -114,7 +111,8 @@ class CohortActor:
         from flexlora.clients.worker import worker_for
 
         self.worker = worker_for(self.config)
-        return self.worker.base.fingerprint, tuple(self.worker.client_ids)
+        found = self.worker.base.fingerprint, tuple(self.worker.client_ids)
+        return flexlora.__version__, *found
 
     def train(self, jobs: Sequence[Any], keys: Sequence[str], *parcels: Parcel) -> list[Any]:
         return self._answer(self.worker.train, jobs, keys, parcels)

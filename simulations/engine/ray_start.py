@@ -1,4 +1,4 @@
-"""Ray for one run: started on this machine for nobody else, or joined; and how many workers fit.
+"""Ray for one run: a private one on this machine, or a cluster; and how many workers fit.
 
 A started Ray listens on the loopback alone, connects to nothing else, asks every peer for a token
 that only this process and its children know, sends no usage statistics, shows no dashboard, and
@@ -7,6 +7,7 @@ keeps its files in a temporary folder that goes with it.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import secrets
@@ -43,7 +44,7 @@ LEAST_STORE, MOST_STORE, STORE_SHARE = 80 * 2**20, 2 * 2**30, 0.1  # Ray wants 7
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """A connection to Ray. With ``folder`` its processes and files are ours, and are there."""
+    """A connection to Ray; ``folder`` has the files of a Ray that this process started."""
 
     connected: bool = True  # by us: not by the caller before
     folder: Path | None = None
@@ -73,7 +74,7 @@ class Session:
 
 
 def import_ray(*, workers: int, address: str) -> Any:
-    """Ray itself, told to be quiet before it reads its environment.
+    """Import Ray with reports and warnings switched off, before it reads its environment.
 
     A process that has imported Ray before us has settled where it listens and what it asks of its
     peers; that is left as it is.
@@ -94,8 +95,8 @@ def import_ray(*, workers: int, address: str) -> Any:
         # Ray's word for "no cluster, this machine only": it then stays on the loopback.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     if "ray" not in sys.modules and not address and "RAY_AUTH_MODE" not in os.environ:
-        # Whoever reaches Ray's ports runs code as this user; ports of the loopback are everybody's
-        # who has an account here. Ray reads the token once per process.
+        # A process that reaches Ray's ports runs code as this user, and every account of a machine
+        # reaches ports of its loopback. Ray reads the token once per process.
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     import ray
 
@@ -126,7 +127,7 @@ def start(workers: int) -> Session:
                 object_store_memory=int(min(MOST_STORE, max(LEAST_STORE, STORE_SHARE * available))),
                 include_dashboard=False,
                 log_to_driver=False,
-                logging_level="ERROR",
+                logging_level=logging.ERROR,
                 _node_ip_address="127.0.0.1",
                 _temp_dir=str(folder),
             )
@@ -176,7 +177,7 @@ def join(address: str) -> Session:
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=KNOCK_SECONDS).close()
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:  # ConnectionError, a token that is missing, another Ray or Python
         raise UserError(
             f"{asked}, where no Ray cluster lets this process in ({one_line(error).rstrip('.')}); "

@@ -2,29 +2,29 @@
 
 ``scenarios/flexlora-1613.toml``: 1,613 clients of one Natural Instructions task each, ranks dealt
 as in the paper's heavy-tail-light (arXiv 2402.11505, section 4); at least 80 of them a round, also
-where the base is too short for the rows of some. What is asked is that it completes, that nobody
-is lost on the way, that it learns, and that memory does not grow with the rounds. A broken run
-goes on from its checkpoint.
+where the base is too short for the rows of some. The run must complete, lose no
+client, learn, and not grow in memory with the rounds. A broken run is resumed from its checkpoint.
 """
 
 from __future__ import annotations
 
 import csv
 import json
+import math
 import statistics
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
+from rich.console import Console
 
 from flexlora.config.resolve import Config, resolved
 from flexlora.errors import UserError
 from flexlora.runs.folder import RunFolder
 from flexlora.server.members.roster import Roster
-from flexlora.server.observing.observer import Observer
-from flexlora.simulations.experiments.asked import Asked, scaled
-from flexlora.simulations.experiments.verdicts import Check, tell
+from flexlora.simulations.experiments.checks import Check, print_verdict
+from flexlora.simulations.experiments.request import Request, scaled
 from flexlora.simulations.simulate import resume, simulate
 from flexlora.simulations.terminal import TerminalObserver
 
@@ -37,42 +37,41 @@ GROWTH = 1.1  # the resident set in the last half of the rounds over that in the
 LEFT_OUT = "left out"
 
 
-def flexlora_1613(asked: Asked) -> int:
+def flexlora_1613(request: Request) -> int:
     """One run per seed, its figures, and the verdict on each.
 
     Raises:
         UserError: no data folder, or a key that the experiment decides.
     """
-    if not asked.given.get("data.path"):
+    if not request.given.get("data.path"):
         raise UserError(
-            f"'{asked.name}' got no data folder, expected one with rows of 1,613 clients; give it "
-            "with --set data.path=DIR."
+            f"'{request.name}' got no data folder, expected one with rows of 1,613 clients; "
+            "give it with --set data.path=DIR."
         )
-    asked.refuse_taken(["seed"])
-    kept, checks = asked.kept(), []
-    for seed in asked.seeds:
-        config = config_of(asked, seed)
-        if not kept.has(asked.name, seed):
-            kept.add(asked.name, seed, _run(asked, config, asked.out / "runs" / str(seed)))
+    request.refuse_taken(["seed"])
+    kept, checks = request.results(), []
+    for seed in request.seeds:
+        config = config_of(request, seed)
+        if not kept.has(request.name, seed):
+            kept.add(request.name, seed, _run(request, config, request.out / "runs" / str(seed)))
         (row,) = kept.of_seeds([seed])
         checks += checks_of(row, clients=config.clients.count or CLIENTS)
-    asked.console.print(f"Numbers: {kept.file}", soft_wrap=True)
-    return tell(checks, asked.console, scale=asked.scale)
+    request.console.print(f"Numbers: {kept.file}", soft_wrap=True)
+    return print_verdict(checks, request.console, scale=request.scale)
 
 
-def config_of(asked: Asked, seed: int) -> Config:
+def config_of(request: Request, seed: int) -> Config:
     """The scenario at this scale, with what was given."""
     scenario = Config.resolve(file=SCENARIO)
-    sizes = asked.sizes(rounds=scenario.num_server_rounds, clients=CLIENTS)
-    least = {"min-train-clients": scaled(A_ROUND, asked.scale)}
-    return resolved(Config.of({**scenario.flat(), **sizes, **least, **asked.given, "seed": seed}))
+    sizes = request.sizes(rounds=scenario.num_server_rounds, clients=CLIENTS)
+    least = {"min-train-clients": scaled(A_ROUND, request.scale)}
+    return resolved(Config.of({**scenario.flat(), **sizes, **least, **request.given, "seed": seed}))
 
 
-def _run(asked: Asked, config: Config, out: Path) -> dict[str, object]:
+def _run(request: Request, config: Config, out: Path) -> dict[str, object]:
     """Begin the run, or go on with the same one after its last whole round."""
-    notes = asked.out / f"memory-{out.name}.jsonl"
-    with TerminalObserver(asked.console) as terminal:
-        witness = Witness(terminal, notes)
+    notes = request.out / f"memory-{out.name}.jsonl"
+    with Witness(request.console, notes) as witness:
         if _unfinished(out, config):
             resume(out, observer=witness)
         else:
@@ -94,31 +93,26 @@ def _unfinished(out: Path, config: Config) -> bool:
     return all(before.get(key) == now[key] for key in own)
 
 
-class Witness:
-    """Tells everything on; keeps the roster, and the resident set after each round in ``notes``.
+class Witness(TerminalObserver):
+    """Also holds the roster and notes the resident set after each round.
 
-    Implements ``Observer``. Notes outlive the process, as the run does.
+    ``notes``: a file, since it outlives the process, as the run does.
     """
 
-    def __init__(self, inner: Observer, notes: Path) -> None:
-        self.inner, self.notes = inner, notes
+    def __init__(self, console: Console, notes: Path) -> None:
+        super().__init__(console)
+        self.notes = notes
         self.roster = Roster()
 
     def met(self, roster: Roster) -> None:
         self.roster = roster
-        self.inner.met(roster)
-
-    def round_started(self, server_round: int, num_rounds: int, num_clients: int) -> None:
-        self.inner.round_started(server_round, num_rounds, num_clients)
-
-    def replied(self, client_id: str, cause: str) -> None:
-        self.inner.replied(client_id, cause)
+        super().met(roster)
 
     def round_finished(self, metrics: Mapping[str, object]) -> None:
         note = {"round": metrics["round"], "bytes": psutil.Process().memory_info().rss}
         with self.notes.open("a", encoding="utf-8") as file:
             file.write(json.dumps(note) + "\n")
-        self.inner.round_finished(metrics)
+        super().round_finished(metrics)
 
     def resident_bytes(self) -> list[int]:
         """After each training round, in order."""
@@ -134,17 +128,17 @@ def figures_of(run: RunFolder, witness: Witness) -> dict[str, object]:
     rows = run.metrics()
     trained = [row for row in rows if row["round"] > 0]
     with (run.path / "clients.csv").open(encoding="utf-8", newline="") as file:
-        told = [row for row in csv.DictReader(file) if row["status"] == LEFT_OUT and row["cause"]]
+        named = [row for row in csv.DictReader(file) if row["status"] == LEFT_OUT and row["cause"]]
     causes = Counter(cause.split(":")[0] for cause in roster.left_out.values())
     losses = [row["eval_loss"] for row in rows if row.get("eval_loss") is not None]
     return {
         "rounds": len(trained),
-        "rounds asked": config.num_server_rounds,
+        "rounds request": config.num_server_rounds,
         "clients": len(roster.members),
         "left out": len(roster.left_out),
-        "left out in clients.csv": len(told),
+        "left out in clients.csv": len(named),
         "without train rows": causes.get("no train rows", 0),
-        "clients a round asked": max(config.min_train_clients, share),
+        "clients a round request": max(config.min_train_clients, share),
         "clients a round": [row["clients_ok"] for row in trained],
         "loss of the base": losses[0] if losses else None,
         "loss": losses[-1] if len(losses) > 1 else None,
@@ -157,19 +151,19 @@ def checks_of(row: Mapping, *, clients: int) -> list[Check]:
     """The verdict on one seed; counts must be exact at any scale."""
     who = f"seed {row['seed']}"
     known = row["clients"] + row["left out"]
-    told, without = row["left out in clients.csv"], row["without train rows"]
+    named, without = row["left out in clients.csv"], row["without train rows"]
     fewest = min(row["clients a round"], default=0)
     counts = (
-        ("rounds completed", row["rounds asked"], row["rounds"]),
+        ("rounds completed", row["rounds request"], row["rounds"]),
         ("clients known", clients, known),
-        ("clients left out with their cause in clients.csv", row["left out"], told),
-        ("updates counted in the round with fewest", row["clients a round asked"], fewest),
+        ("clients left out with their cause in clients.csv", row["left out"], named),
+        ("updates counted in the round with fewest", row["clients a round request"], fewest),
     )
     checks = [
-        Check(claim=f"{who}: {what}", expected=asked, seen=seen, any_scale=True)
-        for what, asked, seen in counts
+        Check(claim=f"{who}: {what}", expected=request, seen=seen, any_scale=True)
+        for what, request, seen in counts
     ]
-    fallen = _difference(row["loss of the base"], row["loss"])
+    fallen = (row["loss of the base"] or math.nan) - (row["loss"] or math.nan)
     return [
         *checks,
         Check(
@@ -191,10 +185,6 @@ def checks_of(row: Mapping, *, clients: int) -> list[Check]:
             sense="at most",
         ),
     ]
-
-
-def _difference(first: float | None, last: float | None) -> float:
-    return float("nan") if first is None or last is None else first - last
 
 
 def _growth(resident: list[int]) -> float:

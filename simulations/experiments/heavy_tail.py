@@ -12,12 +12,20 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
-from flexlora.simulations.experiments.arms import RATES, SKEW, STEPS, STRONG, WEAK, Arm, fixed
-from flexlora.simulations.experiments.asked import Asked
-from flexlora.simulations.experiments.series import run_table
-from flexlora.simulations.experiments.verdicts import Check, tell
+from flexlora.simulations.experiments.checks import Check, print_verdict
+from flexlora.simulations.experiments.request import Request
+from flexlora.simulations.experiments.variant_table import run_table
+from flexlora.simulations.experiments.variants import (
+    RATES,
+    SKEW,
+    STEPS,
+    STRONG,
+    WEAK,
+    Variant,
+    fixed,
+)
 
-__all__ = ["ARMS", "EXPECTED", "TOLERANCE", "heavy_tail", "order_checks"]
+__all__ = ["EXPECTED", "TOLERANCE", "VARIANTS", "heavy_tail", "order_checks"]
 
 PAPER = {"ranks.policy": "paper:heavy-tail-light", "ranks.scale": 0.125}
 BEFORE = "2/8/16 at 80/10/10 %"  # the distribution of the table in the README
@@ -36,7 +44,7 @@ METHODS = {
 }
 # The standard error of a difference of two rules over three seeds is 0.05 to 0.33 of the gap.
 TOLERANCE = 0.25
-# Which rule closes how much of the gap more than which, by simulations/methods.json ("" is 0, what
+# Which rule closes how much of the gap more than which, by records/methods.json ("" is 0, what
 # everybody at the weakest rank reaches): three seeds at 2/8/16.
 EXPECTED = {
     ("carried", "aligned"): 0.27,
@@ -49,27 +57,29 @@ EXPECTED = {
 }
 
 
-def _arms() -> tuple[Arm, ...]:
-    arms = []
+def _variants() -> tuple[Variant, ...]:
+    variants = []
     for part, (ranks, weak, strong) in PARTS.items():
         for end, rank in ((WEAK, weak), (STRONG, strong)):
             title = f"everybody at rank {rank}, {part}"
             changes = {"method.name": "residual", **fixed(rank)}
-            arms.append(Arm(title=title, changes=changes, trials=RATES, part=part, end=end))
+            variants.append(Variant(title=title, changes=changes, trials=RATES, part=part, end=end))
         for method, trials in METHODS.items():
             changes = {"method.name": method, **ranks}
-            arms.append(Arm(title=f"{method}, {part}", changes=changes, trials=trials, part=part))
-    return tuple(arms)
+            variants.append(
+                Variant(title=f"{method}, {part}", changes=changes, trials=trials, part=part)
+            )
+    return tuple(variants)
 
 
-ARMS = _arms()
+VARIANTS = _variants()
 
 
-def heavy_tail(asked: Asked) -> int:
+def heavy_tail(request: Request) -> int:
     """The tables of both distributions, and whether the expected order is the order seen."""
-    rows = run_table(asked, ARMS)
+    rows = run_table(request, VARIANTS)
     checks = [check for part in PARTS for check in order_checks(rows, part)]
-    return tell(checks, asked.console, scale=asked.scale)
+    return print_verdict(checks, request.console, scale=request.scale)
 
 
 def order_checks(rows: Sequence[Mapping], part: str) -> list[Check]:
@@ -82,7 +92,7 @@ def order_checks(rows: Sequence[Mapping], part: str) -> list[Check]:
     """
     closed = {"": 0.0}
     for method in METHODS:
-        own = [row for row in rows if row["arm"] == f"{method}, {part}" and "gap closed" in row]
+        own = [row for row in rows if row["variant"] == f"{method}, {part}" and "gap closed" in row]
         values = [float(row["gap closed"]) for row in own]
         closed[method] = statistics.fmean(values) if values else float("nan")
     gap = _gap_check(rows, part)
@@ -99,8 +109,8 @@ def _order_check(part: str, better: str, worse: str, seen: float) -> Check:
     measured = part == BEFORE
     first, second = better or weak, worse or weak
     if before <= TOLERANCE:
-        told = f" (ahead by {before:.2f} in methods.json)" if measured else ""
-        claim = f"{part}: {first} is not behind {second} by more than {TOLERANCE} of the gap{told}"
+        note = f" (ahead by {before:.2f} in methods.json)" if measured else ""
+        claim = f"{part}: {first} is not behind {second} by more than {TOLERANCE} of the gap{note}"
         return Check(claim=claim, expected=-TOLERANCE, seen=seen, sense="at least")
     claim = f"{part}: {first} is ahead of {second}, in parts of the gap, by"
     if not measured:
@@ -119,7 +129,7 @@ def _gap_check(rows: Sequence[Mapping], part: str) -> Check:
     losses = {}
     for end, rank in ((WEAK, PARTS[part][1]), (STRONG, PARTS[part][2])):
         title = f"everybody at rank {rank}, {part}"
-        own = [float(row["loss"]) for row in rows if row["arm"] == title]
+        own = [float(row["loss"]) for row in rows if row["variant"] == title]
         losses[end] = statistics.fmean(own) if own else float("nan")
     return Check(
         claim=f"{part}: the gap in loss between everybody weak and everybody strong",

@@ -1,33 +1,30 @@
 """``flexlora reproduce rank-collapse``: what each rule leaves of the tail of ``G``, round by round.
 
-First the law (``rank_law.py``): nobody trains, and the values must be the predicted ones. Then real
-runs on the built-in tasks (``tails.py``), four clients in five at rank 2, all at server rate 1, so
-that the rules differ in nothing but what they do with the tail (arXiv 2602.13486).
+Real runs on the built-in tasks (``tail_energy.py``), four clients in five at rank 2, all at server
+rate 1, so that the rules differ in nothing but what they do with the tail (arXiv 2602.13486). That
+untrained rounds follow the law exactly is a test (``tests/support/rank_law.py``).
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.table import Table
 
-from flexlora.simulations.experiments.arms import SKEW, Arm
-from flexlora.simulations.experiments.asked import Asked
-from flexlora.simulations.experiments.rank_law import CASES, COLLAPSES, Case, measure
-from flexlora.simulations.experiments.results import KeptResults
-from flexlora.simulations.experiments.series import refuse_taken, run_arms
-from flexlora.simulations.experiments.verdicts import Check, tell
+from flexlora.simulations.experiments.checks import Check, print_verdict
+from flexlora.simulations.experiments.request import Request
+from flexlora.simulations.experiments.variant_table import run_variants
+from flexlora.simulations.experiments.variants import SKEW, Variant
 
-__all__ = ["ARMS", "law_checks", "rank_collapse", "run_checks"]
+__all__ = ["VARIANTS", "rank_collapse", "run_checks"]
 
-LAW_ROUNDS = 3
-LAW_TOLERANCE = 1e-6  # relative, in float64
 MEASURED = {"eval.split": "test", "eval.max-examples": 0, "eval.every": 1, "eval.generate": "never"}
 TITLES = {"flexlora": "FlexLoRA as published", "residual": "residual", "carried": "carried"}
 PUBLISHED = TITLES["flexlora"]
-ARMS = tuple(
-    Arm(
+VARIANTS = tuple(
+    Variant(
         title=title,
         kind="tail",
         changes={"method.name": name, "method.server-learning-rate": 1.0, "eval.every": 1, **SKEW},
@@ -35,81 +32,20 @@ ARMS = tuple(
     for name, title in TITLES.items()
 )
 
-Row = Mapping
+Scores = Mapping[str, Any]
 
 
-def rank_collapse(asked: Asked) -> int:
-    """Both parts, their tables and the verdict."""
-    refuse_taken(asked, ARMS)
-    kept = asked.kept()
-    for case in CASES:
-        for method in COLLAPSES:
-            _keep_law(kept, case, method, asked.first_seed)
-    laws = [row for row in kept.of_seeds([asked.first_seed]) if "worst" in row]
-    asked.console.print(law_table(laws))
-    kept = run_arms(asked, ARMS, MEASURED)
-    runs = [row for row in kept.of_seeds(asked.seeds) if "rounds" in row]
-    asked.console.print()
-    asked.console.print(course_table(runs))
-    asked.console.print(f"Numbers: {kept.file}", soft_wrap=True)
-    return tell(law_checks(laws) + run_checks(runs), asked.console, scale=asked.scale)
+def rank_collapse(request: Request) -> int:
+    """The runs, their table and the verdict."""
+    kept = run_variants(request, VARIANTS, MEASURED)
+    runs = [row for row in kept.of_seeds(request.seeds) if "rounds" in row]
+    request.console.print()
+    request.console.print(course_table(runs))
+    request.console.print(f"Numbers: {kept.file}", soft_wrap=True)
+    return print_verdict(run_checks(runs), request.console, scale=request.scale)
 
 
-def _keep_law(kept: KeptResults, case: Case, method: str, seed: int) -> None:
-    """The first direction beyond the rank of each class, and the worst of all values."""
-    title = f"{case.title}: {method}"
-    if not kept.has(title, seed):
-        measured = measure(case, method, rounds=LAW_ROUNDS, seed=seed, collapses=COLLAPSES[method])
-        bands = [measured.band(direction) for direction in case.bands()]
-        kept.add(title, seed, {"method": method, "worst": measured.worst(), "bands": bands})
-
-
-def law_table(rows: Sequence[Row]) -> Table:
-    """What is left of one direction per band after each round, without training."""
-    table = Table(title="Nobody trains", title_justify="left", box=None, pad_edge=False)
-    table.add_column("ranks, clients: rule", no_wrap=True)
-    for column in ("sigma", "law", "seen"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in rows:
-        for index, band in enumerate(row["bands"]):
-            course = (_course(band[key]) for key in ("predicted", "seen"))
-            table.add_row(row["arm"] if index == 0 else "", str(band["direction"]), *course)
-    return table
-
-
-def _course(values: Sequence[float]) -> str:
-    return ", ".join(f"{value:.3g}" for value in values)
-
-
-def law_checks(rows: Sequence[Row]) -> list[Check]:
-    """What is left of the first direction that is lost; and all values of all modules."""
-    checks = []
-    for row in rows:
-        band = row["bands"][0]
-        law, rounds = band["predicted"][-1], len(band["seen"]) - 1
-        checks.append(
-            Check(
-                claim=f"{row['arm']} keeps of sigma_{band['direction']} in {rounds} rounds",
-                expected=law,
-                seen=band["seen"][-1],
-                tolerance=LAW_TOLERANCE * law,
-                any_scale=True,
-            )
-        )
-    for method in dict.fromkeys(row["method"] for row in rows):
-        checks.append(
-            Check(
-                claim=f"{method}, largest relative distance of any value of any case from the law",
-                expected=0.0,
-                seen=max(row["worst"] for row in rows if row["method"] == method),
-                tolerance=LAW_TOLERANCE,
-                any_scale=True,
-            )
-        )
-    return checks
-
-
-def course_table(rows: Sequence[Row]) -> Table:
+def course_table(rows: Sequence[Scores]) -> Table:
     """By round, means over the seeds: tail's share of the energy, what is kept of it, eval loss."""
     table = Table(
         title="Clients train: the tail above rank 2 by round",
@@ -122,18 +58,18 @@ def course_table(rows: Sequence[Row]) -> Table:
     for server_round in rounds:
         table.add_column(str(server_round), justify="right", no_wrap=True)
     kinds = (("share", "share of the energy"), ("kept", "kept of the last"), ("loss", "eval loss"))
-    for title in dict.fromkeys(row["arm"] for row in rows):
-        own = [row for row in rows if row["arm"] == title]
+    for title in dict.fromkeys(row["variant"] for row in rows):
+        own = [row for row in rows if row["variant"] == title]
         if title == PUBLISHED:
             cells = (f"{mean_of(own, 'law', r):.2f}" for r in rounds)
             table.add_row("kept by the law, untrained", *cells)
-        for key, told in kinds:
+        for key, label in kinds:
             cells = (f"{mean_of(own, key, r):.3g}" for r in rounds)
-            table.add_row(f"{title}: {told}", *cells)
+            table.add_row(f"{title}: {label}", *cells)
     return table
 
 
-def mean_of(rows: Sequence[Row], key: str, server_round: int | None = None) -> float:
+def mean_of(rows: Sequence[Scores], key: str, server_round: int | None = None) -> float:
     """The mean of a figure over rows and rounds (one round, or all of them); NaN without any."""
     values = [
         own[key]
@@ -144,13 +80,13 @@ def mean_of(rows: Sequence[Row], key: str, server_round: int | None = None) -> f
     return statistics.fmean(values) if values else float("nan")
 
 
-def run_checks(rows: Sequence[Row]) -> list[Check]:
+def run_checks(rows: Sequence[Scores]) -> list[Check]:
     """What training runs show: the published form loses the tail, the other two hold it.
 
     Training relearns a part of the tail in its own directions and adds to it elsewhere, so these
     tolerances are wide; they are those of three seeds.
     """
-    own = {title: [row for row in rows if row["arm"] == title] for title in TITLES.values()}
+    own = {title: [row for row in rows if row["variant"] == title] for title in TITLES.values()}
     last = {title: _last(own[title], "share") for title in own}
     law = mean_of(own[PUBLISHED], "law")
     checks = [
@@ -174,6 +110,6 @@ def run_checks(rows: Sequence[Row]) -> list[Check]:
     return checks
 
 
-def _last(rows: Sequence[Row], key: str) -> float:
+def _last(rows: Sequence[Scores], key: str) -> float:
     ends = [row["rounds"][-1]["round"] for row in rows if row["rounds"]]
     return mean_of(rows, key, max(ends)) if ends else float("nan")

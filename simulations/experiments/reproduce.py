@@ -9,19 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from flexlora.config.resolve import Config
 from flexlora.errors import UserError, nearest
-from flexlora.simulations.experiments.arms import FIRST_LOOK, METHODS, METHODS_GENTLY, Arm
-from flexlora.simulations.experiments.asked import SEEDS, Asked
-from flexlora.simulations.experiments.cohort_speed import cohort_speed
+from flexlora.report.console import make_console
 from flexlora.simulations.experiments.flexlora_1613 import flexlora_1613
 from flexlora.simulations.experiments.heavy_tail import heavy_tail
 from flexlora.simulations.experiments.rank_collapse import rank_collapse
-from flexlora.simulations.experiments.series import run_table
-from flexlora.simulations.terminal import make_console
+from flexlora.simulations.experiments.request import SEEDS, Request
+from flexlora.simulations.experiments.variant_table import run_table
+from flexlora.simulations.experiments.variants import FIRST_LOOK, METHODS, METHODS_GENTLY, Variant
 
 __all__ = ["EXPERIMENTS", "Experiment", "list_experiments", "reproduce", "table_of"]
 
@@ -36,17 +34,17 @@ class Experiment:
     about: str
     expected: str
     minutes: int
-    run: Callable[[Asked], int]
+    run: Callable[[Request], int]
 
 
-def table_of(arms: Sequence[Arm]) -> Callable[[Asked], int]:
-    """An experiment that is a table and expects nothing."""
-    return partial(_table, arms)
+def table_of(variants: Sequence[Variant]) -> Callable[[Request], int]:
+    """An experiment that prints a table and judges nothing."""
 
+    def run(request: Request) -> int:
+        run_table(request, variants)
+        return 0
 
-def _table(arms: Sequence[Arm], asked: Asked) -> int:
-    run_table(asked, arms)
-    return 0
+    return run
 
 
 TABLE = "a table, no verdict"
@@ -71,7 +69,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     ),
     "rank-collapse": Experiment(
         about="what is left of the tail of G: the published form, the residual one, carried",
-        expected="untrained 1, 0.2, 0.04, 0.008 or 1, to 1e-6; trained the law or 1, to 0.2",
+        expected="kept of the tail a round: the law of untrained rounds or 1, to 0.2",
         minutes=12,
         run=rank_collapse,
     ),
@@ -83,15 +81,9 @@ EXPERIMENTS: dict[str, Experiment] = {
     ),
     "flexlora-1613": Experiment(
         about="1,613 clients, 80 a round, the paper's ranks; needs --set data.path=DIR",
-        expected="nobody lost, loss falls by 1.5, memory grows by 10 % at most",
+        expected="no client lost, loss falls by 1.5, memory grows by 10 % at most",
         minutes=30,
         run=flexlora_1613,
-    ),
-    "cohort-speed": Experiment(
-        about="trainings a second beside Flower on Ray and PEFT loops on this machine",
-        expected="1.5 times Flower, 1.2 times a loop, and everybody's losses the same",
-        minutes=15,
-        run=cohort_speed,
     ),
 }
 
@@ -107,7 +99,7 @@ def reproduce(
 ) -> int:
     """Run one experiment into ``out``: 0, or 1 where an expected figure does not hold.
 
-    Arms that are already in ``results.json`` are not run again.
+    Variants that are already in ``results.json`` are not run again.
 
     Raises:
         UserError: an unknown experiment, no seeds, a scale or ``sets`` that cannot be.
@@ -116,7 +108,7 @@ def reproduce(
         known = ", ".join(EXPERIMENTS)
         hint = nearest(name, EXPERIMENTS)
         raise UserError(f"experiment '{name}' is unknown, expected {known}.{hint}")
-    asked = Asked(
+    request = Request(
         name=name,
         out=out,
         console=make_console(),
@@ -125,7 +117,7 @@ def reproduce(
         first_seed=first_seed,
         scale=scale,
     )
-    return EXPERIMENTS[name].run(asked)
+    return EXPERIMENTS[name].run(request)
 
 
 def list_experiments() -> int:
@@ -133,9 +125,9 @@ def list_experiments() -> int:
     console = make_console()
     console.print("name            minutes  what it measures; what is expected", style="bold")
     for name, experiment in EXPERIMENTS.items():
-        told = f"{name:<14}  {experiment.minutes:>7}  {experiment.about}"
-        console.print(told, soft_wrap=True)
+        text = f"{name:<14}  {experiment.minutes:>7}  {experiment.about}"
+        console.print(text, soft_wrap=True)
         console.print(f"{'':<25}expected: {experiment.expected}", style="dim", soft_wrap=True)
-    told = f"Minutes are those of two cores at --scale 1 with {SEEDS} seeds."
-    console.print(f"\n{told} `flexlora reproduce NAME --scale 0.2` is a smaller one.")
+    text = f"Minutes are those of two cores at --scale 1 with {SEEDS} seeds."
+    console.print(f"\n{text} `flexlora reproduce NAME --scale 0.2` is a smaller one.")
     return 0

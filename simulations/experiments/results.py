@@ -10,12 +10,12 @@ from pathlib import Path
 from flexlora.errors import UserError
 from flexlora.wire.files import write_atomically
 
-__all__ = ["KeptResults"]
+__all__ = ["ResultsFile"]
 
 
 @dataclass(kw_only=True)
-class KeptResults:
-    """``results.json``: rows by arm and seed, and what each arm's trials came to."""
+class ResultsFile:
+    """``results.json``: rows by variant and seed, and what each variant's trials came to."""
 
     file: Path
     experiment: str
@@ -27,7 +27,7 @@ class KeptResults:
     @classmethod
     def read(
         cls, file: Path, experiment: str, given: Mapping[str, object], *, scale: float = 1.0
-    ) -> KeptResults:
+    ) -> ResultsFile:
         """What an earlier call left, or nothing yet.
 
         Raises:
@@ -51,33 +51,28 @@ class KeptResults:
             )
         return results
 
-    def has(self, arm: str, seed: int) -> bool:
-        return any((row["arm"], row["seed"]) == (arm, seed) for row in self.rows)
+    def has(self, variant: str, seed: int) -> bool:
+        return any((row["variant"], row["seed"]) == (variant, seed) for row in self.rows)
 
     def of_seeds(self, seeds: Sequence[int]) -> list[dict]:
         """The rows of these seeds; those of an earlier call with more of them stay in the file."""
         return [row for row in self.rows if row["seed"] in seeds]
 
-    def add(self, arm: str, seed: int, scores: Mapping[str, object]) -> None:
-        self.rows.append({"arm": arm, "seed": seed, **scores})
+    def add(self, variant: str, seed: int, scores: Mapping[str, object]) -> None:
+        self.rows.append({"variant": variant, "seed": seed, **scores})
         self._write()
 
-    def add_all(self, seed: int, scores: Mapping[str, Mapping[str, object]]) -> None:
-        """The rows of a whole seed at once: all of them are kept or none."""
-        self.rows += [{"arm": arm, "seed": seed, **own} for arm, own in scores.items()]
-        self._write()
-
-    def chosen(self, arm: str) -> dict[str, object]:
-        """The best trial of an arm; nothing where there was no choice."""
-        return dict(self.trials[arm]["chosen"]) if arm in self.trials else {}
+    def chosen(self, variant: str) -> dict[str, object]:
+        """The best trial of a variant; nothing where there was no choice."""
+        return dict(self.trials[variant]["chosen"]) if variant in self.trials else {}
 
     def choose(
-        self, arm: str, trials: Sequence[Mapping[str, object]], losses: Sequence[float]
+        self, variant: str, trials: Sequence[Mapping[str, object]], losses: Sequence[float]
     ) -> None:
         """Keep all trials and the one with the lowest loss."""
         best = min(range(len(losses)), key=lambda i: losses[i])
         tried = [{**trial, "loss": loss} for trial, loss in zip(trials, losses, strict=True)]
-        self.trials[arm] = {"chosen": dict(trials[best]), "tried": tried}
+        self.trials[variant] = {"chosen": dict(trials[best]), "tried": tried}
         self._write()
 
     def _write(self) -> None:

@@ -1,9 +1,9 @@
 """Pretrain the embedded base from nothing: a small Llama on text that the project generates.
 
-    python -m flexlora.simulations.make_base.__main__ --out flexlora/assets/base
+    python -m flexlora.simulations.make_base --out flexlora/assets/base
 
 Seeded, and single-purpose: the same machine and thread count give the same bytes. The loss curve
-goes to ``simulations/make_base_loss.csv``. Hidden matrices are trained by Muon, the embedding and
+goes to ``simulations/make_base/loss.csv``. Hidden matrices are trained by Muon, the embedding and
 the norms by AdamW; both rates fall linearly to zero. The answer's tokens carry most of the loss,
 since a generated input is noise by design and nothing can be learnt about it.
 """
@@ -174,13 +174,13 @@ def provenance(out: Path, plan: PretrainingPlan, model: LlamaForCausalLM, second
 A Llama of {model.num_parameters():,} parameters, pretrained from nothing on text that this project
 generates. No outside text or weights went in; the licence is the project's.
 
-    python -m flexlora.simulations.make_base.__main__ --out flexlora/assets/base
+    python -m flexlora.simulations.make_base --out flexlora/assets/base
 
 seed {plan.seed}, {plan.max_steps:,} steps of {plan.batch_size} documents, {plan.threads} thread,
 {seconds / 60:.0f} minutes, torch {torch.__version__} on {platform.machine()} under Python
 {platform.python_version()}. The corpus: `simulations/make_base/corpus.py` (generic skills, half of
 the wordings of the known task families on their train instances, plain sentences; nothing of the
-held-out families). The loss curve: `simulations/make_base_loss.csv`. The prompt is the 'plain'
+held-out families). The loss curve: `simulations/make_base/loss.csv`. The prompt is the 'plain'
 template of `flexlora/data/templates.py`. Vocabulary: bytes and the words of running text, so that
 what a task works on is spelled letter by letter.
 

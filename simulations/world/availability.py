@@ -1,4 +1,4 @@
-"""When a simulated client can be reached: a function of time, asked at any time in any order.
+"""When a simulated client can be reached: a function of time, queried at any time, in any order.
 
     always    at every time
     diurnal   with probability p(t) = s (1 + a cos(2 pi (h - 2) / 24)) at its local hour h
@@ -12,7 +12,7 @@ draws one number u a day: it is online while p(t) > u, once a day around its pea
 all. Over days that has probability p(t) at every t, and mean s over a day.
 
 Seconds count from midnight UTC. Every client has its own stream of random numbers, so that it
-answers alike whoever else is asked about.
+has the same times whichever other clients are queried.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ class Markov:
 
 
 class _Path:
-    """The times at which one client changes, made longer when somebody asks beyond the last."""
+    """The times at which one client changes, extended when a query goes beyond the last."""
 
     def __init__(
         self, generator: np.random.Generator, share: float, means: tuple[float, float]

@@ -30,12 +30,12 @@ from flexlora.simulations.world.populations import Population
 from flexlora.simulations.world.rates import rates_of
 from flexlora.simulations.world.step_costs import adapter_numbers, train_seconds, training_work
 
-__all__ = ["Clock", "OwnTraining", "Price"]
+__all__ = ["Clock", "Effort", "OwnTraining", "Price"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class OwnTraining:
-    """What a client trains for itself before it answers (``personal.py``)."""
+    """The training of personal factors, before the client answers."""
 
     rank: int
     tokens: int
@@ -43,8 +43,29 @@ class OwnTraining:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Effort:
+    """The work of one training and its transfers.
+
+    ``steps`` steps over ``tokens`` padded tokens in all; bytes are those of the messages that are
+    really sent, with the trained model's factors. ``looks`` are batches whose gradient turns
+    ``lora_A``, their tokens among ``tokens``.
+    """
+
+    client_id: str
+    server_round: int
+    rank_class: RankClass
+    quantization: str
+    tokens: int
+    steps: int
+    bytes_down: int
+    bytes_up: int
+    looks: int = 0
+    own: OwnTraining | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Price:
-    """One training, told before it happens; ``leaves_after`` is None where the client stays."""
+    """Predicted cost of one training; ``leaves_after`` is None where the client stays."""
 
     download_seconds: float
     train_seconds: float
@@ -58,11 +79,6 @@ class Price:
     def seconds(self) -> float:
         """From the first byte down to the last byte up, if the client stays."""
         return self.download_seconds + self.train_seconds + self.upload_seconds
-
-    @property
-    def joules(self) -> float:
-        """What the whole of it takes; see ``joules_until`` for a client that leaves."""
-        return self.joules_until(self.seconds)
 
     def downloaded_until(self, seconds: float) -> float:
         """The share of the bytes down that had come by then."""
@@ -113,34 +129,26 @@ class Clock:
             accumulation=config.train.gradient_accumulation_steps,
         )
 
-    def price(
-        self,
-        client_id: str,
-        server_round: int,
-        *,
-        rank_class: RankClass,
-        quantization: str,
-        tokens: int,
-        steps: int,
-        bytes_down: int,
-        bytes_up: int,
-        looks: int = 0,
-        own: OwnTraining | None = None,
-    ) -> Price:
-        """What this client's training takes: ``steps`` steps over ``tokens`` padded tokens in all.
-
-        Bytes are those of the messages that were really sent, with the trained model's factors.
-        ``looks`` are batches whose gradient turns ``lora_A``, their tokens among ``tokens``.
+    def price(self, effort: Effort) -> Price:
+        """Seconds, watts and the end of a client's training.
 
         Raises:
             UserError: a client that is not in the population, or whose device is not simulated.
         """
+        client_id, server_round, own = effort.client_id, effort.server_round, effort.own
+        rank_class, quantization = effort.rank_class, effort.quantization
         client = self.population.client(client_id)
         if client.device is None:
             raise UserError(f"client '{client_id}' has no simulated device to price a training on.")
         carried = self._carried(self.shape, rank_class)
         seconds = self._train_seconds(
-            client.device, rank_class, quantization, carried, tokens, steps, looks
+            client.device,
+            rank_class,
+            quantization,
+            carried,
+            effort.tokens,
+            effort.steps,
+            effort.looks,
         )
         if own is not None:
             # All that the client was sent lies frozen beside its own factors.
@@ -152,10 +160,10 @@ class Clock:
         down, up = self._scales(rank_class)
         link = client.link
         price = Price(
-            download_seconds=link.download_seconds(down * bytes_down) if link else 0.0,
+            download_seconds=link.download_seconds(down * effort.bytes_down) if link else 0.0,
             train_seconds=self.population.slowdown(client_id, server_round) * seconds,
-            upload_seconds=link.upload_seconds(up * bytes_up) if link else 0.0,
-            latency_seconds=link.latency_seconds if link and bytes_down else 0.0,
+            upload_seconds=link.upload_seconds(up * effort.bytes_up) if link else 0.0,
+            latency_seconds=link.latency_seconds if link and effort.bytes_down else 0.0,
             train_watts=rates_of(client.device).watts,
             radio_watts=link.watts if link else 0.0,
         )

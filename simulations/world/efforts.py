@@ -1,9 +1,8 @@
-"""What a train message asks of its client, told before anybody trains: passes, tokens, bytes.
+"""The work of a train message, computed before the training: passes, tokens, bytes.
 
     passes    one for every part of a step; one more for every part of a batch whose gradient turns
-              ``lora_A``, at the start and after each restart; those of own factors
-    bytes up  the factors that get gradients, of the terms that this client draws, once for the
-              start and once more for each restart
+              ``lora_A`` at the start; those of own factors
+    bytes up  the factors that get gradients, of the terms that this client draws
 
 What HetLoRA's clients prune is known when they have trained: their bytes are those of all terms.
 """
@@ -14,8 +13,7 @@ from collections.abc import Iterable, Sequence
 
 from flexlora.clients.worker import Worker
 from flexlora.data.collation import Example
-from flexlora.simulations.world.clock import OwnTraining
-from flexlora.simulations.world.simulated_time import Effort
+from flexlora.simulations.world.clock import Effort, OwnTraining
 from flexlora.training.personal import PersonalPlan
 from flexlora.training.schedule import TrainSettings, num_steps, planned_rows
 from flexlora.wire.encoding import encoded_bytes
@@ -27,7 +25,6 @@ __all__ = ["effort_of"]
 def effort_of(job: TrainJob, worker: Worker, *, wire_dtype: str, bytes_down: int) -> Effort:
     """The effort of one job; a client without rows has only its transfers."""
     rows, local = worker.train_rows(job), job.start.local
-    phases = 1 + local.restarts
     own_start = job.start.for_client(job.client_id)
     return Effort(
         client_id=job.client_id,
@@ -37,20 +34,17 @@ def effort_of(job: TrainJob, worker: Worker, *, wire_dtype: str, bytes_down: int
         tokens=_tokens(job, rows, worker.settings) if rows else 0,
         steps=num_steps(len(rows), worker.settings) if rows else 0,
         bytes_down=bytes_down,
-        bytes_up=phases * encoded_bytes(own_start.trained, wire_dtype, own_start.trainable),
-        looks=phases * local.gradient_batches if rows else 0,
+        bytes_up=encoded_bytes(own_start.trained, wire_dtype, own_start.trainable),
+        looks=local.gradient_batches if rows else 0,
         own=_own(job, rows, worker.personal, worker.settings),
     )
 
 
 def _tokens(job: TrainJob, rows: Sequence[Example], settings: TrainSettings) -> int:
-    """Padded tokens of all steps, and of the batches that are looked at when a phase begins."""
-    local, steps = job.start.local, num_steps(len(rows), settings)
-    ahead, phases = local.gradient_batches, 1 + local.restarts
-    plan = planned_rows(job, len(rows), settings, ahead=ahead)
-    begins = [phase * steps // phases for phase in range(phases)]
-    looked_at = [chosen for step in begins for chosen in plan[step : step + ahead]]
-    return _padded([*plan[:steps], *looked_at], rows, settings.rows_per_pass)
+    """Padded tokens of all steps, and of the batches whose gradient turns ``lora_A``."""
+    steps, batches = num_steps(len(rows), settings), job.start.local.gradient_batches
+    plan = planned_rows(job, len(rows), settings, ahead=batches)
+    return _padded([*plan[:steps], *plan[:batches]], rows, settings.rows_per_pass)
 
 
 def _own(

@@ -1,15 +1,10 @@
-"""Who the simulated clients are: their devices and links, how many rows they hold, who drops out.
+"""Simulated clients: their devices and links, drop-outs and stragglers.
 
 ``population.devices`` deals devices of ``planning/devices.py`` to the clients, with shares that are
 met exactly, and ``population.links`` links of ``links.py``, independently. A client is the same in
 every round and in every run of the same clients and seed. Without devices there is no simulated
 hardware and no clock; ``population.availability``, ``population.dropout``, the stragglers and
-``population.examples`` mean the same with and without.
-
-    population.examples = ""                      all rows that a client has
-                          "100"                   at most so many train rows
-                          "lognormal:60:1.0"      at most N, with log N ~ N(log 60, 1.0): a few
-                                                  clients hold much and most hold little
+``population.examples`` (``flexlora/data/caps.py``) mean the same with and without.
 """
 
 from __future__ import annotations
@@ -19,7 +14,6 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from flexlora.config.resolve import KEYS, Config
-from flexlora.data.caps import num_rows, parse_examples
 from flexlora.errors import UserError, nearest
 from flexlora.planning.devices import DEVICES, Device, find_device, near_devices
 from flexlora.planning.shares import deal, parse_named_shares
@@ -27,7 +21,7 @@ from flexlora.seeds import numpy_generator
 from flexlora.simulations.world.availability import Availability, availability_of
 from flexlora.simulations.world.links import Link, find_link, link_of
 
-__all__ = ["Population", "SimulatedClient", "parse_examples"]
+__all__ = ["Population", "SimulatedClient"]
 
 Kind = TypeVar("Kind")
 
@@ -65,7 +59,6 @@ class Population:
     dropout: float = 0.0
     straggler_share: float = 0.0
     straggler_slowdown: float = 1.0
-    examples: tuple[float, float] | None = None  # median and sigma of the most rows
 
     @staticmethod
     def from_config(config: Config, client_ids: Sequence[str]) -> Population:
@@ -91,7 +84,6 @@ class Population:
             dropout=config.population.dropout,
             straggler_share=config.population.straggler_share,
             straggler_slowdown=config.population.straggler_slowdown,
-            examples=parse_examples(config.population.examples),
         )
 
     @property
@@ -102,16 +94,12 @@ class Population:
     def client(self, client_id: str) -> SimulatedClient:
         """
         Raises:
-            UserError: nobody of that name.
+            UserError: no client of that id.
         """
         if client_id not in self.clients:
             hint = nearest(client_id, self.clients)
             raise UserError(f"client '{client_id}' is not in the population.{hint}")
         return self.clients[client_id]
-
-    def num_rows(self, client_id: str, available: int) -> int:
-        """How many of its ``available`` train rows a client holds: at least 1 if there is one."""
-        return num_rows(self.examples, client_id, available, seed=self.seed)
 
     def slowdown(self, client_id: str, server_round: int) -> float:
         """How many times slower this training is than the device allows: 1 for most."""
@@ -146,7 +134,7 @@ def _dealt(
     client_ids: Sequence[str],
     find: Callable[[str], tuple[str, Kind]],
 ) -> dict[str, Kind]:
-    """The kind of every client, with exact quotas; empty where the key is empty."""
+    """The kind of each client, with exact quotas; empty where the key is empty."""
     given = config.flat()[key]
     named = parse_named_shares(key, given, find).values()
     if not named:
@@ -160,7 +148,7 @@ def _dealt(
 
 
 def _refuse_ignored(config: Config) -> None:
-    """Keys that nothing reads without another: told, since they would do nothing."""
+    """Refuse keys that have no effect without another key."""
     needs = {
         "population.links": ("population.devices", "links count in the clock of simulated devices"),
         "population.clock-model": ("population.devices", "a clock runs for simulated devices"),

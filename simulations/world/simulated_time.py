@@ -1,15 +1,15 @@
-"""Simulated time: when replies arrive, who can be reached, what a training took out there.
+"""Simulated time: when replies arrive, who can be reached, what a training costs its client.
 
-The world is the clock of the simulation's grid (``clocks.py``). Its seconds pass only while
-the server waits, and then from one event to the next, so that a round of hours takes as long as its
-arithmetic. The server's deadlines, quorums and over-selection are the code of a deployment.
+The world is the clock of the simulation's grid. Its seconds pass only while the server waits, from
+one event to the next, so that a round of hours takes as long as its arithmetic. The server's
+deadlines, quorums and over-selection are the code of a deployment.
 
 A client that leaves in the middle, by chance or because its time online is over, sends nothing; the
 server learns of it ``LOST_AFTER`` seconds later, as from Flower, which gives up a silent node
 after 50 to 60 s. Without simulated devices a training takes ``NOMINAL_SECONDS``.
 
-A client does one thing at a time: what it is sent while it is busy begins when its work has ended,
-whether or not anybody still waits for that.
+A client does one thing at a time: a message that reaches it while it is busy is worked on when its
+earlier work has ended, whether or not the server still waits for that.
 """
 
 from __future__ import annotations
@@ -18,31 +18,14 @@ import math
 from dataclasses import dataclass
 
 from flexlora.config.resolve import Config
-from flexlora.lora.ranks import RankClass
 from flexlora.server.transport.clocks import Spent
-from flexlora.simulations.world.clock import Clock, OwnTraining, Price
+from flexlora.simulations.world.clock import Clock, Effort, Price
 from flexlora.simulations.world.populations import Population
 
-__all__ = ["Effort", "World", "world_of"]
+__all__ = ["World", "world_of"]
 
 LOST_AFTER = 60.0
 NOMINAL_SECONDS = 60.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Effort:
-    """What a message asks of its client; see ``Clock.price``."""
-
-    client_id: str
-    server_round: int
-    rank_class: RankClass
-    quantization: str
-    tokens: int
-    steps: int
-    bytes_down: int
-    bytes_up: int
-    looks: int = 0
-    own: OwnTraining | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +35,7 @@ class _Trip:
 
 
 def world_of(config: Config, population: Population) -> World | None:
-    """The world that the ``population.*`` keys describe; None where nobody's time matters."""
+    """The world that the ``population.*`` keys describe; None where no key makes time matter."""
     chance = population.dropout or population.straggler_share
     if not (population.has_hardware or chance or config.population.availability != "always"):
         return None
@@ -60,7 +43,7 @@ def world_of(config: Config, population: Population) -> World | None:
 
 
 class World:
-    """Implements ``flexlora.server.transport.clocks.Clock``."""
+    """Implements ``flexlora.server.transport.clocks.Clock`` with seconds that pass by events."""
 
     simulated = True
 
@@ -142,18 +125,7 @@ class World:
                 upload_seconds=0.0,
                 leaves_after=None if part is None else part * seconds,
             )
-        return self.clock.price(
-            client_id,
-            effort.server_round,
-            rank_class=effort.rank_class,
-            quantization=effort.quantization,
-            tokens=effort.tokens,
-            steps=effort.steps,
-            bytes_down=effort.bytes_down,
-            bytes_up=effort.bytes_up,
-            looks=effort.looks,
-            own=effort.own,
-        )
+        return self.clock.price(effort)
 
     def arrived(self, message_id: str) -> bool:
         """Whether there is an answer by now; messages that were never sent have theirs at once."""
@@ -172,5 +144,5 @@ class World:
         return f"the client left after {trip.left_after:.0f} s"
 
     def forget(self, message_id: str) -> None:
-        """Nobody will ask for this answer; its client is busy with it all the same."""
+        """Drop the answer to a message; its client stays busy with it all the same."""
         self._trips.pop(message_id, None)

@@ -30,7 +30,7 @@ The three constants are of eager PyTorch with LoRA on NVIDIA's cards, measured b
                     That 8-bit costs the same is assumed
 
 On processors they are assumed. One report of LoRA on an RTX 4060 (arXiv 2509.12229) is 2 to 4 times
-slower than this; nobody's laptop or phone was measured for it.
+slower than this; no laptop or phone was measured for it.
 """
 
 from __future__ import annotations

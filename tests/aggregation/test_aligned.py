@@ -6,9 +6,8 @@ import torch
 import reference
 from builders import random_adapter, random_examples, tiny_model, train_job
 from flexlora.aggregation import make_method
-from flexlora.aggregation.engine.method import Factoring, State
-from flexlora.aggregation.engine.starts import LocalPlan
-from flexlora.aggregation.engine.state import GlobalChange
+from flexlora.aggregation.engine.starts import Factoring, LocalPlan
+from flexlora.aggregation.engine.state import GlobalChange, State
 from flexlora.algebra.linalg import live_rows, svd_of_product
 from flexlora.algebra.sketch import GradientSketch, sketch_size, top_rows
 from flexlora.data.collation import collate

@@ -12,9 +12,8 @@ import reference
 from builders import random_adapter, random_examples, tiny_model
 from cohorts import EPOCHS, cohort, recipe
 from flexlora.aggregation import make_method
-from flexlora.aggregation.engine.method import Factoring, State
-from flexlora.aggregation.engine.starts import LocalPlan
-from flexlora.aggregation.engine.state import GlobalChange
+from flexlora.aggregation.engine.starts import Factoring, LocalPlan
+from flexlora.aggregation.engine.state import GlobalChange, State
 from flexlora.algebra.linalg import svd_of_product
 from flexlora.data.collation import collate
 from flexlora.lora.adapters import Adapter

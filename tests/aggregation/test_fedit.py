@@ -6,14 +6,17 @@ import torch
 import equations
 import reference
 from builders import random_adapter
-from flexlora.aggregation import make_method
+from flexlora.aggregation import METHODS, make_method
 from flexlora.aggregation.aggregate import aggregate
-from flexlora.aggregation.engine.factor_sums import held_factors
-from flexlora.aggregation.engine.method import Factoring, State, Update
-from flexlora.aggregation.engine.state import GlobalChange
+from flexlora.aggregation.engine.factor_sums import FactorSums
+from flexlora.aggregation.engine.held_factors import held_factors
+from flexlora.aggregation.engine.open_round import OpenRound
+from flexlora.aggregation.engine.starts import Factoring
+from flexlora.aggregation.engine.state import GlobalChange, State
+from flexlora.aggregation.engine.updates import Update
 from flexlora.lora.adapters import Adapter, LoRAFactors
 from flexlora.lora.ranks import RankClass
-from one_round import CLASSES, OneRound, distance, next_state, noisy
+from one_round import CLASSES, OneRound, distance, next_state, noisy, same_bits
 from one_round import SHAPES as THREE_SHAPES
 
 SHAPES = {"attn.q": (10, 12), "mlp.up": (14, 9)}
@@ -31,11 +34,11 @@ def clients():
 
 def one_round(clients, order=(0, 1, 2)):
     method = make_method("fedit")
-    opened = method.begin(State(round=0, change=GlobalChange.zero(SHAPES, torch.float64)), {})
+    opened = OpenRound(method, State(round=0, change=GlobalChange.zero(SHAPES, torch.float64)), {})
     for k in order:
         adapter, count = clients[k]
         opened.add(Update(client_id=f"client_{k}", adapter=adapter, num_examples=count))
-    return method, opened.finish()
+    return method, opened.close()
 
 
 def test_the_product_of_the_padded_means_is_what_the_state_holds(clients):
@@ -215,6 +218,21 @@ def test_slora_reports_what_its_cut_drops():
     assert lost > 0 and cut.dropped_energy == pytest.approx(lost / total, rel=1e-9)
 
 
+def test_slora_keeps_what_it_learned_where_the_last_sparse_round_is_empty():
+    """The SVD start came with the close of that round; without one, FedIT began from nothing."""
+    method = make_method("slora", sparse_rounds=2)
+    learned = next_state(method)
+    empty = OneRound(method, learned).finish([])
+    assert empty.round == 2
+    round_ = OneRound(method, empty)
+    for name, factors in round_.sent["rank_7"].trained.items():
+        expected = reference.truncate(learned.change.delta_weight(name), factors.rank)
+        assert reference.relative_error(factors.delta_weight(), expected) < 1e-10
+    strong = [round_.update(k, 5, rank_class="rank_7", trained=False) for k in range(3)]
+    kept = {n: reference.truncate(learned.change.delta_weight(n), 7) for n in THREE_SHAPES}
+    assert distance(round_.finish(strong).change, kept) < 1e-10
+
+
 def test_fed_plora_draws_terms_by_client_and_round_and_everybody_has_the_same_model():
     method = make_method("fed-plora", carried_rank=9)
     state = next_state(method)
@@ -271,10 +289,10 @@ WIDE = {"q": (40, 60), "up": (90, 50)}
 
 def gaps(adapters, examples):
     round_ = OneRound("residual", State(round=0, change=GlobalChange.zero(WIDE, torch.float64)))
-    opened = round_.method.begin(round_.state, {})
+    opened = OpenRound(round_.method, round_.state, {}, factor_gap=True)
     for k, (adapter, n) in enumerate(zip(adapters, examples, strict=True)):
         opened.add(Update(client_id=f"c{k}", adapter=adapter, num_examples=n))
-    return {name: report["factor_gap"] for name, report in opened.finish().modules.items()}
+    return {name: report["factor_gap"] for name, report in opened.close().modules.items()}
 
 
 def test_the_factor_gap_is_the_dense_one_within_its_sampling_error():
@@ -296,18 +314,17 @@ def test_the_factor_gap_is_not_led_astray_by_rows_that_all_point_one_way():
     pairs = [
         LoRAFactors(lora_A=ones + sign * other, lora_B=b + sign * c, alpha=1.0) for sign in (1, -1)
     ]
-    opened = make_method("residual").begin(
-        State(round=0, change=GlobalChange.zero({"q": (40, 60)}, torch.float64)), {}
-    )
+    state = State(round=0, change=GlobalChange.zero({"q": (40, 60)}, torch.float64))
+    opened = OpenRound(make_method("residual"), state, {}, factor_gap=True)
     for k, factors in enumerate(pairs):
         opened.add(Update(client_id=f"c{k}", adapter=Adapter({"q": factors}), num_examples=1))
-    assert opened.finish().modules["q"]["factor_gap"] == pytest.approx(0.5**0.5, rel=0.25)
+    assert opened.close().modules["q"]["factor_gap"] == pytest.approx(0.5**0.5, rel=0.25)
 
 
 def test_the_factor_gap_puts_drawn_terms_where_they_belong():
     round_ = OneRound(make_method("fed-plora", carried_rank=12))
     updates = [round_.update(k, 5) for k in (0, 3)]
-    got = round_.finish(updates).modules["mlp.up"]["factor_gap"]
+    got = round_.finish(updates, factor_gap=True).modules["mlp.up"]["factor_gap"]
     exact = {}
     for placed in (True, False):
         factors = [update.adapter["mlp.up"] for update in updates]
@@ -332,8 +349,19 @@ def test_there_is_no_factor_gap_for_one_client_nor_where_one_factor_is_shared():
     assert min(gaps([first, noisy(first, ("lora_A", "lora_B"), seed=9)], [1, 2]).values()) > 0.05
 
 
-def test_every_method_reports_the_gap_of_every_module():
-    for name in ("flexlora", "fedit", "hetlora", "raflora", "slora", "fed-plora"):
-        modules = next_state(name).modules
-        assert set(modules) == set(THREE_SHAPES)
-        assert all(report["factor_gap"] >= 0.0 for report in modules.values())
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_the_gap_is_reported_for_every_module_where_it_is_asked_for_and_moves_no_bit(name):
+    round_ = OneRound(name, next_state(name))
+    updates = [round_.update(k, 10 + 7 * k) for k in range(5)]
+    without, state = round_.finish(updates), round_.finish(updates, factor_gap=True)
+    assert set(state.modules) == set(THREE_SHAPES) and same_bits(state, without)
+    assert all(report["factor_gap"] >= 0.0 for report in state.modules.values())
+    assert not any("factor_gap" in report for report in without.modules.values())
+
+
+def test_without_being_asked_nothing_of_the_gap_is_computed(monkeypatch):
+    """Its sums would cost every round a second pass over every update."""
+    added = []
+    monkeypatch.setattr(FactorSums, "add", lambda *a, **k: added.append(1))
+    next_state("flexlora")
+    assert not added

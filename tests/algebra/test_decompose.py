@@ -10,21 +10,9 @@ from flexlora.algebra import gram
 from flexlora.algebra.decompose import MatrixSum, decompose, dense_pays, fold
 from flexlora.algebra.linalg import inner_product
 from flexlora.algebra.routes import choose_route
+from spectra import check_form, excess, gaussian, with_spectrum
 
 EXACT = ("factored", "factored-gram", "dense-svd", "dense-eigh")
-
-
-def gaussian(*shape, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
-def with_spectrum(S, m, n, seed=0):
-    """``left [m, k]`` and ``right [k, n]`` whose product has the singular values ``S``."""
-    S = torch.as_tensor(S, dtype=torch.float64)
-    left, _ = torch.linalg.qr(gaussian(m, len(S), seed=seed))
-    right, _ = torch.linalg.qr(gaussian(n, len(S), seed=seed + 1))
-    return left * S, right.T
 
 
 def single(*terms):
@@ -78,31 +66,10 @@ def formed(terms, shape):
     return total
 
 
-def excess(result, M, rank):
-    """``|M - M~|`` beyond ``|M - M_r|``, as a share of ``|M|``: what rounding may explain."""
-    best = torch.linalg.svdvals(M)[rank:].norm()
-    svd = result.svd
-    missed = (M - (svd.U.double() * svd.S.double()) @ svd.Vh.double()).norm()
-    return float((missed - best) / M.norm())
-
-
 def decompose_by(monkeypatch, route, matrix, **options):
     with monkeypatch.context() as patch:
         patch.setattr(module, "choose_route", lambda *args, **kwargs: route)
         return decompose({"x": matrix}, **options)["x"]
-
-
-def check_form(svd, shape, dtype, atol):
-    assert svd.shape == shape
-    for tensor in (svd.U, svd.S, svd.Vh):
-        assert tensor.dtype == dtype and tensor.is_contiguous()
-    assert torch.all(svd.S[:-1] >= svd.S[1:]) and torch.all(svd.S > 0)
-    eye = torch.eye(svd.rank, dtype=torch.float64)
-    for columns in (svd.U.double(), svd.Vh.double().T):
-        torch.testing.assert_close(columns.T @ columns, eye, rtol=0, atol=atol)
-    if svd.rank:
-        largest = svd.U.gather(0, svd.U.abs().argmax(dim=0, keepdim=True))
-        assert torch.all(largest > 0), "signs are not fixed"
 
 
 @pytest.mark.parametrize("case", CASES)

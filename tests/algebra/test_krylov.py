@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_decompose import check_form, excess, gaussian, with_spectrum
 
 from flexlora.algebra import gram, krylov, routes
 from flexlora.algebra.decompose import MatrixSum, decompose
@@ -17,6 +16,7 @@ from flexlora.algebra.gram import (
 )
 from flexlora.algebra.krylov import top_space
 from flexlora.algebra.routes import top_of_dense
+from spectra import check_form, excess, gaussian, with_spectrum
 
 RANK = 24
 

@@ -22,28 +22,10 @@ from flexlora.clients.trainer.trainer_pb2 import HealthReply
 from flexlora.commands.cli import main
 from flexlora.deploy import doctor, tls_checks
 from flexlora.simulations import flower_checks
-from tls_servers import DAY, HERE, Said, Signer, asked, key_file, only, serving, without_proxies
+from tls_servers import DAY, Said, asked, key_file, only, serving
 from trainers import resident, write_rows
 
-
-@pytest.fixture(autouse=True)
-def no_proxy(monkeypatch):
-    without_proxies(monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("certificates")
-
-
-@pytest.fixture(scope="module")
-def ca(folder):
-    return Signer.make(folder, "FlexLoRA CA", ca=True)
-
-
-@pytest.fixture(scope="module")
-def good(folder, ca):
-    return Signer.make(folder, "superlink", by=ca, names=HERE)
+pytestmark = pytest.mark.usefixtures("no_proxy")
 
 
 # Whether it is a SuperLink, and what it answers
@@ -58,8 +40,8 @@ def good(folder, ca):
         (Said(fleet=(502, None), health=200), "a proxy that does not reach its SuperLink (502)"),
     ],
 )
-def test_a_server_that_is_no_superlink(said, words, ca, good):
-    with serving(said, signer=good) as port:
+def test_a_server_that_is_no_superlink(said, words, ca, leaf):
+    with serving(said, certificate=leaf) as port:
         only(asked(port, ca), "failed", "superlink", words)
 
 
@@ -74,7 +56,7 @@ def test_a_server_that_is_no_superlink(said, words, ca, good):
 def test_the_version_of_a_superlink(version, status, words):
     with serving(Said(version=version)) as port:
         finding = asked(port)["superlink"]
-    assert finding.status == status and words in finding.told
+    assert finding.status == status and words in finding.message
 
 
 @pytest.mark.parametrize(
@@ -101,7 +83,7 @@ def test_the_version_of_a_superlink(version, status, words):
 def test_two_clocks(ahead, status, words):
     with serving(Said(ahead=ahead)) as port:
         finding = asked(port)["clock"]
-    assert finding.status == status and re.search(words, finding.told), finding.told
+    assert finding.status == status and re.search(words, finding.message), finding.message
 
 
 @pytest.mark.parametrize(
@@ -115,10 +97,10 @@ def test_two_clocks(ahead, status, words):
     ],
 )
 def test_the_control_path(control, own, status, words, monkeypatch):
-    monkeypatch.setattr(tls_checks, "is_own", lambda address: own)
+    monkeypatch.setattr(tls_checks, "is_loopback", lambda address: own)
     with serving(Said(control=control)) as port:
         finding = asked(port)["control path"]
-    assert finding.status == status and words in finding.told
+    assert finding.status == status and words in finding.message
 
 
 def test_a_server_that_breaks_off(monkeypatch):
@@ -182,7 +164,7 @@ def test_a_file_that_holds_no_key(tmp_path):
         tmp_path / "absent": "cannot be read: No such file",
         Path(f"{path}.pub"): "is no private key in OpenSSH's format",
         locked: "or it has a passphrase",
-        strange: "is not on one of NIST's elliptic curves",
+        strange: "is not on a NIST curve",
     }
     with serving() as port:
         for file, words in cases.items():
@@ -195,7 +177,8 @@ def test_a_file_that_holds_no_key(tmp_path):
 def test_a_trainer_that_is_not_there(tmp_path):
     finding = check_trainer(tmp_path / "none.sock")
     assert (
-        finding.status == "failed" and "cannot be reached: there is no such socket" in finding.told
+        finding.status == "failed"
+        and "cannot be reached: there is no such socket" in finding.message
     )
     assert finding.remedy.startswith("flexlora client serve --socket")
 
@@ -204,8 +187,8 @@ def test_a_trainer_that_listens(tmp_path):
     with resident(write_rows(tmp_path / "data"), tmp_path / "kept") as made:
         finding = check_trainer(made.path)
     assert finding.status == "ok", finding
-    assert f"FlexLoRA {flexlora.__version__} holds embedded on cpu" in finding.told
-    assert finding.told.endswith(": idle")
+    assert f"FlexLoRA {flexlora.__version__} holds embedded on cpu" in finding.message
+    assert finding.message.endswith(": idle")
 
 
 @pytest.mark.parametrize(
@@ -222,7 +205,7 @@ def test_how_a_trainer_is(changes, status, words, monkeypatch):
     reply = HealthReply(**{**told, "device": "cpu", **changes})
     monkeypatch.setattr(trainer_client, "health", lambda path: reply)
     finding = check_trainer(Path("/run/flexlora/trainer.sock"))
-    assert finding.status == status and words in finding.told
+    assert finding.status == status and words in finding.message
 
 
 # The command
@@ -236,12 +219,12 @@ def run_doctor(monkeypatch, capsys, *arguments):
     return status, out.out, out.err
 
 
-def test_the_command_fails_where_a_check_did(monkeypatch, capsys, ca, good):
-    with serving(signer=good) as port:
+def test_the_command_fails_where_a_check_did(monkeypatch, capsys, ca, leaf):
+    with serving(certificate=leaf) as port:
         given = ("--superlink", f"127.0.0.1:{port}", "--format", "json")
         status, out, _ = run_doctor(monkeypatch, capsys, *given, "--root-certificates", ca.file)
         assert status == 0 and json.loads(out)["ok"] is True
-        status, out, _ = run_doctor(monkeypatch, capsys, *given, "--root-certificates", good.file)
+        status, out, _ = run_doctor(monkeypatch, capsys, *given, "--root-certificates", leaf.file)
     told = json.loads(out)
     assert status == 1 and told["ok"] is False
     assert told["findings"][-1]["name"] == "certificate" and told["findings"][-1]["remedy"]
@@ -256,7 +239,7 @@ def test_the_command_fails_where_a_check_did(monkeypatch, capsys, ca, good):
     ],
 )
 def test_what_was_mistyped_is_told_before_anything_is_tried(given, message, monkeypatch, capsys):
-    monkeypatch.setattr(superlink_checks, "look", pytest.fail)
+    monkeypatch.setattr(superlink_checks, "inspect_endpoint", pytest.fail)
     status, _, err = run_doctor(monkeypatch, capsys, *given)
     assert status == 2 and message in err and err.count("\n") == 1
 

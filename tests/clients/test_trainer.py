@@ -71,7 +71,7 @@ def test_a_federation_of_a_trainer_and_a_plain_node_is_one_of_two_plain_nodes(da
     with resident(data, tmp_path / "kept", client_id="north") as made:
         mixed = [{"trainer_socket": str(made.path)}, plain[1]]
         federation(NodesGrid(config, mixed), config, tmp_path / "mixed")
-        assert made.trainer.tally.trained == 2
+        assert made.trainer.totals.trained == 2
     federation(NodesGrid(config, plain), config, tmp_path / "plain")
     assert adapter_bytes(tmp_path / "mixed") == adapter_bytes(tmp_path / "plain")
 
@@ -106,10 +106,10 @@ def test_a_repeated_request_is_answered_from_disk_with_the_same_bytes(
             monkeypatch.setattr(Worker, work, _forbidden)
         again = made.ask(message_of(config), config)
         renumbered = made.ask(message_of(config), config, node_id=6)
-        assert made.trainer.tally.from_disk == 2
+        assert made.trainer.totals.from_disk == 2
     with resident(data, tmp_path / "kept") as restarted:
         after = restarted.ask(message_of(config), config)
-        assert restarted.trainer.tally.from_disk == 1
+        assert restarted.trainer.totals.from_disk == 1
     assert values_of(first)["report/cause"] == ""
     assert values_of(first) == values_of(again) == values_of(renumbered) == values_of(after)
 
@@ -135,7 +135,7 @@ def test_a_request_that_differs_in_anything_is_not_answered_from_disk(tmp_path, 
             run_id=8 if change == "run" else 7,
             client_id="other" if change == "client" else "site",
         )
-        assert (made.trainer.tally.trained, made.trainer.tally.from_disk) == (2, 0)
+        assert (made.trainer.totals.trained, made.trainer.totals.from_disk) == (2, 0)
 
 
 def test_a_failure_is_told_and_not_kept(data, tmp_path, monkeypatch):
@@ -151,4 +151,4 @@ def test_a_failure_is_told_and_not_kept(data, tmp_path, monkeypatch):
         assert reply["report"]["cause"] == "RuntimeError: the card fell out"
         assert "update" not in reply
         assert made.ask(train_message(config), config)["report"]["cause"] == ""
-        assert made.trainer.tally.trained == 1
+        assert made.trainer.totals.trained == 1

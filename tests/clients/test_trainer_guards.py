@@ -14,13 +14,17 @@ import pytest
 from flwr.app import Message
 
 import flexlora
-from flexlora.clients.trainer import in_process
+from flexlora.clients import handler
 from flexlora.clients.trainer.client import call_of, health, questions, trainer_on
 from flexlora.clients.trainer.service import Limits, listen
-from flexlora.clients.trainer.sockets import DEAD, reach
+from flexlora.clients.trainer.sockets import DEAD, connection_error
 from flexlora.clients.trainer.trainer_pb2 import Question
 from flexlora.errors import UserError
-from flexlora.server.transport.messages import decode_capability, decode_evaluate, decode_train
+from flexlora.server.transport.messages import (
+    decode_capability,
+    decode_eval_result,
+    decode_train_result,
+)
 from flexlora.wire.jobs import Capability, EvalResult, TrainResult
 from trainers import (
     asked,
@@ -65,7 +69,7 @@ def test_what_does_not_fit_this_node_is_refused_with_a_sentence(data, tmp_path, 
     with resident(data, tmp_path / "kept", client_id="site") as made:
         message = train_message(config, **job)
         reply = made.ask(message, {**config.flat(), **settings}, **node)
-        assert "update" not in reply and made.trainer.tally.trained == 0
+        assert "update" not in reply and made.trainer.totals.trained == 0
     assert re.search(words, cause_of(reply)), cause_of(reply)
 
 
@@ -95,7 +99,7 @@ def test_too_large_a_request_is_refused_by_the_size_it_announces(data, tmp_path)
         reply = made.ask(train_message(config), config)
         assert "bytes, expected 10,000 at most" in cause_of(reply)
         assert made.ask(query_message(), config)["capability"]["cause"] == ""
-        assert made.trainer.tally.trained == 0
+        assert made.trainer.totals.trained == 0
 
 
 @pytest.mark.parametrize(
@@ -114,10 +118,10 @@ def test_bytes_that_are_not_the_calls_are_refused(trainer, change, words):
     config = run_config(seed=5)
     message = train_message(config)
     call = call_of(message, trainer.context(config))
-    before = trainer.trainer.tally.trained
+    before = trainer.trainer.totals.trained
     with pytest.raises(UserError, match=words):
         send(trainer, "Train", change(list(questions(call, message.content))))
-    assert trainer.trainer.tally.trained == before
+    assert trainer.trainer.totals.trained == before
 
 
 def _changed(part):
@@ -163,7 +167,7 @@ def test_a_stale_socket_is_replaced(trainer):
     path = trainer.path.with_name("stale")
     with socket.socket(socket.AF_UNIX) as left:
         left.bind(str(path))
-    assert path.exists() and reach(path) == DEAD
+    assert path.exists() and connection_error(path) == DEAD
     server = listen(trainer.service, path)
     server.start()
     assert health(path).fingerprint == trainer.trainer.fingerprint
@@ -178,7 +182,7 @@ def test_a_trainer_that_is_not_there_is_a_cause_and_no_fallback(tmp_path, monkey
         "train": lambda: train_message(config),
         "evaluate": lambda: evaluate_message(config),
     }[kind]()
-    monkeypatch.setattr(in_process, "worker_for", _forbidden)
+    monkeypatch.setattr(handler, "worker_for", _forbidden)
     gone = tmp_path / "gone.sock"
     node = {"trainer_socket": str(gone), "data_path": str(tmp_path), "client_id": "site"}
     content = asked(message, context_of(config, **node))
@@ -187,8 +191,8 @@ def test_a_trainer_that_is_not_there_is_a_cause_and_no_fallback(tmp_path, monkey
     reply = Message(content, reply_to=message)
     decode, failed = {
         "query": (decode_capability, Capability.failed("site", cause)),
-        "train": (decode_train, TrainResult.failed("site", cause)),
-        "evaluate": (decode_evaluate, EvalResult(client_id="site", cause=cause)),
+        "train": (decode_train_result, TrainResult.failed("site", cause)),
+        "evaluate": (decode_eval_result, EvalResult(client_id="site", cause=cause)),
     }[kind]
     assert repr(decode(reply)) == repr(failed)
 

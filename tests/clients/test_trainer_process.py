@@ -17,7 +17,7 @@ import pytest
 
 from federation import ONE_THREAD, ROOT, client_rows, command, finished, rounds, small
 from flexlora.clients.trainer.command import Signals
-from flexlora.clients.trainer.sockets import reach
+from flexlora.clients.trainer.sockets import connection_error
 from flexlora.commands.cli import main
 from flexlora.simulations.benchmarks import resident as benchmark
 from paths import SUPPORT
@@ -44,7 +44,7 @@ def serving(place, *more):
     """A trainer's process, once it listens."""
     process = command(*arguments(place, *more))
     deadline = time.monotonic() + 120
-    while reach(place["socket"]):
+    while connection_error(place["socket"]):
         if process.poll() is not None or time.monotonic() > deadline:
             process.kill()
             raise AssertionError(process.communicate())
@@ -68,7 +68,7 @@ def test_what_was_trained_outlasts_a_kill_and_sigterm_leaves_no_socket(place, ca
         assert words in told
     process.kill()
     process.communicate()
-    assert place["socket"].exists() and reach(place["socket"])
+    assert place["socket"].exists() and connection_error(place["socket"])
 
     process = serving(place)
     assert values_of(ask(place, config)) == values_of(first)

@@ -309,6 +309,18 @@ def test_export_of_rank_0_or_an_unknown_format_or_onto_a_used_folder_is_told(
     assert not (tmp_path / "new").exists()
 
 
+def test_merging_an_adapter_of_a_quantized_base_is_refused(run_folder, tmp_path, capsys):
+    """Trap T14: merged into the full-precision base it is another model."""
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    text = (run / "config.toml").read_text()
+    assert text.count('quantization = "none"') == 1
+    (run / "config.toml").write_text(text.replace('quantization = "none"', 'quantization = "nf4"'))
+    merged = tmp_path / "merged"
+    message = told(["export", run, "--rank", 2, "--format", "merged", "--out", merged], capsys)
+    assert re.search("trained on a nf4 base.*another model.*--format peft", message)
+    assert not merged.exists()
+
+
 def test_evaluating_on_another_base_or_without_rows_is_told(run_folder, tmp_path, capsys):
     adapter = run_folder / "adapters" / "rank_2"
     targets = ["--set", "lora.target-modules=k_proj"]

@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from federation import ROOT, as_sets, command, finished, small, state_delta
+from federation import as_sets, command, finished, small, state_delta
 from flexlora import load_adapter
 from flexlora.aggregation.engine.options import choices
 from flexlora.commands.cli import main
@@ -216,16 +216,3 @@ def test_in_a_pipe_there_is_no_bar_no_colour_and_whole_tables(tmp_path):
         assert any(words[:1] == [number] for words in shown), out
     for word in ("rank_2", "rank_4", "train loss", "eval loss", "seconds", f"Run folder: {folder}"):
         assert word in out
-
-
-def test_the_readme_shows_only_flags_and_keys_that_exist(capsys):
-    """Trap T13: a README with flags that the program never had."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    keys = re.findall(r"--set[ =]([a-z][\w.-]*)=", text)
-    assert set(keys) - {"key"} <= all_keys().keys()
-    helped = ""
-    for name in ("simulate", "eval", "export"):
-        helped += printed([name, "--help"], capsys)
-    used = re.findall(r"\bflexlora (?:simulate|eval|export)\b.*", text)
-    flags = {flag for line in used for flag in re.findall(r"(?<![\w-])--[a-z-]+", line)}
-    assert flags <= set(re.findall(r"--[a-z-]+", helped))

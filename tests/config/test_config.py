@@ -25,7 +25,6 @@ from flexlora.server.settings import check_config
 from flexlora.training.personal import PersonalPlan
 from flexlora.training.schedule import TrainSettings
 from paths import ROOT
-from spelled import of_names
 
 
 def test_defaults_are_accepted_and_every_key_has_a_line_of_help():
@@ -196,7 +195,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
 
 def test_other_values_leave_the_original_and_are_checked_too():
     config = Config()
-    other = config.with_values(of_names(lora__alpha=4, num_server_rounds=3, train__max_steps=1))
+    other = config.with_values({"lora.alpha": 4, "num-server-rounds": 3, "train.max-steps": 1})
     assert (other.lora.alpha, other.num_server_rounds, other.train.max_steps) == (4.0, 3, 1)
     assert config == Config()
     with pytest.raises(UserError, match=r"unknown key 'lora\.alphas'"):

@@ -14,9 +14,7 @@ from flexlora.data.collation import (
     batch_plan,
     collate,
     collate_prompts,
-    encode_row,
     encode_rows,
-    padding_id,
 )
 from flexlora.data.rows import Row, parse_row
 from flexlora.data.templates import render
@@ -30,6 +28,13 @@ CHAT_TEMPLATE = (
     "[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant] {% endif %}"
 )
+
+
+def encode_row(row, **options):
+    """One row alone: its example, or None where it was dropped."""
+    examples, dropped = encode_rows([row], **options)
+    assert len(examples) + dropped == 1
+    return examples[0] if examples else None
 
 
 def byte_bpe(**special):
@@ -182,7 +187,7 @@ def test_labels_cover_exactly_the_answer_and_eos(tokenizer):
     rows = make_rows()
     examples, dropped = encode(rows, tokenizer)
     assert dropped == 0
-    labels = collate([examples], pad_token_id=padding_id(tokenizer)).labels
+    labels = collate([examples], pad_token_id=tokenizer.pad_token_id or 0).labels
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for row, example, row_labels in zip(rows, examples, labels.tolist(), strict=True):
         answer = ids(tokenizer, row.output) + eos
@@ -300,11 +305,6 @@ def test_a_text_without_any_token_is_never_learned_and_never_cut():
 def test_max_length_below_one_is_refused(tokenizers):
     with pytest.raises(UserError, match=r"train.max-length is 0, expected at least 1"):
         encode([FULL], tokenizers["full"], max_length=0)
-
-
-def test_padding_falls_back_to_zero(tokenizers):
-    assert padding_id(tokenizers["bare"]) == 0
-    assert padding_id(tokenizers["full"]) == tokenizers["full"].pad_token_id > 0
 
 
 def make_slots(counts, seed=0):

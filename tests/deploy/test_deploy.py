@@ -92,23 +92,26 @@ def test_an_authority_signs_servers_and_no_authorities(issued):
 
 
 def test_what_is_no_authority_is_refused(issued, tmp_path):
-    good = certificates.read_authority(issued / "ca.crt", "--root-certificates")
-    assert good == (issued / "ca.crt").read_bytes()
+    found = certificates.read_authorities(issued / "ca.crt")
+    assert found.pem == (issued / "ca.crt").read_bytes()
+    found.check_dates()
     (tmp_path / "junk").write_text("-----BEGIN CERTIFICATE-----\nxx\n-----END CERTIFICATE-----\n")
     (tmp_path / "empty").write_bytes(b"")
     # Two in one file, the second one too old: a bundle is as good as its worst.
     old = certificates.make_authority("old", days=-1).certificate_pem
-    (tmp_path / "old").write_bytes(good + old)
+    (tmp_path / "old").write_bytes(found.pem + old)
+    (tmp_path / "key").write_bytes(found.pem + (issued / "server.key").read_bytes())
     for path, words in (
         (tmp_path / "gone", "cannot be read: No such file"),
         (tmp_path, "cannot be read: Is a directory"),
         (tmp_path / "junk", "holds no certificate"),
         (tmp_path / "empty", "holds no certificate"),
         (tmp_path / "old", "expired on"),
-        (issued / "server.crt", "which is no authority"),
+        (issued / "server.crt", "is no authority's"),
+        (tmp_path / "key", "holds a private key, which is for the server alone"),
     ):
         with pytest.raises(UserError, match=words):
-            certificates.read_authority(path, "--root-certificates")
+            certificates.read_authorities(path).check_dates()
 
 
 def test_a_certificate_of_the_future_is_refused(issued, monkeypatch):
@@ -119,7 +122,7 @@ def test_a_certificate_of_the_future_is_refused(issued, monkeypatch):
 
     monkeypatch.setattr(certificates, "datetime", Behind)
     with pytest.raises(UserError, match=r"is not valid before .* set this machine's clock"):
-        certificates.read_authority(issued / "ca.crt", "--root-certificates")
+        certificates.read_authorities(issued / "ca.crt").check_dates()
 
 
 def test_node_keys_are_what_flower_and_ssh_keygen_read(tmp_path):
@@ -174,6 +177,7 @@ def test_superlinks():
         "::1:9092",
         "a:9092/v1",
         "a:²",
+        "[]:1",
     ):
         with pytest.raises(UserError, match=r"--superlink is '.*HOST:PORT"):
             hosts.parse_superlink(text, "--superlink")

@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import os
 import subprocess
 import sys
 from collections import namedtuple
@@ -19,8 +20,8 @@ VERSION = namedtuple("VERSION", "major minor micro releaselevel serial")
 
 def told(finding):
     assert finding.status in ("warning", "failed") and finding.remedy
-    assert "\n" not in finding.told and len(finding.told) < 300
-    return finding.status, finding.told
+    assert "\n" not in finding.message and len(finding.message) < 300
+    return finding.status, finding.message
 
 
 def test_on_this_machine_the_main_job_can_run(capsys):
@@ -34,7 +35,7 @@ def test_json_is_for_machines(capsys):
     assert main(["doctor", "--format", "json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["ok"] is True and len(found["findings"]) == 8
-    assert all(set(f) == {"name", "status", "told", "remedy"} for f in found["findings"])
+    assert all(set(f) == {"name", "status", "message", "remedy"} for f in found["findings"])
 
 
 @pytest.mark.parametrize(
@@ -58,7 +59,7 @@ def test_a_mistake_is_told_before_anything_is_tried(arguments, message, capsys, 
 
 def test_one_failure_is_the_exit_status_and_a_warning_is_not(capsys):
     fine, odd, broken = (
-        doctor.Finding(name="x", status=status, told="t", remedy="m")
+        doctor.Finding(name="x", status=status, message="t", remedy="m")
         for status in ("ok", "warning", "failed")
     )
     assert doctor.report([fine, odd]) == 0
@@ -72,7 +73,7 @@ def test_a_check_that_raises_has_failed_and_the_others_go_on():
 
     found = doctor.diagnose([("a", raises), ("b", lambda: doctor.ok("fine"))])
     assert [(f.name, f.status) for f in found] == [("a", "failed"), ("b", "ok")]
-    assert found[0].told == "OSError: no such luck."
+    assert found[0].message == "OSError: no such luck."
 
 
 def test_a_check_may_find_several_things_and_name_them():
@@ -169,7 +170,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     def refuses(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(doctor.os, "fsync", refuses)
+    monkeypatch.setattr(os, "fsync", refuses)
     status, sentence = told(doctor.check_disk(tmp_path))
     assert (
         status == "failed" and sentence == f"'{tmp_path}' cannot be written to: Permission denied."
@@ -200,7 +201,7 @@ def test_loopback_that_is_down(monkeypatch):
 def test_a_flower_of_another_version(version, monkeypatch):
     monkeypatch.setattr(flower_checks.metadata, "version", lambda name: version)
     finding = flower_checks.check_flower()
-    assert finding.status == "failed" and f"Flower {version} is installed" in finding.told
+    assert finding.status == "failed" and f"Flower {version} is installed" in finding.message
     assert finding.remedy.startswith("pip install 'flwr") and "1.41" in finding.remedy
 
 
@@ -213,4 +214,4 @@ def test_a_message_that_comes_back_changed_or_not_at_all(monkeypatch):
         raise AttributeError("no TaskIdentity")
 
     monkeypatch.setattr(flower_checks, "_round_trip", raises)
-    assert "no TaskIdentity" in flower_checks.check_flower().told
+    assert "no TaskIdentity" in flower_checks.check_flower().message

@@ -7,46 +7,32 @@ from __future__ import annotations
 
 import socket
 import time
+from datetime import UTC, datetime, timedelta
 
 import pytest
+import trustme
 from cryptography.hazmat.primitives import serialization
 
 from flexlora.clients.setup.superlink_checks import check_superlink
 from flexlora.deploy import connections, tls_checks
+from flexlora.deploy.hosts import join_address, split_address
 from flexlora.errors import UserError
 from tls_servers import (
     DAY,
     HERE,
     Said,
-    Signer,
     asked,
+    authority,
     by_name,
     key_file,
     listening,
     only,
+    self_signed,
+    server,
     serving,
-    without_proxies,
 )
 
-
-@pytest.fixture(autouse=True)
-def no_proxy(monkeypatch):
-    without_proxies(monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("certificates")
-
-
-@pytest.fixture(scope="module")
-def ca(folder):
-    return Signer.make(folder, "FlexLoRA CA", ca=True)
-
-
-@pytest.fixture(scope="module")
-def good(folder, ca):
-    return Signer.make(folder, "superlink", by=ca, names=HERE)
+pytestmark = pytest.mark.usefixtures("no_proxy")
 
 
 # The address
@@ -57,8 +43,8 @@ def good(folder, ca):
     [("10.0.0.1:8000", ("10.0.0.1", 8000)), ("[::1]:80", ("::1", 80)), ("host:1", ("host", 1))],
 )
 def test_addresses(text, address):
-    assert connections.parse_address(text) == address
-    assert connections.spelled(*address) == text
+    assert split_address(text, "--superlink") == address
+    assert join_address(*address) == text
 
 
 @pytest.mark.parametrize(
@@ -67,12 +53,12 @@ def test_addresses(text, address):
         *((text, "expected HOST:PORT") for text in ("host", ":80", "host:", "host:x", "host:-1")),
         ("host:70000", "expected HOST:PORT"),
         ("https://host:9092", "try 'host:9092'"),
-        ("::1:80", r"expected brackets around an IPv6 address: '\[::1\]:80'"),
+        ("::1:80", r"expected HOST:PORT with brackets around an IPv6 address: '\[::1\]:80'"),
     ],
 )
 def test_what_is_no_address_is_refused(text, message):
     with pytest.raises(UserError, match=message):
-        connections.parse_address(text)
+        split_address(text, "--superlink")
 
 
 # The connection
@@ -126,7 +112,7 @@ def test_a_server_that_speaks_something_else(greeting, words, monkeypatch):
         assert time.monotonic() - started < 4.5  # one whole SECONDS is 5
 
 
-def test_nobody_else_is_contacted(monkeypatch, ca, good, tmp_path):
+def test_nobody_else_is_contacted(monkeypatch, ca, leaf, tmp_path):
     honest, contacted = socket.create_connection, set()
 
     def recorded(address, *rest, **options):
@@ -135,7 +121,7 @@ def test_nobody_else_is_contacted(monkeypatch, ca, good, tmp_path):
 
     monkeypatch.setattr(socket, "create_connection", recorded)
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:1")
-    with serving(signer=good) as port:
+    with serving(certificate=leaf) as port:
         assert "superlink" in asked(port, ca, key=key_file(tmp_path))
         assert contacted == {("127.0.0.1", port)}
 
@@ -143,19 +129,22 @@ def test_nobody_else_is_contacted(monkeypatch, ca, good, tmp_path):
 # The certificate
 
 
-def test_a_superlink_over_tls_whose_certificate_is_in_order(ca, good):
-    with serving(Said(version="1.41.0"), signer=good) as port:
+def test_a_superlink_over_tls_whose_certificate_is_in_order(ca, leaf):
+    with serving(Said(version="1.41.0"), certificate=leaf) as port:
         found = asked(port, ca)
     assert {finding.status for finding in found.values()} == {"ok"}
     assert list(found) == ["certificate", "superlink", "clock", "control path"]
-    assert "signed by 'CN=FlexLoRA CA', for localhost, 127.0.0.1, ::1" in found["certificate"].told
-    assert found["superlink"].told.endswith("is a SuperLink of Flower 1.41.0 over TLS")
+    assert (
+        "signed by 'OU=FlexLoRA CA,O=tests', for localhost, 127.0.0.1, ::1"
+        in found["certificate"].message
+    )
+    assert found["superlink"].message.endswith("is a SuperLink of Flower 1.41.0 over TLS")
 
 
 @pytest.mark.parametrize("host", ["localhost", "::1"])
-def test_other_names_of_the_same_server(host, ca, good):
+def test_other_names_of_the_same_server(host, ca, leaf):
     try:
-        served = serving(signer=good, host="::1" if host == "::1" else "127.0.0.1")
+        served = serving(certificate=leaf, host="::1" if host == "::1" else "127.0.0.1")
         with served as port:
             assert {f.status for f in asked(port, ca, host=host).values()} == {"ok"}
     except OSError as error:
@@ -165,11 +154,14 @@ def test_other_names_of_the_same_server(host, ca, good):
 
 
 def test_a_certificate_of_another_authority(folder, ca):
-    other = Signer.make(folder, "Somebody CA", ca=True)
-    server = Signer.make(folder, "superlink", by=other, names=HERE)
-    with serving(signer=server) as port:
+    other = authority(folder, "Somebody CA")
+    with serving(certificate=server(folder, other)) as port:
         last = only(
-            asked(port, ca), "failed", "certificate", "'CN=Somebody CA'", "'CN=FlexLoRA CA'"
+            asked(port, ca),
+            "failed",
+            "certificate",
+            "'OU=Somebody CA,O=tests'",
+            "'OU=FlexLoRA CA,O=tests'",
         )
         assert "fingerprint" in last.remedy
         unasked = only(asked(port), "failed", "certificate", "whom this machine does not trust")
@@ -178,15 +170,14 @@ def test_a_certificate_of_another_authority(folder, ca):
 
 
 def test_an_authority_of_the_same_name_and_another_key(folder, ca):
-    twin = Signer.make(folder, "FlexLoRA CA", ca=True)
-    server = Signer.make(folder, "superlink", by=twin, names=HERE)
-    with serving(signer=server) as port:
+    twin = authority(folder)
+    with serving(certificate=server(folder, twin)) as port:
         only(asked(port, ca), "failed", "certificate", "one of that name with which it does not")
 
 
 def test_a_certificate_that_stands_for_itself(folder, ca):
-    alone = Signer.make(folder, "superlink", names=HERE)
-    with serving(signer=alone) as port:
+    alone = self_signed(folder, HERE)
+    with serving(certificate=alone) as port:
         only(asked(port, ca), "failed", "certificate", "is signed by itself, and")
         assert asked(port, alone)["certificate"].status == "ok"
 
@@ -199,9 +190,15 @@ def test_a_certificate_that_stands_for_itself(folder, ca):
     ],
 )
 def test_a_certificate_for_another_name(names, words, folder, ca):
-    server = Signer.make(folder, "superlink", by=ca, names=names)
-    with serving(signer=server) as port:
-        last = only(asked(port, ca), "failed", "certificate", "'127.0.0.1' is not among", words)
+    shown = server(folder, ca, names) if names else self_signed(folder, ())
+    with serving(certificate=shown) as port:
+        last = only(
+            asked(port, ca if names else shown),
+            "failed",
+            "certificate",
+            "'127.0.0.1' is not among",
+            words,
+        )
     assert last.remedy.startswith("flexlora server init DIR --host 127.0.0.1")
 
 
@@ -221,38 +218,36 @@ def test_a_certificate_for_another_name(names, words, folder, ca):
     ],
 )
 def test_a_certificate_out_of_its_time(days, ahead, words, remedy, folder, ca):
-    server = Signer.make(folder, "superlink", by=ca, names=HERE, days=days)
-    with serving(Said(ahead=ahead), signer=server) as port:
+    with serving(Said(ahead=ahead), certificate=server(folder, ca, days=days)) as port:
         last = only(asked(port, ca), "failed", "certificate", "the certificate of", *words)
     assert last.remedy.startswith(remedy)
 
 
-def test_an_authority_that_has_ended(folder):
-    old = Signer.make(folder, "Old CA", ca=True, days=(-30.0, -3.0))
-    server = Signer.make(folder, "superlink", by=old, names=HERE)
-    with serving(signer=server) as port:
+def test_an_authority_that_has_ended(folder, monkeypatch):
+    monkeypatch.setattr(trustme, "DEFAULT_EXPIRY", datetime.now(UTC) - timedelta(days=3))
+    old = authority(folder, "Old CA")
+    with serving(certificate=server(folder, old)) as port:
         only(asked(port, old), "failed", "certificate", "the authority of", "3.0 days ago")
 
 
 def test_a_certificate_that_ends_soon_still_works(folder, ca):
-    server = Signer.make(folder, "superlink", by=ca, names=HERE, days=(-9.0, 5.0))
-    with serving(signer=server) as port:
+    with serving(certificate=server(folder, ca, days=(-9.0, 5.0))) as port:
         found = asked(port, ca)
     assert (
-        found["certificate"].status == "warning" and "ends in 5.0 days" in found["certificate"].told
+        found["certificate"].status == "warning"
+        and "ends in 5.0 days" in found["certificate"].message
     )
     assert found["superlink"].status == "ok"
 
 
 def test_names_from_the_other_side_do_not_steer_a_terminal(folder, ca):
-    loud = Signer.make(folder, "x\x1b[31mred", ca=True)
-    server = Signer.make(folder, "superlink", by=loud, names=HERE)
-    with serving(signer=server) as port:
+    loud = authority(folder, "x\x1b[31mred")
+    with serving(certificate=server(folder, loud)) as port:
         last = only(asked(port, ca), "failed", "certificate", "red")
-    assert last.told.isprintable()
+    assert last.message.isprintable()
 
 
-def files(folder, ca, good):
+def files(folder, ca, leaf):
     der = ca.certificate.public_bytes(serialization.Encoding.DER)
     (folder / "ca.der").write_bytes(der)
     (folder / "garbage").write_text("hello")
@@ -270,17 +265,20 @@ def files(folder, ca, good):
         ("both", "holds a private key, which is for the server alone", "openssl x509 -in"),
     ],
 )
-def test_a_file_that_holds_no_authority(name, words, remedy, tmp_path, ca, good):
-    path = files(tmp_path, ca, good) / name
-    with serving(signer=good) as port:
+def test_a_file_that_holds_no_authority(name, words, remedy, tmp_path, ca, leaf):
+    path = files(tmp_path, ca, leaf) / name
+    with serving(certificate=leaf) as port:
         found = by_name(check_superlink("127.0.0.1", port, roots=path))
     assert only(found, "failed", "certificate", words).remedy.startswith(remedy)
 
 
-def test_a_servers_certificate_in_place_of_its_authoritys(ca, good):
-    with serving(signer=good) as port:
-        words = ("is no authority's: it is the certificate of 'CN=superlink'", "'CN=FlexLoRA CA'")
-        only(asked(port, good), "failed", "certificate", *words)
+def test_a_servers_certificate_in_place_of_its_authoritys(ca, leaf):
+    with serving(certificate=leaf) as port:
+        words = (
+            "is no authority's: it is the certificate of 'CN=superlink,OU=servers,O=tests'",
+            "'OU=FlexLoRA CA,O=tests'",
+        )
+        only(asked(port, leaf), "failed", "certificate", *words)
 
 
 def test_plain_http(ca, monkeypatch):
@@ -289,10 +287,10 @@ def test_plain_http(ca, monkeypatch):
         assert "--ssl-certfile" in last.remedy
         own = asked(port)
         assert own["superlink"].status == "ok" and "certificate" not in own
-        monkeypatch.setattr(tls_checks, "is_own", lambda address: False)
+        monkeypatch.setattr(tls_checks, "is_loopback", lambda address: False)
         found = asked(port)
         assert found["certificate"].status == "warning"
-        assert "whoever is between" in found["certificate"].told
+        assert "whoever is between" in found["certificate"].message
         assert found["superlink"].status == "ok"
 
 
@@ -304,14 +302,14 @@ def test_plain_http(ca, monkeypatch):
     ],
 )
 def test_which_addresses_never_leave_the_machine(address, own):
-    assert connections.is_own(address) is own
+    assert connections.is_loopback(address) is own
 
 
 def test_a_proxy_in_the_environment_that_only_flower_would_use(monkeypatch):
     monkeypatch.setenv("HTTP_PROXY", "http://user:secret@proxy.example:3128")
     with serving() as port:
         finding = asked(port)["proxy"]
-        assert finding.status == "warning" and "through 'proxy.example'" in finding.told
-        assert "secret" not in finding.told and finding.remedy == "export NO_PROXY=127.0.0.1"
+        assert finding.status == "warning" and "through 'proxy.example'" in finding.message
+        assert "secret" not in finding.message and finding.remedy == "export NO_PROXY=127.0.0.1"
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         assert "proxy" not in asked(port)

@@ -4,16 +4,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_evaluation import BOS, PAD, base_of, greedy, question, words
-from test_evaluation import tokenizer as tokenizer  # a fixture
 
 import flexlora.evaluation.evaluate as evaluation
 import reference
+from answers import BOS, PAD, base_of, greedy, question, words
+from answers import tokenizer as tokenizer  # a fixture
 from builders import VOCAB, random_adapter, random_examples, tiny_model
 from flexlora.data.collation import Example
-from flexlora.evaluation.cohorts import Asked
-from flexlora.evaluation.evaluate import BASE, PERSONAL, evaluate, own_loss_sums
-from flexlora.evaluation.generation import own_answers
+from flexlora.evaluation.cohorts import EvalPlan
+from flexlora.evaluation.evaluate import BASE, PERSONAL, answer_loss_sums, evaluate
+from flexlora.evaluation.generation import generate_answers
 from flexlora.training.slots import SlotModel
 from flexlora.wire.jobs import EvalJob, Score
 
@@ -200,7 +200,7 @@ def cohorts(rows, batch_size, adapter, **changes):
         )
         for k in range(len(rows))
     ]
-    return Asked(jobs=jobs, examples=rows).cohorts(batch_size)
+    return EvalPlan(jobs=jobs, examples=rows).cohorts(batch_size)
 
 
 def test_cohorts_hold_clients_of_like_size_and_are_at_least_half_real(shapes):
@@ -270,11 +270,11 @@ def test_an_answer_near_the_last_position_does_not_depend_on_its_neighbours(kind
     adapters = [random_adapter(slots.shapes, 2, seed=k) for k in range(3)]
     options = {"tokenizer": Plain(), "max_new_tokens": 8, "pad_token_id": PAD, "batch_size": 64}
     slots.load(adapters)
-    together = own_answers(slots, rows, **options)
+    together = generate_answers(slots, rows, **options)
     assert [[len(text.split()) for text in own] for own in together] == [[4, 8], [0], [2]]
     for adapter, own, texts in zip(adapters, rows, together, strict=True):
         slots.load([adapter])
-        assert own_answers(slots, [own], **options) == [texts]
+        assert generate_answers(slots, [own], **options) == [texts]
 
 
 def test_what_is_filled_in_after_a_rows_end_is_no_part_of_its_answer():
@@ -285,8 +285,8 @@ def test_what_is_filled_in_after_a_rows_end_is_no_part_of_its_answer():
     options = {"tokenizer": Plain(), "max_new_tokens": 8, "pad_token_id": PAD}
     first = greedy(model, rows[0].input_ids[: rows[0].prompt_length], 1)
     model.generation_config.eos_token_id = int(first.removeprefix("w"))
-    together = own_answers(slots, [rows], batch_size=6, **options)
-    alone = [own_answers(slots, [[row]], batch_size=1, **options)[0][0] for row in rows]
+    together = generate_answers(slots, [rows], batch_size=6, **options)
+    alone = [generate_answers(slots, [[row]], batch_size=1, **options)[0][0] for row in rows]
     assert together == [alone] and alone[0] == "" and len(max(alone, key=len).split()) == 8
 
 
@@ -295,8 +295,8 @@ def test_slots_with_fewer_rows_than_others_end_earlier():
     rows = [random_examples(n, seed=n) for n in (1, 9, 4)]
     adapters = [random_adapter(slots.shapes, 2, seed=k) for k in range(3)]
     slots.load(adapters)
-    small = own_loss_sums(slots, rows, batch_size=3, pad_token_id=PAD)
-    large = own_loss_sums(slots, rows, batch_size=64, pad_token_id=PAD)
+    small = answer_loss_sums(slots, rows, batch_size=3, pad_token_id=PAD)
+    large = answer_loss_sums(slots, rows, batch_size=64, pad_token_id=PAD)
     assert [len(own) for own in small] == [1, 9, 4]
     for a, b in zip(small, large, strict=True):
         assert a == pytest.approx(b, rel=1e-10)

@@ -5,54 +5,16 @@ import torch
 from rouge_score.rouge_scorer import RougeScorer
 
 import reference
+from answers import BOS, EOS, PAD, base_of, greedy, question, words
+from answers import tokenizer as tokenizer
 from builders import VOCAB, random_adapter, random_examples, tiny_model
 from flexlora.data.collation import Example
-from flexlora.evaluation.evaluate import (
-    BASE,
-    answer_loss_sums,
-    evaluate,
-    exact_match,
-    generate_answers,
-    rouge_l,
-)
+from flexlora.evaluation.evaluate import BASE, answer_loss_sums, evaluate
+from flexlora.evaluation.generation import generate_answers
+from flexlora.evaluation.text_scores import exact_match, rouge_l
 from flexlora.training.local import answer_losses
-from flexlora.training.models import BaseModel
 from flexlora.training.slots import SlotModel
 from flexlora.wire.jobs import EvalJob, Score
-
-PAD, BOS, EOS = 0, 1, 2
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    """One word per id, ``w7`` for 7."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast
-
-    core = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="w1", eos_token="w2", pad_token="w0"
-    )
-
-
-def base_of(model, tokenizer):
-    device = torch.device("cpu")
-    return BaseModel(name="tiny", model=model, tokenizer=tokenizer, fingerprint="", device=device)
-
-
-def words(ids):
-    return " ".join(f"w{i}" for i in ids)
-
-
-def question(prompt, answer):
-    """Ids of a prompt, then of its answer and eos."""
-    return Example(
-        input_ids=(*prompt, *answer, EOS),
-        prompt_length=len(prompt),
-        prompt=words(prompt),
-        answer=words(answer),
-    )
 
 
 def counting_model():
@@ -106,20 +68,6 @@ def test_a_model_that_can_answer_scores_full_marks(tokenizer):
     assert score.rouge_l == pytest.approx(3.0 + rouge_l(words(range(59, VOCAB)), "w59 w59"))
 
 
-def greedy(model, prompt, count):
-    """One token after another by argmax, the whole row again each time."""
-    ids = list(prompt)
-    with torch.no_grad():
-        for _ in range(count):
-            token = int(
-                model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()
-            )
-            if token == EOS:
-                break
-            ids.append(token)
-    return words([i for i in ids[len(prompt) :] if i not in (PAD, BOS)])
-
-
 @pytest.mark.parametrize(
     "preferences",
     [
@@ -139,7 +87,7 @@ def test_generation_is_plain_greedy_whatever_the_model_prefers(tokenizer, prefer
         setattr(model.generation_config, name, value)
     slots = SlotModel(model)
     (answers,) = generate_answers(
-        slots, rows, tokenizer=tokenizer, max_new_tokens=8, batch_size=3, pad_token_id=PAD
+        slots, [rows], tokenizer=tokenizer, max_new_tokens=8, batch_size=3, pad_token_id=PAD
     )
     expected = [greedy(model, row.input_ids[: row.prompt_length], 8) for row in rows]
     assert answers == expected
@@ -167,7 +115,7 @@ def test_loss_sums_are_those_of_the_merged_models_row_by_row():
     rows = random_examples(5, seed=4)
     adapters = [random_adapter(slots.shapes, rank, seed=rank) for rank in (2, 4)]
     slots.load(adapters)
-    sums = answer_loss_sums(slots, rows, batch_size=4, pad_token_id=PAD)
+    sums = answer_loss_sums(slots, [rows] * 2, batch_size=4, pad_token_id=PAD)
     for adapter, got in zip(adapters, sums, strict=True):
         for row, loss in zip(rows, got, strict=True):
             with torch.no_grad():
@@ -318,6 +266,20 @@ def test_rouge_l_is_the_f1_of_the_longest_common_subsequence(generated, expected
     common = lcs(a, b)
     f1 = 2 * common / (len(a) + len(b))
     assert rouge_l(generated, expected) == pytest.approx(f1)
+    theirs = RougeScorer(["rougeL"]).score(expected, generated)["rougeL"].fmeasure
+    assert rouge_l(generated, expected) == theirs
+
+
+@pytest.mark.parametrize(
+    ("generated", "expected"),
+    [
+        ("It's 3.14, \u00c9COLE-B!", "its 3 14 ecole b"),
+        ("no word in common", "?! \u4e16\u754c"),
+        ("a_b c\nd\te  f", "A B_C d. e f"),
+        ("\u0130stanbul STRASSE", "i stanbul stra\u00dfe"),
+    ],
+)
+def test_rouge_l_splits_words_as_rouge_score_does(generated, expected):
     theirs = RougeScorer(["rougeL"]).score(expected, generated)["rougeL"].fmeasure
     assert rouge_l(generated, expected) == theirs
 

@@ -122,7 +122,7 @@ def test_what_was_run_travels_with_the_report(monkeypatch):
     capability = worker.capability("client_00")
     TamperingGrid(worker)  # Flower's messages know whose process they are made in
     sent = Message(RecordDict(), dst_node_id=1, message_type="query")
-    back = decode_capability(encode_capability(capability, reply_to=sent))
+    back = decode_capability(Message(encode_capability(capability), reply_to=sent))
     assert back == capability and back.runs == ("bf16", "8bit", "adamw_8bit")
     assert back.absent == ("nf4: RuntimeError: no kernel image is available",)
 

@@ -19,7 +19,7 @@ from flexlora.errors import UserError
 from flexlora.report import write_report
 from flexlora.report.records import RunRecords
 from flexlora.runs.folder import RunFolder
-from flexlora.simulations import watched_run
+from flexlora.simulations import simulate as simulate_module
 from flexlora.simulations.simulate import simulate
 from pages import (
     asked_for,
@@ -322,7 +322,7 @@ def test_a_report_that_fails_does_not_fail_the_run(tmp_path, capsys, monkeypatch
     def broken(path):
         raise ZeroDivisionError("no axis")
 
-    monkeypatch.setattr(watched_run, "write_report", broken)
+    monkeypatch.setattr(simulate_module, "write_report", broken)
     assert main(["simulate", *as_sets(small()), "--out", str(tmp_path / "run")]) == 0
     told = capsys.readouterr()
     assert (

@@ -153,17 +153,17 @@ def test_nothing_half_written_stays_and_the_old_bytes_do(tmp_path):
 def test_a_trainer_without_room_still_answers_and_says_that_nothing_was_kept(tmp_path, monkeypatch):
     config, lines = run_config(), []
     with resident(write_rows(tmp_path / "data"), tmp_path / "kept") as made:
-        monkeypatch.setattr(made.service.teller, "line", lines.append)
+        monkeypatch.setattr(made.service.log, "line", lines.append)
         first = made.ask(train_message(config), config)
         (reply,) = (tmp_path / "kept").glob("*.reply")
         reply.unlink()
         partial = reply.with_name(f"{reply.name}.partial")
         partial.symlink_to(FULL)
         second = made.ask(train_message(config), config)
-        assert not partial.is_symlink() and made.trainer.kept.held() == (0, 0)
+        assert not partial.is_symlink() and made.trainer.replies.usage() == (0, 0)
         third = made.ask(train_message(config), config)
         fourth = made.ask(train_message(config), config)
-        assert (made.trainer.tally.trained, made.trainer.tally.from_disk) == (3, 1)
+        assert (made.trainer.totals.trained, made.trainer.totals.from_disk) == (3, 1)
     answers = [values_of(content, without=MEASURED) for content in (first, second, third, fourth)]
     assert answers[0]["report/cause"] == "" and all(told == answers[0] for told in answers)
     kept = ["not kept: No space left on device" in line for line in lines]

@@ -10,7 +10,6 @@ import pytest
 from faulty_grid import Fate, FaultyGrid, people, run, settings
 from federation import StopAt, Stopped, adapter_bytes, client_rows, small
 from flexlora.simulations.simulate import resume, simulate
-from spelled import of_names
 
 CLIENTS, ROUNDS = 8, 200
 HALF = {"fraction_train": 0.25, "server__over_selection": 1.0}  # 4 are asked, 2 are needed
@@ -65,7 +64,7 @@ def test_who_counts_is_the_same_for_every_plan_and_after_a_resume(world, tmp_pat
         **HALF,
         **world,
     )
-    plans = {str(size): config.with_values(of_names(engine__cohort_size=size)) for size in (1, 4)}
+    plans = {str(size): config.with_values({"engine.cohort-size": size}) for size in (1, 4)}
     for name, plan in plans.items():
         simulate(plan, tmp_path / name)
     assert counted(tmp_path / "1") == counted(tmp_path / "4")

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from faulty_grid import SILENT, Fate, FaultyGrid, lost, people, run, settings
-from flexlora.server.members.backoff import awake, resting
 from flexlora.server.members.sampling import History, Reachable
+from flexlora.server.members.selection import split_backing_off
 
 DEAD = [lost(8, 0.0)] * 9
 
@@ -21,8 +21,9 @@ def crowd(*client_ids):
 
 def rounds_out(losses, most_rounds, last=10):
     """For how many rounds a client sits out after so many losses in a row."""
-    lost_by = {"c": (losses, last)}
-    out = [t for t in range(last + 1, last + 40) if "c" in resting(lost_by, t, most_rounds)]
+    lost_by, options = {"c": (losses, last)}, {"least": 0, "most_rounds": most_rounds}
+    later = range(last + 1, last + 40)
+    out = [t for t in later if split_backing_off(crowd("c"), lost_by, t, **options)[1]]
     assert out == list(range(last + 1, last + 1 + len(out))), "one stretch, from the next round on"
     return len(out)
 
@@ -50,7 +51,7 @@ def test_any_reply_begins_anew_and_the_checkpoint_keeps_it():
 
 def test_those_who_have_waited_longest_are_asked_where_too_few_are_left():
     losses = {"a": (3, 9), "b": (3, 7), "c": (3, 8)}
-    able, out = awake(crowd("a", "b", "c", "d"), losses, 10, least=3, most_rounds=8)
+    able, out = split_backing_off(crowd("a", "b", "c", "d"), losses, 10, least=3, most_rounds=8)
     assert [client.client_id for client in able] == ["b", "c", "d"]
     assert out == {"a": "sits out to round 13: lost 3 times in a row, last in round 9"}
 
@@ -64,7 +65,7 @@ def test_those_who_have_waited_longest_are_asked_where_too_few_are_left():
 )
 def test_nobody_is_lost_and_a_round_is_never_made_impossible(losses, least, most_rounds):
     everybody = crowd(*"abcdef")
-    able, out = awake(everybody, losses, 21, least=least, most_rounds=most_rounds)
+    able, out = split_backing_off(everybody, losses, 21, least=least, most_rounds=most_rounds)
     assert sorted([c.client_id for c in able] + list(out)) == list("abcdef")
     assert len(able) >= min(least, 6)
     if most_rounds == 0:
@@ -156,7 +157,7 @@ def test_a_resumed_run_leaves_out_the_same_clients():
     state, history = begun.closed, begun.selector.history.to_dict()
     classes = {k: m.rank_class for k, m in begun.roster.members.items()}
     fresh = type(begun)(config, state=state, rank_classes=classes)
-    fresh.go_on({"history": history}, second)
+    fresh.restore({"history": history}, second)
     fresh.start(second)
     asked = [asked_in(grid, "client_1") for grid in (first, second)]
     assert asked[0] + asked[1] == asked_in(whole, "client_1") == [1, 3, 6]

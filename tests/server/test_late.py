@@ -13,9 +13,10 @@ from faulty_grid import SILENT, Fate, FaultyGrid, people, settings
 from faulty_grid import run as faulty_run
 from federation import client_rows, federation, same_bytes, small
 from flexlora.aggregation import make_method
-from flexlora.aggregation.engine.method import Factoring, State, Update
-from flexlora.aggregation.engine.state import GlobalChange
-from flexlora.clients.worker import Worker
+from flexlora.aggregation.engine.open_round import OpenRound
+from flexlora.aggregation.engine.starts import Factoring
+from flexlora.aggregation.engine.state import GlobalChange, State
+from flexlora.aggregation.engine.updates import Update
 from flexlora.lora.ranks import RankClass
 from flexlora.simulations.engine.cohorts import CohortLimits
 from flexlora.simulations.engine.grid import InProcessGrid
@@ -23,11 +24,6 @@ from flexlora.simulations.engine.grid import InProcessGrid
 VICTIM = "client_02"
 SHAPES = {"attn.q": (12, 12), "mlp.up": (20, 12)}
 LATE = Fate(seconds=105.0)  # the round lasts 100
-
-
-@pytest.fixture(scope="module")
-def worker():
-    return Worker(small())
 
 
 class SlowGrid(InProcessGrid):
@@ -125,17 +121,17 @@ def late_round(name):
 def random_state(*, seed, server_round):
     adapter = random_adapter(SHAPES, 5, seed=seed)
     change = GlobalChange.zero(SHAPES, torch.float64)
-    opened = make_method("flexlora").begin(State(round=server_round - 1, change=change), {})
+    opened = OpenRound(make_method("flexlora"), State(round=server_round - 1, change=change), {})
     opened.add(Update(client_id="x", adapter=adapter, num_examples=1))
-    return opened.finish()
+    return opened.close()
 
 
 def test_residual_subtracts_the_start_that_the_late_update_was_trained_from():
     method, state, starts, updates = late_round("residual")
-    opened = method.begin(state, starts, {"c1": "rank_3"})
+    opened = OpenRound(method, state, starts, {"c1": "rank_3"})
     for update in updates:
         opened.add(update)
-    result = opened.finish().change
+    result = opened.close().change
     clients = [(update.adapter, update.num_examples) for update in updates]
     sent = [starts[update.rank_class].trained for update in updates]
     for name in SHAPES:
@@ -151,10 +147,10 @@ def test_a_discount_scales_the_late_updates_share_and_nothing_else(name):
     """``p_k = d_k n_k / sum_j d_j n_j``, against the dense equations in float64."""
     method, state, starts, (late, prompt) = late_round(name)
     late = replace(late, late=True, discount=0.25)
-    opened = method.begin(state, starts, {"c1": "rank_3"})
+    opened = OpenRound(method, state, starts, {"c1": "rank_3"})
     for update in (late, prompt):
         opened.add(update)
-    result = opened.finish().change
+    result = opened.close().change
 
     def dense(weight, module):
         clients = [(late.adapter, weight * late.num_examples), (prompt.adapter, 30)]
@@ -238,9 +234,9 @@ def test_a_late_update_of_drawn_terms_goes_to_the_terms_that_were_drawn(worker, 
         digest=start.digest,
         late=True,
     )
-    opened = method.begin(State(round=1, change=state.change), {"rank_2@1": start})
+    opened = OpenRound(method, State(round=1, change=state.change), {"rank_2@1": start})
     opened.add(update)
-    held = opened.finish().extra
+    held = opened.close().extra
     for name in shapes:
         moved = held[f"lora_B/{name}"].abs().sum(0) > 0
         assert moved.nonzero().flatten().tolist() == start.drawn_terms(VICTIM, name)

@@ -23,15 +23,22 @@ from flexlora.config.resolve import Config
 from flexlora.errors import UserError
 from flexlora.runs.folder import RunFolder
 from flexlora.runs.live_state import LIVE_FILE, LiveState, process_space, read_live, write_live
+from flexlora.runs.outcomes import Outcome
 from flexlora.server.observing import live as live_module
-from flexlora.server.observing.live import MOST_CLIENTS, MOST_FAILURES, MOST_LETTERS, LiveObserver
-from flexlora.server.observing.observers import Observers, observed
+from flexlora.server.observing.live import (
+    MAX_CAUSE_LENGTH,
+    MOST_CLIENTS,
+    MOST_FAILURES,
+    LiveObserver,
+)
+from flexlora.server.observing.observed import observed
+from flexlora.server.observing.observer import Observer, Observers
 from flexlora.simulations.simulate import resume, simulate
 
 RUN = small(num_server_rounds=2)
 
 
-class Witness:
+class Witness(Observer):
     """An observer that notes what ``live.json`` says a moment after each event."""
 
     def __init__(self, folder):
@@ -41,10 +48,15 @@ class Witness:
         self.note("met", lambda live: live.classes)
 
     def round_started(self, server_round, num_rounds, num_clients):
+        self.round = server_round
         self.note("started", lambda live: live.round == server_round and live.heard == 0)
 
-    def replied(self, client_id, cause):
+    def replied(self, client_id, outcome, cause, late):
         self.note("replied", lambda live: client_id in live.replied)
+
+    def evaluated(self, client_id, cause):
+        if self.round == 0:
+            self.note("replied", lambda live: client_id in live.replied)
 
     def round_finished(self, metrics):
         self.note("finished", lambda live: live.state == "waiting")
@@ -105,14 +117,14 @@ def test_it_says_that_the_run_is_done_and_leaves_no_thread(watched):
 
 def test_a_run_without_anything_that_watches_leaves_the_same_bytes(watched, tmp_path, monkeypatch):
     folder, _ = watched
-    monkeypatch.setattr("flexlora.server.observing.observers.LiveObserver", Deaf)
+    monkeypatch.setattr("flexlora.server.observing.observed.LiveObserver", Deaf)
     simulate(RUN, tmp_path / "run")
     assert not (tmp_path / "run" / LIVE_FILE).exists()
     assert adapter_bytes(tmp_path / "run") == adapter_bytes(folder)
     assert untimed(rounds(tmp_path / "run")) == untimed(rounds(folder))
 
 
-class Deaf:
+class Deaf(Observer):
     """Stands for the live observer and hears nothing."""
 
     def __init__(self, *_, **__):
@@ -164,13 +176,14 @@ def test_the_folder_of_an_older_run_is_not_written_to_before_it_is_ours(watched,
 def test_failures_and_late_news_are_told_apart(tmp_path):
     live = LiveObserver(tmp_path)
     live.round_started(3, 8, 3)
-    live.replied("a", "")
-    live.replied("b", "Flower error 5: node unavailable")
-    live.replied("z", "late: trained from round 2")
-    live.replied("y", "late: trained from round 2; client y: lora_A holds NaN or infinity.")
+    live.replied("a", Outcome.OK, "", False)
+    live.replied("b", Outcome.LOST, "Flower error 5: node unavailable", False)
+    live.replied("z", Outcome.OK, "late: trained from round 2", True)
+    live.replied("y", Outcome.REFUSED, "late: trained from round 2; client y: NaN", True)
     live.resent("c", 2, "Flower error 5: node unavailable")
-    live.replied("c", "out of memory with 8 rows in a pass: trained with 4")
-    live.replied("a", "evaluation: no rows")
+    live.replied("c", Outcome.OK, "out of memory with 8 rows in a pass: trained with 4", False)
+    live.evaluated("a", "no rows")
+    live.evaluated("c", "")
     live.close("finished")
     state = read_live(tmp_path)
     assert (state.asked, state.heard, state.failed, state.resent) == (3, 3, 3, 1)
@@ -181,12 +194,12 @@ def test_failures_and_late_news_are_told_apart(tmp_path):
 def test_a_round_that_is_skipped_says_so(tmp_path):
     live = LiveObserver(tmp_path)
     live.round_started(3, 8, 0)
-    live.replied("round 3", "skipped: 0 clients can be reached, server.quorum is 2; the round ...")
+    live.round_skipped(3, "skipped: 0 clients can be reached, server.quorum is 2")
     live.close("interrupted")
     assert read_live(tmp_path).heard == 0 and read_live(tmp_path).failures == ()
     live = LiveObserver(tmp_path)
     live.round_started(3, 8, 0)
-    live.replied("round 3", "skipped: 0 clients can be reached")
+    live.round_skipped(3, "skipped: 0 clients can be reached")
     assert live._state.cause.startswith("skipped: 0 clients")
     live.round_finished({"round": 3})
     assert live._state.cause == ""
@@ -197,15 +210,15 @@ def test_the_lists_are_bounded_and_the_counts_are_not(tmp_path):
     live = LiveObserver(tmp_path)
     live.round_started(1, 2, 2000)
     for number in range(1000):
-        live.replied(f"good_{number}", "")
-        live.replied(f"bad_{number}", "x" * 10_000)
+        live.replied(f"good_{number}", Outcome.OK, "", False)
+        live.replied(f"bad_{number}", Outcome.FAILED, "x" * 10_000, False)
     live.close("failed", "y" * 10_000)
     state = read_live(tmp_path)
     assert (state.heard, state.failed) == (2000, 1000)
     assert len(state.replied) == MOST_CLIENTS and state.replied[-1] == "good_999"
     assert len(state.failures) == MOST_FAILURES and state.failures[-1].client_id == "bad_999"
-    assert {len(failure.cause) for failure in state.failures} == {MOST_LETTERS}
-    assert len(state.cause) == MOST_LETTERS
+    assert {len(failure.cause) for failure in state.failures} == {MAX_CAUSE_LENGTH}
+    assert len(state.cause) == MAX_CAUSE_LENGTH
     assert (tmp_path / LIVE_FILE).stat().st_size < 20_000
 
 
@@ -218,7 +231,7 @@ def test_every_reader_sees_a_whole_file_and_few_writes(tmp_path, monkeypatch):
     # The writer has the time that this loop leaves it: a busy machine takes longer.
     while time.monotonic() - began < (1.0 if len(texts) >= 3 else 30.0):
         for number in range(50):
-            live.replied(f"client_{number}", "")
+            live.replied(f"client_{number}", Outcome.OK, "", False)
         if (tmp_path / LIVE_FILE).exists():
             texts.add((tmp_path / LIVE_FILE).read_text())
     took = time.monotonic() - began
@@ -284,16 +297,16 @@ class Broken:
 def test_an_observer_that_fails_is_logged_once_and_the_others_are_told(caplog):
     broken, told = Broken(), []
 
-    class Good:
+    class Good(Observer):
         def met(self, roster):
             told.append("met")
 
-        def replied(self, client_id, cause):
+        def replied(self, client_id, outcome, cause, late):
             told.append("replied")
 
-    observers = Observers([broken, Good()], own=Good())
+    observers = Observers([broken, Good()], Good())
     observers.met(None)
-    observers.replied("a", "")
+    observers.replied("a", Outcome.OK, "", False)
     observers.resent("a", 2, "lost")
     observers.round_started(1, 2, 3)
     observers.round_finished({"round": 1})
@@ -305,7 +318,7 @@ def test_an_observer_that_fails_is_logged_once_and_the_others_are_told(caplog):
 
 def test_what_the_callers_own_observer_raises_passes():
     with pytest.raises(Stopped):
-        Observers([], own=StopAt("replied", 0)).replied("a", "")
+        Observers([], StopAt("replied", 0)).replied("a", Outcome.OK, "", False)
 
 
 def test_a_live_observer_that_fails_ends_no_run(tmp_path, monkeypatch, caplog):

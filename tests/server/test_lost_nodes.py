@@ -1,19 +1,12 @@
 """Nodes that are lost, and failures without a word: none ends the run."""
 
-import pytest
 import torch
 from flwr.app import Error, Message
 
 from federation import TamperingGrid, client_rows, federation, rounds, small
-from flexlora.clients.worker import Worker
 from flexlora.errors import one_line
 
 VICTIM = "client_02"
-
-
-@pytest.fixture(scope="module")
-def worker():
-    return Worker(small())
 
 
 def from_the_superlink(reply, message):
@@ -74,7 +67,7 @@ def test_a_client_that_cannot_be_evaluated_costs_only_its_own_rows(worker, tmp_p
 def test_a_prompt_that_fills_all_positions_gets_an_empty_answer():
     """Learned positions end: asking for more tokens than there are would be an index error."""
     from builders import random_examples, tiny_model
-    from flexlora.evaluation.evaluate import generate_answers
+    from flexlora.evaluation.generation import generate_answers
     from flexlora.training.slots import SlotModel
 
     class Words:
@@ -88,7 +81,7 @@ def test_a_prompt_that_fills_all_positions_gets_an_empty_answer():
     prompts = {row.prompt_length for row in rows}
     model.config.max_position_embeddings = max(prompts) + 2
     options = {"tokenizer": Words(), "batch_size": 4, "pad_token_id": 0}
-    (answers,) = generate_answers(SlotModel(model), rows, max_new_tokens=9, **options)
+    (answers,) = generate_answers(SlotModel(model), [rows], max_new_tokens=9, **options)
     assert [len(text.split()) for text in answers] == [2, 2]
     model.config.max_position_embeddings = max(prompts)
-    assert generate_answers(SlotModel(model), rows, max_new_tokens=9, **options) == [["", ""]]
+    assert generate_answers(SlotModel(model), [rows], max_new_tokens=9, **options) == [["", ""]]

@@ -18,7 +18,8 @@ from federation import ROOT, TamperingGrid, client_rows, federation, nobody_join
 from flexlora.clients.worker import worker_for
 from flexlora.config.resolve import Config
 from flexlora.errors import UserError
-from flexlora.server.observing.causes import KINDS
+from flexlora.runs.outcomes import Outcome
+from flexlora.server.observing.observer import Observer
 from flexlora.server.observing.prometheus import PrometheusObserver, metrics_endpoint
 from flexlora.simulations.simulate import simulate
 
@@ -57,20 +58,11 @@ def samples(text):
     }
 
 
-class Scraper:
+class Scraper(Observer):
     """An observer that scrapes the run's own endpoint at the end of every round."""
 
     def __init__(self, port):
         self.port, self.texts = port, []
-
-    def met(self, roster):
-        pass
-
-    def round_started(self, server_round, num_rounds, num_clients):
-        pass
-
-    def replied(self, client_id, cause):
-        pass
 
     def round_finished(self, metrics):
         self.texts.append(scraped(self.port))
@@ -134,7 +126,8 @@ def test_failures_are_counted_by_kind_as_in_clients_csv(run):
         {labels[0][1]: v for (name, labels), v in samples(t).items() if "failures_total" in name}
         for t in texts
     ]
-    assert set(kinds[0]) == set(KINDS) - {"round skipped"}, "all are there from the start, as 0"
+    failures = {outcome.value for outcome in Outcome if outcome.is_failure}
+    assert set(kinds[0]) == failures | {"evaluation"}, "all are there from the start, as 0"
     assert [sum(found.values()) for found in kinds] == [0, 0, 1]
     assert kinds[2]["lost"] == 1
 
@@ -202,7 +195,7 @@ def test_what_is_not_there_is_not_told_as_a_number():
     observer.round_finished({"round": 2, "train_loss": 0.5, "eval_loss": 0.25, "seconds": 1.5})
     observer.round_finished({"round": 3, "train_loss": None, "seconds": 40.0, "bytes_up": 7})
     observer.resent("secret", 2, "Flower error 5: gone")
-    observer.replied("round 3", "skipped: 0 updates came")
+    observer.round_skipped(3, "skipped: 0 updates came")
     text = generate_latest(registry).decode()
     found = samples(text)
     assert found["flexlora_loss", (("rank_class", "all"), ("split", "train"))] == 0.5
@@ -217,7 +210,7 @@ def test_clients_cannot_make_labels():
     observer, registry = exported()
     before = set(samples(generate_latest(registry).decode()))
     for number in range(200):
-        observer.replied(f"client_{number}", f"cause {number}\n# HELP evil")
+        observer.replied(f"client_{number}", Outcome.FAILED, f"{number}\n# HELP evil", False)
     assert set(samples(generate_latest(registry).decode())) == before
 
 

@@ -7,23 +7,25 @@ import math
 
 import pytest
 from flwr.app import Message, RecordDict
-from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from faulty_grid import REPLY, SILENT, Fate, FaultyGrid, Told, lost, people, run, settings
 from federation import StopAt, same_bytes
-from flexlora.aggregation import make_method
-from flexlora.aggregation.engine.method import Factoring, Update
+from flexlora.aggregation import Update, make_method
+from flexlora.aggregation.engine.open_round import OpenRound
+from flexlora.aggregation.engine.starts import Factoring
+from flexlora.runs.outcomes import Outcome
 from flexlora.server.observing.observer import LogObserver
 from flexlora.server.transport.exchange import exchange
-from flexlora.server.transport.resending import Letter, Resending
+from flexlora.server.transport.flower_private import ObjectPushError, set_message_id
+from flexlora.server.transport.retry_queue import PendingMessage, RetryPolicy
 from flexlora.wire.encoding import over_the_wire
 from one_round import distance, no_change, same_bits
 
 ONE = {"num_server_rounds": 1}
-TWICE = Resending(resends=2, silence_seconds=40.0, patience_seconds=60.0)
+TWICE = RetryPolicy(resends=2, silence_seconds=40.0, patience_seconds=60.0)
 
 
 def one_round(fates, count=3, *, away=None, told=None, **changes):
@@ -65,7 +67,7 @@ def test_a_lost_message_is_sent_again_and_the_round_is_whole(fault, honest):
     assert [args[:2] for args in told.of("resent")] == [
         ["client_1", k + 2] for k in range(copies - 1)
     ]
-    assert ["client_1", ""] in told.of("replied"), "what counts is not told as a failure"
+    assert ["client_1", Outcome.OK, "", False] in told.of("replied")
 
 
 def test_the_log_has_a_line_for_it_and_an_observer_need_not_know_of_it(caplog):
@@ -224,7 +226,7 @@ def test_a_message_lives_for_its_round_and_as_long_as_it_may_be_late(ttl, late_r
 
 def letters(grid):
     return [
-        Letter(Message(RecordDict(), dst_node_id=node, message_type="query"))
+        PendingMessage(Message(RecordDict(), dst_node_id=node, message_type="query"))
         for node in grid.clients
     ]
 
@@ -247,7 +249,7 @@ class Repeating(FaultyGrid):
 
 def test_exchange_hands_on_every_letter_once_though_each_reply_comes_twice():
     grid = Repeating(people(4))
-    got = list(exchange(grid, letters(grid), timeout=50.0, resending=TWICE))
+    got = list(exchange(grid, letters(grid), timeout=50.0, policy=TWICE))
     assert sorted(letter.node_id for letter, _ in got) == sorted(grid.clients)
     assert all(reply is not None and letter.answered for letter, reply in got)
 
@@ -261,11 +263,11 @@ def test_without_resending_an_error_is_the_answer_and_nothing_goes_out_twice():
 
 def test_a_node_that_the_superlink_does_not_know_is_no_answer():
     grid = FaultyGrid(people(1))
-    unknown = Letter(Message(RecordDict(), dst_node_id=404, message_type="query"))
+    unknown = PendingMessage(Message(RecordDict(), dst_node_id=404, message_type="query"))
     got = list(exchange(grid, [unknown], timeout=5.0))
     assert got == [(unknown, None)]
-    patient = Letter(Message(RecordDict(), dst_node_id=404, message_type="query"))
-    assert list(exchange(grid, [patient], timeout=90.0, resending=TWICE)) == [(patient, None)]
+    patient = PendingMessage(Message(RecordDict(), dst_node_id=404, message_type="query"))
+    assert list(exchange(grid, [patient], timeout=90.0, policy=TWICE)) == [(patient, None)]
     assert 60.0 <= grid.clock.now() <= 65.0
 
 
@@ -304,7 +306,7 @@ def test_an_upload_that_breaks_off_is_a_lost_message_and_not_the_end_of_the_run(
 
 
 def reply_of(grid, message):
-    message.metadata.__dict__["_message_id"] = f"pushed-{message.metadata.dst_node_id}"
+    set_message_id(message, f"pushed-{message.metadata.dst_node_id}")
     return grid.answer(message)
 
 
@@ -312,18 +314,16 @@ def test_a_reply_counts_once_and_one_to_nothing_never(honest, caplog):
     """``aggregate_train`` is public: replies may reach it without any of our exchange."""
     grid = FaultyGrid(people(3))
     strategy = run(grid, settings(num_server_rounds=1, server__resends=0), rows=[])
-    fresh = type(strategy)(strategy.config)
+    fresh = type(strategy)(strategy.settings, state=no_change(strategy.roster.shapes))
     fresh.meet(grid)
-    fresh.state = no_change(fresh.roster.shapes)
     messages = fresh.configure_train(1, None, None, grid)
     replies = [reply_of(grid, message) for message in messages]
     stranger = Message(RecordDict(), dst_node_id=10, message_type="train", group_id="1")
-    stranger.metadata.__dict__["_message_id"] = "of an older run"
+    set_message_id(stranger, "of an older run")
     nothing = Message(replies[0].content, reply_to=stranger)
     fresh.aggregate_train(1, [nothing, replies[0], *replies, nothing])
     assert same_bytes(fresh.state, honest[1].state)
-    rows = fresh._ledger.rows
-    assert [row["status"] for row in rows] == ["ok"] * 3
+    assert [row.outcome for row in fresh.metrics.rows] == [Outcome.OK] * 3
     told = [record.getMessage() for record in caplog.records]
     assert sum("a reply to nothing that was sent in round 1, dropped" in line for line in told) == 2
     assert sum(line.startswith("client_0: a second reply") for line in told) == 1
@@ -339,7 +339,7 @@ def exact(grid, strategy, counted):
         sent[name] = type(start)(
             **{**vars(start), "trained": over_the_wire(start.trained, "float64")}
         ).sealed()
-    opened = method.begin(state, sent)
+    opened = OpenRound(method, state, sent)
     for client_id in counted:
         result = grid.results[1, client_id]
         opened.add(
@@ -351,7 +351,7 @@ def exact(grid, strategy, counted):
                 digest=result.digest,
             )
         )
-    return opened.finish()
+    return opened.close()
 
 
 fate = st.one_of(

@@ -11,6 +11,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 from flwr.serverapp.strategy import FedAvg
 
 from builders import random_adapter
+from expected_rounds import VICTIM, expected_state
 from federation import (
     TamperingGrid,
     client_rows,
@@ -20,47 +21,14 @@ from federation import (
     small,
     state_delta,
 )
-from flexlora.aggregation import make_method
 from flexlora.aggregation.aggregate import aggregate
-from flexlora.aggregation.engine.method import State, Update, check_update
-from flexlora.aggregation.engine.state import GlobalChange
+from flexlora.aggregation.engine.state import GlobalChange, State
+from flexlora.aggregation.engine.updates import Update, check_update
 from flexlora.clients.worker import worker_for
 from flexlora.errors import UpdateRefused
-from flexlora.server.settings import factoring_of, rank_policy_of
 from flexlora.simulations.engine.cohorts import CohortLimits
 
-VICTIM = "client_01"
 MODULE = "model.layers.0.self_attn.q_proj"
-
-
-@pytest.fixture(scope="module")
-def worker():
-    return worker_for(small())
-
-
-def expected_state(grid, config, server_round=1, *, without=(VICTIM,), state=None):
-    """The state that the method makes of the honest replies, ``without`` some clients."""
-    method = make_method(config.method.name, config.method)
-    shapes = grid.worker.slots.shapes
-    state = state or State(round=0, change=GlobalChange.zero(shapes, torch.float32))
-    classes = rank_policy_of(config).assign(grid.worker.client_ids)
-    sent = {c.name: method.start(state, c, factoring_of(config)) for c in classes.values()}
-    results = [r for (at, name), r in grid.updates.items() if at == server_round]
-    counted = [result for result in results if result.client_id not in without]
-    asked = {result.client_id: result.rank_class for result in counted}
-    opened = method.begin(state, sent, asked)
-    for result in counted:
-        opened.add(
-            Update(
-                client_id=result.client_id,
-                adapter=result.adapter,
-                num_examples=result.num_examples,
-                rank_class=result.rank_class,
-                base_round=result.base_round,
-                digest=result.digest,
-            )
-        )
-    return opened.finish()
 
 
 def replace_array(reply, change, label="lora_A"):

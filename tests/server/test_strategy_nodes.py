@@ -18,15 +18,9 @@ from federation import (
     untimed,
 )
 from flexlora.clients.messages import encode_capability
-from flexlora.clients.worker import worker_for
 from flexlora.errors import UserError
 
 VICTIM = "client_01"
-
-
-@pytest.fixture(scope="module")
-def worker():
-    return worker_for(small())
 
 
 class NodesGrid(TamperingGrid):
@@ -109,7 +103,7 @@ def test_the_order_of_arrival_changes_nothing(worker, tmp_path):
 def test_a_node_that_does_not_fit_is_left_out_with_its_cause(change, cause, worker, tmp_path):
     def odd(reply, message):
         capability = replace(worker.capability(VICTIM), **change)
-        return [encode_capability(capability, reply_to=message)]
+        return [Message(encode_capability(capability), reply_to=message)]
 
     strategy, run, grid = run_with(worker, tmp_path / "run", kind=MessageType.QUERY, tamper=odd)
     assert VICTIM not in strategy.roster.members and len(strategy.roster.members) == 3
@@ -160,7 +154,7 @@ def test_a_node_that_does_not_answer_the_query_is_counted_as_left_out(silent, wo
 
 def test_a_client_that_two_nodes_claim_trains_once(worker, tmp_path):
     def impostor(reply, message):
-        return [encode_capability(worker.capability("client_02"), reply_to=message)]
+        return [Message(encode_capability(worker.capability("client_02")), reply_to=message)]
 
     strategy, _, grid = run_with(worker, tmp_path / "run", kind=MessageType.QUERY, tamper=impostor)
     assert sorted(strategy.roster.members) == ["client_00", "client_02", "client_03"]

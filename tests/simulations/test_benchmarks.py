@@ -46,10 +46,10 @@ def test_every_error_is_within_what_is_allowed(rows):
 
 def test_a_row_is_met_only_if_both_its_ratio_and_its_error_are():
     good = {"name": "x", "ratio": 2.0, "target": 1.5, "error": 0.0, "allowed_error": 0.1}
-    assert aggregation.Row(**good).met
-    assert not aggregation.Row(**{**good, "ratio": 1.0}).met
-    assert not aggregation.Row(**{**good, "error": 0.2}).met
-    assert not aggregation.Row(**good, at_most=True).met
+    assert aggregation.AggregationRow(**good).met
+    assert not aggregation.AggregationRow(**{**good, "ratio": 1.0}).met
+    assert not aggregation.AggregationRow(**{**good, "error": 0.2}).met
+    assert not aggregation.AggregationRow(**good, at_most=True).met
 
 
 def test_a_peak_that_cannot_have_been_measured_is_refused(monkeypatch):

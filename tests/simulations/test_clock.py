@@ -7,7 +7,7 @@ from flexlora.errors import UserError
 from flexlora.lora.ranks import RankClass
 from flexlora.planning.model_config import read_shape
 from flexlora.planning.shapes import TrainingPlan
-from flexlora.simulations.world.clock import Clock, OwnTraining, Price
+from flexlora.simulations.world.clock import Clock, Effort, OwnTraining, Price
 from flexlora.simulations.world.clock_models import CLOCK_MODELS, clock_shape
 from flexlora.simulations.world.links import LINKS
 from flexlora.simulations.world.populations import Population
@@ -24,6 +24,10 @@ WORK = {
 }
 
 
+def effort(client_id, server_round, **work):
+    return Effort(client_id=client_id, server_round=server_round, **work)
+
+
 def clock(**keys):
     values = {"population.devices": "rtx-4090:1", **keys}
     config = Config.of(values)
@@ -33,7 +37,7 @@ def clock(**keys):
 
 
 def price(made, rank=8, **changes):
-    return made.price("a", 1, **{"rank_class": RankClass.of(rank), **WORK, **changes})
+    return made.price(effort("a", 1, **{"rank_class": RankClass.of(rank), **WORK, **changes}))
 
 
 def test_a_price_is_its_parts():
@@ -44,14 +48,19 @@ def test_a_price_is_its_parts():
     assert paid.upload_seconds == pytest.approx(line.upload_seconds(10**5))
     assert paid.seconds == paid.download_seconds + paid.train_seconds + paid.upload_seconds
     transfers = paid.download_seconds + paid.upload_seconds
-    assert paid.joules == pytest.approx(450 * paid.train_seconds + 2.5 * transfers)
+    assert paid.joules_until(paid.seconds) == pytest.approx(
+        450 * paid.train_seconds + 2.5 * transfers
+    )
     assert paid.leaves_after is None
 
 
 def test_without_links_transfers_take_no_time_and_no_power():
     paid = price(clock())
     assert paid.download_seconds == paid.upload_seconds == 0.0
-    assert paid.joules == pytest.approx(450 * paid.train_seconds) and paid.train_seconds > 0
+    assert (
+        paid.joules_until(paid.seconds) == pytest.approx(450 * paid.train_seconds)
+        and paid.train_seconds > 0
+    )
 
 
 def test_energy_until_a_client_leaves():
@@ -59,7 +68,7 @@ def test_energy_until_a_client_leaves():
         download_seconds=2.0, train_seconds=10.0, upload_seconds=4.0, train_watts=5, radio_watts=1
     )
     spent = [paid.joules_until(t) for t in (-1, 0, 1, 2, 7, 12, 14, 16, 99)]
-    assert spent == [0, 0, 1, 2, 27, 52, 54, 56, 56] and paid.joules == 56
+    assert spent == [0, 0, 1, 2, 27, 52, 54, 56, 56] and paid.joules_until(paid.seconds) == 56
 
 
 def test_bytes_come_after_the_latency_and_then_evenly():
@@ -79,7 +88,7 @@ def test_stragglers_train_longer_and_transfer_as_before():
     usual, straggling = price(clock(**links)), price(clock(**slow))
     assert straggling.train_seconds == pytest.approx(4 * usual.train_seconds)
     assert straggling.download_seconds == usual.download_seconds
-    assert straggling.joules > usual.joules
+    assert straggling.joules_until(straggling.seconds) > usual.joules_until(usual.seconds)
 
 
 def test_a_client_that_drops_out_leaves_within_its_job_and_always_then():
@@ -87,8 +96,8 @@ def test_a_client_that_drops_out_leaves_within_its_job_and_always_then():
     again = clock(**{"population.dropout": 0.5, "population.links": "wifi:1"})
     fates = []
     for server_round in range(1, 200):
-        paid = made.price("a", server_round, rank_class=RankClass.of(8), **WORK)
-        assert paid == again.price("a", server_round, rank_class=RankClass.of(8), **WORK)
+        paid = made.price(effort("a", server_round, rank_class=RankClass.of(8), **WORK))
+        assert paid == again.price(effort("a", server_round, rank_class=RankClass.of(8), **WORK))
         assert paid.leaves_after is None or 0 <= paid.leaves_after < paid.seconds
         fates.append(paid.leaves_after is None)
     assert 0.35 < sum(fates) / len(fates) < 0.65
@@ -222,4 +231,4 @@ def test_a_clock_that_cannot_count_is_refused(keys, message):
 
 def test_an_unknown_client_has_no_price():
     with pytest.raises(UserError, match="client 'b' is not in the population"):
-        clock().price("b", 1, rank_class=RankClass.of(8), **WORK)
+        clock().price(effort("b", 1, rank_class=RankClass.of(8), **WORK))

@@ -13,10 +13,10 @@ import torch
 
 from flexlora import UserError
 from flexlora.data.collation import Example, collate
-from flexlora.simulations.benchmarks import cohort, cohort_flat, cohort_passes, cohort_sweep
+from flexlora.simulations.benchmarks import cohort, cohort_flat
 from flexlora.simulations.benchmarks.cohort_peers import flower, loop, ours
 from flexlora.simulations.benchmarks.cohort_peers.work import Stamps, Work, as_batch, what_came_back
-from flexlora.simulations.benchmarks.cohort_rows import Row
+from flexlora.simulations.benchmarks.cohort_rows import CohortRow
 from flexlora.simulations.benchmarks.cohort_runs import Run, check, disagreement, programs
 from flexlora.simulations.benchmarks.cohort_work import Size, prepare
 
@@ -208,7 +208,6 @@ def test_the_command_compares_prints_and_writes(monkeypatch, tmp_path, capsys):
         (["--only", "ray"], "--only got 'ray', expected some of flower, flower-cached, loop"),
         (["--warmup", "6"], "--warmup is 6, expected 0 to 5"),
         (["--flat", "--rounds", "2"], "--rounds is 2, expected more than 2"),
-        (["--sweep", "--steps", "1"], "--steps is 1, expected at least 2"),
     ],
 )
 def test_a_mistake_is_told(arguments, message):
@@ -218,62 +217,11 @@ def test_a_mistake_is_told(arguments, message):
 
 def test_a_row_is_met_by_its_ratio_and_its_error_together():
     good = {"name": "x", "ratio": 2.0, "target": 1.5, "error": 0.0, "allowed_error": 0.1}
-    assert Row(**good).met
-    assert not Row(**{**good, "ratio": 1.0}).met
-    assert not Row(**{**good, "error": 0.2}).met
-    assert not Row(**good, at_most=True).met
-    assert Row(**{**good, "ratio": 0.1, "target": 0.0}).met
-
-
-TINY = ["--sweep", "--shape", "tiny", "--counts", "1", "3", "--slot-rows", "2", "--length", "12"]
-
-
-def test_the_sweep_runs_on_the_cpu(tmp_path):
-    file = tmp_path / "rows.json"
-    made = cohort.main([*TINY, "--steps", "2", "--json", str(file)])
-    assert [row.name for row in made] == [
-        f"K={K}, 2 row(s): over {other}"
-        for K in (1, 3)
-        for other in ("clients in turn", "one adapter", "one by PEFT")
-    ]
-    assert all(row.ratio == pytest.approx(row.ours / row.other) for row in made)
-    assert len(json.loads(file.read_text())) == 6
-
-
-def test_memory_is_held_against_one_adapter_and_what_the_others_must_take(monkeypatch, capsys):
-    """On CUDA: a known peak for every pass, and one case that does not fit."""
-
-    def pretended(slots, starts, sweep, count, batch, micro=0):
-        if count == 3:
-            raise torch.OutOfMemoryError
-        ranks = [start.rank_class.rank for start in starts]
-        return cohort_passes.Measured(rate=10.0 * batch, peak_bytes=1e6 * count * batch + ranks[0])
-
-    one = cohort_passes.Measured(rate=4.0, peak_bytes=0.0)
-    monkeypatch.setattr(cohort_sweep, "slot_pass", pretended)
-    monkeypatch.setattr(cohort_sweep, "peft_pass", lambda model, sweep, rows: one)
-    sweep = cohort_passes.Sweep(shape="tiny", counts=(2, 3), slot_rows=(5,), ranks=(2, 7), steps=2)
-    rows = {row.name.partition(": ")[2]: row for row in cohort_sweep.sweep_rows(sweep)}
-    assert "K=3, 5 row(s): out of memory" in capsys.readouterr().out
-    shapes = cohort_sweep.slot_model(cohort_passes.random_base(sweep), "all-linear").shapes
-    adapters = 16 * sum((2 + 7) * (out + into) for out, into in shapes.values())
-    memory = rows["peak over one's plus adapters"]
-    assert memory.at_most and memory.unit == "GB"
-    assert memory.ratio == pytest.approx((10e6 + 2) / (10e6 + 7 + adapters))
-    assert rows["over one adapter"].ratio == pytest.approx(50 / 100)
-    assert rows["over one by PEFT"].ratio == pytest.approx(50 / 4)
-    assert rows["over clients in turn"].ratio == pytest.approx(50 / 10)
-
-
-def test_only_passes_with_gradients_are_timed():
-    model = torch.nn.Linear(2, 2)
-    with cohort_passes.pass_times(model) as times:
-        model(torch.ones(1, 2))
-        with torch.no_grad():
-            model(torch.ones(1, 2))
-        model(torch.ones(1, 2))
-    model(torch.ones(1, 2))
-    assert len(times) == 2 and times[0] <= times[1]
+    assert CohortRow(**good).met
+    assert not CohortRow(**{**good, "ratio": 1.0}).met
+    assert not CohortRow(**{**good, "error": 0.2}).met
+    assert not CohortRow(**good, at_most=True).met
+    assert CohortRow(**{**good, "ratio": 0.1, "target": 0.0}).met
 
 
 def test_the_peak_of_this_process_is_what_the_kernel_says():

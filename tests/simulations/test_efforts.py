@@ -6,8 +6,8 @@ import torch
 import flexlora.training.local
 from federation import client_rows, small
 from flexlora.aggregation import METHODS, make_method
-from flexlora.aggregation.engine.method import Factoring, LocalPlan, State
-from flexlora.aggregation.engine.state import GlobalChange
+from flexlora.aggregation.engine.starts import Factoring, LocalPlan
+from flexlora.aggregation.engine.state import GlobalChange, State
 from flexlora.clients.worker import Worker
 from flexlora.lora.ranks import RankClass
 from flexlora.simulations.simulate import simulate
@@ -28,11 +28,10 @@ def job_of(worker, local):
 
 
 @pytest.mark.parametrize("personal_rank", [0, 2])
-@pytest.mark.parametrize("restarts", [0, 1, 2])
 @pytest.mark.parametrize("batches", [0, 1, 3])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_passes_and_tokens_are_those_of_the_training(
-    accumulation, batches, restarts, personal_rank, workers, monkeypatch
+    accumulation, batches, personal_rank, workers, monkeypatch
 ):
     """Backward passes are counted where they happen, tokens where rows become a batch."""
     worker = workers(accumulation, personal_rank)
@@ -51,7 +50,7 @@ def test_passes_and_tokens_are_those_of_the_training(
 
     monkeypatch.setattr(SlotModel, "accumulate_gradients", counted)
     monkeypatch.setattr(flexlora.training.local, "collate", measured)
-    job = job_of(worker, LocalPlan(gradient_batches=batches, restarts=restarts))
+    job = job_of(worker, LocalPlan(gradient_batches=batches))
     effort = effort_of(job, worker, wire_dtype="float32", bytes_down=0)
     (result,) = worker.train([job])
     assert not result.cause and (result.personal is not None) == (personal_rank > 0)
@@ -59,7 +58,7 @@ def test_passes_and_tokens_are_those_of_the_training(
     steps = effort.steps + effort.looks + (own.steps if own else 0)
     assert len(passes) == accumulation * steps
     assert sum(tokens) == effort.tokens + (own.tokens if own else 0)
-    assert effort.looks == batches * (1 + restarts)
+    assert effort.looks == batches
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +83,7 @@ def workers():
 
 
 OTHERS = {
-    "aligned in 8 bits": {
-        "method__name": "aligned",
-        "wire__dtype": "int8",
-    },
+    "fresh factors in 8 bits": {"method__name": "aligned", "wire__dtype": "int8"},
     "half of the factors in 8 bits": {"method__name": "ffa-lora", "wire__dtype": "int8"},
     "drawn terms in 16 bits": {"method__name": "fed-plora", "wire__dtype": "bfloat16"},
 }

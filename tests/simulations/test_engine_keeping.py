@@ -5,12 +5,12 @@ import math
 import pytest
 
 from federation import StopAt, Stopped, client_rows, rounds, small, untimed
+from flexlora.server.observing.observer import Observer
 from flexlora.simulations import simulate as simulation
 from flexlora.simulations.engine.pool import LocalPool
 from flexlora.simulations.simulate import resume, simulate
 from flexlora.simulations.world.simulated_time import NOMINAL_SECONDS
 from flexlora.training.personal_store import PersonalStore
-from spelled import of_names
 
 # Eight are asked and four are enough; more than four are quick, and the rest is late.
 RACE = small(
@@ -44,7 +44,7 @@ def same(first, second, tolerance):
 @pytest.mark.parametrize("size", [1, 4, 16])
 def test_all_that_had_ended_when_the_round_closed_keep_what_they_trained(size, tmp_path):
     """An oracle by time: who was slow, and not who shared its pass or whose answer was taken."""
-    simulate(RACE.with_values(of_names(engine__cohort_size=size)), tmp_path / "run")
+    simulate(RACE.with_values({"engine.cohort-size": size}), tmp_path / "run")
     rows, metrics = client_rows(tmp_path / "run", 1), rounds(tmp_path / "run")[1]
     quick = {r["client_id"] for r in rows if float(r["simulated_seconds"]) <= NOMINAL_SECONDS}
     counted = {row["client_id"] for row in rows if row["status"] == "ok"}
@@ -56,10 +56,10 @@ def test_all_that_had_ended_when_the_round_closed_keep_what_they_trained(size, t
 
 def test_the_factors_do_not_depend_on_the_cohorts(tmp_path):
     """Two rounds, of which the second begins while the slow ones are busy with the first."""
-    config = RACE.with_values(of_names(num_server_rounds=2))
+    config = RACE.with_values({"num-server-rounds": 2})
     runs = []
     for size in (1, 16):
-        simulate(config.with_values(of_names(engine__cohort_size=size)), tmp_path / str(size))
+        simulate(config.with_values({"engine.cohort-size": size}), tmp_path / str(size))
         runs.append([kept(tmp_path / str(size), at) for at in (1, 2)])
     for alone, together in zip(*runs, strict=True):
         assert alone.keys() == together.keys() and alone
@@ -94,7 +94,7 @@ def test_who_is_late_goes_on_from_what_it_trained(size, tmp_path, monkeypatch):
 
 
 def test_who_leaves_in_the_middle_keeps_nothing(tmp_path):
-    simulate(RACE.with_values(of_names(population__dropout=1.0)), tmp_path / "run")
+    simulate(RACE.with_values({"population.dropout": 1.0}), tmp_path / "run")
     assert not (tmp_path / "run" / "personal").exists()
 
 
@@ -119,8 +119,8 @@ def test_a_resumed_run_finds_what_nobody_asked_for(slow, event, at, whole, tmp_p
 
 def resumed(slow):
     """With slow clients on a simulated clock, without any on none."""
-    config = RACE.with_values(of_names(num_server_rounds=3, eval__every=2, engine__cohort_size=1))
-    return config.with_values(of_names(population__straggler_share=slow))
+    config = RACE.with_values({"num-server-rounds": 3, "eval.every": 2, "engine.cohort-size": 1})
+    return config.with_values({"population.straggler-share": slow})
 
 
 @pytest.fixture(scope="module")
@@ -139,30 +139,21 @@ def whole(tmp_path_factory):
 
 @pytest.mark.slow
 def test_two_workers_keep_the_bytes_that_one_keeps(tmp_path):
-    config = RACE.with_values(of_names(num_server_rounds=2, engine__cohort_size=4))
+    config = RACE.with_values({"num-server-rounds": 2, "engine.cohort-size": 4})
     files = []
     for workers in (1, 2):
-        simulate(config.with_values(of_names(engine__workers=workers)), tmp_path / str(workers))
+        simulate(config.with_values({"engine.workers": workers}), tmp_path / str(workers))
         root = tmp_path / str(workers) / "personal"
         found = sorted(root.rglob("*.safetensors"))
         files.append({str(path.relative_to(root)): path.read_bytes() for path in found})
     assert files[0] == files[1] and files[0]
 
 
-class Held:
+class Held(Observer):
     """An observer that counts what the engine and its world hold after every round."""
 
     def __init__(self, grids):
         self.grids, self.messages, self.payloads, self.trips = grids, [], [], []
-
-    def met(self, roster):
-        pass
-
-    def round_started(self, server_round, num_rounds, num_clients):
-        pass
-
-    def replied(self, client_id, cause):
-        pass
 
     def round_finished(self, metrics):
         held = self.grids[-1]._held.values()

@@ -7,12 +7,11 @@ import pytest
 
 from flexlora.commands.cli import main
 from flexlora.config.resolve import resolved
+from flexlora.report.console import make_console
 from flexlora.runs.folder import RunFolder
 from flexlora.simulations.experiments import flexlora_1613 as module
-from flexlora.simulations.experiments.asked import Asked
 from flexlora.simulations.experiments.flexlora_1613 import Witness, checks_of, config_of
-from flexlora.simulations.terminal import make_console
-from spelled import of_names
+from flexlora.simulations.experiments.request import Request
 
 NAME = "flexlora-1613"
 ROWS = {"train": 3, "validation": 2}
@@ -46,9 +45,9 @@ def arguments(folder, out, *sets):
     return words + [word for item in sets for word in ("--set", item)]
 
 
-def asked(out, **values):
+def request(out, **values):
     values = {"given": {"data.path": "somewhere"}, **values}
-    return Asked(name=NAME, out=out, console=make_console(), **values)
+    return Request(name=NAME, out=out, console=make_console(), **values)
 
 
 def test_without_data_it_says_what_to_give(capsys):
@@ -62,15 +61,15 @@ def test_without_data_it_says_what_to_give(capsys):
 
 
 def test_scale_1_is_the_scenario_with_80_clients_a_round(tmp_path):
-    config = config_of(asked(tmp_path), 3)
+    config = config_of(request(tmp_path), 3)
     assert (config.clients.count, config.min_train_clients, config.seed) == (0, 80, 3)
     assert config.ranks.policy == "paper:heavy-tail-light"
     assert config.fraction_train == 0.05 and config.train.per_device_train_batch_size == 4
-    small = config_of(asked(tmp_path, scale=0.1), 0)
+    small = config_of(request(tmp_path, scale=0.1), 0)
     assert (small["clients.count"], small["min-train-clients"]) == (161, 8)
     assert small["num-server-rounds"] == max(2, round(config.num_server_rounds / 10))
     given = {"data.path": "somewhere", "num-server-rounds": 7, "min-train-clients": 2}
-    own = config_of(asked(tmp_path, scale=0.1, given=given), 0)
+    own = config_of(request(tmp_path, scale=0.1, given=given), 0)
     assert (own["num-server-rounds"], own["min-train-clients"]) == (7, 2)
 
 
@@ -120,28 +119,26 @@ def test_a_broken_run_goes_on_after_its_last_round_and_a_done_one_is_not_run(
 
 
 def test_a_run_of_another_configuration_is_not_gone_on_with(folder, tmp_path):
-    config = config_of(asked(tmp_path, given={"data.path": str(folder)}), 0)
+    config = config_of(request(tmp_path, given={"data.path": str(folder)}), 0)
     run = RunFolder.create(tmp_path / "run", config)
     assert not module._unfinished(run.path, config)  # nothing to go on from
     (run.path / "checkpoint").mkdir()
     (run.path / "checkpoint/current.json").write_text("{}")
     assert module._unfinished(run.path, config)
-    assert module._unfinished(
-        run.path, resolved(config.with_values(of_names(engine__cohort_size=3)))
-    )
-    other = resolved(config.with_values(of_names(train__learning_rate=0.1)))
+    assert module._unfinished(run.path, resolved(config.with_values({"engine.cohort-size": 3})))
+    other = resolved(config.with_values({"train.learning-rate": 0.1}))
     assert not module._unfinished(run.path, other)
 
 
 ROW = {
     "seed": 0,
     "rounds": 10,
-    "rounds asked": 10,
+    "rounds request": 10,
     "clients": 1493,
     "left out": 120,
     "left out in clients.csv": 120,
     "without train rows": 120,
-    "clients a round asked": 80,
+    "clients a round request": 80,
     "clients a round": [80] * 10,
     "loss of the base": 9.0,
     "loss": 4.0,

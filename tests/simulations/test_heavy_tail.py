@@ -1,4 +1,4 @@
-"""The heavy tail: arms at the ranks they claim, an order that is measured, a verdict that turns."""
+"""The heavy tail: variants at the ranks they claim, an order that is measured, a live verdict."""
 
 import json
 from pathlib import Path
@@ -9,17 +9,17 @@ from flexlora.commands.cli import main
 from flexlora.config.resolve import Config
 from flexlora.server.settings import rank_policy_of
 from flexlora.simulations.experiments import heavy_tail as module
-from flexlora.simulations.experiments import series
-from flexlora.simulations.experiments.arms import METHODS
+from flexlora.simulations.experiments import variant_table
 from flexlora.simulations.experiments.heavy_tail import (
-    ARMS,
     BEFORE,
     EXPECTED,
     PARTS,
     TOLERANCE,
+    VARIANTS,
     order_checks,
 )
-from flexlora.simulations.experiments.series import with_gap_closed
+from flexlora.simulations.experiments.variant_table import with_gap_closed
+from flexlora.simulations.experiments.variants import METHODS
 
 PAPER = "paper:heavy-tail-light"
 CLOSED = {
@@ -36,43 +36,47 @@ CLOSED = {
 def rows_of(closed=CLOSED, *, gap=0.1, seeds=(0, 1)):
     """Losses at which each method closes its part of the gap, in both parts."""
     rows = []
-    for arm in ARMS:
-        part = {"weak": 0.0, "strong": 1.0}.get(arm.end)
-        method = arm.changes["method.name"]
+    for variant in VARIANTS:
+        part = {"weak": 0.0, "strong": 1.0}.get(variant.end)
+        method = variant.changes["method.name"]
         value = closed[method] if part is None else part
-        rows += [{"arm": arm.title, "seed": s, "loss": 0.3 + s - value * gap} for s in seeds]
-    return with_gap_closed(ARMS, rows)
+        rows += [
+            {"variant": variant.title, "seed": s, "loss": 0.3 + s - value * gap} for s in seeds
+        ]
+    return with_gap_closed(VARIANTS, rows)
 
 
 def test_both_parts_have_all_methods_between_their_ends():
     for part, (_, weak, strong) in PARTS.items():
-        arms = [arm for arm in ARMS if arm.part == part]
-        assert [arm.end for arm in arms].count("weak") == 1
-        assert {a.changes["method.name"] for a in arms if not a.end} == set(CLOSED)
-        for arm in arms:
-            policy = rank_policy_of(Config.of(dict(arm.changes)))
+        variants = [variant for variant in VARIANTS if variant.part == part]
+        assert [variant.end for variant in variants].count("weak") == 1
+        assert {a.changes["method.name"] for a in variants if not a.end} == set(CLOSED)
+        for variant in variants:
+            policy = rank_policy_of(Config.of(dict(variant.changes)))
             classes = set(policy.assign([f"c{k}" for k in range(24)]).values())
             ranks = {own.largest for own in classes} | {own.rank for own in classes}
-            if arm.end:
-                assert ranks == {weak if arm.end == "weak" else strong}
+            if variant.end:
+                assert ranks == {weak if variant.end == "weak" else strong}
             else:
                 assert min(ranks) == weak and max(ranks) == strong and len(ranks) == 3
 
 
 def test_every_method_has_as_many_trials():
-    assert {len(arm.trials) for arm in ARMS} == {3}
+    assert {len(variant.trials) for variant in VARIANTS} == {3}
 
 
 def test_the_expected_figures_are_those_of_methods_json():
     """The numbers told beside the order are measured ones: the same pairs, from the kept rows."""
-    file = Path(module.__file__).parent / "methods.json"
+    file = Path(module.__file__).parent / "records" / "methods.json"
     rows = with_gap_closed(METHODS, json.loads(file.read_text())["rows"])
-    titles = {arm.changes.get("method.name"): arm.title for arm in METHODS if not arm.end}
+    titles = {
+        variant.changes.get("method.name"): variant.title for variant in METHODS if not variant.end
+    }
     titles |= {"fedit": "zero-padded averaging (fedit)", "aligned": "aligned"}
     assert titles["carried"] == "carried" and titles["flexlora"] == "FlexLoRA as published"
 
     def closed(method):
-        own = [row["gap closed"] for row in rows if row["arm"] == titles[method]]
+        own = [row["gap closed"] for row in rows if row["variant"] == titles[method]]
         return sum(own) / len(own)
 
     for (better, worse), figure in EXPECTED.items():
@@ -88,9 +92,9 @@ def test_the_expected_order_holds_where_it_is_so_and_the_sentences_carry_the_num
         told = [check.sentence() for check in checks]
         assert any("carried is ahead of aligned" in t and "seen 0.3: holds." in t for t in told)
         assert all(("methods.json" in t) is (part == BEFORE) for t in told[1:])
-        asked = {check.claim: (check.expected, check.tolerance) for check in checks[1:]}
-        assert len(asked) == len(EXPECTED)
-        for claim, (expected, tolerance) in asked.items():
+        request = {check.claim: (check.expected, check.tolerance) for check in checks[1:]}
+        assert len(request) == len(EXPECTED)
+        for claim, (expected, tolerance) in request.items():
             ahead = "is ahead of" in claim
             assert ahead is not ("is not behind" in claim and "by more than 0.25" in claim)
             assert (expected - tolerance > 0) is (ahead and part == BEFORE), "words are figures"
@@ -150,13 +154,17 @@ def test_a_distance_short_of_the_measured_one_by_less_than_the_tolerance_is_told
 def test_a_seed_with_hardly_a_gap_does_not_decide():
     """carried gains 0.10, 0.10 and -0.002 over gaps of 0.12, 0.12 and 0.001: 82 % of the gap."""
     rows, gains = [], {"carried": (0.10, 0.10, -0.002)}
-    for arm in ARMS:
-        method = "" if arm.end else arm.changes["method.name"]
-        gain = gains.get(method, (0.12, 0.12, 0.001) if arm.end == "strong" else (0.0, 0.0, 0.0))
-        rows += [{"arm": arm.title, "seed": s, "loss": 4.0 - g} for s, g in enumerate(gain)]
+    for variant in VARIANTS:
+        method = "" if variant.end else variant.changes["method.name"]
+        gain = gains.get(
+            method, (0.12, 0.12, 0.001) if variant.end == "strong" else (0.0, 0.0, 0.0)
+        )
+        rows += [{"variant": variant.title, "seed": s, "loss": 4.0 - g} for s, g in enumerate(gain)]
     for part in PARTS:
         (check,) = [
-            c for c in order_checks(with_gap_closed(ARMS, rows), part) if "of aligned" in c.claim
+            c
+            for c in order_checks(with_gap_closed(VARIANTS, rows), part)
+            if "of aligned" in c.claim
         ]
         assert check.seen == pytest.approx(0.198 / 0.241) and check.holds
 
@@ -167,7 +175,7 @@ def test_without_a_gap_or_without_rows_nothing_is_claimed():
     assert not any(check.holds for check in order_checks([], PAPER))
 
 
-def test_the_command_runs_every_arm_once_and_its_verdict_is_that_of_the_numbers(
+def test_the_command_runs_every_variant_once_and_its_verdict_is_that_of_the_numbers(
     monkeypatch, tmp_path, capsys
 ):
     """Runs stand in that return a loss per method; the wrong order is told, with status 1."""
@@ -184,11 +192,11 @@ def test_the_command_runs_every_arm_once_and_its_verdict_is_that_of_the_numbers(
         out.mkdir(parents=True)
         (out / "metrics.jsonl").write_text('{"round": 4, "eval_loss": 1.0}\n')
 
-    monkeypatch.setattr(series, "RUNNERS", {"federated": loss_of})
-    monkeypatch.setattr(series, "simulate", trial)
+    monkeypatch.setattr(variant_table, "RUNNERS", {"federated": loss_of})
+    monkeypatch.setattr(variant_table, "simulate", trial)
     turned = CLOSED
     assert main(["reproduce", "heavy-tail", "--seeds", "2", "--out", str(tmp_path / "a")]) == 0
-    assert len(ran) == 2 * len(ARMS)
+    assert len(ran) == 2 * len(VARIANTS)
     out = capsys.readouterr().out
     assert "DOES NOT HOLD" not in out and "16 of 16 expected figures hold." in out
     turned = {**CLOSED, "carried": -3.0}

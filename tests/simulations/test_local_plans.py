@@ -1,6 +1,6 @@
 """What a method asks of its clients beside plain steps, each against a loop that spells it out.
 
-Restarts, FedProx's pull, HetLoRA's regulariser and pruning, Fed-PLoRA's drawn terms.
+FedProx's pull, HetLoRA's regulariser and pruning, Fed-PLoRA's drawn terms.
 """
 
 from __future__ import annotations
@@ -14,144 +14,9 @@ import reference
 from builders import random_adapter, random_examples, tiny_model, train_job
 from cohorts import EPOCHS, cohort, recipe, settings
 from flexlora.aggregation.engine.starts import LocalPlan
-from flexlora.algebra.linalg import live_rows
-from flexlora.data.collation import batch_plan
-from flexlora.lora.adapters import Adapter
 from flexlora.lora.ranks import RankClass
-from flexlora.seeds import derive_seed, generator
 from flexlora.training.local import train
-from flexlora.training.optim import SlotOptimizer
-from flexlora.training.slots import SlotModel, find_targets
-
-
-def fresh_start(job, phase, seed):
-    """Random ``lora_A`` by (seed, round, client, phase, module), zero ``lora_B``."""
-    own = derive_seed(seed, "restart", job.server_round, job.client_id, phase)
-    modules = {}
-    for name, factors in job.start.trained.items():
-        rows = live_rows(factors.rank, factors.in_features, generator(own, "live", name))
-        B = torch.zeros_like(factors.lora_B)
-        modules[name] = replace(factors, lora_A=rows.to(factors.lora_A), lora_B=B)
-    return Adapter(modules)
-
-
-def expected_phases(model, job, rows, chosen):
-    """The slow version of a round with restarts: what each phase trained, one after another."""
-    restarts = job.start.local.restarts
-    fresh = [fresh_start(job, phase, chosen.seed) for phase in range(1, restarts + 1)]
-    return reference.train_in_phases(
-        model,
-        [job.start.trained, *fresh],
-        rows,
-        recipe(job, rows, chosen),
-        carried=job.start.carried,
-        mu=chosen.proximal_mu,
-    )
-
-
-# --- restarts ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("restarts", [1, 2])
-@pytest.mark.parametrize("changes", [{}, {"proximal_mu": 0.3}, {"optim": "sgd"}], ids=str)
-def test_restarts_are_phases_with_the_earlier_ones_frozen_beside(restarts, changes):
-    """6, 10 and 2 steps in one cohort, so that no two clients restart at the same step.
-
-    With 2 steps in 3 phases the first is empty: it keeps what was sent.
-    """
-    slots, plain = SlotModel(tiny_model("llama")), tiny_model("llama")
-    jobs, rows = cohort(slots, carried=True, local=LocalPlan(restarts=restarts))
-    chosen = settings(**changes)
-    together = train(slots, jobs, rows, chosen)
-    for job, examples, result in zip(jobs, rows, together, strict=True):
-        (alone,) = train(slots, [job], [examples], chosen)
-        phases = expected_phases(plain, job, examples, chosen)
-        assert reference.adapter_distance(result.adapter, alone.adapter) < 1e-9
-        assert reference.adapter_distance(result.adapter, reference.stacked(phases)) < 1e-9
-        for name, factors in result.adapter.items():
-            sent = job.start.trained[name]
-            assert factors.rank == (1 + restarts) * sent.rank
-            assert factors.scaling == pytest.approx(sent.scaling, rel=1e-14)
-            assert factors.rslora == sent.rslora
-            for phase, part in enumerate(phases):
-                own = factors.terms(range(phase * sent.rank, (phase + 1) * sent.rank))
-                assert reference.relative_error(own.delta_weight(), part.delta_weight(name)) < 1e-8
-
-
-def test_a_restart_with_the_moments_of_the_phase_before_would_be_another_result(monkeypatch):
-    """Negative control of the comparison above: Adam's moments and its count begin anew."""
-    slots, plain = SlotModel(tiny_model("llama")), tiny_model("llama")
-    jobs, rows = cohort(slots, local=LocalPlan(restarts=1))
-    monkeypatch.setattr(SlotOptimizer, "forget", lambda self, rows: None)
-    (result,) = train(slots, jobs[:1], rows[:1], EPOCHS)
-    phases = expected_phases(plain, jobs[0], rows[0], EPOCHS)
-    assert reference.adapter_distance(result.adapter, reference.stacked(phases)) > 1e-3
-
-
-def test_every_phase_starts_in_the_row_space_of_its_own_gradient():
-    """``lora_A`` frozen, so that the update shows where each phase began; the gradient dense.
-
-    Half of the way is at step 3 of 6; the gradient there is that of the model with the first
-    phase's result in its weights.
-    """
-    model, plain = tiny_model("llama"), tiny_model("llama")
-    slots = SlotModel(model)
-    start = random_adapter(slots.shapes, 3, seed=1)
-    start = Adapter({n: replace(f, lora_B=torch.zeros_like(f.lora_B)) for n, f in start.items()})
-    plan = LocalPlan(restarts=1, gradient_batches=1)
-    job = train_job(start, server_round=2, trainable=("lora_B",), local=plan)
-    rows = random_examples(5, seed=5)
-    (result,) = train(slots, [job], [rows], settings(learning_rate=0.1))
-    batches = batch_plan(5, batch_size=2, steps=6, seed_parts=(3, "batches", 2, "c0"))
-    first = Adapter({name: f.terms(range(3)) for name, f in result.adapter.items()})
-    for phase, (at, before) in enumerate([(0, []), (3, [first])]):
-        exact = dense_gradients(plain, before, [rows[i] for i in batches[at]])
-        for name, factors in result.adapter.items():
-            begun = factors.terms(range(3 * phase, 3 * phase + 3)).lora_A
-            S = torch.linalg.svdvals(exact[name])
-            best = float(S[:3].square().sum() / S.square().sum())
-            assert energy_in(exact[name], begun) > 0.8 * best, (name, phase)
-            sent = fresh_start(job, 1, 3)[name] if phase else start[name]
-            assert energy_in(exact[name], sent.lora_A) < energy_in(exact[name], begun) - 0.1
-    for factors in result.adapter.values():
-        assert not torch.equal(factors.lora_A[:3], factors.lora_A[3:])
-
-
-def dense_gradients(model, adapters, rows):
-    """``dL/dW`` of every linear under ``adapters``, by autograd on the merged weights."""
-    names = sorted(find_targets(model, "all-linear"))
-    zero = random_adapter({n: model.get_submodule(n).weight.shape for n in names}, 1)
-    merged = reference.merged_weights(model, [zero.map(torch.zeros_like), *adapters])
-    merged = {name: weight.detach().requires_grad_() for name, weight in merged.items()}
-    tokens = sum(len(row.input_ids) - row.prompt_length for row in rows)
-    total = 0.0
-    for row in rows:
-        ids = torch.tensor([list(row.input_ids)])
-        out = torch.func.functional_call(model, merged, (ids,), {"use_cache": False})
-        total = total + reference.answer_loss(out.logits[0], row) / tokens
-    gradients = torch.autograd.grad(total, list(merged.values()))
-    return dict(zip(names, gradients, strict=True))
-
-
-def energy_in(gradient, rows):
-    """Share of the energy of ``gradient [out, in]`` in the span of ``rows``."""
-    Q = torch.linalg.qr(rows.T).Q
-    return float((gradient @ Q).square().sum() / gradient.square().sum())
-
-
-@pytest.mark.parametrize("gradient_batches", [1, 3])
-def test_aligned_restarts_of_a_cohort_equal_separate_runs(gradient_batches):
-    """Also where a look ahead goes beyond another client's end."""
-    slots = SlotModel(tiny_model("llama"))
-    plan = LocalPlan(restarts=2, gradient_batches=gradient_batches)
-    jobs, rows = cohort(slots, carried=True, local=plan)
-    together = train(slots, jobs, rows, EPOCHS)
-    plain = train(slots, *cohort(slots, carried=True, local=LocalPlan(restarts=2)), EPOCHS)
-    for k, (job, examples) in enumerate(zip(jobs, rows, strict=True)):
-        (alone,) = train(slots, [job], [examples], EPOCHS)
-        assert reference.adapter_distance(together[k].adapter, alone.adapter) < 1e-9
-        assert reference.adapter_distance(together[k].adapter, plain[k].adapter) > 1e-2
-
+from flexlora.training.slots import SlotModel
 
 # --- FedProx -----------------------------------------------------------------------------------
 

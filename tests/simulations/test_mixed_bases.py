@@ -7,7 +7,7 @@ from flwr.app import Context, RecordDict
 import reference
 from builders import random_adapter, random_examples, train_job
 from federation import TamperingGrid, client_rows, federation, rounds, small
-from flexlora.clients.trainer.in_process import worker_of
+from flexlora.clients.handler import worker_of
 from flexlora.clients.worker import Worker
 from flexlora.errors import UserError
 from flexlora.planning.shares import deal_quantizations, parse_quantization_shares

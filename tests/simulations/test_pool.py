@@ -11,7 +11,6 @@ import torch
 
 from builders import random_adapter, train_job
 from federation import small
-from flexlora.clients.worker import Worker
 from flexlora.errors import UserError
 from flexlora.lora.adapters import Adapter
 from flexlora.simulations.engine import ray_start
@@ -19,11 +18,6 @@ from flexlora.simulations.engine.pool import LocalPool, make_pool
 from flexlora.simulations.engine.ray_actor import Key, Parcel, pack, swapped, unpack
 from flexlora.simulations.engine.ray_start import Need, Session, placement
 from flexlora.wire.jobs import EvalJob
-
-
-@pytest.fixture(scope="module")
-def worker():
-    return Worker(small())
 
 
 def cohorts(worker, carried=None):

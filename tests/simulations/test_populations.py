@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from flexlora.config.resolve import Config
+from flexlora.data.caps import num_rows, parse_examples
 from flexlora.errors import UserError
 from flexlora.lora.ranks import RankClass, quotas
 from flexlora.planning.devices import DEVICES, GIB
@@ -13,7 +14,7 @@ from flexlora.planning.memory_ranks import memory_rank
 from flexlora.planning.model_config import read_shape
 from flexlora.planning.shapes import TrainingPlan
 from flexlora.simulations.world.links import LINKS, find_link, link_of
-from flexlora.simulations.world.populations import Population, parse_examples
+from flexlora.simulations.world.populations import Population
 
 MIXED = "jetson-orin-nano-8gb:0.7,rtx-4090:0.2,Pixel 8 Pro:0.1"
 NAMES = ("Jetson Orin Nano 8GB", "RTX 4090", "Pixel 8 Pro")
@@ -31,6 +32,10 @@ def population(count=40, **keys):
     return Population.from_config(Config.of({**values, "seed": seed}), clients)
 
 
+def rows_held(examples, client_id, available, seed=0):
+    return num_rows(parse_examples(examples), client_id, available, seed=seed)
+
+
 @pytest.mark.parametrize("count", [1, 3, 10, 40, 97, 1613])
 def test_shares_are_met_exactly(count):
     dealt = population(count, devices=MIXED, links=LINES)
@@ -41,25 +46,23 @@ def test_shares_are_met_exactly(count):
 
 
 def test_a_client_is_the_same_in_any_order_of_clients_and_another_under_another_seed():
-    keys = {"devices": MIXED, "links": LINES, "examples": "lognormal:60:1"}
+    keys = {"devices": MIXED, "links": LINES}
     one, other = population(**keys), population(ids(40)[::-1], **keys)
     assert {i: one.client(i) for i in ids(40)} == {i: other.client(i) for i in ids(40)}
-    assert [one.num_rows(i, 500) for i in ids(40)] == [other.num_rows(i, 500) for i in ids(40)]
     seeded = population(**keys, seed=1)
     assert {i: one.client(i).device for i in ids(40)} != {
         i: seeded.client(i).device for i in ids(40)
     }
-    assert [one.num_rows(i, 500) for i in ids(40)] != [seeded.num_rows(i, 500) for i in ids(40)]
+    dealt = [[rows_held("lognormal:60:1", i, 500, seed) for i in ids(40)] for seed in (0, 0, 1)]
+    assert dealt[0] == dealt[1] != dealt[2]
 
 
 def test_what_is_not_dealt_by_share_does_not_depend_on_the_other_clients():
     few, many = (
-        population(count, devices="a10:1", links="lte:1", examples="lognormal:60:1", dropout=0.5)
-        for count in (5, 50)
+        population(count, devices="a10:1", links="lte:1", dropout=0.5) for count in (5, 50)
     )
     for client_id in ids(5):
         assert few.client(client_id) == many.client(client_id)
-        assert few.num_rows(client_id, 900) == many.num_rows(client_id, 900)
         for server_round in range(1, 6):
             leaves = few.leaves_at(client_id, server_round)
             assert leaves == many.leaves_at(client_id, server_round)
@@ -100,23 +103,21 @@ def test_every_link_is_possible_and_says_who_measured_it(link):
 
 
 def test_rows_are_capped_and_nobody_who_has_some_is_left_without():
-    capped = population(examples="100")
-    assert [capped.num_rows("client_0001", n) for n in (0, 1, 99, 100, 5000)] == [
+    assert [rows_held("100", "client_0001", n) for n in (0, 1, 99, 100, 5000)] == [
         0,
         1,
         99,
         100,
         100,
     ]
-    assert population().num_rows("client_0001", 5000) == 5000
-    tiny = population(examples="lognormal:1:3")
-    rows = [tiny.num_rows(i, 10) for i in ids(200)]
-    assert min(rows) == 1 and max(rows) == 10 and tiny.num_rows("client_0001", 0) == 0
+    assert rows_held("", "client_0001", 5000) == 5000
+    rows = [rows_held("lognormal:1:3", i, 10) for i in ids(200)]
+    assert min(rows) == 1 and max(rows) == 10
+    assert rows_held("lognormal:1:3", "client_0001", 0) == 0
 
 
 def test_row_counts_are_lognormal():
-    dealt = population(3000, examples="lognormal:60:1.0")
-    logs = np.log([dealt.num_rows(i, 10**9) for i in ids(3000)])
+    logs = np.log([rows_held("lognormal:60:1.0", i, 10**9) for i in ids(3000)])
     assert logs.mean() == pytest.approx(np.log(60), abs=4 / np.sqrt(3000))
     assert logs.std() == pytest.approx(1.0, rel=0.05)
 
@@ -144,11 +145,11 @@ def test_the_same_client_leaves_in_some_rounds_and_not_in_others():
 
 
 def test_without_devices_there_is_no_hardware_and_the_rest_still_holds():
-    bare = population(dropout=1.0, examples="5", availability="markov", online_share=0.4)
+    bare = population(dropout=1.0, availability="markov", online_share=0.4)
     client = bare.client("client_0003")
     assert not bare.has_hardware and population(devices=MIXED).has_hardware
     assert client.device is None and client.link is None and client.free_bytes is None
-    assert bare.leaves_at("client_0003", 1) is not None and bare.num_rows("client_0003", 9) == 5
+    assert bare.leaves_at("client_0003", 1) is not None
     assert 5 < sum(bare.availability.online(i, 0.0) for i in ids(40)) < 35
 
 
@@ -191,13 +192,6 @@ def test_what_a_simulated_device_reports_is_what_the_rank_policy_goes_by():
         ({"clock_model": "x"}, "population.clock-model is 'x' and population.devices is not set"),
         ({"link_sigma": 1.0}, "population.link-sigma is 1.0 and population.links is not set"),
         ({"straggler_slowdown": 9.0}, "population.straggler-share is not set: it slows stragglers"),
-        ({"examples": "0"}, "population.examples is '0', expected a number of rows of at least 1"),
-        ({"examples": "12.5"}, "population.examples is '12.5'"),
-        ({"examples": "lognormal:60"}, "population.examples is 'lognormal:60'"),
-        ({"examples": "lognormal:0:1"}, "population.examples is 'lognormal:0:1'"),
-        ({"examples": "lognormal:60:-1"}, "population.examples is 'lognormal:60:-1'"),
-        ({"examples": "lognormal:60:nan"}, "population.examples is 'lognormal:60:nan'"),
-        ({"examples": "normal:60:1"}, "population.examples is 'normal:60:1'"),
         (
             {"online_share": 0.5},
             "population.online-share is 0.5, which population.availability=alw",
@@ -207,6 +201,23 @@ def test_what_a_simulated_device_reports_is_what_the_rank_policy_goes_by():
 def test_populations_that_make_no_sense_are_refused(keys, message):
     with pytest.raises(UserError, match=message):
         population(**keys)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("0", "population.examples is '0', expected a number of rows of at least 1"),
+        ("12.5", "population.examples is '12.5'"),
+        ("lognormal:60", "population.examples is 'lognormal:60'"),
+        ("lognormal:0:1", "population.examples is 'lognormal:0:1'"),
+        ("lognormal:60:-1", "population.examples is 'lognormal:60:-1'"),
+        ("lognormal:60:nan", "population.examples is 'lognormal:60:nan'"),
+        ("normal:60:1", "population.examples is 'normal:60:1'"),
+    ],
+)
+def test_numbers_of_rows_that_make_no_sense_are_refused(text, message):
+    with pytest.raises(UserError, match=message):
+        parse_examples(text)
 
 
 def test_an_unknown_client_is_told_the_nearest():

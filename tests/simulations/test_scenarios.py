@@ -5,11 +5,12 @@ from collections import Counter
 import pytest
 
 from flexlora.config.resolve import KEYS, Config
+from flexlora.data.caps import num_rows, parse_examples
 from flexlora.lora.ranks import quotas
 from flexlora.planning.model_config import read_shape
 from flexlora.planning.rank_policies import PAPER_SHARES, paper_types
 from flexlora.server.settings import check_config, rank_policy_of
-from flexlora.simulations.world.clock import Clock
+from flexlora.simulations.world.clock import Clock, Effort
 from flexlora.simulations.world.populations import Population
 from paths import ROOT
 
@@ -77,8 +78,8 @@ def test_the_1613_clients_are_trained_as_in_the_paper():
     assert round(config.fraction_train * 1613) == 81
     assert config.train.max_steps == 0 and config.train.num_train_epochs == 1
     assert config.train.max_length == 512
-    population = Population.from_config(config, ids(config))
-    rows = [population.num_rows(i, 200) for i in ids(config)]
+    law = parse_examples(config.population.examples)
+    rows = [num_rows(law, i, 200, seed=config.seed) for i in ids(config)]
     assert set(rows) == {16}  # four steps of four rows an epoch, whatever the data folder holds
 
 
@@ -103,7 +104,16 @@ def test_the_edge_has_phones_and_workstations_that_come_and_go():
     table = rank_policy_of(config).assign(ids(config))
     work = {"quantization": "none", "tokens": 4000, "steps": 10}
     prices = {
-        i: clock.price(i, 1, rank_class=table[i], bytes_down=10**5, bytes_up=10**5, **work)
+        i: clock.price(
+            Effort(
+                client_id=i,
+                server_round=1,
+                rank_class=table[i],
+                bytes_down=10**5,
+                bytes_up=10**5,
+                **work,
+            )
+        )
         for i in ids(config)
     }
     # A phone takes minutes for what a workstation does in seconds, and nobody takes a day.

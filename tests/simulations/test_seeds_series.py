@@ -11,13 +11,12 @@ import pytest
 from federation import adapter_bytes, as_sets, rounds, small
 from flexlora.commands.cli import main
 from flexlora.errors import UserError
-from flexlora.simulations import watched_run
-from flexlora.simulations.experiments import seeds
-from flexlora.simulations.experiments.seeds import SeedSeries, run_series, summary_of
+from flexlora.report.console import make_console
+from flexlora.simulations import simulate as simulate_module
+from flexlora.simulations.experiments import seed_series
+from flexlora.simulations.experiments.seed_series import SeedSeries, run_series, summary_of
 from flexlora.simulations.simulate import simulate
-from flexlora.simulations.terminal import make_console
 from pages import read_page
-from spelled import of_names
 
 CONFIG = small(num_server_rounds=2, seed=4)
 
@@ -42,13 +41,13 @@ def two(tmp_path_factory):
 def spied(monkeypatch):
     """The folders that are run, and whether each was gone on with, instead of running them."""
     ran = []
-    honest = seeds.watched_run
+    honest = seed_series.run_in_terminal
 
     def watch(config, out, *, go_on, **options):
         ran.append((out.name, config.seed, go_on))
         honest(config, out, go_on=go_on, **options)
 
-    monkeypatch.setattr(seeds, "watched_run", watch)
+    monkeypatch.setattr(seed_series, "run_in_terminal", watch)
     return ran
 
 
@@ -62,7 +61,7 @@ def test_every_seed_is_a_run_of_its_own_seed_and_nothing_else_differs(two):
 
 
 def test_a_seed_of_the_series_is_the_run_that_it_would_be_alone(two, tmp_path):
-    simulate(CONFIG.with_values(of_names(seed=5)), tmp_path / "alone")
+    simulate(CONFIG.with_values({"seed": 5}), tmp_path / "alone")
     assert adapter_bytes(tmp_path / "alone") == adapter_bytes(two / "seed-5")
 
 
@@ -122,7 +121,7 @@ def test_more_seeds_run_only_those_that_are_new(two, spied, tmp_path):
 
 def test_a_series_broken_within_a_seed_goes_on_there(two, tmp_path, spied, monkeypatch, capsys):
     """Interrupted after round 1 of the second seed; the bytes are those of the whole series."""
-    honest = watched_run.TerminalObserver.round_finished
+    honest = simulate_module.TerminalObserver.round_finished
 
     def interrupting(self, metrics):
         honest(self, metrics)
@@ -131,7 +130,7 @@ def test_a_series_broken_within_a_seed_goes_on_there(two, tmp_path, spied, monke
 
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(watched_run.TerminalObserver, "round_finished", interrupting)
+        patch.setattr(simulate_module.TerminalObserver, "round_finished", interrupting)
         arguments = [*as_sets(CONFIG), "--seeds", "2", "--out", str(out)]
         assert main(["simulate", *arguments]) == 130
     assert f"`flexlora simulate --resume {out}` goes on with the series" in capsys.readouterr().err
@@ -157,7 +156,7 @@ def test_a_seed_without_a_checkpoint_begins_anew(two, tmp_path, spied):
 
 def test_overwrite_replaces_a_series_and_resumes_none_of_it(two, tmp_path, spied):
     out = shutil.copytree(two, tmp_path / "out")
-    other = CONFIG.with_values(of_names(lora__alpha=8.0, num_server_rounds=1))
+    other = CONFIG.with_values({"lora.alpha": 8.0, "num-server-rounds": 1})
     with pytest.raises(UserError, match=r"a series with num-server-rounds = 2, this one has 1"):
         series(out, other)
     assert series(out, other, overwrite=True) == 0
@@ -179,7 +178,7 @@ def test_what_is_no_series_is_refused(two, tmp_path, capsys):
     with pytest.raises(UserError, match=r"seed-4' already holds something that is not a series"):
         series(two / "seed-4", overwrite=True)
     with pytest.raises(UserError, match=r"a series with seed = 4, this one has 9"):
-        series(two, CONFIG.with_values(of_names(seed=9)))
+        series(two, CONFIG.with_values({"seed": 9}))
     assert main(["simulate", *as_sets(CONFIG), "--out", str(two), "--overwrite"]) == 2
     assert "already holds something that is not a run" in capsys.readouterr().err
     assert main(["simulate", "--resume", str(two), "--seeds", "2"]) == 2
@@ -192,8 +191,8 @@ def test_what_is_no_series_is_refused(two, tmp_path, capsys):
 
 def test_the_threads_of_a_series_are_those_it_began_with(two):
     """``engine.threads=0`` means all cores of the machine, which may be another one by now."""
-    every = SeedSeries.of(CONFIG.with_values(of_names(engine__threads=0)), two, seeds=2)
+    every = SeedSeries.of(CONFIG.with_values({"engine.threads": 0}), two, seeds=2)
     assert every.continuing(SeedSeries.read(two)).config.engine.threads == 1
-    other = SeedSeries.of(CONFIG.with_values(of_names(engine__threads=2)), two, seeds=2)
+    other = SeedSeries.of(CONFIG.with_values({"engine.threads": 2}), two, seeds=2)
     with pytest.raises(UserError, match=r"a series with engine.threads = 1, this one has 2"):
         other.continuing(SeedSeries.read(two))

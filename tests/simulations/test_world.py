@@ -10,8 +10,9 @@ from federation import adapter_bytes, client_rows, rounds, small, untimed
 from flexlora.errors import UserError
 from flexlora.lora.ranks import RankClass
 from flexlora.simulations.simulate import resume, simulate
+from flexlora.simulations.world.clock import Effort
 from flexlora.simulations.world.populations import Population
-from flexlora.simulations.world.simulated_time import LOST_AFTER, NOMINAL_SECONDS, Effort, world_of
+from flexlora.simulations.world.simulated_time import LOST_AFTER, NOMINAL_SECONDS, world_of
 
 IDS = [f"client_{k:02d}" for k in range(24)]
 

@@ -1,9 +1,9 @@
 """A federation of real processes on loopback: TLS, node keys, resident trainers, supervised nodes.
 
-What ``server/README.md`` and ``clients/README.md`` ask of two machines, on one: a CA and a server
-certificate, a registered key per node, ``flower-superlink`` with a database, every node with a
-Flower home of its own, and whoever ends is started again, as systemd's ``Restart=always`` does.
-Every process carries a mark in its environment, and all that carry it end with the block.
+What ``docs/deploy.md`` does on two machines, on one: a CA and a server certificate, a registered
+key per node, ``flower-superlink`` with a database, a Flower home per node, and whatever ends is
+started again, as systemd's ``Restart=always`` does. Every process carries a mark in its
+environment, and all that carry it end with the block.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
+import trustme
 
 from federation import ONE_THREAD, ROOT
 from flexlora.clients.trainer.client import health
-from flexlora.clients.trainer.sockets import reach
+from flexlora.clients.trainer.sockets import connection_error
 from flexlora.data.tasks import generate_rows
-from flexlora.deploy.certificates import make_authority, make_server
 from flexlora.deploy.node_keys import make_node_keys
 from flexlora.errors import UserError
 from flexlora.runs.folder import RunFolder
@@ -93,13 +93,13 @@ def once(tmp_path_factory, name, make):
 
 
 def write_certificates(folder):
-    """What ``flexlora server init`` makes for a server, and the CA of another."""
-    authority = make_authority("a test's federation", days=1)
-    server = make_server(authority, [], days=1)
-    stranger = make_authority("another federation", days=1)
-    for name, issued in (("ca", authority), ("server", server), ("stranger", stranger)):
-        (folder / f"{name}.pem").write_bytes(issued.certificate_pem)
-    (folder / "server.key").write_bytes(server.key_pem)
+    """A CA, a server's certificate and key, and the CA of another federation."""
+    ca, stranger = trustme.CA(), trustme.CA()
+    server = ca.issue_cert("localhost", "127.0.0.1", "::1")
+    ca.cert_pem.write_to_path(folder / "ca.pem")
+    stranger.cert_pem.write_to_path(folder / "stranger.pem")
+    server.cert_chain_pems[0].write_to_path(folder / "server.pem")
+    server.private_key_pem.write_to_path(folder / "server.key")
 
 
 def write_node_key(folder):
@@ -232,7 +232,7 @@ class Trainer:
         self.path, self.log, self.process = path, log, process
 
     def ready(self):
-        until(lambda: not reach(self.path), SLOWLY, lambda: tail(self.log))
+        until(lambda: not connection_error(self.path), SLOWLY, lambda: tail(self.log))
         return self
 
     def doing(self, *words):

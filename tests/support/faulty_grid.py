@@ -17,7 +17,12 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 import flexlora
-from flexlora.clients.messages import decode_train, encode_capability, encode_evaluate, encode_train
+from flexlora.clients.messages import (
+    decode_train_job,
+    encode_capability,
+    encode_evaluate_result,
+    encode_train_result,
+)
 from flexlora.config.resolve import Config
 from flexlora.seeds import derive_seed
 from flexlora.server.strategy import FlexLoRAStrategy
@@ -199,10 +204,12 @@ class FaultyGrid(Grid):
         client_id, kind = self.clients[message.metadata.dst_node_id], message.metadata.message_type
         if kind == MessageType.QUERY:
             report = self.reports.get(client_id) or capability(client_id)
-            return encode_capability(report, reply_to=message)
+            return Message(encode_capability(report), reply_to=message)
         if kind == MessageType.EVALUATE:
-            return encode_evaluate(EvalResult(client_id=client_id), reply_to=message)
-        job = decode_train(message, client_id)
+            return Message(
+                encode_evaluate_result(EvalResult(client_id=client_id)), reply_to=message
+            )
+        job = decode_train_job(message.content, client_id)
         start = job.start.for_client(client_id)
         seed = derive_seed(0, client_id, job.server_round) % 10_000
         result = TrainResult(
@@ -215,7 +222,7 @@ class FaultyGrid(Grid):
             train_loss=1.0,
         )
         self.results[job.server_round, client_id] = result
-        return encode_train(result, dtype="float64", reply_to=message, start=start)
+        return Message(encode_train_result(result, dtype="float64", start=start), reply_to=message)
 
 
 class Told:
@@ -242,10 +249,10 @@ def run(grid, config=None, *, rows=None, **options):
     strategy = FlexLoRAStrategy(config or settings(), **options)
     close = strategy._close_round
 
-    def closed(metrics, simulated=None):
+    def closed(metrics, clock):
         if rows is not None:
-            rows.extend({**row, "metrics": dict(metrics)} for row in strategy._ledger.rows)
-        close(metrics, simulated)
+            rows.extend({**row.cells(), "metrics": metrics} for row in strategy.metrics.rows)
+        close(metrics, clock)
 
     strategy._close_round = closed
     strategy.start(grid)

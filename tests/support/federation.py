@@ -16,13 +16,14 @@ from pathlib import Path
 import torch
 from flwr.app import MessageType
 
-from flexlora.clients.messages import decode_train as decode_job
+from flexlora.clients.messages import decode_train_job
 from flexlora.clients.worker import Worker
 from flexlora.config.resolve import Config
 from flexlora.lora.peft_folder import load_adapter
 from flexlora.runs.folder import RunFolder
 from flexlora.server.app import federate
-from flexlora.server.transport.messages import decode_train
+from flexlora.server.observing.observer import Observer
+from flexlora.server.transport.messages import decode_train_result
 from flexlora.simulations.engine.cohorts import CohortLimits
 from flexlora.simulations.engine.grid import InProcessGrid
 from paths import ROOT
@@ -56,7 +57,7 @@ def small(**changes):
 def nobody_joins(config, out, **more):
     """The run of a federation whose nodes do not come; ``simulate`` would refuse it beforehand."""
     grid = InProcessGrid(Worker(config), limits=CohortLimits(clients=4), wire_dtype="float32")
-    waiting = config.with_values(of_names(server__min_nodes=9, server__wait_seconds=0.0))
+    waiting = config.with_values({"server.min-nodes": 9, "server.wait-seconds": 0.0})
     return federate(grid, waiting, out, **more)
 
 
@@ -145,7 +146,7 @@ def relative_gap(first, second):
 
 
 def largest_gap(first, second):
-    """The largest entry of ``|first - second|`` over all modules: what DESIGN.md bounds in float32.
+    """The largest entry of ``|first - second|`` over all modules, which is bounded in float32.
 
     AdamW divides by the gradient's size, so an entry near rounding level moves by a good part of a
     step of either sign; relative to a small change that is much, as a number it is not.
@@ -193,8 +194,8 @@ class TamperingGrid(InProcessGrid):
             return [reply]
         client_id = self._client(message)
         server_round = int(message.metadata.group_id)
-        start = decode_job(message, client_id).start.for_client(client_id)
-        self.updates[server_round, client_id] = decode_train(reply, start)
+        start = decode_train_job(message.content, client_id).start.for_client(client_id)
+        self.updates[server_round, client_id] = decode_train_result(reply, start)
         return self.tamper(reply, message) if client_id in self.victims else [reply]
 
 
@@ -202,21 +203,18 @@ class Stopped(Exception):
     """Ends a run from the inside, where a test wants it to end."""
 
 
-class StopAt:
+class StopAt(Observer):
     """An observer that raises at one event of one round."""
 
     def __init__(self, event, server_round, error=Stopped):
         self.event, self.server_round, self.error = event, server_round, error
         self.current = 0
 
-    def met(self, roster):
-        pass
-
     def round_started(self, server_round, num_rounds, num_clients):
         self.current = server_round
         self._maybe("round_started")
 
-    def replied(self, client_id, cause):
+    def replied(self, client_id, outcome, cause, late):
         self._maybe("replied")
 
     def round_finished(self, metrics):

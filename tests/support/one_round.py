@@ -12,10 +12,12 @@ import torch
 
 import reference
 from flexlora.aggregation import make_method
-from flexlora.aggregation.engine.method import Factoring, State, Update, check_update
-from flexlora.aggregation.engine.state import GlobalChange
+from flexlora.aggregation.engine.open_round import OpenRound
+from flexlora.aggregation.engine.starts import Factoring
+from flexlora.aggregation.engine.state import GlobalChange, State
+from flexlora.aggregation.engine.updates import Update, check_update
 from flexlora.algebra.linalg import FactoredSVD
-from flexlora.lora.adapters import Adapter, LoRAFactors
+from flexlora.lora.adapters import Adapter
 from flexlora.lora.ranks import RankClass
 from flexlora.wire.encoding import over_the_wire
 
@@ -83,14 +85,6 @@ class OneRound:
         """What client k sends back; ``pruned`` terms are dropped (HetLoRA)."""
         start = self.start(k, rank_class)
         adapter, local = start.trained, start.local
-        if local.restarts:
-            fresh = adapter.map(torch.zeros_like)
-            adapter = Adapter(
-                {
-                    name: LoRAFactors.side_by_side([own] + [fresh[name]] * local.restarts)
-                    for name, own in adapter.items()
-                }
-            )
         if trained:
             adapter = noisy(adapter, start.trainable, 1000 * seed + 100 * self.state.round + k)
         if pruned:
@@ -106,15 +100,15 @@ class OneRound:
         check_update(update, start.trained, digest=start.digest, local=local)
         return update
 
-    def open(self, clients=None):
-        return self.method.begin(self.state, self.sent, clients)
+    def open(self, clients=None, **options):
+        return OpenRound(self.method, self.state, self.sent, clients, **options)
 
-    def finish(self, updates, clients=None):
+    def finish(self, updates, clients=None, **options):
         """The state after these updates."""
-        opened = self.open(clients)
+        opened = self.open(clients, **options)
         for update in updates:
             opened.add(update)
-        return opened.finish()
+        return opened.close()
 
 
 def next_state(method, state=None, *, seed=0, count=6, **options):

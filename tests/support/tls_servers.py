@@ -1,16 +1,14 @@
 """Certificates and servers on loopback for the tests of ``flexlora doctor --superlink``.
 
-``Signer`` makes certificates with real keys; ``serving`` is an HTTP server, over TLS or not, that
-answers as Flower's SuperLink does to the doctor's questions (``test_superlink_checks.py`` holds the
-same questions against a real one); ``listening`` takes connections and says what it is told to.
+``authority`` and ``server`` make certificates with trustme. ``serving`` is an HTTP server, over TLS
+or not, that answers the doctor's requests as Flower's SuperLink does (``test_real_superlink.py``
+asks a real one the same). ``listening`` accepts connections and sends a given greeting.
 """
 
 from __future__ import annotations
 
 import http.server
-import ipaddress
 import json
-import os
 import socket
 import ssl
 import threading
@@ -19,9 +17,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
+import trustme
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -34,56 +34,62 @@ DAY = 86400.0
 HERE = ("127.0.0.1", "::1", "localhost")
 
 
-def common_name(text):
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
-
-
-def alternative(name):
-    try:
-        return x509.IPAddress(ipaddress.ip_address(name))
-    except ValueError:
-        return x509.DNSName(name)
-
-
 @dataclass(frozen=True, kw_only=True)
-class Signer:
-    """A certificate and its key, as files; days count from now."""
+class Issued:
+    """A certificate and its key, as files; ``ca`` signs others with it."""
 
     certificate: x509.Certificate
-    key: ec.EllipticCurvePrivateKey
     file: Path
     key_file: Path
+    ca: trustme.CA | None = None
 
     @classmethod
-    def make(cls, folder, subject, *, by=None, names=(), ca=False, days=(-1.0, 60.0)):
-        """Signed by another one, or by itself where ``by`` is None."""
-        key = ec.generate_private_key(ec.SECP256R1())
-        now = datetime.now(UTC)
-        made = (
-            x509.CertificateBuilder()
-            .subject_name(common_name(subject))
-            .issuer_name(by.certificate.subject if by else common_name(subject))
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now + timedelta(days=days[0]))
-            .not_valid_after(now + timedelta(days=days[1]))
-            .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
-        )
-        if names:
-            spelled = x509.SubjectAlternativeName([alternative(name) for name in names])
-            made = made.add_extension(spelled, critical=False)
-        certificate = made.sign(by.key if by else key, hashes.SHA256())
+    def write(cls, folder, certificate, key, ca=None):
         stem = f"{len(list(Path(folder).iterdir()))}-{'ca' if ca else 'server'}"
         file, key_file = Path(folder) / f"{stem}.pem", Path(folder) / f"{stem}.key"
-        file.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-        key_file.write_bytes(
-            key.private_bytes(
-                serialization.Encoding.PEM,
-                serialization.PrivateFormat.PKCS8,
-                serialization.NoEncryption(),
-            )
-        )
-        return cls(certificate=certificate, key=key, file=file, key_file=key_file)
+        file.write_bytes(certificate)
+        key_file.write_bytes(key)
+        parsed = x509.load_pem_x509_certificate(certificate)
+        return cls(certificate=parsed, file=file, key_file=key_file, ca=ca)
+
+
+def authority(folder, name="FlexLoRA CA"):
+    ca = trustme.CA(organization_name="tests", organization_unit_name=name)
+    return Issued.write(folder, ca.cert_pem.bytes(), ca.private_key_pem.bytes(), ca)
+
+
+def server(folder, by, names=HERE, *, days=(-1.0, 60.0)):
+    """A server's certificate for ``names``; days count from now."""
+    first, last = (datetime.now(UTC) + timedelta(days=day) for day in days)
+    leaf = by.ca.issue_cert(
+        *names,
+        common_name="superlink",
+        organization_name="tests",
+        organization_unit_name="servers",
+        not_before=first,
+        not_after=last,
+    )
+    (certificate,) = leaf.cert_chain_pems
+    return Issued.write(folder, certificate.bytes(), leaf.private_key_pem.bytes())
+
+
+def self_signed(folder, names):
+    """A server's certificate without an authority, which trustme does not make."""
+    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC)
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "superlink")])
+    made = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+    made = made.not_valid_before(now - timedelta(days=1)).not_valid_after(now + timedelta(days=60))
+    if names:
+        spelled = [
+            x509.DNSName(n) if n[0].isalpha() else x509.IPAddress(ip_address(n)) for n in names
+        ]
+        made = made.add_extension(x509.SubjectAlternativeName(spelled), critical=False)
+    pem = serialization.Encoding.PEM
+    return Issued.write(
+        folder,
+        made.sign(key, hashes.SHA256()).public_bytes(pem),
+        key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()),
+    )
 
 
 @dataclass(kw_only=True)
@@ -153,21 +159,21 @@ def handler(said):
 
 
 @contextmanager
-def serving(said: Said | None = None, *, signer: Signer | None = None, host="127.0.0.1"):
+def serving(said: Said | None = None, *, certificate: Issued | None = None, host="127.0.0.1"):
     """The port of a server that answers as told; over TLS where it has a certificate."""
     kind: Any = _Server6 if ":" in host else _Server
-    server = kind((host, 0), handler(said or Said()))
-    if signer is not None:
+    listener = kind((host, 0), handler(said or Said()))
+    if certificate is not None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(signer.file, signer.key_file)
-        server.socket = context.wrap_socket(server.socket, server_side=True)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        context.load_cert_chain(certificate.file, certificate.key_file)
+        listener.socket = context.wrap_socket(listener.socket, server_side=True)
+    thread = threading.Thread(target=listener.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:
-        yield server.server_address[1]
+        yield listener.server_address[1]
     finally:
-        server.shutdown()
-        server.server_close()
+        listener.shutdown()
+        listener.server_close()
         thread.join()
 
 
@@ -199,17 +205,12 @@ def listening(greeting=b""):
                 connection.close()
 
 
-def without_proxies(monkeypatch):
-    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
-        monkeypatch.delenv(name)
-
-
 def by_name(findings):
     """One finding per name, each a sentence that fits."""
     found = {finding.name: finding for finding in findings}
     assert len(found) == len(findings)
     for finding in findings:
-        assert finding.name and "\n" not in finding.told and len(finding.told) < 330, finding
+        assert finding.name and "\n" not in finding.message and len(finding.message) < 330, finding
         assert bool(finding.remedy) == (finding.status != "ok"), finding
     return found
 
@@ -224,7 +225,7 @@ def only(findings, status, name, *words):
     last = list(findings.values())[-1]
     assert (last.status, last.name) == (status, name), last
     for word in words:
-        assert word in last.told, last.told
+        assert word in last.message, last.message
     return last
 
 

@@ -18,17 +18,17 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from federation import small
 from flexlora.aggregation import make_method
-from flexlora.aggregation.engine.method import Factoring, State
-from flexlora.aggregation.engine.state import GlobalChange
+from flexlora.aggregation.engine.starts import Factoring
+from flexlora.aggregation.engine.state import GlobalChange, State
 from flexlora.clients.app import app
-from flexlora.clients.trainer.node import Node
+from flexlora.clients.trainer.owner_config import OwnerConfig
+from flexlora.clients.trainer.reply_store import ReplyStore
 from flexlora.clients.trainer.resident import ResidentTrainer
 from flexlora.clients.trainer.service import Limits, TrainerService, listen, stop
-from flexlora.clients.trainer.store import KeptReplies
 from flexlora.clients.worker import worker_for
 from flexlora.data.clients import client_rows
 from flexlora.lora.ranks import RankClass
-from flexlora.server.transport.messages import eval_content, pack, train_content
+from flexlora.server.transport.messages import encode_eval_job, encode_train_job, pack
 
 SITE = {"client-id": "site"}
 
@@ -75,7 +75,7 @@ def train_message(config, *, rank=2, server_round=1, method="carried", **job):
     payloads = {"trained": pack(start.trained, config.wire.dtype)}
     if start.carried is not None:
         payloads["carried"] = pack(start.carried, "bfloat16")
-    content = train_content(start, payloads, server_round=server_round, num_server_rounds=4)
+    content = encode_train_job(start, payloads, server_round=server_round, num_server_rounds=4)
     for key, value in job.items():
         content["job"][key] = value
     return message_of(content, MessageType.TRAIN, server_round=server_round)
@@ -85,7 +85,7 @@ def evaluate_message(config, *, ranks=(2, 4), generate=True, server_round=1):
     payloads = {
         f"rank_{rank}": pack(start_of(config, rank=rank).trained, "float32") for rank in ranks
     }
-    content = eval_content(payloads, server_round=server_round, generate=generate)
+    content = encode_eval_job(payloads, server_round=server_round, generate=generate)
     return message_of(content, MessageType.EVALUATE)
 
 
@@ -217,13 +217,13 @@ def resident(
     data, state, *, limits=None, client_id="", limit_bytes=0, keep_bytes=10**8, group="", name="s"
 ):
     """A trainer of the embedded base over ``data``, its replies kept in ``state``."""
-    node = Node.of(
+    node = OwnerConfig.of(
         model="embedded", data=str(data), client_id=client_id, sets=("engine.threads=1",)
     )
     # A path of a test's own folder may be too long for a socket.
     folder = Path(tempfile.mkdtemp(prefix="flx-"))
-    kept = KeptReplies(Path(state), max_bytes=keep_bytes, max_seconds=3600.0)
-    trainer = ResidentTrainer(node=node, kept=kept, limit_bytes=limit_bytes)
+    kept = ReplyStore(Path(state), max_bytes=keep_bytes, max_seconds=3600.0)
+    trainer = ResidentTrainer(owner=node, replies=kept, limit_bytes=limit_bytes)
     service = TrainerService(trainer, limits=limits or Limits(wait_seconds=30.0))
     server = listen(service, folder / name, group)
     server.start()

@@ -135,7 +135,7 @@ def after_1(folder):
 
 
 def test_after_one_round_it_has_learned_what_the_engine_has(made):
-    """DESIGN.md section 6: other processes, the same numbers."""
+    """Other processes, the same numbers."""
     folder = Path(made["folder"])
     flower = after_1(folder / "after 1")
     assert largest_gap(flower, after_1(folder / "engine 1")) < 1e-5

@@ -30,12 +30,11 @@ from federation import (
 )
 from flexlora.clients.app import app as client_app
 from flexlora.clients.worker import worker_for
-from flexlora.config.resolve import Config, read_toml
+from flexlora.config.resolve import Config
 from flexlora.server.app import app as server_app
 from flexlora.simulations.engine.cohorts import CohortLimits
 from flexlora.simulations.engine.grid import InProcessGrid
 from flexlora.simulations.simulate import simulate
-from spelled import of_names
 
 BIN = Path(sys.executable).parent
 QUIET = {
@@ -145,16 +144,6 @@ def test_a_node_with_its_own_data_folder_is_one_client_by_its_own_name(tmp_path)
     ]
 
 
-def test_the_flower_defaults_are_the_configurations_own():
-    """Flower refuses unknown overrides, so the app's table must list every key."""
-    listed = {
-        key.removeprefix("tool.flwr.app.config."): value
-        for key, value in read_toml(ROOT / "pyproject.toml").items()
-        if key.startswith("tool.flwr.app.config.")
-    }
-    assert listed == Config().flat()
-
-
 @pytest.mark.slow
 def test_the_app_bundle_holds_no_code(tmp_path):
     done = subprocess.run(
@@ -260,9 +249,7 @@ def test_flwr_run_agrees_with_the_engine_and_leaves_no_process(superlink, tmp_pa
         stderr=subprocess.STDOUT,
         text=True,
     )
-    simulate(
-        scenario.with_values(of_names(engine__cohort_size=1)), tmp_path / "engine"
-    )  # meanwhile
+    simulate(scenario.with_values({"engine.cohort-size": 1}), tmp_path / "engine")  # meanwhile
     try:
         out, _ = running.communicate(timeout=150)
     finally:

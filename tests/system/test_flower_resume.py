@@ -11,7 +11,6 @@ from flwr.app import Context, MessageType, RecordDict
 from flwr.common.config import fuse_dicts, parse_config_args
 
 from federation import ROOT, Stopped, adapter_bytes, client_rows, rounds, small, untimed
-from flexlora.clients.worker import worker_for
 from flexlora.commands.cli import main
 from flexlora.config.resolve import Config, read_toml
 from flexlora.errors import UserError
@@ -24,6 +23,7 @@ from flexlora.simulations.engine.grid import InProcessGrid
 from flexlora.simulations.simulate import simulate
 
 CONFIG = small(num_server_rounds=3, method__name="residual", lora__dropout=0.1)
+WORKER_CONFIG = CONFIG
 
 
 class BreakingGrid(InProcessGrid):
@@ -41,11 +41,6 @@ class BreakingGrid(InProcessGrid):
         jobs = [m.content["job"] for m in messages if "job" in m.content]
         self.origins |= {job["origin"] for job in jobs}
         return super().push_messages(messages)
-
-
-@pytest.fixture(scope="module")
-def worker():
-    return worker_for(CONFIG)
 
 
 def served(worker, config, *, run_id=7, at=None, kind=MessageType.TRAIN):

@@ -19,9 +19,9 @@ from flwr.cli.build import build_fab_from_disk
 from flwr.cli.flower_config import parse_superlink_connection
 from flwr.common.config import parse_config_args
 
-from flexlora.clients.setup import findings as found_here
-from flexlora.clients.setup.findings import find
+from flexlora.clients.setup import machine_plan
 from flexlora.clients.setup.init import client_init
+from flexlora.clients.setup.machine_plan import plan_machine
 from flexlora.commands.cli import main
 from flexlora.config.paths import EMBEDDED
 from flexlora.config.resolve import Config, all_keys, flatten, of_flower
@@ -171,7 +171,7 @@ def test_scripts_are_shell(made, place):
 
 def test_findings_are_this_machines(made):
     told = json.loads(text_of(made / "node" / "findings.json"))
-    probed = found_here.probe(found_here.pick_device("cpu"))
+    probed = machine_plan.probe(machine_plan.pick_device("cpu"))
     assert tuple(told["kernels"]) == probed.runs and told["quantization"] == "none"
     assert "12 rows to train on" in text_of(made / "node" / "README.md")
 
@@ -179,15 +179,15 @@ def test_findings_are_this_machines(made):
 def test_a_small_memory_takes_a_smaller_base_and_a_broken_kernel_is_not_proposed(monkeypatch):
     asked = {"device": "cpu", "quantization": "", "num_examples": 640}
     config = str(CONFIGS / "qwen2.5-0.5b.json")
-    large = find(model=config, memory_limit="64GiB", **asked)
-    small = find(model=config, memory_limit="2.5GiB", **asked)
+    large = plan_machine(model=config, memory_limit="64GiB", **asked)
+    small = plan_machine(model=config, memory_limit="2.5GiB", **asked)
     assert (large.quantization, small.quantization) == ("none", "nf4")
     assert "--memory-limit 2.5GiB " in small.values()["memory_limit"]
     broken = Probe(runs=("bf16",), absent=("nf4: no such kernel", "8bit: no", "adamw_8bit: no"))
-    monkeypatch.setattr(found_here, "probe", lambda device: broken)
+    monkeypatch.setattr(machine_plan, "probe", lambda device: broken)
     with pytest.raises(UserError, match="does not fit"):
-        find(model=config, memory_limit="1.5GiB", **asked)
-    assert find(model=config, memory_limit="64GiB", **asked).quantization == "none"
+        plan_machine(model=config, memory_limit="1.5GiB", **asked)
+    assert plan_machine(model=config, memory_limit="64GiB", **asked).quantization == "none"
 
 
 def test_without_a_proxy_the_readme_says_so_and_nothing_names_one(tmp_path):
@@ -232,7 +232,7 @@ def test_what_server_init_refuses(tmp_path, monkeypatch, changes, words):
     [
         ({"superlink": "fl.example.org"}, "--superlink is 'fl.example.org', expected HOST:PORT"),
         ({"root_certificates": "gone"}, "--root-certificates 'gone' cannot be read"),
-        ({"root_certificates": "{server}/server.crt"}, "which is no authority"),
+        ({"root_certificates": "{server}/server.crt"}, "is no authority's"),
         ({"root_certificates": "{server}/app/pyproject.toml"}, "holds no certificate"),
         ({"data": "gone"}, "--data '.*gone' does not exist"),
         ({"data": "{server}"}, "--data '.*' holds .*expected train.jsonl"),

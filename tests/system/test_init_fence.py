@@ -12,7 +12,7 @@ import pytest
 import yaml
 from flwr.superlink.main import create_app
 
-from flexlora.clients.setup import findings as found_here
+from flexlora.clients.setup import machine_plan
 from flexlora.clients.setup.init import client_init
 from flexlora.server.init import server_init
 from init_folders import HOSTS, both_folders, free_ports, node_of, status, text_of
@@ -224,15 +224,15 @@ def test_compose_keeps_data_key_and_foreign_code_apart(made):
 
 
 def test_a_card_is_given_to_the_trainer_alone(made, monkeypatch, tmp_path):
-    monkeypatch.setattr(found_here.Findings, "on_card", True, raising=False)
-    real = found_here.find
+    monkeypatch.setattr(machine_plan.MachinePlan, "on_card", True, raising=False)
+    real = machine_plan.plan_machine
 
     def with_card(**asked):
         found = real(**asked)
         object.__setattr__(found, "on_card", True)
         return found
 
-    monkeypatch.setattr(found_here, "find", with_card)
+    monkeypatch.setattr(machine_plan, "plan_machine", with_card)
     client_init(**node_of(made, folder=str(tmp_path / "node")))
     services = yaml.safe_load(text_of(tmp_path / "node/docker/compose.yaml"))["services"]
     assert [name for name, service in services.items() if "deploy" in service] == ["trainer"]

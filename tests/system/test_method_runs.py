@@ -25,7 +25,7 @@ from federation import (
 )
 from flexlora.aggregation import METHODS
 from flexlora.aggregation.engine.starts import LocalPlan
-from flexlora.clients.messages import decode_train as decode_job
+from flexlora.clients.messages import decode_train_job
 from flexlora.clients.worker import worker_for
 from flexlora.config.paths import EMBEDDED
 from flexlora.lora.adapters import Adapter
@@ -58,7 +58,7 @@ def test_a_run_of_every_method_ends_and_its_adapters_load_in_peft(method, tmp_pa
         (2, 4, 0),
     ]
     for row in trained:
-        assert row["bytes_carried"] >= 0 and row["factor_gap"] >= 0
+        assert row["bytes_carried"] >= 0
         assert set(row["modules"]) == set(strategy.state.change)
         assert all(report["rank"] >= 1 for report in row["modules"].values())
     names = sorted(path.name for path in (tmp_path / "run" / "adapters").iterdir())
@@ -122,7 +122,7 @@ def test_sparse_rounds_train_lora_b_and_the_rounds_after_both(tmp_path):
 @pytest.mark.parametrize("wire_dtype", ["float32", "bfloat16"])
 def test_a_client_starts_from_what_the_server_thinks_it_does(method, wire_dtype, tmp_path):
     """Plan, draws and rounded factors: the server computes each client's start as it decodes it."""
-    options = {"method__carried_dtype": "bfloat16"}
+    options = {"method__gradient_batches": 2, "method__carried_dtype": "bfloat16"}
     config = small(
         method__name=method,
         num_server_rounds=2,
@@ -130,8 +130,8 @@ def test_a_client_starts_from_what_the_server_thinks_it_does(method, wire_dtype,
         **(options if method == "aligned" else {}),
     )
     strategy, _, _, starts = sent_and_got(config, tmp_path / "run")
-    for client_id, name in strategy._asked.items():
-        sent = strategy._sent[name].for_client(client_id)
+    for client_id, name in strategy._open.plan.asked.items():
+        sent = strategy._open.plan.sent[name].for_client(client_id)
         got = starts[2, client_id]
         for label in ("rank_class", "base_round", "carried_dtype", "trainable", "local", "digest"):
             assert getattr(got, label) == getattr(sent, label), label
@@ -152,7 +152,7 @@ def sent_and_got(config, folder, **options):
             for message in messages:
                 if message.metadata.message_type == "train":
                     client_id = self._client(message)
-                    start = decode_job(message, client_id).start.for_client(client_id)
+                    start = decode_train_job(message.content, client_id).start.for_client(client_id)
                     starts[int(message.metadata.group_id), client_id] = start
             return super().push_messages(messages)
 

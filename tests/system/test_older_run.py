@@ -62,12 +62,12 @@ def test_a_run_never_gets_the_reply_of_another(data, tmp_path, numbered):
         assert trained(made, config, NEW, server_round=2)[0] == 3
         assert trained(made, config, OLD) == (1, old_bytes), "a late message of the older run"
         assert trained(made, config, NEW) == (2, new_bytes)
-        assert (made.trainer.tally.trained, made.trainer.tally.from_disk) == (3, 2)
+        assert (made.trainer.totals.trained, made.trainer.totals.from_disk) == (3, 2)
     with resident(data, tmp_path / "kept") as made:
         assert trained(made, config, NEW) == (2, new_bytes)
         assert trained(made, config, OLD) == (1, old_bytes)
         assert trained(made, config, 2)[0] == 4
-        assert (made.trainer.tally.trained, made.trainer.tally.from_disk) == (1, 2)
+        assert (made.trainer.totals.trained, made.trainer.totals.from_disk) == (1, 2)
 
 
 def test_nor_scores_of_another(data, tmp_path):
@@ -75,7 +75,7 @@ def test_nor_scores_of_another(data, tmp_path):
     with resident(data, tmp_path / "kept") as made:
         for run_id in (OLD, NEW, OLD):
             made.ask(evaluate_message(config), config, run_id=run_id)
-        assert (made.trainer.tally.evaluated, made.trainer.tally.from_disk) == (2, 1)
+        assert (made.trainer.totals.evaluated, made.trainer.totals.from_disk) == (2, 1)
 
 
 def test_nor_factors_that_the_client_keeps_to_itself(data, tmp_path):

@@ -7,7 +7,6 @@ import pytest
 from federation import StopAt, Stopped, adapter_bytes, client_rows, rounds, small, untimed
 from flexlora.simulations.simulate import resume, simulate
 from flexlora.wire.jobs import PERSONAL
-from spelled import of_names
 
 PLAIN = small(
     num_server_rounds=3,
@@ -16,7 +15,7 @@ PLAIN = small(
     eval__max_examples=2,
     method__name="carried",
 )
-OWN = PLAIN.with_values(of_names(personal__rank=2, personal__max_steps=2))
+OWN = PLAIN.with_values({"personal.rank": 2, "personal.max-steps": 2})
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +76,6 @@ def test_a_resumed_run_goes_on_from_the_factors_before_the_round(
 
 def test_a_run_over_another_one_begins_anew(runs, tmp_path):
     """Factors of the run that was there are not taken for those of this one."""
-    simulate(OWN.with_values(of_names(seed=5)), tmp_path / "run")
+    simulate(OWN.with_values({"seed": 5}), tmp_path / "run")
     simulate(OWN, tmp_path / "run", overwrite=True)
     assert evaluations(tmp_path / "run") == evaluations(runs[1])

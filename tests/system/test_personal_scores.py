@@ -11,17 +11,19 @@ from rich.console import Console
 
 from builders import random_adapter
 from flexlora.aggregation import make_method
-from flexlora.aggregation.engine.method import Factoring, State, Update
-from flexlora.aggregation.engine.state import GlobalChange
-from flexlora.clients.messages import evaluate_reply
+from flexlora.aggregation.engine.open_round import OpenRound
+from flexlora.aggregation.engine.starts import Factoring
+from flexlora.aggregation.engine.state import GlobalChange, State
+from flexlora.aggregation.engine.updates import Update
+from flexlora.clients.messages import encode_evaluate_result
 from flexlora.clients.worker import Worker
 from flexlora.config.resolve import Config
 from flexlora.data.tasks import generate_rows
 from flexlora.evaluation.evaluate import BASE, PERSONAL
 from flexlora.lora.ranks import RankClass
 from flexlora.server.members.roster import Member, Roster
-from flexlora.server.rounds.ledger import eval_metrics, evaluation_rows
-from flexlora.server.transport.messages import decode_evaluate
+from flexlora.server.rounds.evaluation import eval_metrics, evaluation_rows
+from flexlora.server.transport.messages import decode_eval_result
 from flexlora.simulations.terminal import TerminalObserver
 from flexlora.training.personal import PersonalStore
 from flexlora.wire.jobs import Capability, EvalJob, EvalResult, Score, TrainJob
@@ -62,12 +64,12 @@ def federate(worker, store, rounds=2):
         jobs = store.attach([TrainJob(client_id=name, **told) for name in worker.client_ids])
         results = worker.train(jobs)
         store.keep(results, jobs)
-        opened = method.begin(state, {CLASS.name: start})
+        opened = OpenRound(method, state, {CLASS.name: start})
         for result in results:
             kind = {"rank_class": CLASS.name, "base_round": state.round, "digest": start.digest}
             update = {"client_id": result.client_id, "adapter": result.adapter}
             opened.add(Update(**update, num_examples=result.num_examples, **kind))
-        state = opened.finish()
+        state = opened.close()
     served = {CLASS.name: method.start(state, CLASS, factoring).served()}
     return store.attach_eval(
         [
@@ -130,11 +132,11 @@ def test_own_factors_that_cannot_be_used_cost_only_their_own_score(worker, evalu
 
 def test_the_reply_holds_the_score_and_the_server_reads_it(worker, evaluations):
     (result,) = worker.evaluate(evaluations[:1])
-    reply = SimpleNamespace(has_error=lambda: False, content=evaluate_reply(result))
-    assert decode_evaluate(reply) == result
+    reply = SimpleNamespace(has_error=lambda: False, content=encode_evaluate_result(result))
+    assert decode_eval_result(reply) == result
     told = replace(result, cause="personal factors: no room")
-    reply = SimpleNamespace(has_error=lambda: False, content=evaluate_reply(told))
-    assert decode_evaluate(reply) == told
+    reply = SimpleNamespace(has_error=lambda: False, content=encode_evaluate_result(told))
+    assert decode_eval_result(reply) == told
 
 
 # --- on the server ---------------------------------------------------------------------------
@@ -173,7 +175,7 @@ RESULTS = [
 
 def test_global_and_personal_are_compared_over_the_same_clients():
     """b has nothing of its own: it counts in eval_loss, and in neither side of the comparison."""
-    metrics = eval_metrics(RESULTS, roster(a=2, b=2, c=4), base=BASE)
+    metrics = eval_metrics(RESULTS, roster(a=2, b=2, c=4))
     assert metrics["eval_loss"] == pytest.approx((30 + 50 + 40) / 30)
     assert metrics["eval_loss/personal"] == pytest.approx((5 + 15) / 20)
     assert metrics["eval_loss/global_of_personal"] == pytest.approx((30 + 40) / 20)
@@ -187,14 +189,14 @@ def test_global_and_personal_are_compared_over_the_same_clients():
 def test_without_own_factors_there_is_nothing_to_compare():
     members = roster(a=2, b=2, c=4)
     plain = [replace(RESULTS[1], client_id=name) for name in "abc"]
-    assert not [key for key in eval_metrics(plain, members, base=BASE) if "personal" in key]
+    assert not [key for key in eval_metrics(plain, members) if "personal" in key]
     base = [EvalResult(client_id="a", scores={BASE: score(9.0)})]
-    assert not [key for key in eval_metrics(base, members, base=BASE) if "personal" in key]
+    assert not [key for key in eval_metrics(base, members) if "personal" in key]
 
 
 def test_a_client_without_a_score_at_its_own_rank_is_on_neither_side():
     lost = EvalResult(client_id="a", scores={"rank_2": score(30.0), PERSONAL: score(5.0)})
-    metrics = eval_metrics([lost, RESULTS[2]], roster(a=8, c=4), base=BASE)
+    metrics = eval_metrics([lost, RESULTS[2]], roster(a=8, c=4))
     assert metrics["personal_clients"] == 1
     assert metrics["eval_loss/personal"] == pytest.approx(15 / 10)
     assert metrics["eval_loss/global_of_personal"] == pytest.approx(40 / 10)
@@ -218,7 +220,7 @@ def printed(personal_rank, rows):
 
 
 def test_a_person_reads_global_against_personal_and_the_rank_that_was_possible():
-    metrics = eval_metrics(RESULTS, roster(a=2, b=2, c=4), base=BASE)
+    metrics = eval_metrics(RESULTS, roster(a=2, b=2, c=4))
     base = {"round": 0, "eval_loss": 4.0, "eval_exact_match": 0.0}
     text = printed(6, [base, {"round": 1, **metrics}])
     assert "With the factors that never leave their 2 clients, on their own rows" in text

@@ -19,30 +19,10 @@ import psutil
 import pytest
 
 from flexlora.clients.setup import node_key_checks
-from tls_servers import HERE, Signer, asked, key_file, only, without_proxies
+from tls_servers import asked, key_file, only
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_proxy")]
 BIN = Path(sys.executable).parent
-
-
-@pytest.fixture(autouse=True)
-def no_proxy(monkeypatch):
-    without_proxies(monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("certificates")
-
-
-@pytest.fixture(scope="module")
-def ca(folder):
-    return Signer.make(folder, "FlexLoRA CA", ca=True)
-
-
-@pytest.fixture(scope="module")
-def good(folder, ca):
-    return Signer.make(folder, "superlink", by=ca, names=HERE)
 
 
 def free_port():
@@ -103,14 +83,14 @@ def flwr(environment, *words):
     return done.stdout
 
 
-def test_a_real_superlink_with_tls_and_node_authentication(tmp_path, ca, good, monkeypatch):
+def test_a_real_superlink_with_tls_and_node_authentication(tmp_path, ca, leaf, monkeypatch):
     """The answers that ``Said`` gives are those of Flower, and asking changes nothing there."""
     key = key_file(tmp_path)
     tls = (
         "--ssl-certfile",
-        good.file,
+        leaf.file,
         "--ssl-keyfile",
-        good.key_file,
+        leaf.key_file,
         "--ssl-ca-certfile",
         ca.file,
     )
@@ -120,10 +100,10 @@ def test_a_real_superlink_with_tls_and_node_authentication(tmp_path, ca, good, m
         ours = [
             found[name].status for name in ("certificate", "superlink", "clock", "control path")
         ]
-        assert ours == ["ok"] * 4 and "of Flower 1.41" in found["superlink"].told
-        assert "does not know the key" in found["node key"].told
+        assert ours == ["ok"] * 4 and "of Flower 1.41" in found["superlink"].message
+        assert "does not know the key" in found["node key"].message
         flwr(environment, "supernode", "register", f"{key}.pub", "own")
-        assert asked(port, ca, key=key)["node key"].told.endswith("is registered")
+        assert asked(port, ca, key=key)["node key"].message.endswith("is registered")
         for off, status in ((8.0, "failed"), (3.0, "ok"), (-300.0, "ok"), (-308.0, "failed")):
             clock = SimpleNamespace(time=lambda off=off: time.time() + off)
             monkeypatch.setattr(node_key_checks, "time", clock)
@@ -137,5 +117,5 @@ def test_a_real_superlink_in_the_clear(tmp_path, ca):
     with real_superlink(tmp_path, "--insecure") as (port, _):
         found = asked(port)
         assert {finding.status for finding in found.values()} == {"ok"}, found
-        assert "over plain HTTP" in found["superlink"].told
+        assert "over plain HTTP" in found["superlink"].message
         only(asked(port, ca), "failed", "certificate", "speaks plain HTTP")

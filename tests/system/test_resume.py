@@ -29,7 +29,6 @@ from flexlora.errors import UserError
 from flexlora.lora.peft_folder import load_adapter
 from flexlora.runs.checkpoints import load_checkpoint, save_checkpoint
 from flexlora.simulations.simulate import resume, simulate
-from spelled import of_names
 
 # Long enough rounds that the second is still going when the first is seen on disk.
 STEADY = small(num_server_rounds=4, train__max_steps=40, lora__dropout=0.1, method__name="residual")
@@ -77,7 +76,7 @@ def test_a_run_that_breaks_off_anywhere_goes_on_to_the_same_bytes(
 def test_every_method_goes_on_to_the_same_bytes(method, tmp_path):
     """Also those whose state is more than ``G``, or that draw anew in every round."""
     config = STEADY.with_values(
-        of_names(method__name=method, num_server_rounds=3, train__max_steps=3)
+        {"method.name": method, "num-server-rounds": 3, "train.max-steps": 3}
     )
     simulate(config, tmp_path / "whole")
     with pytest.raises(Stopped):

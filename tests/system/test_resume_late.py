@@ -92,13 +92,13 @@ def sent_rounds(folder):
 
 
 def test_only_rounds_that_are_waited_for_lie_beside_the_checkpoint(tmp_path):
-    waited = SLOW.with_values(of_names(population__straggler_slowdown=3.5, server__late_rounds=2))
+    waited = SLOW.with_values({"population.straggler-slowdown": 3.5, "server.late-rounds": 2})
     assert sent_rounds(stopped(waited, tmp_path / "two", server_round=4)) == [
         "sent-000002",
         "sent-000003",
     ]
     assert sent_rounds(stopped(SLOW, tmp_path / "one", server_round=4)) == ["sent-000003"]
-    dropped = SLOW.with_values(of_names(server__late_rounds=0))
+    dropped = SLOW.with_values({"server.late-rounds": 0})
     assert sent_rounds(stopped(dropped, tmp_path / "none", server_round=4)) == []
 
 

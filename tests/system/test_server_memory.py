@@ -15,8 +15,8 @@ from dataclasses import replace
 import pytest
 
 from federation import ONE_THREAD
-from flexlora.simulations.benchmarks.server_memory import Row
-from flexlora.simulations.benchmarks.server_memory_answers import Case
+from flexlora.simulations.benchmarks.server_memory import ServerMemoryRow
+from flexlora.simulations.benchmarks.server_memory_answers import ServerCase
 from flexlora.simulations.benchmarks.server_memory_case import PulledGrid, run_ours
 
 FEW, MANY = 6, 24
@@ -32,7 +32,7 @@ HONEST = ["-m", "flexlora.simulations.benchmarks.server_memory_case"]
 KEEPING = """
 import json, sys
 from flexlora.server.strategy import FlexLoRAStrategy
-from flexlora.simulations.benchmarks.server_memory_answers import Case
+from flexlora.simulations.benchmarks.server_memory_answers import ServerCase
 from flexlora.simulations.benchmarks.server_memory_case import PulledGrid, measure
 
 class Keeping(FlexLoRAStrategy):
@@ -46,7 +46,7 @@ class Keeping(FlexLoRAStrategy):
 
         return super().aggregate_train(server_round, noted())
 
-case = Case.from_json(sys.argv[1])
+case = ServerCase.from_json(sys.argv[1])
 print(json.dumps(measure(case, PulledGrid(case), Keeping)))
 """
 
@@ -55,7 +55,7 @@ print(json.dumps(measure(case, PulledGrid(case), Keeping)))
 def case(tmp_path_factory):
     config = tmp_path_factory.mktemp("model") / "config.json"
     config.write_text(json.dumps(SHAPE))
-    return Case(way="residual", replies=FEW, model=str(config), rank=128, server_max_rank=64)
+    return ServerCase(way="residual", replies=FEW, model=str(config), rank=128, server_max_rank=64)
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def test_a_case_whose_replies_do_not_all_count_is_no_measurement(case):
 
 
 def test_a_row_is_met_at_its_target_and_not_above():
-    row = Row(
+    row = ServerMemoryRow(
         name="x",
         ratio=1.1,
         target=1.1,

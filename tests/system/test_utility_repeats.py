@@ -54,7 +54,7 @@ def test_a_run_repeats_however_busy_the_machine_was(world, tmp_path):
 
 def test_in_a_deployment_they_are_the_clients_own():
     strategy = run(FaultyGrid(people(3)), settings(sampling__policy="utility"))
-    assert strategy._ledger.measured
+    assert strategy.metrics.measured
 
 
 def test_a_late_update_is_remembered_with_what_it_took_out_there(tmp_path):

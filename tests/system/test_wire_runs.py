@@ -25,7 +25,6 @@ from flexlora.simulations.engine.cohorts import CohortLimits
 from flexlora.simulations.engine.grid import InProcessGrid
 from flexlora.simulations.simulate import resume, simulate
 from flexlora.simulations.world.simulated_time import World
-from spelled import of_names
 
 INT8 = small(wire__dtype="int8", method__name="residual", num_server_rounds=3)
 
@@ -92,7 +91,7 @@ def test_the_rounding_that_was_kept_is_what_makes_the_difference(whole, tmp_path
 
 
 def test_a_run_over_another_one_takes_nothing_of_its_rounding(whole, tmp_path):
-    simulate(INT8.with_values(of_names(seed=5)), tmp_path / "run")
+    simulate(INT8.with_values({"seed": 5}), tmp_path / "run")
     simulate(INT8, tmp_path / "run", overwrite=True)
     assert adapter_bytes(tmp_path / "run") == adapter_bytes(whole)
     assert kept_files(tmp_path / "run") == kept_files(whole)
@@ -102,10 +101,10 @@ def test_a_run_over_another_one_takes_nothing_of_its_rounding(whole, tmp_path):
 def test_int8_ends_near_float32_at_a_quarter_of_the_bytes(method, tmp_path):
     """AdamW makes whole steps of small differences, so near is not within the rounding itself."""
     exact = INT8.with_values(
-        of_names(method__name=method, wire__dtype="float32", num_server_rounds=2)
+        {"method.name": method, "wire.dtype": "float32", "num-server-rounds": 2}
     )
     simulate(exact, tmp_path / "float32")
-    simulate(exact.with_values(of_names(wire__dtype="int8")), tmp_path / "int8")
+    simulate(exact.with_values({"wire.dtype": "int8"}), tmp_path / "int8")
     gap = relative_gap(global_delta(tmp_path / "int8"), global_delta(tmp_path / "float32"))
     assert 0 < gap < 0.2
     for less, more in zip(rounds(tmp_path / "int8"), rounds(tmp_path / "float32"), strict=True):
@@ -115,7 +114,7 @@ def test_int8_ends_near_float32_at_a_quarter_of_the_bytes(method, tmp_path):
 
 def test_cohorts_of_one_and_of_two_send_as_many_bytes_and_learn_the_same(tmp_path):
     """Between plans a last bit may differ, and with it a code: a step of some numbers in many."""
-    config, runs = INT8.with_values(of_names(num_server_rounds=2)), {}
+    config, runs = INT8.with_values({"num-server-rounds": 2}), {}
     for clients in (1, 2):
         grid = InProcessGrid(
             worker_for(config), limits=CohortLimits(clients=clients), wire_dtype="int8"
@@ -164,7 +163,7 @@ def test_a_diverged_client_is_refused_with_its_cause(tmp_path):
             return results
 
     grid.pool.train = lambda jobs: Broken(honest(jobs), jobs)
-    _, run = federation(grid, INT8.with_values(of_names(num_server_rounds=2)), tmp_path / "run")
+    _, run = federation(grid, INT8.with_values({"num-server-rounds": 2}), tmp_path / "run")
     rows = [row for row in client_rows(run.path) if row["client_id"] == "client_01"]
     assert len(rows) == 2
     for row in rows:
@@ -194,7 +193,7 @@ def test_the_clock_counts_the_bytes_that_travel(monkeypatch, tmp_path):
 
     monkeypatch.setattr(World, "send", send)
     simulate(
-        INT8.with_values(of_names(num_server_rounds=1, population__straggler_share=0.5)),
+        INT8.with_values({"num-server-rounds": 1, "population.straggler-share": 0.5}),
         tmp_path / "run",
     )
     rows = client_rows(tmp_path / "run")

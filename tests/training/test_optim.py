@@ -57,32 +57,6 @@ def test_moments_begin_at_zero_with_every_optimizer():
     assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize(
-    ("optim", "oracle"), [("adamw_torch", torch.optim.AdamW), ("sgd", torch.optim.SGD)]
-)
-def test_a_row_that_forgets_goes_on_as_a_new_optimizer_and_the_others_as_before(optim, oracle):
-    """Rows forget after 3 and after 5 steps, one of them twice, one never; own counts each."""
-    forgets, start = {3: [1], 5: [2, 1]}, numbers(4, 11)
-    rows = start.clone()
-    ours = SlotOptimizer(rows, optim=optim, weight_decay=0.1, adam_epsilon=1e-4)
-    own = {"eps": 1e-4} if optim == "adamw_torch" else {}
-    theirs = [row.clone().requires_grad_() for row in start]
-    optimizers = [oracle([row], lr=0.01, weight_decay=0.1, **own) for row in theirs]
-    for step in range(8):
-        for k in forgets.get(step, []):
-            rows[k] = numbers(11, seed=100 * step + k)
-            theirs[k] = rows[k].clone().requires_grad_()
-            optimizers[k] = oracle([theirs[k]], lr=0.01, weight_decay=0.1, **own)
-        ours.forget(forgets.get(step, []))
-        gradients = numbers(4, 11, seed=step + 1)
-        ours.step(gradients, [0.01] * 4)
-        for k in range(4):
-            theirs[k].grad = gradients[k].clone()
-            optimizers[k].step()
-            torch.testing.assert_close(rows[k], theirs[k].detach(), rtol=1e-14, atol=1e-14)
-    assert ours.steps == [8, 3, 3, 8]
-
-
 @pytest.mark.parametrize("max_norm", [0.5, 3.0, 1e6])
 def test_every_row_is_clipped_as_clip_grad_norm_does(max_norm):
     gradients = numbers(4, 9) * torch.tensor([[0.01], [1.0], [50.0], [0.0]], dtype=torch.float64)

@@ -5,10 +5,10 @@ import re
 
 import pytest
 import torch
-from test_strategy import expected_state
 
 import reference
 from builders import random_adapter, random_examples, tiny_model, train_job
+from expected_rounds import expected_state
 from federation import (
     TamperingGrid,
     client_rows,
@@ -26,7 +26,6 @@ from flexlora.simulations.engine.grid import InProcessGrid
 from flexlora.training.local import TrainSettings, train
 from flexlora.training.out_of_memory import is_out_of_memory, train_within_memory, within_memory
 from flexlora.training.slots import SlotModel
-from spelled import of_names
 
 VICTIM = "client_02"
 
@@ -157,7 +156,7 @@ def test_a_client_whose_training_runs_out_of_memory_twice_asks_for_a_lower_rank(
     assert rounds(run.path)[1]["clients_failed"] == 1 and rounds(run.path)[2]["clients_ok"] == 4
 
     alone = TamperingGrid(Worker(small()))
-    once, _ = federation(alone, config.with_values(of_names(num_server_rounds=1)), tmp_path / "one")
+    once, _ = federation(alone, config.with_values({"num-server-rounds": 1}), tmp_path / "one")
     without = expected_state(alone, config, without=(VICTIM,))
     assert same_bytes(once.state, without)
     _, classes = run.load_checkpoint()

@@ -10,9 +10,11 @@ from builders import random_adapter, random_examples, tiny_model, train_job
 from cohorts import EPOCHS, cohort, recipe
 from federation import small
 from flexlora.aggregation import METHODS, make_method
-from flexlora.aggregation.engine.method import Factoring, State, Update
-from flexlora.aggregation.engine.state import GlobalChange
-from flexlora.clients.messages import train_reply
+from flexlora.aggregation.engine.open_round import OpenRound
+from flexlora.aggregation.engine.starts import Factoring
+from flexlora.aggregation.engine.state import GlobalChange, State
+from flexlora.aggregation.engine.updates import Update
+from flexlora.clients.messages import encode_train_result
 from flexlora.clients.worker import Worker
 from flexlora.lora.adapters import Adapter
 from flexlora.lora.ranks import RankClass
@@ -159,9 +161,9 @@ def change_of(shapes):
     adapter = random_adapter(shapes, 5, seed=8)
     method = make_method("flexlora")
     state = State(round=0, change=GlobalChange.zero(shapes, torch.float64))
-    opened = method.begin(state, {})
+    opened = OpenRound(method, state, {})
     opened.add(Update(client_id="a", adapter=adapter, num_examples=1))
-    return opened.finish().change
+    return opened.close().change
 
 
 # --- nobody else feels it --------------------------------------------------------------------
@@ -229,7 +231,7 @@ def reply_bytes(results):
     """Everything that goes to the server, without what a clock has measured."""
     replies = []
     for result in results:
-        content = train_reply(replace(result, train_seconds=0.0), dtype="float32")
+        content = encode_train_result(replace(result, train_seconds=0.0), dtype="float32")
         arrays = {key: bytes(array.data) for key, array in content["update"].items()}
         values = [(k, dict(record)) for k, record in content.config_records.items()]
         replies.append((arrays, values))

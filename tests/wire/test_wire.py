@@ -284,7 +284,7 @@ def test_what_is_larger_than_itself_as_a_change_travels_whole(adapter):
 
 
 def test_factors_of_another_rank_than_what_is_held_travel_whole(adapter):
-    """Fewer terms (pruned) or more (restarts) than were sent."""
+    """Fewer terms than were sent (pruned)."""
     fewer = Adapter({name: factors.terms([0]) for name, factors in adapter.items()})
     assert (
         over_the_wire(fewer, "int8", held=adapter).digest() == over_the_wire(fewer, "int8").digest()

@@ -8,18 +8,19 @@ import torch
 import reference_wire
 from builders import random_adapter, train_job
 from flexlora.aggregation import METHODS, make_method
-from flexlora.aggregation.engine.method import State
-from flexlora.aggregation.engine.state import GlobalChange
+from flexlora.aggregation.engine.state import GlobalChange, State
 from flexlora.config.resolve import Config
 from flexlora.errors import UserError
 from flexlora.lora.adapters import Adapter, LoRAFactors
 from flexlora.training.personal_store import PersonalStore
 from flexlora.training.uplink import Uplink
 from flexlora.wire.encoding import FACTORS, over_the_wire
-from flexlora.wire.feedback import SPACES, check_wire, compensated, feedback_space, lost
+from flexlora.wire.feedback import check_wire, compensated, feedback_space, lost
 from flexlora.wire.jobs import TrainResult
 from one_round import SHAPES, OneRound, distance, next_state, noisy
 from spelled import of_names
+
+SPACES = {name: feedback_space(name) for name in METHODS if feedback_space(name)}
 
 WIDE = {"attn.q": (24, 16), "mlp.up": (16, 20)}  # four times rank 4 hold all that is lost here
 
@@ -340,7 +341,7 @@ def test_an_error_of_other_modules_is_told(tmp_path):
     other = random_adapter({"attn.q": (24, 16), "mlp.up": (16, 25)}, 4, dtype=torch.float32)
     result, adapter = upload_of(uplink_over(store), "a", 2, held=other)
     assert result.adapter.digest() == adapter.digest()
-    assert "module 'mlp.up': what was kept of earlier rounding is not of its shape" in result.note
+    assert "module 'mlp.up': the stored rounding error has another shape" in result.note
 
 
 def test_an_error_outlasts_a_change_of_rank():

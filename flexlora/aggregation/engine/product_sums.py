@@ -1,16 +1,14 @@
-"""Weighted sums of products, ``sum_k w_k s_k B_k A_k`` per module, held as what is smaller.
+"""Weighted sums of products ``sum_k w_k s_k B_k A_k``: as factors or dense, whichever is smaller.
 
-Up to a certain sum of ranks the factors themselves are kept; beyond it they are multiplied into one
-dense matrix per module. What is kept of either lies in memory up to ``HELD_BYTES`` and on disk from
-there on (``shelf.py``), and is read back one module at a time: the memory of a round does not grow
-with the number of its clients.
+Up to a certain sum of ranks a module's factors are stored; beyond it they are multiplied into one
+dense matrix. Beyond ``HELD_BYTES`` both are spilled to disk (``spill.py``) and read back one module
+at a time, so the memory of a round does not grow with the number of its clients.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-import torch
 from torch import Tensor
 
 from flexlora.aggregation.engine.spill import Shelf, Shelved
@@ -79,32 +77,16 @@ class ProductSums:
         if dense is not None:
             self._shelf.forget(dense)
 
-    def apply(self, name: str, probes: Tensor) -> Tensor:
-        """``M @ probes`` of the weighted mean ``M``, ``[in, k] -> [out, k]``, in float64."""
-        total = probes.new_zeros(self.shapes[name][0], probes.shape[1], dtype=torch.float64)
-        if name in self._dense:
-            dense = self._shelf.read(self._dense[name])
-            total += (dense @ probes.to(dense.dtype)).double()
-        for weight, left, right in self._read(name):
-            total += weight * (left.double() @ (right.double() @ probes))
-        return total / self.total
-
     def mean(self, name: str) -> MatrixSum:
-        """The weighted mean, made anew and in memory for as long as the caller keeps it."""
+        """The weighted mean, computed at each call; in memory while the caller holds it."""
         share = 1.0 / self.total if self.total else 0.0
         terms = tuple((share * w, left, right) for w, left, right in self._read(name))
         dense = self._dense.get(name)
         scaled = None if dense is None else self._shelf.read(dense) * share
         return MatrixSum(shape=self.shapes[name], terms=terms, dense=scaled)
 
-    def take(self, name: str) -> MatrixSum:
-        """The same; it is handed over and forgotten here."""
-        mean = self.mean(name)
-        self._forget(name, self._dense.pop(name, None))
-        return mean
-
     def clear(self) -> None:
-        """Forget all modules."""
+        """Free the memory and the places on disk of all modules."""
         for name in self.shapes:
             self._forget(name, self._dense.pop(name, None))
 

@@ -1,6 +1,6 @@
 """From the sum of a round to the next ``G``: the server's optimizer, the cap, what the cap drops.
 
-With ``D`` the change that a method asks for and ``G`` the state, all of them kept as factors:
+With ``D`` the change that a method asks for, all of them in factored form:
 
     sgd        G <- G + eta D
     momentum   V <- beta V + D;  G <- G + eta V                (FedAvgM, arXiv 1909.06335)
@@ -13,16 +13,16 @@ from dataclasses import replace
 
 import torch
 
-from flexlora.aggregation.engine.method import State
 from flexlora.aggregation.engine.options import UNCAPPED, StepOptions
 from flexlora.aggregation.engine.product_sums import svd_term
-from flexlora.aggregation.engine.state import GlobalChange
+from flexlora.aggregation.engine.state import GlobalChange, State
 from flexlora.algebra.decompose import Decomposition, LazySums, MatrixSum, decompose
 from flexlora.algebra.linalg import FactoredSVD
 
 __all__ = [
     "dropped_share",
-    "next_state",
+    "moved_by",
+    "moved_to",
     "pack_svd",
     "tail_of",
     "unpack_svd",
@@ -31,47 +31,59 @@ __all__ = [
 Notes = Mapping[str, Mapping[str, float]]
 
 
-def next_state(
-    state: State,
-    changes: Mapping[str, MatrixSum],
-    step: StepOptions,
-    *,
-    target: bool = False,
-    notes: Notes | None = None,
+def moved_by(
+    state: State, changes: Mapping[str, MatrixSum], step: StepOptions, notes: Notes | None = None
 ) -> State:
-    """The state after ``changes`` [module], each ``D``, or ``G + D`` itself where ``target``.
+    """``G <- G + eta D`` with ``D = changes``, by module; ``notes`` join the report."""
+    if step.server_optimizer == "momentum":
+        return _with_momentum(state, changes, step, notes or {})
+    eta = step.server_learning_rate
 
-    What the cap drops is reported as a share of the energy (Eckart-Young: the smallest possible);
-    ``notes`` by module join the report.
-    """
-    extra, notes = dict(state.extra), notes or {}
-    if step.server_optimizer == "sgd":
-        eta = step.server_learning_rate
-        keep = 1.0 - eta if target else 1.0
+    def moved(name: str) -> MatrixSum:
+        return _plus(changes[name].scaled(eta), 1.0, state.change[name])
 
-        def moved(name: str) -> MatrixSum:
-            return _plus(_scaled(changes[name], eta), keep, state.change[name])
+    return capped(state, LazySums(state.change, moved), step, notes)
 
-        sums: Mapping[str, MatrixSum] = LazySums(state.change, moved)
-    else:
-        if target:
-            changes = {name: _plus(changes[name], -1.0, svd) for name, svd in state.change.items()}
-        moves = _moves(state, changes, step, extra)
-        notes = {
-            name: {**notes.get(name, {}), "velocity_dropped": dropped}
-            for name, (_, _, dropped) in moves.items()
-        }
-        sums = {
-            name: MatrixSum(shape=svd.shape, terms=(svd_term(1.0, svd), svd_term(*moves[name][:2])))
-            for name, svd in state.change.items()
-        }
-    return capped(replace(state, extra=extra), sums, step, notes)
+
+def moved_to(state: State, targets: Mapping[str, MatrixSum], step: StepOptions) -> State:
+    """``G <- G + eta (M - G)`` with ``M = targets``; at ``eta = 1`` that is ``M``."""
+    if step.server_optimizer == "momentum":
+        changes = {name: _plus(targets[name], -1.0, svd) for name, svd in state.change.items()}
+        return _with_momentum(state, changes, step, {})
+    eta = step.server_learning_rate
+
+    def moved(name: str) -> MatrixSum:
+        return _plus(targets[name].scaled(eta), 1.0 - eta, state.change[name])
+
+    return capped(state, LazySums(state.change, moved), step)
+
+
+def _with_momentum(
+    state: State, changes: Mapping[str, MatrixSum], step: StepOptions, notes: Notes
+) -> State:
+    """``V <- beta V + D;  G <- G + eta V``, with ``V`` capped as ``G`` is."""
+    extra, reports, sums = dict(state.extra), {}, {}
+    mixed = {
+        name: _plus(change, step.server_momentum, unpack_svd(state.extra, "velocity", name))
+        for name, change in changes.items()
+    }
+    limit = UNCAPPED if step.error_feedback else step.server_max_rank
+    for name, found in decompose(mixed, max_rank=limit, dtype=state.dtype).items():
+        extra |= pack_svd("velocity", name, found.svd)
+        reports[name] = {**notes.get(name, {}), "velocity_dropped": dropped_share(found)}
+        terms = (svd_term(1.0, state.change[name]), svd_term(step.server_learning_rate, found.svd))
+        sums[name] = MatrixSum(shape=found.svd.shape, terms=terms)
+    return capped(replace(state, extra=extra), sums, step, reports)
 
 
 def capped(
     state: State, sums: Mapping[str, MatrixSum], step: StepOptions, notes: Notes | None = None
 ) -> State:
-    """The state one round later: ``sums``, each cut at ``step.server_max_rank`` directions."""
+    """The state one round later: ``G = sums``, each cut at ``step.server_max_rank`` directions.
+
+    What the cap drops is reported as a share of the energy (Eckart-Young: the smallest possible);
+    with error feedback it is kept beside ``G`` and added to the sum of the next round.
+    """
     extra, modules, reports = dict(state.extra), {}, {}
     kept = total = 0.0
     if step.error_feedback:
@@ -79,8 +91,7 @@ def capped(
         dropped = {name: unpack_svd(extra, "dropped", name) for name in asked}
         sums = LazySums(asked, lambda name: _plus(asked[name], 1.0, dropped[name]))
     limit = UNCAPPED if step.error_feedback else step.server_max_rank
-    dtype = next(iter(state.change.values())).U.dtype
-    for name, result in decompose(sums, max_rank=limit, dtype=dtype).items():
+    for name, result in decompose(sums, max_rank=limit, dtype=state.dtype).items():
         svd = result.svd.truncate(step.server_max_rank)
         total += result.energy
         kept += float(svd.S.double().square().sum())
@@ -98,24 +109,6 @@ def capped(
     )
 
 
-def _moves(
-    state: State, changes: Mapping[str, MatrixSum], step: StepOptions, extra: dict
-) -> dict[str, tuple[float, FactoredSVD, float]]:
-    """``(weight, V, what V's cap drops)`` per module, with the moments in ``extra`` moved on."""
-    beta = step.server_momentum
-    dtype = next(iter(state.change.values())).U.dtype
-    mixed = {}
-    for name, change in changes.items():
-        last = unpack_svd(state.extra, "velocity", name)
-        mixed[name] = _plus(change, beta, last)
-    moves = {}
-    limit = UNCAPPED if step.error_feedback else step.server_max_rank
-    for name, result in decompose(mixed, max_rank=limit, dtype=dtype).items():
-        extra |= pack_svd("velocity", name, result.svd)
-        moves[name] = (step.server_learning_rate, result.svd, dropped_share(result))
-    return moves
-
-
 def dropped_share(result: Decomposition, rank: int = UNCAPPED) -> float:
     """The share of the energy outside the first ``rank`` directions that were found."""
     kept = float(result.svd.truncate(rank).S.double().square().sum())
@@ -129,14 +122,6 @@ def _report(result: Decomposition) -> dict[str, float | str]:
         "error": result.error,
         "energy": result.energy,
     }
-
-
-def _scaled(change: MatrixSum, weight: float) -> MatrixSum:
-    terms = tuple((weight * w, left, right) for w, left, right in change.terms)
-    dense = change.dense
-    if dense is not None and weight != 1.0:
-        dense = dense * weight
-    return MatrixSum(shape=change.shape, terms=terms, dense=dense)
 
 
 def _plus(change: MatrixSum, weight: float, svd: FactoredSVD | None) -> MatrixSum:

@@ -1,8 +1,8 @@
-"""Tensors in memory up to a number of bytes, the others in one file on disk that has no name.
+"""Spills tensors beyond ``held_bytes`` to an unlinked temporary file.
 
-What lies on disk comes back into memory of its own, with the same bits and aligned as torch aligns.
-The file goes with the shelf, or with the process, however that ends; a place that was given up is
-used again by a tensor of the same size.
+A spilled tensor is read back with the same bits into newly allocated memory. The file disappears
+with the ``Shelf`` or with the process, however that ends; freed space in it is reused by tensors of
+the same size.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class Shelved:
 
 
 class Shelf:
-    """Keeps tensors, which must not change while they are kept.
+    """Stores tensors, which must not be changed while they are stored.
 
     Args:
-        held_bytes: of those that stay in memory: the first ones, as far as they fit.
+        held_bytes: bytes that stay in memory, first come first served.
     """
 
     def __init__(self, held_bytes: int) -> None:
@@ -42,14 +42,14 @@ class Shelf:
         self._free: dict[int, list[int]] = {}
 
     def put(self, tensor: Tensor) -> Tensor | Shelved:
-        """The tensor itself where it fits or lies on another device, else where it is on disk."""
+        """A handle for ``read``: the tensor itself if it fits or is not on the CPU."""
         if tensor.device.type != "cpu" or self._held + tensor.nbytes <= self.held_bytes:
             self._held += tensor.nbytes
             return tensor
         return self._write(tensor)
 
     def read(self, kept: Tensor | Shelved) -> Tensor:
-        """What was put."""
+        """The tensor of a handle."""
         if isinstance(kept, Tensor):
             return kept
         assert self._file is not None
@@ -63,7 +63,7 @@ class Shelf:
         return tensor
 
     def forget(self, kept: Tensor | Shelved) -> None:
-        """Its memory, or its place in the file, is for others."""
+        """Free the memory or the place in the file of a handle."""
         if isinstance(kept, Tensor):
             self._held -= kept.nbytes
         else:

@@ -5,22 +5,24 @@ A method speaks to its clients through this alone; the client's code knows no me
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 
+from flexlora.aggregation.engine.state import GlobalChange, State
+from flexlora.algebra.linalg import FactoredSVD
 from flexlora.lora.adapters import Adapter, LoRAFactors, zero_factors
 from flexlora.lora.ranks import RankClass
-from flexlora.seeds import numpy_generator
+from flexlora.seeds import derive_seed, numpy_generator
 
-__all__ = ["Factoring", "LocalPlan", "Start"]
+__all__ = ["Factoring", "LocalPlan", "Start", "directions", "fresh", "truncated", "whole_change"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Factoring:
-    """How ``T_r(G)`` becomes factors: alpha, plain or rsLoRA scaling, the split, the seed."""
+    """How ``T_r(G)`` becomes factors: alpha, plain or rsLoRA scaling, the seed."""
 
     alpha: float
     rslora: bool = False
-    singular_values: str = "b-heavy"
     seed: int = 0
 
 
@@ -31,8 +33,6 @@ class LocalPlan:
     Args:
         gradient_batches: batches of the gradient that ``lora_A`` is turned to before the first
             step; 0 leaves it as sent.
-        restarts: how often, at equal distances, what was trained is frozen beside the base and
-            fresh factors begin; the update holds all of them side by side.
         merge: add the carried factors into a copy of the weights where these are floats, instead
             of a product beside every forward pass.
         prune_penalty, prune_factor: HetLoRA's regulariser of the last terms, and the share of the
@@ -42,7 +42,6 @@ class LocalPlan:
     """
 
     gradient_batches: int = 0
-    restarts: int = 0
     merge: bool = False
     prune_penalty: float = 0.0
     prune_factor: float = 0.0
@@ -131,3 +130,44 @@ class Start:
                 for name, own in self.trained.items()
             }
         )
+
+
+def truncated(state: State, rank_class: RankClass, factoring: Factoring) -> Adapter:
+    """``T_r(G)`` as factors at the ranks of the class: where FlexLoRA's clients start."""
+    ranks = rank_class.ranks(state.change.shapes)
+    return state.change.adapter(
+        ranks, factoring.alpha, rslora=factoring.rslora, seed=factoring.seed
+    )
+
+
+def fresh(state: State, rank_class: RankClass, factoring: Factoring) -> Adapter:
+    """Random ``lora_A``, zero ``lora_B``; drawn anew in every round.
+
+    With the same rows in all rounds a client would train in one subspace for ever.
+    """
+    shapes = state.change.shapes
+    seed = derive_seed(factoring.seed, "fresh", state.round)
+    return GlobalChange.zero(shapes, state.dtype).adapter(
+        rank_class.ranks(shapes), factoring.alpha, rslora=factoring.rslora, seed=seed
+    )
+
+
+def directions(
+    state: State, first: Mapping[str, int], last: int, factoring: Factoring
+) -> Adapter | None:
+    """Directions ``first`` (by module) to ``last`` of ``G`` as factors; None if there are none."""
+
+    def between(name: str, svd: FactoredSVD) -> FactoredSVD:
+        span = slice(first[name], last)
+        return FactoredSVD(U=svd.U[:, span], S=svd.S[span], Vh=svd.Vh[span])
+
+    rest = GlobalChange({name: between(name, svd) for name, svd in state.change.items()})
+    if not any(svd.rank for svd in rest.values()):
+        return None
+    return rest.full_rank_adapter(factoring.alpha, rslora=factoring.rslora)
+
+
+def whole_change(state: State, factoring: Factoring) -> Adapter | None:
+    """All directions of ``G`` as factors; None before there are any."""
+    most = max(svd.rank for svd in state.change.values())
+    return directions(state, dict.fromkeys(state.change, 0), most, factoring)

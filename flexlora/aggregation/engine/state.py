@@ -1,4 +1,4 @@
-"""What the server knows of the model: the global change ``G`` of every module, as an SVD.
+"""What the server carries from round to round: ``G`` of every module as an SVD, and memories.
 
 ``T_r(G)`` is what a client of rank r is sent (FlexLoRA, arXiv 2402.11505, section 3): the first r
 singular directions, split between ``lora_B`` and ``lora_A`` with the scaling divided out, so that
@@ -8,6 +8,7 @@ singular directions, split between ``lora_B`` and ``lora_A`` with the scaling di
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from flexlora.errors import nearest
 from flexlora.lora.adapters import Adapter, LoRAFactors
 from flexlora.seeds import generator
 
-__all__ = ["GlobalChange", "effective_rank"]
+__all__ = ["GlobalChange", "State", "effective_rank"]
 
 
 class GlobalChange(Mapping[str, FactoredSVD]):
@@ -78,11 +79,11 @@ class GlobalChange(Mapping[str, FactoredSVD]):
         missing = total = 0.0
         for name, svd in self.items():
             factors, left = adapter[name], svd.U.double() * svd.S.double()
-            own = inner_product(left, svd.Vh, left, svd.Vh)
+            whole = inner_product(left, svd.Vh, left, svd.Vh)
             B = factors.scaling * factors.lora_B.double()
             cross = inner_product(left, svd.Vh, B, factors.lora_A)
-            missing += own - 2.0 * cross + inner_product(B, factors.lora_A, B, factors.lora_A)
-            total += own
+            missing += whole - 2.0 * cross + inner_product(B, factors.lora_A, B, factors.lora_A)
+            total += whole
         return 1.0 - max(missing, 0.0) / total if total > 0 else 1.0
 
     def effective_rank(self) -> float:
@@ -96,7 +97,6 @@ class GlobalChange(Mapping[str, FactoredSVD]):
         alpha: float,
         *,
         rslora: bool = False,
-        singular_values: str = "b-heavy",
         seed: int = 0,
     ) -> Adapter:
         """``T_rank(G)`` as LoRA factors, every module at exactly its rank (capped at min(out, in)).
@@ -104,10 +104,6 @@ class GlobalChange(Mapping[str, FactoredSVD]):
         Where ``G`` has fewer directions than the rank, the rest is live: random rows in ``lora_A``,
         zero columns in ``lora_B``. Zeros in both would never train again, since each factor's
         gradient is a product with the other. The random rows are nested across ranks.
-
-        Args:
-            singular_values: ``b-heavy`` puts them into ``lora_B`` (as published), ``a-heavy`` into
-                ``lora_A``, ``balanced`` their roots into both.
         """
         ranks = rank if isinstance(rank, Mapping) else dict.fromkeys(self, rank)
         return Adapter(
@@ -117,7 +113,6 @@ class GlobalChange(Mapping[str, FactoredSVD]):
                     min(ranks[name], *svd.shape),
                     alpha=alpha,
                     rslora=rslora,
-                    share_in_B={"b-heavy": 1.0, "balanced": 0.5, "a-heavy": 0.0}[singular_values],
                     rows=generator(seed, "live", name),
                 )
                 for name, svd in self.items()
@@ -128,6 +123,31 @@ class GlobalChange(Mapping[str, FactoredSVD]):
         """``G`` whole, every module at its own number of directions (1 where there is none)."""
         ranks = {name: max(1, svd.rank) for name, svd in self.items()}
         return self.adapter(ranks, alpha, rslora=rslora)
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """The server's model after ``round`` rounds (0: before any training).
+
+    ``extra`` holds a method's own tensors (held factors, momentum, what a cap dropped) and is part
+    of a checkpoint. ``modules`` reports on the last round, module by module: the route of its
+    decomposition, seconds, error.
+    """
+
+    round: int
+    change: GlobalChange
+    dropped_energy: float = 0.0
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+    modules: Mapping[str, Mapping[str, float | str]] = field(default_factory=dict)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which ``G`` is stored."""
+        return next(iter(self.change.values())).U.dtype
+
+    def unchanged(self) -> State:
+        """The state after a round that added no update."""
+        return replace(self, round=self.round + 1, dropped_energy=0.0, modules={})
 
 
 def effective_rank(S: Tensor) -> float:
@@ -144,16 +164,14 @@ def _factors(
     *,
     alpha: float,
     rslora: bool,
-    share_in_B: float,
     rows: torch.Generator,
 ) -> LoRAFactors:
-    """``T_rank`` with ``S^share`` in lora_B, the rest in lora_A, and the scaling divided out."""
+    """``T_rank`` with its singular values in ``lora_B`` and the scaling divided out."""
     top = svd.truncate(rank)
     out_features, in_features = svd.shape
     lora_B = svd.U.new_zeros(out_features, rank)
     lora_A = live_rows(rank, in_features, rows).to(svd.Vh.dtype)
     factors = LoRAFactors(lora_A=lora_A, lora_B=lora_B, alpha=alpha, rslora=rslora)
-    S = top.S.double()
-    lora_B[:, : top.rank] = (top.U.double() * S**share_in_B / factors.scaling).to(lora_B.dtype)
-    lora_A[: top.rank] = (S[:, None] ** (1 - share_in_B) * top.Vh.double()).to(lora_A.dtype)
+    lora_B[:, : top.rank] = (top.U.double() * top.S.double() / factors.scaling).to(lora_B.dtype)
+    lora_A[: top.rank] = top.Vh.to(lora_A.dtype)
     return factors

@@ -1,7 +1,7 @@
 """The embedded world's tasks: sixteen families, one known and one held-out for each category.
 
 ``FAMILIES`` names them all; ``generate_rows`` draws rows of one; ``embedded_rows`` is the default
-federation. Pretraining (``flexlora.simulations.make_base.__main__``) reads the known half only.
+federation. Pretraining (``flexlora.simulations.make_base``) reads the known half only.
 """
 
 from __future__ import annotations

@@ -17,14 +17,15 @@ from pathlib import Path
 import psutil
 
 from flexlora.config.resolve import Config
+from flexlora.runs.outcomes import Outcome
 from flexlora.server.members.roster import Roster
+from flexlora.server.observing.observer import Observer
 from flexlora.simulations.benchmarks.cohort_peers.work import Stamps, write_report
 from flexlora.simulations.simulate import simulate
-from flexlora.training import collector
 
 
-class Rounds:
-    """Implements ``Observer``: when rounds ended, who worked, metrics."""
+class Rounds(Observer):
+    """When rounds ended, who worked, metrics."""
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
@@ -36,11 +37,8 @@ class Rounds:
         if roster.left_out:
             raise RuntimeError(f"clients were left out: {roster.left_out}")
 
-    def round_started(self, server_round: int, num_rounds: int, num_clients: int) -> None:
-        pass
-
-    def replied(self, client_id: str, cause: str) -> None:
-        if cause and not cause.startswith("evaluation"):
+    def replied(self, client_id: str, outcome: Outcome, cause: str, late: bool) -> None:
+        if outcome is not Outcome.OK:
             raise RuntimeError(f"client {client_id} did not train: {cause}")
 
     def round_finished(self, metrics: Mapping[str, object]) -> None:
@@ -84,5 +82,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    collector.loading()  # as the command does
     main()

@@ -1,0 +1,109 @@
+"""What this machine can train, for ``flexlora client init``: run the kernels, count the bytes.
+
+The planner chooses among the quantizations whose kernels ran. It prefers a base that is rounded
+less, and takes a smaller one only where a larger trained rank fits with it (``planner.py``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flexlora.config.sections import Model, Train
+from flexlora.planning.devices import CPU_RUNTIME, CUDA_RUNTIME
+from flexlora.planning.model_config import read_shape
+from flexlora.planning.planner import Choice, Request, make_plan, needed_bytes
+from flexlora.planning.probing import Probe, device_name, free_bytes, probe, require
+from flexlora.training.models import pick_device
+from flexlora.units import human_bytes, parse_bytes
+
+__all__ = ["MachinePlan", "plan_machine"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachinePlan:
+    """The content of ``findings.json``."""
+
+    device: str
+    device_name: str
+    on_card: bool
+    memory_bytes: int
+    memory_limit: str
+    kernels: tuple[str, ...]
+    absent: tuple[str, ...]
+    quantization: str
+    dtype: str
+    rank: int
+    needed_bytes: int
+    reason: str
+
+    def values(self) -> dict[str, str]:
+        """Values for the templates."""
+        default = Model().dtype
+        limit = f"--memory-limit {self.memory_limit} " if self.memory_limit else ""
+        absent = f"; not: {', '.join(self.absent)}" if self.absent else ""
+        return {
+            "device": self.device,
+            "device_name": self.device_name,
+            "free": human_bytes(self.memory_bytes),
+            "kernels": f"these ran here: {', '.join(self.kernels) or 'none'}{absent}",
+            "quantization": self.quantization,
+            "memory_limit": limit,
+            "sets": f"--set model.dtype={self.dtype} " if self.dtype != default else "",
+            "fits": (
+                f"rank {self.rank} ({self.reason}), {human_bytes(self.needed_bytes)} "
+                "with the margin"
+            ),
+        }
+
+
+def plan_machine(
+    *, model: str, device: str, quantization: str, memory_limit: str, num_examples: int
+) -> MachinePlan:
+    """Run the kernels on ``device``, and plan ``model`` with those that ran.
+
+    Raises:
+        UserError: a missing device, a quantization that does not run here, a model that cannot be
+            planned for or does not fit at any rank.
+    """
+    where = pick_device(device)
+    if quantization:
+        require(quantization, where, key="--quantization")
+    seen, on_card = probe(where), where.type == "cuda"
+    memory = free_bytes(where)
+    if memory_limit:
+        memory = min(memory, parse_bytes(memory_limit, "--memory-limit"))
+    choice = _plan(model, seen, on_card, memory, quantization, num_examples)
+    chosen = choice.plan.quantization
+    return MachinePlan(
+        device=where.type if device != "auto" else "auto",
+        device_name=device_name(where),
+        on_card=on_card,
+        memory_bytes=memory,
+        memory_limit=memory_limit,
+        kernels=seen.runs,
+        absent=seen.absent,
+        quantization=chosen,
+        dtype=choice.plan.dtype,
+        rank=choice.plan.rank,
+        needed_bytes=needed_bytes(choice.terms, choice.request),
+        reason=choice.reason,
+    )
+
+
+def _plan(
+    model: str, seen: Probe, on_card: bool, memory: int, quantization: str, num_examples: int
+) -> Choice:
+    shape = read_shape(model)
+    length = Train().max_length
+    request = Request(
+        memory_bytes=memory,
+        max_length=min(length, shape.max_positions),
+        num_examples=num_examples,
+        quantization=quantization,
+        bfloat16="bf16" in seen.runs,
+        quantizes={"nf4", "8bit", "adamw_8bit"} <= set(seen.runs),
+        cuda=on_card,
+        unified_memory=not on_card,
+        runtime_bytes=CUDA_RUNTIME if on_card else CPU_RUNTIME,
+    )
+    return make_plan(shape, request)

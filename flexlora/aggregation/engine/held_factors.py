@@ -1,0 +1,106 @@
+"""Methods that average factors: the server holds ``A`` and ``s B``, clients start from their rows.
+
+A client of rank r begins with the first r rows and columns, in round one from a shared ``lora_A``
+that is nested across ranks. ``G`` is the product of the held factors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
+from flexlora.aggregation.engine.factor_sums import Pair
+from flexlora.aggregation.engine.options import UNCAPPED, StepOptions
+from flexlora.aggregation.engine.server_step import capped
+from flexlora.aggregation.engine.starts import Factoring, Start
+from flexlora.aggregation.engine.state import State
+from flexlora.aggregation.engine.sums import Sums
+from flexlora.algebra.decompose import MatrixSum
+from flexlora.algebra.linalg import live_rows
+from flexlora.lora.adapters import Adapter, LoRAFactors
+from flexlora.seeds import generator
+
+__all__ = ["add_changes", "first_rows", "held_factors", "hold", "known_factors", "widened"]
+
+
+def held_factors(state: State, name: str) -> Pair | None:
+    """``A [R, in]`` and ``s B [out, R]`` that the state holds; None before the first round."""
+    if f"lora_A/{name}" not in state.extra:
+        return None
+    return state.extra[f"lora_A/{name}"], state.extra[f"lora_B/{name}"]
+
+
+def first_rows(state: State, ranks: Mapping[str, int], factoring: Factoring) -> Adapter:
+    """The first rows and columns of the held factors, live rows beyond those, by module rank."""
+    return Adapter({name: _first(state, name, rank, factoring) for name, rank in ranks.items()})
+
+
+def _first(state: State, name: str, rank: int, factoring: Factoring) -> LoRAFactors:
+    svd = state.change[name]
+    out_features, in_features = svd.shape
+    rows = live_rows(rank, in_features, generator(factoring.seed, "live", name))
+    lora_A, lora_B = rows.to(svd.Vh.dtype), svd.U.new_zeros(out_features, rank)
+    factors = LoRAFactors(
+        lora_A=lora_A, lora_B=lora_B, alpha=factoring.alpha, rslora=factoring.rslora
+    )
+    held = held_factors(state, name)
+    if held is not None:
+        known = min(rank, held[0].shape[0])
+        lora_A[:known] = held[0][:known].to(lora_A.dtype)
+        lora_B[:, :known] = (held[1][:, :known] / factors.scaling).to(lora_B.dtype)
+    return factors
+
+
+def add_changes(state: State, sums: Sums) -> State:
+    """The state that holds the last factors plus their mean changes, of which one is zero.
+
+    Then the mean of the products' changes is the product of the mean, exactly: with A shared,
+    ``sum_k p_k s_k (B_k - B) A``; with B shared, ``sum_k p_k s_k B (A_k - A)``.
+    """
+    held = {}
+    for name in state.change:
+        A, B = sums.factor_changes.mean(name)
+        last = known_factors(state, sums.sent, name)
+        if last is None:  # without starts nothing was subtracted, and A itself is shared
+            held[name] = (sums.factor_changes.mean_of_holders(name)[0], B)
+            continue
+        rank = max(A.shape[0], last[0].shape[0])
+        A, B = widened((A, B), rank)
+        last_A, last_B = widened(last, rank)
+        held[name] = (A + last_A, B + last_B)
+    return hold(state, held)
+
+
+def known_factors(state: State, sent: Mapping[str, Start], name: str) -> Pair | None:
+    """The held factors, extended by the rows of the widest start of this round; None for none."""
+    starts = [s.trained[name] for s in sent.values() if s.base_round == state.round]
+    held = held_factors(state, name)
+    if not starts:
+        return held
+    widest = max(starts, key=lambda factors: factors.rank)
+    A, B = widest.lora_A.double(), widest.scaling * widest.lora_B.double()
+    if held is not None:  # not the decoded ones, which a 16-bit wire has rounded
+        rank = max(A.shape[0], held[0].shape[0])
+        known = held[0].shape[0]
+        A, B = widened((A, B), rank)
+        A[:known], B[:, :known] = held[0].double(), held[1].double()
+    return A, B
+
+
+def widened(pair: Pair, rank: int) -> Pair:
+    """``A`` and ``B`` with zero rows and columns up to ``rank``."""
+    A, B = pair
+    pad = torch.nn.functional.pad
+    return pad(A, (0, 0, 0, rank - A.shape[0])), pad(B, (0, rank - B.shape[1]))
+
+
+def hold(state: State, held: Mapping[str, Pair]) -> State:
+    """The state one round later that holds these factors; ``G`` is their products."""
+    extra = dict(state.extra)
+    sums = {}
+    for name, (A, B) in held.items():
+        extra[f"lora_A/{name}"], extra[f"lora_B/{name}"] = A.contiguous(), B.contiguous()
+        sums[name] = MatrixSum(shape=(B.shape[0], A.shape[1]), terms=((1.0, B, A),))
+    return capped(replace(state, extra=extra), sums, StepOptions(server_max_rank=UNCAPPED))

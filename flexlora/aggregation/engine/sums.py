@@ -1,0 +1,158 @@
+"""The sums of one round: what a method declares that it needs, accumulated update by update.
+
+    products        mean over clients of  s_k B_k A_k
+    starts          mean over clients of what they started from
+    factors         means of  A_k  and  s_k B_k,  row by row (``factor_sums.py``)
+    factor_changes  the same of  A_k - A_start  and  s_k B_k - s B_start
+    bands           per band of rank: mean of the products over the clients that reach it
+    band_changes    the same of the products less the starts
+
+Client k has weight ``w_k / sum_j w_j``, ``w_k = needs.weight(update)``: by default its examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from flexlora.aggregation.engine.band_sums import BandSums
+from flexlora.aggregation.engine.factor_sums import FactorSums
+from flexlora.aggregation.engine.product_sums import ProductSums, factors_term
+from flexlora.aggregation.engine.starts import Start
+from flexlora.aggregation.engine.updates import Update
+from flexlora.algebra.decompose import LazySums, MatrixSum
+from flexlora.errors import UpdateRefused
+from flexlora.lora.adapters import Adapter
+
+__all__ = ["Needs", "Sums", "drawn_rows"]
+
+
+def by_examples(update: Update) -> float:
+    """FedAvg's weight: the number of examples, discounted where the update is late."""
+    return update.weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """Which sums the engine accumulates for a method, and the weight of an update in them."""
+
+    products: bool = False
+    starts: bool = False
+    factors: bool = False
+    factor_changes: bool = False
+    bands: bool = False
+    band_changes: bool = False
+    weight: Callable[[Update], float] = by_examples
+
+    @property
+    def known_start(self) -> bool:
+        """Whether an update can only be used if its start is one of this round's."""
+        return self.starts or self.factor_changes or self.band_changes
+
+
+class Sums:
+    """What the updates of a round add up to; each property is the sum that ``Needs`` names.
+
+    ``sent`` maps the name of a rank class to the start that its clients decoded.
+    """
+
+    def __init__(
+        self, needs: Needs, shapes: Mapping[str, tuple[int, int]], sent: Mapping[str, Start]
+    ) -> None:
+        self.needs, self.shapes, self.sent = needs, dict(shapes), sent
+        self._products = ProductSums(shapes)
+        self._factors, self._bands = FactorSums(shapes), BandSums(shapes, sent)
+        self._start_weights, self._total = dict.fromkeys(sent, 0.0), 0.0
+
+    def check(self, update: Update) -> None:
+        """Refuse an update whose start must be known and is not.
+
+        Raises:
+            UpdateRefused: it names a start that this round did not send.
+        """
+        start = self.sent.get(update.rank_class)
+        if not self.needs.known_start or not self.sent:
+            return
+        if start is None or start.digest != update.digest:
+            raise UpdateRefused(
+                f"client {update.client_id}: the update names start "
+                f"'{update.rank_class}/{update.digest[:12]}', which this round did not send; "
+                "what it started from cannot be subtracted."
+            )
+
+    def add(self, update: Update) -> None:
+        """Accumulate one update in every sum that is needed."""
+        needs, weight, start = self.needs, self.needs.weight(update), self._start_of(update)
+        if needs.products:
+            self._products.add(update.adapter, weight)
+        if needs.starts:
+            self._total += weight
+            if update.rank_class in self._start_weights:
+                self._start_weights[update.rank_class] += weight
+        if needs.factors:
+            self._factors.add(update.adapter, weight, drawn_rows(update, self.sent))
+        if needs.factor_changes:
+            self._factors.add(update.adapter, weight, minus=start)
+        if needs.bands or needs.band_changes:
+            self._bands.add(update.adapter, weight, minus=start if needs.band_changes else None)
+
+    def _start_of(self, update: Update) -> Adapter | None:
+        start = self.sent.get(update.rank_class)
+        return start.trained if start is not None else None
+
+    @property
+    def products(self) -> LazySums:
+        """``sum_k p_k s_k B_k A_k`` by module."""
+        self._declared("products")
+        return LazySums(self.shapes, self._products.mean)
+
+    @property
+    def starts(self) -> LazySums:
+        """``sum_k p_k start_k`` by module: one term per rank class, as its clients decoded it."""
+        self._declared("starts")
+        return LazySums(self.shapes, self._mean_start)
+
+    @property
+    def factors(self) -> FactorSums:
+        self._declared("factors")
+        return self._factors
+
+    @property
+    def factor_changes(self) -> FactorSums:
+        self._declared("factor_changes")
+        return self._factors
+
+    @property
+    def bands(self) -> LazySums:
+        self._declared("bands")
+        return LazySums(self.shapes, self._bands.mean)
+
+    @property
+    def band_changes(self) -> LazySums:
+        self._declared("band_changes")
+        return LazySums(self.shapes, self._bands.mean)
+
+    def clear(self) -> None:
+        """Free the memory and the temporary file of the sums."""
+        self._products.clear()
+        self._bands.clear()
+
+    def _mean_start(self, name: str) -> MatrixSum:
+        terms = tuple(
+            factors_term(weight / self._total, self.sent[rank_class].trained[name])
+            for rank_class, weight in sorted(self._start_weights.items())
+            if weight
+        )
+        return MatrixSum(shape=self.shapes[name], terms=terms)
+
+    def _declared(self, name: str) -> None:
+        if not getattr(self.needs, name):
+            raise LookupError(f"this method did not declare needs = Needs({name}=True).")
+
+
+def drawn_rows(update: Update, sent: Mapping[str, Start]) -> dict[str, list[int]] | None:
+    """Which terms of the start each module of the update has; None where they are the first."""
+    start = sent.get(update.rank_class)
+    if start is None or not start.local.select:
+        return None
+    return {name: start.drawn_terms(update.client_id, name) for name in update.adapter}

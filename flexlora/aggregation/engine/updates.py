@@ -1,0 +1,116 @@
+"""One client's update, and the checks it must pass before it may reach a sum."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from numbers import Integral
+
+import torch
+
+from flexlora.aggregation.engine.starts import LocalPlan
+from flexlora.algebra.linalg import product_norm
+from flexlora.errors import UpdateRefused, nearest
+from flexlora.lora.adapters import Adapter, LoRAFactors
+
+__all__ = ["Update", "check_update"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """What a client sends back: trained factors, its number of examples, the start it trained from.
+
+    ``rank_class`` names that start among those of the round and ``digest`` its content. A ``late``
+    update belongs to an earlier round (``base_round``); its examples count ``discount`` times, so
+    that ``p_k = d_k n_k / sum_j d_j n_j``.
+    """
+
+    client_id: str
+    adapter: Adapter
+    num_examples: int
+    rank_class: str = ""
+    base_round: int = 0
+    digest: str = ""
+    late: bool = False
+    discount: float = 1.0
+
+    @property
+    def weight(self) -> float:
+        """``d_k n_k``: by how many examples the update counts."""
+        return self.discount * self.num_examples
+
+    @property
+    def key(self) -> str:
+        """Unique within a round, in which a client may answer this round and an earlier one."""
+        return f"{self.client_id}@{self.base_round}" if self.late else self.client_id
+
+
+def check_update(
+    update: Update,
+    expected: Adapter,
+    *,
+    digest: str | None = None,
+    max_norm: float = 0.0,
+    local: LocalPlan = LocalPlan(),
+) -> None:
+    """Refuse an update that must not reach the sum; ``expected`` is what this client was sent.
+
+    Under ``local`` a reply may have fewer terms than sent (pruning), at the scaling that was sent.
+
+    Raises:
+        UpdateRefused: a module missing or unknown, a shape, rank, alpha or dtype other than sent,
+            NaN or infinity, a number of examples that is not positive, a norm beyond ``max_norm``
+            (of the whole update's ``delta_weight``, 0 for no bound), or another start than sent.
+    """
+    who = f"client {update.client_id}"
+    n = update.num_examples
+    if not isinstance(n, Integral) or isinstance(n, bool) or n <= 0:
+        raise UpdateRefused(f"{who}: num_examples is {n!r}, expected a positive whole number.")
+    if digest is not None and update.digest != digest:
+        raise UpdateRefused(
+            f"{who}: the update started from {update.digest[:12] or 'nothing'}, this round sent "
+            f"{digest[:12]}. Is it a reply to an older round?"
+        )
+    missing, unknown = set(expected) - set(update.adapter), set(update.adapter) - set(expected)
+    if missing or unknown:
+        name = sorted(missing or unknown)[0]
+        what = "lacks" if missing else "has unknown"
+        raise UpdateRefused(
+            f"{who}: the update {what} module '{name}'.{nearest(name, expected)} "
+            "Was another base or target list used?"
+        )
+    energy = 0.0
+    for name, factors in update.adapter.items():
+        _check_factors(f"{who}, module '{name}'", factors, expected[name], local)
+        energy += (factors.scaling * product_norm(factors.lora_B, factors.lora_A)) ** 2
+    # Finite factors can have a product that float32 cannot hold.
+    bound = max_norm or torch.finfo(torch.float32).max
+    if not math.sqrt(energy) <= bound:
+        raise UpdateRefused(
+            f"{who}: the update's norm is {math.sqrt(energy):.3g}, the bound is {bound:.3g}."
+        )
+
+
+def _check_factors(who: str, got: LoRAFactors, want: LoRAFactors, local: LocalPlan) -> None:
+    """Shapes, dtype, numbers and scaling of one module's factors."""
+    rank = want.rank
+    if local.prune_factor and 1 <= got.rank < rank:
+        rank = got.rank
+    shapes = {"lora_A": (rank, want.in_features), "lora_B": (want.out_features, rank)}
+    for label, shape in shapes.items():
+        tensor, sent = getattr(got, label), getattr(want, label)
+        if tuple(tensor.shape) != shape:
+            raise UpdateRefused(
+                f"{who}: {label} has shape {tuple(tensor.shape)}, expected {shape} for rank "
+                f"{rank}. Was this client assigned another rank this round?"
+            )
+        if tensor.dtype != sent.dtype:
+            raise UpdateRefused(f"{who}: {label} is {tensor.dtype}, expected {sent.dtype}.")
+        if not bool(torch.isfinite(tensor).all()):
+            raise UpdateRefused(f"{who}: {label} holds NaN or infinity.")
+    alpha = want.alpha if rank == want.rank else want.scaling * got.alpha / got.scaling
+    if got.rslora != want.rslora or not math.isclose(got.alpha, alpha, rel_tol=1e-12):
+        raise UpdateRefused(
+            f"{who}: alpha {got.alpha} (rslora={got.rslora}), "
+            f"expected {alpha} (rslora={want.rslora})."
+        )

@@ -1,0 +1,85 @@
+"""Updates that wait for their turn in a round, spilled to safetensors files beyond a limit."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+from flexlora.aggregation.engine.updates import Update
+from flexlora.lora.adapters import Adapter, LoRAFactors
+
+__all__ = ["WAITING_BYTES", "WaitingUpdates"]
+
+WAITING_BYTES = 1 << 27
+
+
+class WaitingUpdates:
+    """Updates by key: in memory up to ``limit_bytes``, the rest in a temporary folder."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes, self.held_bytes = limit_bytes, 0
+        self._held: dict[str, Update] = {}
+        self._on_disk: dict[str, Path] = {}
+        self._folder: tempfile.TemporaryDirectory | None = None
+        self._written = 0
+
+    def __contains__(self, client_id: str) -> bool:
+        return client_id in self._held
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(list(self._held))
+
+    def put(self, update: Update) -> None:
+        size = update.adapter.num_bytes
+        if self.held_bytes + size > self.limit_bytes:
+            update = self._write(update)
+        else:
+            self.held_bytes += size
+        self._held[update.key] = update
+
+    def take(self, client_id: str) -> Update:
+        update = self._held.pop(client_id)
+        path = self._on_disk.pop(client_id, None)
+        if path is None:
+            self.held_bytes -= update.adapter.num_bytes
+            return update
+        # Tensors of a mapped file have any alignment, and kernels round differently by alignment:
+        # copy them into memory of their own.
+        tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+        path.unlink()
+        modules = {
+            name: replace(
+                factors, lora_A=tensors[f"{name}.lora_A"], lora_B=tensors[f"{name}.lora_B"]
+            )
+            for name, factors in update.adapter.items()
+        }
+        return replace(update, adapter=Adapter(modules))
+
+    def close(self) -> None:
+        """Remove the folder now, whoever still holds the round."""
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
+
+    def _write(self, update: Update) -> Update:
+        """Write the tensors to disk; in memory stay names, alphas and shapes (meta tensors)."""
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="flexlora-round-")
+        path = Path(self._folder.name) / f"{self._written}.safetensors"
+        self._written += 1
+        tensors = {}
+        for name, factors in update.adapter.items():
+            tensors[f"{name}.lora_A"] = factors.lora_A.contiguous()
+            tensors[f"{name}.lora_B"] = factors.lora_B.contiguous()
+        save_file(tensors, path)
+        self._on_disk[update.key] = path
+        hollow = Adapter({name: _hollow(factors) for name, factors in update.adapter.items()})
+        return replace(update, adapter=hollow)
+
+
+def _hollow(factors: LoRAFactors) -> LoRAFactors:
+    return factors.map(lambda tensor: tensor.to("meta"))

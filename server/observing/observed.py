@@ -1,0 +1,38 @@
+"""The observers of one run: the caller's, ``live.json``, and the metrics endpoint if asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from flexlora.config.resolve import Config
+from flexlora.errors import one_line
+from flexlora.runs.live_state import FAILED, FINISHED, INTERRUPTED
+from flexlora.server.observing.live import LiveObserver
+from flexlora.server.observing.observer import Observer, Observers
+from flexlora.server.observing.prometheus import metrics_endpoint
+
+__all__ = ["observed"]
+
+
+@contextmanager
+def observed(
+    folder: Path, config: Config, caller: Observer | None = None, *, resumed: bool = False
+) -> Iterator[Observer]:
+    """The observer of one run into ``folder``; its thread and its port are closed at the end.
+
+    Raises:
+        UserError: the endpoint cannot listen where ``server.metrics-host`` and ``-port`` say.
+    """
+    with metrics_endpoint(config) as endpoint:
+        live = LiveObserver(folder, opened=resumed)
+        try:
+            yield Observers([live, *endpoint], caller)
+        except KeyboardInterrupt:
+            live.close(INTERRUPTED)
+            raise
+        except BaseException as error:
+            live.close(FAILED, one_line(error).rstrip(": "))
+            raise
+        live.close(FINISHED)

@@ -1,0 +1,274 @@
+"""Exchange the messages of one round of training; decode, validate and accumulate the replies.
+
+A reply that comes after its round has closed still counts, within ``server.late-rounds`` rounds. A
+residual form then subtracts the start that it was trained from, and its examples count
+``server.late-weight`` times for every round that it is late.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from flexlora.aggregation.engine.open_round import OpenRound
+from flexlora.aggregation.engine.starts import Start
+from flexlora.aggregation.engine.updates import Update, check_update
+from flexlora.config.resolve import Config
+from flexlora.errors import UpdateRefused
+from flexlora.lora.ranks import RankClass
+from flexlora.runs.outcomes import Outcome
+from flexlora.seeds import derive_seed
+from flexlora.server.members.membership import Membership
+from flexlora.server.members.roster import Member
+from flexlora.server.members.sampling import History
+from flexlora.server.members.selection import Selected, too_few
+from flexlora.server.observing.observer import Observer
+from flexlora.server.rounds.client_rows import ClientRow
+from flexlora.server.rounds.late_messages import LateMessage, LateMessages
+from flexlora.server.rounds.round_metrics import RoundMetrics
+from flexlora.server.rounds.round_plan import RoundPlan
+from flexlora.server.transport.clocks import clock_of
+from flexlora.server.transport.exchange import exchange, retry_policy
+from flexlora.server.transport.flower_private import LOST_CODES
+from flexlora.server.transport.messages import content_bytes, decode_train_result
+from flexlora.server.transport.retry_queue import PendingMessage
+from flexlora.wire.jobs import TrainResult
+
+__all__ = ["ReplyHandler"]
+
+LOG = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class ReplyHandler:
+    """One open round of training: every reply is added to the method's sum or refused.
+
+    Every client gets a row with its outcome and cause, which observers get too. ``sent`` holds the
+    starts of this round and of the late messages by name. ``lowered`` collects the new rank class
+    of clients that came back at a lower rank or ask for one.
+    """
+
+    plan: RoundPlan
+    selected: Selected
+    sent: Mapping[str, Start]
+    opened: OpenRound
+    late: LateMessages
+    metrics: RoundMetrics
+    membership: Membership
+    history: History
+    observer: Observer
+    config: Config
+    lowered: dict[str, RankClass] = field(default_factory=dict)
+    counted: int = 0  # updates of this round in the sum
+    counted_late: int = 0  # updates of earlier rounds in it
+    _handled: set[PendingMessage] = field(default_factory=set)
+
+    @property
+    def enough(self) -> bool:
+        """Whether the other replies are not needed."""
+        return bool(self.plan.pending) and self.counted >= self.selected.needed
+
+    def replies(self, grid: Grid, timeout: float) -> Iterator[Message]:
+        """Send the messages, and yield replies until enough updates are in or the time is up.
+
+        At the end clients without a reply get their rows, unanswered messages become late ones, and
+        the history learns whose messages were lost, for back-off.
+        """
+        clock, needed, messages = clock_of(grid), self.selected.needed, self.plan.pending
+        unanswered: list[PendingMessage] = []
+        for pending, reply in exchange(
+            grid,
+            messages,
+            timeout=timeout,
+            policy=retry_policy(grid, self.config, timeout),
+            late=self.late.pending,
+            enough=lambda: self.enough,
+            on_resent=self._on_resent,
+            find_node=lambda p: self.membership.find_node(
+                grid, p, messages[p], self.plan.server_round
+            ),
+            order=self._order(),
+        ):
+            if reply is not None:
+                yield reply
+            else:
+                unanswered.append(pending)
+        satisfied = self.enough
+        for pending in unanswered:
+            if satisfied:
+                self._no_reply(pending, Outcome.NOT_NEEDED, f"{needed} updates came first")
+            else:
+                self._no_reply(pending, Outcome.SILENT, f"no reply within {timeout:g} s")
+        self.late.close_round(self.plan, clock, () if satisfied else None)
+        for pending, client_id in messages.items():
+            pending.drop_content()
+            if pending.answered and not clock.simulated:
+                self.history.hear(client_id)
+            elif not clock.simulated and (pending.error is not None or not satisfied):
+                self.history.lose(client_id, self.plan.server_round)
+
+    def _on_resent(self, pending: PendingMessage, loss: str) -> None:
+        self.metrics.resent += 1
+        self.observer.resent(self.plan.pending[pending], pending.sent, loss)
+
+    def _order(self) -> dict[PendingMessage, int]:
+        """Which replies are read first: drawn, where more clients are asked than needed."""
+        if self.selected.needed >= len(self.plan.pending):
+            return {}
+        purpose = (self.config.seed, "arrival", self.plan.server_round)
+        return {p: derive_seed(*purpose, client_id) for p, client_id in self.plan.pending.items()}
+
+    def handle(self, reply: Message) -> None:
+        """Handle one reply: to a message of this round, to a late one, or to neither."""
+        message_id = reply.metadata.reply_to_message_id
+        pending = next((p for p in self.plan.pending if p.has_sent(message_id)), None)
+        if pending is not None and pending not in self._handled:
+            self._handled.add(pending)
+            self._handle_prompt(pending, reply)
+        elif pending is None and (late := self.late.pop(message_id)) is not None:
+            self._handle_late(late, reply)
+            if not reply.has_error():
+                self.history.hear(late.client_id)
+        else:
+            what = "a second reply" if pending else "a reply to nothing that was sent"
+            sender = f"node {reply.metadata.src_node_id}"
+            sender = self.plan.pending[pending] if pending else sender
+            LOG.warning("%s: %s in round %d, dropped", sender, what, self.plan.server_round)
+
+    def skipped(self, quorum: int) -> str:
+        """Why the round changes nothing: fewer clients or updates than ``quorum``; else empty."""
+        counted = self.counted + self.counted_late
+        cause = too_few(counted, quorum, "updates came") if counted < quorum else ""
+        return self.selected.skipped or cause
+
+    def _handle_prompt(self, pending: PendingMessage, reply: Message) -> None:
+        client_id = self.plan.pending[pending]
+        row = self._row(self._member(client_id), self.plan.asked[client_id], reply)
+        if row.outcome is not Outcome.OK:
+            self.opened.skip(client_id)
+        self._record(row, pending)
+
+    def _handle_late(self, late: LateMessage, reply: Message) -> None:
+        """The joules of a late row were counted in the round that sent the message."""
+        row = self._row(self._member(late.client_id), late.start_name, reply, late)
+        prefix = f"late: trained from round {late.start.base_round}"
+        row.late, row.cause = True, "; ".join(filter(None, (prefix, row.cause)))
+        weight = self._weight(late)
+        if row.outcome is Outcome.OK and weight < 1.0:
+            row.note = f"its examples count {weight:g} times"
+        if late.spent is not None:
+            row.simulated_seconds = late.spent.seconds
+        self._record(row)
+
+    def _no_reply(self, pending: PendingMessage, outcome: Outcome, cause: str) -> None:
+        """A client that sent nothing: it was silent, or is not needed."""
+        client_id = self.plan.pending[pending]
+        self.opened.skip(client_id)
+        member = self._member(client_id)
+        self._record(ClientRow.of(member, self.plan.server_round, outcome, cause), pending)
+
+    def _member(self, client_id: str) -> Member:
+        return self.membership.roster.members[client_id]
+
+    def _record(self, row: ClientRow, pending: PendingMessage | None = None) -> None:
+        if pending is not None:
+            row.note = pending.note
+            row.bytes_down = max(1, pending.sent) * self.plan.class_bytes[row.rank_class]
+        self.metrics.rows.append(row)
+        self.observer.replied(row.client_id, row.outcome, row.cause, row.late)
+
+    def _row(
+        self, member: Member, start_name: str, reply: Message, late: LateMessage | None = None
+    ) -> ClientRow:
+        """Decode the reply and add its update to the sum; the row says what became of it."""
+        row = ClientRow.of(member, self.plan.server_round, Outcome.FAILED, "")
+        start = self.sent[start_name].for_client(row.client_id)
+        try:
+            result = decode_train_result(reply, start)
+        except UpdateRefused as error:
+            lost = reply.has_error() and reply.error.code in LOST_CODES
+            row.outcome, row.cause = Outcome.LOST if lost else Outcome.FAILED, str(error)
+            return row
+        row.add_result(result)
+        row.bytes_up = content_bytes(reply.content)
+        if result.adapter is None or result.cause:
+            row.outcome = Outcome.OUT_OF_MEMORY if result.out_of_memory else Outcome.FAILED
+            row.cause = result.cause or "the reply holds no factors"
+            if 1 <= result.asked_rank < member.rank_class.largest:
+                self.lowered[row.client_id] = member.rank_class.lowered(result.asked_rank)
+            return row
+        try:
+            self._accumulate(member, start, self._validated(member, start, result), late)
+            row.outcome, row.cause = Outcome.OK, result.note
+        except UpdateRefused as error:
+            row.outcome, row.cause = Outcome.REFUSED, str(error)
+        return row
+
+    def _validated(self, member: Member, start: Start, result: TrainResult) -> Update:
+        """The update of a result that is this client's and fits what it was sent.
+
+        Raises:
+            UpdateRefused: it does not; the sum is as before.
+        """
+        client_id = member.capability.client_id
+        if result.client_id != client_id:
+            raise UpdateRefused(f"client {client_id}: replied as '{result.client_id}'.")
+        if result.num_examples > member.capability.num_examples:
+            raise UpdateRefused(
+                f"client {client_id}: claims {result.num_examples} examples, it reported "
+                f"{member.capability.num_examples} when it joined."
+            )
+        assert result.adapter is not None
+        update = Update(
+            client_id=client_id,
+            adapter=result.adapter,
+            num_examples=result.num_examples,
+            rank_class=result.rank_class,
+            base_round=result.base_round,
+            digest=result.digest,
+        )
+        check_update(
+            update,
+            start.trained,
+            digest=start.digest,
+            max_norm=self.config.method.max_update_norm,
+            local=start.local,
+        )
+        return update
+
+    def _accumulate(
+        self, member: Member, start: Start, update: Update, late: LateMessage | None
+    ) -> None:
+        if late is not None:
+            self._check_same_kind(late)
+            weight = self._weight(late)
+            if weight == 0.0:
+                raise UpdateRefused("dropped, as server.late-weight is 0")
+            self.opened.add(replace(update, rank_class=late.start_name, late=True, discount=weight))
+            self.counted_late += 1
+            return
+        self.opened.add(update)
+        self.counted += 1
+        sent = max(factors.rank for factors in start.trained.values())
+        rank = max(factors.rank for factors in update.adapter.values())
+        if start.local.prune_factor and rank < sent:
+            self.lowered[update.client_id] = member.rank_class.lowered(rank)
+
+    def _weight(self, late: LateMessage) -> float:
+        return self.config.server.late_weight ** (self.plan.server_round - late.server_round)
+
+    def _check_same_kind(self, late: LateMessage) -> None:
+        """Refuse a late update where the method trains other factors by now."""
+        old = late.start
+        for start in self.sent.values():
+            newer = start.base_round > old.base_round
+            if newer and (start.trainable, start.local) != (old.trainable, old.local):
+                raise UpdateRefused(
+                    f"client {late.client_id}: trained {', '.join(old.trainable)} as round "
+                    f"{late.server_round} asked; this round trains "
+                    f"{', '.join(start.trainable)} in another way."
+                )

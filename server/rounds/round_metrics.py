@@ -1,0 +1,129 @@
+"""The rows of one round's clients, and the metrics of ``metrics.jsonl`` computed from them.
+
+Metrics of the global change are functions of the state; those of scores are in ``evaluation.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from flexlora.aggregation.engine.state import State, effective_rank
+from flexlora.algebra.linalg import energy_kept
+from flexlora.lora.adapters import Adapter
+from flexlora.lora.ranks import RankClass
+from flexlora.runs.outcomes import Outcome
+from flexlora.server.members.sampling import History
+from flexlora.server.rounds.client_rows import ClientRow
+from flexlora.server.transport.clocks import Clock
+
+__all__ = ["RoundMetrics", "class_metrics", "module_metrics"]
+
+EQUAL_SECONDS = 1.0  # of every training where no clock measures clients: none is slow
+
+
+@dataclass(kw_only=True)
+class RoundMetrics:
+    """The rows of one round, and their sums.
+
+    ``measured`` is True where clients train on machines of their own, so that the seconds they
+    report are theirs. Where one process trains all clients the seconds differ from run to run.
+    """
+
+    server_round: int
+    measured: bool = True
+    rows: list[ClientRow] = field(default_factory=list)
+    bytes_carried: int = 0
+    resent: int = 0
+    skipped: str = ""
+
+    def update_history(self, history: History) -> None:
+        """Record the trainings in the sum; of two by one client, that of this round's message."""
+        counted = [row for row in self.rows if row.outcome is Outcome.OK]
+        for row in sorted(counted, key=lambda row: not row.late):
+            simulated = (
+                EQUAL_SECONDS if math.isnan(row.simulated_seconds) else row.simulated_seconds
+            )
+            seconds = row.seconds if self.measured else simulated
+            history.learn(row.client_id, self.server_round, row.train_loss, seconds)
+
+    def totals(self) -> dict[str, float]:
+        """Counts, bytes, and the mean training loss of the updates summed, weighted by examples."""
+        counted = [row for row in self.rows if row.outcome is Outcome.OK]
+        examples = sum(row.num_examples or 0 for row in counted)
+        loss = sum(row.train_loss * (row.num_examples or 0) for row in counted)
+        return {
+            "train_loss": loss / examples if examples else math.nan,
+            "clients_ok": len(counted),
+            "clients_failed": sum(row.outcome.is_failure for row in self.rows),
+            "bytes_down": sum(row.bytes_down or 0 for row in self.rows),
+            "bytes_up": sum(row.bytes_up or 0 for row in self.rows),
+            "bytes_carried": self.bytes_carried,
+        }
+
+    def exceptions(self) -> dict[str, object]:
+        """Why the round was skipped, how many messages were sent again, who was not asked."""
+        backing_off = sum(row.outcome is Outcome.BACKING_OFF for row in self.rows)
+        values = {"skipped": self.skipped, "resent": self.resent, "backing_off": backing_off}
+        return {key: value for key, value in values.items() if value}
+
+    def apply_clock(self, clock: Clock, seconds: float) -> dict[str, object]:
+        """On a simulated clock: seconds and joules of every row, and the round's own.
+
+        Of what was sent, only what a client had downloaded when it answered or left counts. A late
+        row has its seconds already, and the joules are in the row of the round that sent it.
+        """
+        if not clock.simulated:
+            return {}
+        for row in self.rows:
+            if row.late:
+                continue
+            spent = clock.spent(row.client_id)
+            if spent is not None:
+                row.simulated_seconds, row.joules = spent.seconds, spent.joules
+            if row.bytes_down:
+                row.bytes_down = round(clock.downloaded(row.client_id) * row.bytes_down)
+        return {
+            "bytes_down": sum(row.bytes_down or 0 for row in self.rows),
+            "simulated_seconds": seconds,
+            "joules": sum(row.joules for row in self.rows if not math.isnan(row.joules)),
+        }
+
+
+def class_metrics(state: State, served: Mapping[str, Adapter]) -> dict[str, float]:
+    """The energy of ``G`` in every rank class's adapter, the effective rank and the dropped energy.
+
+    ``factor_gap`` is ``|mean(sB) mean(A) - mean(sBA)| / |mean(sBA)|``, the mean over modules.
+    """
+    kept = {f"energy_kept/{k}": state.change.energy_in(adapter) for k, adapter in served.items()}
+    gaps = [float(m["factor_gap"]) for m in state.modules.values() if "factor_gap" in m]
+    metrics = {
+        "effective_rank": state.change.effective_rank(),
+        "dropped_energy": state.dropped_energy,
+        **kept,
+    }
+    return metrics | ({"factor_gap": sum(gaps) / len(gaps)} if gaps else {})
+
+
+def module_metrics(
+    state: State, rank_classes: Mapping[str, RankClass]
+) -> dict[str, dict[str, float | str]]:
+    """By module: how ``G`` was decomposed, its rank and energies.
+
+    ``tail_energy`` is the share above the smallest rank of any class, which rank collapse takes
+    first.
+    """
+    shapes = state.change.shapes
+    ranks = {k: rank_class.ranks(shapes) for k, rank_class in rank_classes.items()}
+    rows = {}
+    for name, svd in state.change.items():
+        kept = {k: energy_kept(svd.S, by_module[name]) for k, by_module in ranks.items()}
+        rows[name] = {
+            **state.modules.get(name, {}),
+            "rank": svd.rank,
+            "effective_rank": effective_rank(svd.S),
+            "tail_energy": 1.0 - min(kept.values(), default=1.0),
+            **{f"energy_kept/{k}": share for k, share in kept.items()},
+        }
+    return rows
