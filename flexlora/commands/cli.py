@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         gc.set_threshold(100_000)
         atexit.register(gc.freeze)
     try:
-        context = parse(given or ["--help"])
+        context = parse(given)
         with context:
             return context.command.invoke(context) or 0
     except click.exceptions.Exit:  # the help is printed
@@ -98,9 +98,9 @@ def parse(arguments: Sequence[str]) -> click.Context:
     Raises:
         UserError: an unknown command or flag (with the nearest known one), a value of the wrong
             type, something missing or too many.
-        click.exceptions.Exit: ``--help`` was among them and is printed.
+        click.exceptions.Exit: the help was asked for, or nothing at all; it is printed.
     """
-    rest, group = list(arguments), FLEXLORA
+    rest, group = list(arguments) or ["--help"], FLEXLORA
     context = None
     try:
         while True:
