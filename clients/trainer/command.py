@@ -14,26 +14,19 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
-from flexlora.clients.trainer.sockets import (
-    check_folder,
-    check_free,
-    default_socket,
-    group_number,
-    remove,
-)
-from flexlora.config.resolve import Config
+from flexlora.clients.trainer import sockets
 from flexlora.errors import UserError
 from flexlora.units import human_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from flexlora.clients.trainer.activity_log import ActivityLog
     from flexlora.clients.trainer.resident import ResidentTrainer
+    from flexlora.config.resolve import Config
 
 __all__ = ["health", "serve"]
 
 ABORTED = 1
 SAME_SIGNAL_SECONDS = 1.0  # some senders signal a process and then its group
-
 
 Socket = Annotated[str, Option(metavar="PATH", help="Unix socket that the trainer listens on")]
 
@@ -113,7 +106,7 @@ def serve(
         ended = _stop(lambda: stop(service, server, path, grace), signals.now)
         log.line("stopped" if ended else "stopped: what was in flight is aborted")
     if not ended:
-        remove(path)
+        sockets.remove(path)
         sys.stdout.flush()
         os._exit(ABORTED)  # the training's thread cannot be ended, and would hold the process
     return 0
@@ -146,16 +139,16 @@ def health(socket: Socket = "") -> int:
 
 
 def _socket(given: str) -> Path:
-    return Path(os.path.abspath(Path(given).expanduser())) if given else default_socket()
+    return Path(os.path.abspath(Path(given).expanduser())) if given else sockets.default_socket()
 
 
 def _checked_socket(given: str, group: str) -> Path:
     """The socket's path, unused and in a safe folder."""
     path = _socket(given)
-    check_folder(path)
-    check_free(path)
+    sockets.check_folder(path)
+    sockets.check_free(path)
     if group:
-        group_number(group)
+        sockets.group_number(group)
     return path
 
 
