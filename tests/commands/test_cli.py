@@ -58,6 +58,18 @@ def test_help_names_the_commands_and_help_config_every_key_with_its_default(caps
         assert all(choice in listed[key] for choice in choices(info.annotation))
 
 
+def test_the_help_of_a_command_is_plain_and_describes_arguments_options_and_defaults(capsys):
+    text = printed(["export", "--help"], capsys)
+    assert not re.search("[\x1b\\\\\u2500-\u257f]", text)
+    for line in (
+        "RUN +a run folder +\\[required]",
+        "--rank .*\\[required]",
+        "--format .*default: peft",
+    ):
+        assert re.search(line, text), line
+    assert text.count("a run folder") == 1
+
+
 def test_no_command_at_all_prints_the_help_and_fails(capsys):
     assert main([]) == 2
     assert "simulate" in capsys.readouterr().out
