@@ -15,8 +15,10 @@ from datetime import datetime
 from ipaddress import IPv6Address
 from pathlib import Path
 from string import Template
+from typing import Annotated
 
 import tomli_w
+from typer import Argument, Option
 
 import flexlora
 from flexlora.config.resolve import flower_table
@@ -27,40 +29,13 @@ from flexlora.deploy.machine import flower_version, programs, requirements
 from flexlora.deploy.node_keys import make_secret
 from flexlora.errors import UserError, nearest
 
-__all__ = ["ServerInit", "server_init"]
+__all__ = ["server_init"]
 
 TEMPLATES = Path(__file__).parent / "templates"
 DASHBOARD = TEMPLATES / "grafana-dashboard.json"
 PROXIES = ("nginx", "none")
 AUTHORITY_DAYS = 3650
 EMPTY = {"state": 0o700, "nodes/registered": 0o755, "docker/wheels": 0o755}
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServerInit:
-    """The command line of ``server init``."""
-
-    folder: str
-    host: Sequence[str]
-    port: int = 9092
-    days: int = 825
-    proxy: str = "nginx"
-
-    def __post_init__(self) -> None:
-        if not self.host:
-            raise UserError(
-                "--host is missing, expected the name or address by which nodes reach this "
-                "machine, such as --host fl.example.org; it may be given several times."
-            )
-        if not 1 <= self.days <= AUTHORITY_DAYS:
-            raise UserError(
-                f"--days is {self.days}, expected 1 to {AUTHORITY_DAYS}, the authority's own life."
-            )
-        if self.proxy not in PROXIES:
-            raise UserError(
-                f"--proxy is '{self.proxy}', expected one of {', '.join(PROXIES)}."
-                f"{nearest(self.proxy, PROXIES)}"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,10 +51,9 @@ class Listening:
         return f"[::1]:{self.port}" if ":" in self.bind else f"127.0.0.1:{self.port}"
 
     @classmethod
-    def of(cls, asked: ServerInit, hosts: Sequence[Host]) -> Listening:
+    def of(cls, port: int, proxy: str, hosts: Sequence[Host]) -> Listening:
         """On loopback behind a proxy; without one, where the named hosts are."""
-        port = parse_port(asked.port, "--port")
-        if asked.proxy != "none":
+        if proxy != "none":
             behind = port + 1 if port < 65535 else port - 1
             return cls(bind="127.0.0.1", port=behind)
         outside = [host for host in hosts if not host.is_loopback]
@@ -89,32 +63,51 @@ class Listening:
         return cls(bind="::" if only_v6 else "0.0.0.0", port=port)
 
 
-def server_init(asked: ServerInit) -> int:
-    """Write the folder and say where to go on; exit status 0.
+def server_init(
+    folder: Annotated[str, Argument(metavar="DIR", help="folder to make, not there yet")],
+    host: Annotated[
+        list[str] | None, Option(metavar="NAME", help="how nodes reach this machine (repeatable)")
+    ] = None,
+    port: Annotated[int, Option(help="that nodes reach")] = 9092,
+    days: Annotated[int, Option(help="that the certificate lasts")] = 825,
+    proxy: Annotated[str, Option(help="nginx or none")] = "nginx",
+) -> None:
+    """Write the folder and say where to go on.
 
     Raises:
         UserError: a host that is none, a port or a number of days out of range, a folder that is
             taken.
     """
-    hosts = [parse_host(text, "--host") for text in asked.host]
-    listening = Listening.of(asked, hosts)
-    folder = check_free(asked.folder)
-    plain(folder, "the folder")
+    if not host:
+        raise UserError(
+            "--host is missing, expected the name or address by which nodes reach this "
+            "machine, such as --host fl.example.org; it may be given several times."
+        )
+    if not 1 <= days <= AUTHORITY_DAYS:
+        raise UserError(
+            f"--days is {days}, expected 1 to {AUTHORITY_DAYS}, the authority's own life."
+        )
+    if proxy not in PROXIES:
+        raise UserError(
+            f"--proxy is '{proxy}', expected one of {', '.join(PROXIES)}.{nearest(proxy, PROXIES)}"
+        )
+    hosts = [parse_host(text, "--host") for text in host]
+    port = parse_port(port, "--port")
+    path = check_free(folder)
+    plain(path, "the folder")
     authority = make_authority(f"FlexLoRA federation of {hosts[0].text}"[:64], days=AUTHORITY_DAYS)
-    server = make_server(authority, hosts, days=asked.days)
-    values = _values(asked, hosts, listening, folder, authority, server)
-    write_folder(folder, _files(asked, values, authority, server), empty=EMPTY)
-    print(f"{folder} is ready; follow {folder}/README.md.")
-    print(f"Give {folder}/ca.crt to every node, and take {folder}/private/ca.key off this machine.")
-    return 0
+    server = make_server(authority, hosts, days=days)
+    about = {"folder": str(path), "port": str(port), "days": str(days)}
+    values = _values(about, port, proxy, hosts, authority, server)
+    write_folder(path, _files(proxy, values, authority, server), empty=EMPTY)
+    print(f"{path} is ready; follow {path}/README.md.")
+    print(f"Give {path}/ca.crt to every node, and take {path}/private/ca.key off this machine.")
 
 
-def _files(
-    asked: ServerInit, values: dict[str, str], authority: Issued, server: Issued
-) -> list[File]:
+def _files(proxy: str, values: dict[str, str], authority: Issued, server: Issued) -> list[File]:
     def wanted(path: str) -> bool:
         of_nginx = path.startswith("nginx/") or path == "bin/start-proxy"
-        return asked.proxy == "nginx" or not of_nginx
+        return proxy == "nginx" or not of_nginx
 
     return [
         *fill_tree(TEMPLATES / "folder", values, wanted=wanted),
@@ -129,16 +122,17 @@ def _files(
 
 
 def _values(
-    asked: ServerInit,
+    about: dict[str, str],
+    port: int,
+    proxy: str,
     hosts: Sequence[Host],
-    listening: Listening,
-    folder: Path,
     authority: Issued,
     server: Issued,
 ) -> dict[str, str]:
+    """What the templates are filled in with, beside ``about``."""
+    listening = Listening.of(port, proxy, hosts)
     named = alternative_names(server.certificate)
-    values = {
-        "folder": str(folder),
+    values = about | {
         "programs": programs(),
         "python": f"{sys.version_info.major}.{sys.version_info.minor}",
         "version": flexlora.__version__,
@@ -148,23 +142,21 @@ def _values(
         "gid": str(os.getegid()),
         "host": hosts[0].text,
         "hosts": ", ".join(f"`{host.text}`" for host in hosts),
-        "port": str(asked.port),
         "superlink_port": str(listening.port),
         "bind": listening.bind,
         "local": listening.local,
-        "days": str(asked.days),
         "expires": _day(server.certificate.not_valid_after_utc),
         "authority_expires": _day(authority.certificate.not_valid_after_utc),
-        "listen": "\n".join(f"    listen {where} ssl;" for where in _outside(asked.port, hosts)),
+        "listen": "\n".join(f"    listen {where} ssl;" for where in _outside(port, hosts)),
         "server_names": " ".join(_server_name(host) for host in hosts),
         "alternative_names": ", ".join(_openssl_name(name) for name in named),
         "superlink_addresses": "# Nodes connect from anywhere: no address is shut out.",
     }
-    behind = asked.proxy == "nginx"
+    behind = proxy == "nginx"
     if behind:
         values["superlink_addresses"] = "IPAddressDeny=any\nIPAddressAllow=localhost"
     return values | {
-        "exposed": _part(f"exposed-{asked.proxy}.md", values),
+        "exposed": _part(f"exposed-{proxy}.md", values),
         "start_proxy": _part("start-nginx.md", values) if behind else "",
         "systemd_proxy": _part("systemd-nginx.md", values) if behind else "",
         "proxy_service": _part("proxy-service.yaml", values) if behind else "",

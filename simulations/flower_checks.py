@@ -57,8 +57,10 @@ class _QueriedWorker:
     """The part of a worker that ``InProcessGrid`` needs for a capability query."""
 
     client_ids = ("doctor",)
-    config = Config()
     personal = None
+
+    def __init__(self) -> None:
+        self.config = Config()  # imports the default method's file, and so torch
 
     def capability(self, client_id: str, *, probed: bool = True) -> Capability:
         return _capability()

@@ -15,6 +15,9 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from string import Template
+from typing import Annotated
+
+from typer import Argument, Option
 
 import flexlora
 from flexlora.data.rows import Row
@@ -26,36 +29,13 @@ from flexlora.deploy.machine import flower_version, programs, requirements
 from flexlora.deploy.node_keys import make_node_keys, make_secret
 from flexlora.errors import UserError, nearest
 
-__all__ = ["ClientInit", "client_init"]
+__all__ = ["client_init"]
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
 DEVICES = ("auto", "cpu", "cuda")
 HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*")
 EMPTY = {"state": 0o700, "docker/wheels": 0o755}
 GPU_GROUPS = ("video", "render")  # own the device files on distributions and JetPack
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClientInit:
-    """The command line of ``client init``; "" means not given."""
-
-    folder: str
-    superlink: str
-    root_certificates: str
-    data: str
-    model: str = "embedded"
-    client_id: str = ""
-    device: str = "auto"
-    quantization: str = ""
-    memory_limit: str = ""
-    port: int = 9094
-
-    def __post_init__(self) -> None:
-        if self.device not in DEVICES:
-            raise UserError(
-                f"--device is '{self.device}', expected one of {', '.join(DEVICES)}."
-                f"{nearest(self.device, DEVICES)}"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,28 +50,68 @@ class CheckedInit:
     model: str
     is_local: bool
     client_id: str
+    port: int
 
 
-def client_init(asked: ClientInit) -> int:
-    """Write the folder and print the next step; exit status 0.
+def client_init(
+    folder: Annotated[str, Argument(metavar="DIR", help="folder to make, not there yet")],
+    superlink: Annotated[str, Option(metavar="HOST:PORT", help="the server")],
+    root_certificates: Annotated[
+        str, Option(metavar="CA.crt", help="ca.crt of the server's folder")
+    ],
+    data: Annotated[str, Option(metavar="DIR", help="this node's data folder")],
+    model: Annotated[str, Option(help="folder or hub name")] = "embedded",
+    client_id: Annotated[str, Option(metavar="NAME", help="this node's name")] = "",
+    device: Annotated[str, Option(help="auto, cpu or cuda")] = "auto",
+    quantization: Annotated[str, Option(help="none, 8bit or nf4 (default: what fits)")] = "",
+    memory_limit: Annotated[str, Option(metavar="SIZE", help="bytes to use, like 6GiB")] = "",
+    port: Annotated[int, Option(help="of this node on loopback")] = 9094,
+) -> None:
+    """Write the folder and print the next step.
 
     Raises:
         UserError: a malformed address, certificate, data or model, a folder that is not empty, a
             base that does not fit or cannot run here.
     """
-    node = _checked(asked)
+    if device not in DEVICES:
+        raise UserError(
+            f"--device is '{device}', expected one of {', '.join(DEVICES)}."
+            f"{nearest(device, DEVICES)}"
+        )
+    address = parse_superlink(superlink, "--superlink")
+    authorities = read_authorities(Path(root_certificates))
+    authorities.check_dates()
+    parse_port(port, "--port")
+    path = check_free(folder)
+    plain(path, "the folder")
+    _check_socket(path)
+    data_path = Path(data).expanduser().resolve()
+    rows = _rows(data_path)
+    plain(data_path, "--data")
+    name, is_local = _model(model)
+    node = CheckedInit(
+        folder=path,
+        superlink=address,
+        authorities=authorities,
+        data=data_path,
+        num_examples=len(rows),
+        model=name,
+        is_local=is_local,
+        client_id=_client_id(client_id, rows),
+        port=port,
+    )
 
     from flexlora.clients.setup.machine_plan import plan_machine  # loads torch
 
     plan = plan_machine(
-        model=asked.model,
-        device=asked.device,
-        quantization=asked.quantization,
-        memory_limit=asked.memory_limit,
+        model=model,
+        device=device,
+        quantization=quantization,
+        memory_limit=memory_limit,
         num_examples=node.num_examples,
     )
     keys = make_node_keys(node.client_id)
-    values = _values(asked, node) | plan.values()
+    values = _values(node) | plan.values()
     values["doctor_step"] = _part("doctor.md", values)
     values["gpu_reservation"] = _part("gpu.yaml", values) if plan.on_card else ""
     files = [
@@ -105,32 +125,6 @@ def client_init(asked: ClientInit) -> int:
     write_folder(node.folder, files, empty=EMPTY)
     print(f"{node.folder} is ready; follow {node.folder}/README.md.")
     print(f"Bring {node.folder}/keys/node.pub to the server's owner: it lets this node in.")
-    return 0
-
-
-def _checked(asked: ClientInit) -> CheckedInit:
-    """Check all that needs no torch, in the order of the command line."""
-    superlink = parse_superlink(asked.superlink, "--superlink")
-    authorities = read_authorities(Path(asked.root_certificates))
-    authorities.check_dates()
-    parse_port(asked.port, "--port")
-    folder = check_free(asked.folder)
-    plain(folder, "the folder")
-    _check_socket(folder)
-    data = Path(asked.data).expanduser().resolve()
-    rows = _rows(data)
-    plain(data, "--data")
-    model, is_local = _model(asked.model)
-    return CheckedInit(
-        folder=folder,
-        superlink=superlink,
-        authorities=authorities,
-        data=data,
-        num_examples=len(rows),
-        model=model,
-        is_local=is_local,
-        client_id=_client_id(asked.client_id, rows),
-    )
 
 
 def _check_socket(folder: Path) -> None:
@@ -188,7 +182,7 @@ def _client_id(given: str, rows: list[Row]) -> str:
         ) from None
 
 
-def _values(asked: ClientInit, node: CheckedInit) -> dict[str, str]:
+def _values(node: CheckedInit) -> dict[str, str]:
     ends = min(each.not_valid_after_utc for each in node.authorities.certificates)
     return {
         "folder": str(node.folder),
@@ -198,7 +192,7 @@ def _values(asked: ClientInit, node: CheckedInit) -> dict[str, str]:
         "flwr": flower_version(),
         "requirements": requirements(),
         "superlink": str(node.superlink),
-        "port": str(asked.port),
+        "port": str(node.port),
         "data": str(node.data),
         "num_examples": str(node.num_examples),
         "model": node.model,

@@ -9,52 +9,47 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from flexlora.clients.trainer.sockets import (
-    check_folder,
-    check_free,
-    default_socket,
-    group_number,
-    remove,
-)
+from typer import Option
+
+from flexlora.clients.trainer import sockets
 from flexlora.errors import UserError
 from flexlora.units import human_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from flexlora.clients.trainer.activity_log import ActivityLog
     from flexlora.clients.trainer.resident import ResidentTrainer
+    from flexlora.config.resolve import Config
 
-__all__ = ["ServeOptions", "health_command", "serve"]
+__all__ = ["health", "serve"]
 
 ABORTED = 1
 SAME_SIGNAL_SECONDS = 1.0  # some senders signal a process and then its group
 
-
-@dataclass(frozen=True, kw_only=True)
-class ServeOptions:
-    """The command line of ``serve``; "" means not given."""
-
-    model: str
-    data: str
-    socket: str = ""
-    group: str = ""
-    client_id: str = ""
-    quantization: str = "none"
-    device: str = "auto"
-    set: tuple[str, ...] | list[str] = ()
-    memory_limit: str = ""
-    state: str = ""
-    keep: str = "2GiB"
-    keep_hours: float = 24.0
-    max_request: str = "2GiB"
-    wait: float = 600.0
-    grace: float = 120.0
+Socket = Annotated[str, Option(metavar="PATH", help="Unix socket that the trainer listens on")]
 
 
-def serve(options: ServeOptions) -> int:
+def serve(
+    model: Annotated[str, Option(help="folder, hub name, embedded")],
+    data: Annotated[str, Option(metavar="DIR", help="this node's data folder")],
+    socket: Socket = "",
+    group: Annotated[str, Option(help="group that may open the socket too")] = "",
+    client_id: Annotated[str, Option(metavar="NAME", help="this node's name")] = "",
+    quantization: Annotated[str, Option(help="none, 8bit or nf4")] = "none",
+    device: Annotated[str, Option(help="auto, cpu or cuda")] = "auto",
+    memory_limit: Annotated[str, Option(metavar="SIZE", help="bytes to use, like 6GiB")] = "",
+    state: Annotated[str, Option(metavar="DIR", help="folder of the finished replies")] = "",
+    keep: Annotated[str, Option(metavar="SIZE", help="bytes of them at most")] = "2GiB",
+    keep_hours: Annotated[float, Option(help="hours to keep them")] = 24.0,
+    max_request: Annotated[str, Option(metavar="SIZE", help="largest request")] = "2GiB",
+    wait: Annotated[float, Option(help="seconds that a request waits for its turn")] = 600.0,
+    grace: Annotated[float, Option(help="seconds to finish in at a stop")] = 120.0,
+    sets: Annotated[
+        list[str] | None, Option("--set", metavar="KEY=VALUE", help="a model or engine key")
+    ] = None,
+) -> int:
     """Load the base, listen, and work until SIGTERM or Ctrl-C; the exit status.
 
     0 if the running request ended within ``--grace`` seconds, 1 if it was aborted.
@@ -62,47 +57,70 @@ def serve(options: ServeOptions) -> int:
     Raises:
         UserError: a mistyped option, a socket that is in use, a model that does not fit.
     """
-    path = _checked_socket(options)  # before anything heavy is loaded
+    path = _checked_socket(socket, group)  # before anything heavy is loaded
 
     from rich.console import Console
 
     from flexlora.clients.trainer.activity_log import ActivityLog
+    from flexlora.clients.trainer.owner_config import OwnerConfig
+    from flexlora.clients.trainer.reply_store import ReplyStore, default_folder
+    from flexlora.clients.trainer.resident import ResidentTrainer
     from flexlora.clients.trainer.service import Limits, TrainerService, listen, stop
 
-    _check_times(options)
-    largest = parse_bytes(options.max_request, "--max-request")
-    limits = Limits(request_bytes=largest, wait_seconds=options.wait)
+    for flag, value in {"--keep-hours": keep_hours, "--wait": wait, "--grace": grace}.items():
+        if not value >= 0:
+            raise UserError(f"{flag} is {value:g}, expected 0 or more.")
+    limits = Limits(request_bytes=parse_bytes(max_request, "--max-request"), wait_seconds=wait)
     console = Console(highlight=False, markup=False)
     with ActivityLog(console) as log, stop_signals() as signals:
-        trainer = _trainer(options, log)
+        owner = OwnerConfig.of(
+            model=model,
+            data=data,
+            quantization=quantization,
+            device=device,
+            client_id=client_id,
+            sets=tuple(sets or ()),
+        )
+        limit = _enforced(memory_limit, owner.config, log)
+        replies = ReplyStore(
+            Path(state).expanduser() if state else default_folder(),
+            max_bytes=parse_bytes(keep, "--keep"),
+            max_seconds=keep_hours * 3600,
+        )
+        log.line(f"loading {model}")
+        try:
+            trainer = ResidentTrainer(owner=owner, replies=replies, limit_bytes=limit)
+        except BaseException:
+            replies.close()
+            raise
         service = TrainerService(trainer, limits=limits, log=log)
         try:
-            server = listen(service, path, options.group)
+            server = listen(service, path, group)
             server.start()
         except UserError:
             trainer.close()
             raise
         log.line(_ready(trainer, path))
         signals.stop.wait()
-        log.line(f"stopping: what is in flight has {options.grace:g} s to end")
-        ended = _stop(lambda: stop(service, server, path, options.grace), signals.now)
+        log.line(f"stopping: what is in flight has {grace:g} s to end")
+        ended = _stop(lambda: stop(service, server, path, grace), signals.now)
         log.line("stopped" if ended else "stopped: what was in flight is aborted")
     if not ended:
-        remove(path)
+        sockets.remove(path)
         sys.stdout.flush()
         os._exit(ABORTED)  # the training's thread cannot be ended, and would hold the process
     return 0
 
 
-def health_command(socket: str) -> int:
+def health(socket: Socket = "") -> int:
     """Print the trainer's state; exit status 1 if it is stopping.
 
     Raises:
         UserError: no trainer on the socket.
     """
-    from flexlora.clients.trainer.client import health
+    from flexlora.clients.trainer import client
 
-    state = health(_socket(socket))
+    state = client.health(_socket(socket))
     doing = f"{state.doing}, for {state.seconds:.0f} s" if state.doing else "idle"
     lines = {
         "now": "stopping" if state.stopping else doing,
@@ -121,57 +139,30 @@ def health_command(socket: str) -> int:
 
 
 def _socket(given: str) -> Path:
-    return Path(os.path.abspath(Path(given).expanduser())) if given else default_socket()
+    return Path(os.path.abspath(Path(given).expanduser())) if given else sockets.default_socket()
 
 
-def _checked_socket(options: ServeOptions) -> Path:
+def _checked_socket(given: str, group: str) -> Path:
     """The socket's path, unused and in a safe folder."""
-    path = _socket(options.socket)
-    check_folder(path)
-    check_free(path)
-    if options.group:
-        group_number(options.group)
+    path = _socket(given)
+    sockets.check_folder(path)
+    sockets.check_free(path)
+    if group:
+        sockets.group_number(group)
     return path
 
 
-def _check_times(options: ServeOptions) -> None:
-    named = {"--keep-hours": options.keep_hours, "--wait": options.wait, "--grace": options.grace}
-    for flag, value in named.items():
-        if not value >= 0:
-            raise UserError(f"{flag} is {value:g}, expected 0 or more.")
-
-
-def _trainer(options: ServeOptions, log: ActivityLog) -> ResidentTrainer:
-    """The trainer with its base loaded, once the memory limit allows some training."""
+def _enforced(memory_limit: str, config: Config, log: ActivityLog) -> int:
+    """The limit in bytes, 0 for none; a base that does not fit it is refused, not loaded."""
     from flexlora.clients.trainer.memory_limit import enforce, smallest_plan
-    from flexlora.clients.trainer.owner_config import OwnerConfig
-    from flexlora.clients.trainer.reply_store import ReplyStore, default_folder
-    from flexlora.clients.trainer.resident import ResidentTrainer
 
-    owner = OwnerConfig.of(
-        model=options.model,
-        data=options.data,
-        quantization=options.quantization,
-        device=options.device,
-        client_id=options.client_id,
-        sets=tuple(options.set),
-    )
-    limit = parse_bytes(options.memory_limit, "--memory-limit") if options.memory_limit else 0
-    if limit:
-        choice = smallest_plan(owner.config, limit)
-        log.line(f"memory limit: a training at rank {choice.plan.rank} fits it")
-        log.line(enforce(owner.config, limit))
-    replies = ReplyStore(
-        Path(options.state).expanduser() if options.state else default_folder(),
-        max_bytes=parse_bytes(options.keep, "--keep"),
-        max_seconds=options.keep_hours * 3600,
-    )
-    log.line(f"loading {options.model}")
-    try:
-        return ResidentTrainer(owner=owner, replies=replies, limit_bytes=limit)
-    except BaseException:
-        replies.close()
-        raise
+    if not memory_limit:
+        return 0
+    limit = parse_bytes(memory_limit, "--memory-limit")
+    choice = smallest_plan(config, limit)
+    log.line(f"memory limit: a training at rank {choice.plan.rank} fits it")
+    log.line(enforce(config, limit))
+    return limit
 
 
 def _ready(trainer: ResidentTrainer, path: Path) -> str:

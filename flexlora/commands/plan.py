@@ -7,9 +7,12 @@ hub name, whose config.json alone is fetched.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict
+from typing import Annotated, Any
 
+from typer import Option
+
+from flexlora.aggregation.engine.options import CARRIED_RANK
 from flexlora.config.sections import Train
 from flexlora.errors import UserError, nearest
 from flexlora.planning.devices import DEVICES, Device, find_device, this_machine
@@ -18,93 +21,96 @@ from flexlora.planning.planner import Choice, Request, make_plan, needed_bytes, 
 from flexlora.planning.shapes import ModelShape
 from flexlora.units import human_bytes, parse_bytes
 
-__all__ = ["Question", "plan_command"]
+__all__ = ["plan"]
 
 MOMENTS = {"adamw_torch": "32 bit", "sgd": "none", "adamw_8bit": "8 bit"}
 MOMENTS |= {"paged_adamw_8bit": "paged"}
+ROWS = Train().per_device_train_batch_size
 
 
-@dataclass(frozen=True, kw_only=True)
-class Question:
-    """The command line's options; None and "" are what was not given."""
-
-    model: str
-    memory: str = ""
-    device: str = ""
-    examples: int | None = None
-    max_length: int | None = None
-    batch: int | None = None
-    rank: int = 0
-    carried_rank: int | None = None
-    quantization: str = ""
-    optim: str = ""
-    attn_implementation: str = ""
-    target_modules: str = "all-linear"
-    format: str = "text"
-    table: bool = False
-
-
-def plan_command(question: Question) -> int:
-    """Answer ``question`` on standard output.
-
-    Raises:
-        UserError: whatever a person mistyped, and a model that does not fit.
-    """
-    if question.format not in ("text", "json"):
-        hint = nearest(question.format, ("text", "json"))
-        raise UserError(f"--format is '{question.format}', expected text or json.{hint}")
-    given = [bool(question.memory), bool(question.device), question.table]
-    if sum(given) > 1:
+def plan(
+    model: Annotated[str, Option(help="folder, hub name, embedded")],
+    memory: Annotated[str, Option(metavar="SIZE", help="bytes to use, like 8GiB")] = "",
+    device: Annotated[str, Option(metavar="NAME", help="a known card or board")] = "",
+    table: Annotated[bool, Option("--table", help="the plan of every known device")] = False,
+    examples: Annotated[int | None, Option(help="rows that the client has")] = None,
+    max_length: Annotated[int | None, Option(metavar="TOKENS", help="tokens of a row")] = None,
+    batch: Annotated[int, Option(metavar="ROWS", help="rows of an optimizer step")] = ROWS,
+    rank: Annotated[int, Option(help="this trained rank and no other (0: any)")] = 0,
+    carried_rank: Annotated[int, Option(help="0: a method without one")] = CARRIED_RANK,
+    quantization: Annotated[str, Option(help="no other than this: none, 8bit or nf4")] = "",
+    optim: Annotated[str, Option(help="this one (default: adamw_torch, or adamw_8bit)")] = "",
+    attn_implementation: Annotated[str, Option(help="or eager, sdpa, flash_attention_2")] = "auto",
+    target_modules: Annotated[str, Option(help="all-linear, or names")] = "all-linear",
+    format: Annotated[str, Option(help="text or json")] = "text",
+) -> None:
+    if format not in ("text", "json"):
+        hint = nearest(format, ("text", "json"))
+        raise UserError(f"--format is '{format}', expected text or json.{hint}")
+    if sum(map(bool, (memory, device, table))) > 1:
         raise UserError("--memory, --device and --table ask for different things; give one.")
-    shape = read_shape(question.model)
-    if question.table:
-        return _print_table(shape, question)
-    device = _device(question)
-    choice = make_plan(shape, _request(shape, question, device))
-    if question.format == "json":
-        print(json.dumps(_as_json(shape, question, device, choice), indent=2))
-    else:
-        _print_choice(shape, question, device, choice)
-    return 0
-
-
-def _device(question: Question) -> Device:
-    if question.memory:
-        size = parse_bytes(question.memory)
-        # A number of bytes is what there is beyond the process itself, on a card like most.
-        return Device(name=question.memory, memory_gib=size / 2**30, kind="", free_bytes=size)
-    return find_device(question.device) if question.device else this_machine()
-
-
-def _request(shape: ModelShape, question: Question, device: Device) -> Request:
-    length = Train().max_length
-    wanted = {
-        "batch": question.batch,
-        "carried_rank": question.carried_rank,
-        "num_examples": question.examples,
+    shape = read_shape(model)
+    asked = {
+        "max_length": max_length or min(Train().max_length, shape.max_positions),
+        "batch": batch,
+        "num_examples": examples,
+        "carried_rank": carried_rank,
+        "quantization": quantization,
+        "optim": optim,
+        "attention": attn_implementation,
+        "rank": rank,
+        "target_modules": target_modules,
     }
+    if table:
+        rows = [(known, _tried(shape, asked, known)) for known in DEVICES.values()]
+        if format == "json":
+            print(json.dumps([_as_json(model, shape, *row) for row in rows], indent=2))
+        else:
+            _print_table(model, shape, rows)
+        return
+    chosen = _device(memory, device)
+    choice = make_plan(shape, _request(asked, chosen))
+    if format == "json":
+        print(json.dumps(_as_json(model, shape, chosen, choice), indent=2))
+    else:
+        _print_choice(model, shape, chosen, choice)
+
+
+def _device(memory: str, name: str) -> Device:
+    if memory:
+        size = parse_bytes(memory)
+        # A number of bytes is what there is beyond the process itself, on a card like most.
+        return Device(name=memory, memory_gib=size / 2**30, kind="", free_bytes=size)
+    return find_device(name) if name else this_machine()
+
+
+def _request(asked: dict[str, Any], device: Device) -> Request:
     return Request(
         memory_bytes=device.usable_bytes,
-        max_length=question.max_length or min(length, shape.max_positions),
-        quantization=question.quantization,
-        optim=question.optim,
-        attention=question.attn_implementation or "auto",
-        rank=question.rank,
-        target_modules=question.target_modules,
         bfloat16=device.bfloat16,
         quantizes=device.quantizes,
         cuda=device.kind != "cpu",
         unified_memory=device.unified,
         runtime_bytes=device.runtime_bytes,
-        **{key: value for key, value in wanted.items() if value is not None},
+        **asked,
     )
 
 
+def _tried(shape: ModelShape, asked: dict[str, Any], device: Device) -> Choice | UserError:
+    """The plan, or why there is none: a table shows small devices beside large ones."""
+    try:
+        return make_plan(shape, _request(asked, device))
+    except UserError as error:
+        return error
+
+
 def _as_json(
-    shape: ModelShape, question: Question, device: Device, choice: Choice
+    model: str, shape: ModelShape, device: Device, choice: Choice | UserError
 ) -> dict[str, Any]:
+    if isinstance(choice, UserError):
+        return {"device": asdict(device), "plan": None, "cause": str(choice)}
     return {
-        "model": question.model,
+        "model": model,
         "model_type": shape.model_type,
         "num_parameters": shape.num_parameters,
         "device": asdict(device),
@@ -130,12 +136,12 @@ def _console() -> Any:
     return console if console.is_terminal else Console(highlight=False, markup=False, width=120)
 
 
-def _print_choice(shape: ModelShape, question: Question, device: Device, choice: Choice) -> None:
+def _print_choice(model: str, shape: ModelShape, device: Device, choice: Choice) -> None:
     from rich.table import Table
 
     plan, terms, console = choice.plan, choice.terms, _console()
     console.print(
-        f"{question.model}: {shape.model_type}, {shape.num_parameters:,} parameters; "
+        f"{model}: {shape.model_type}, {shape.num_parameters:,} parameters; "
         f"{device.name}: {human_bytes(device.usable_bytes)} to use"
     )
     console.print(
@@ -162,8 +168,8 @@ def _print_choice(shape: ModelShape, question: Question, device: Device, choice:
     console.print(table)
     console.print("* what binds: the largest terms, two thirds of the whole together")
     chosen = settings(choice)
-    if not question.model.endswith(".json"):  # a configuration alone has no weights to train on
-        chosen = {"model.name": question.model, **chosen}
+    if not model.endswith(".json"):  # a configuration alone has no weights to train on
+        chosen = {"model.name": model, **chosen}
     sets = " ".join(f"--set {key}={value}" for key, value in chosen.items())
     console.print(f"flexlora simulate {sets}", soft_wrap=True)
 
@@ -173,15 +179,13 @@ def _held(choice: Choice) -> str:
     return plan.dtype if plan.quantization == "none" else f"{plan.quantization} in {plan.dtype}"
 
 
-def _print_table(shape: ModelShape, question: Question) -> int:
-    """One row per known device; one that is too small has what it lacks in place of a plan."""
-    rows = [(device, _tried(shape, question, device)) for device in DEVICES.values()]
-    if question.format == "json":
-        print(json.dumps([_row_json(shape, question, *row) for row in rows], indent=2))
-        return 0
+def _print_table(
+    model: str, shape: ModelShape, rows: list[tuple[Device, Choice | UserError]]
+) -> None:
+    """One row per device; one that is too small has what it lacks in place of a plan."""
     from rich.table import Table
 
-    table = Table(title=f"{question.model}: {shape.num_parameters:,} parameters")
+    table = Table(title=f"{model}: {shape.num_parameters:,} parameters")
     texts = ("device", "base", "moments")
     for column in (*texts[:1], "usable", *texts[1:], "rank", "carried", "rows", "checkpoints"):
         table.add_column(column, justify="left" if column in texts else "right")
@@ -204,20 +208,3 @@ def _print_table(shape: ModelShape, question: Question) -> int:
             human_bytes(needed_bytes(choice.terms, choice.request)),
         )
     _console().print(table)
-    return 0
-
-
-def _tried(shape: ModelShape, question: Question, device: Device) -> Choice | UserError:
-    """The plan, or why there is none: a table shows small devices beside large ones."""
-    try:
-        return make_plan(shape, _request(shape, question, device))
-    except UserError as error:
-        return error
-
-
-def _row_json(
-    shape: ModelShape, question: Question, device: Device, choice: Choice | UserError
-) -> dict[str, Any]:
-    if isinstance(choice, UserError):
-        return {"device": asdict(device), "plan": None, "cause": str(choice)}
-    return _as_json(shape, question, device, choice)

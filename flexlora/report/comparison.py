@@ -102,7 +102,13 @@ def _differing(runs: Sequence[RunRecords]) -> list[str]:
     known = [key for key in KEYS if key != "out"]
     others = sorted({key for run in runs for key in run.config} - KEYS.keys())
     keys = [*known, *others]
-    return [key for key in keys if len({_shown_setting(run, key) for run in runs}) > 1]
+
+    def differs(key: str) -> bool:
+        foreign = key.startswith("method.")  # a run whose method lacks the option has no value
+        having = [run for run in runs if key in run.config or not foreign]
+        return len({_shown_setting(run, key) for run in having}) > 1
+
+    return [key for key in keys if differs(key)]
 
 
 def _setting(runs: Sequence[RunRecords], key: str) -> Column:

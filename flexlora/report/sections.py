@@ -162,7 +162,7 @@ def _shortened(words: str, most: int) -> str:
 
 
 def changed_settings(run: RunRecords) -> Markup:
-    """The keys whose value is not the default of the version that writes the page."""
+    """The method's options, and the keys whose value is not the default of this version."""
     rows = []
     for key, value in run.config.items():
         default, meaning = "(no such key in this version)", ""

@@ -46,10 +46,8 @@ def logits(model):
 
 
 def test_help_names_the_commands_and_help_config_every_key_with_its_default(capsys):
-    with pytest.raises(SystemExit) as exit:
-        main(["--help"])
-    out = capsys.readouterr().out
-    assert exit.value.code == 0 and all(name in out for name in ("simulate", "eval", "export"))
+    out = printed(["--help"], capsys)
+    assert all(name in out for name in ("simulate", "eval", "export"))
     lines = printed(["simulate", "--help-config"], capsys).splitlines()
     listed = {line.split()[0]: line for line in lines}
     assert listed.keys() == all_keys().keys() and len(lines) == len(listed)
@@ -58,6 +56,18 @@ def test_help_names_the_commands_and_help_config_every_key_with_its_default(caps
         default = default.lower() if isinstance(info.default, bool) else default
         assert default in listed[key] and info.description in listed[key]
         assert all(choice in listed[key] for choice in choices(info.annotation))
+
+
+def test_the_help_of_a_command_is_plain_and_describes_arguments_options_and_defaults(capsys):
+    text = printed(["export", "--help"], capsys)
+    assert not re.search("[\x1b\\\\\u2500-\u257f]", text)
+    for line in (
+        "RUN +a run folder +\\[required]",
+        "--rank .*\\[required]",
+        "--format .*default: peft",
+    ):
+        assert re.search(line, text), line
+    assert text.count("a run folder") == 1
 
 
 def test_no_command_at_all_prints_the_help_and_fails(capsys):

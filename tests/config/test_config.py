@@ -22,7 +22,8 @@ from flexlora.config.resolve import (
 from flexlora.errors import UserError
 from flexlora.planning.planner import Request
 from flexlora.server.settings import check_config
-from flexlora.training.personal import PersonalPlan
+from flexlora.server.strategy import FlexLoRAStrategy
+from flexlora.server.transport.exchange import retry_policy
 from flexlora.training.schedule import TrainSettings
 from paths import ROOT
 
@@ -47,18 +48,32 @@ def test_pyproject_lists_every_key_of_every_method():
     assert Config.of(of_flower(asked)).method.prune_factor == 0.5
 
 
-def test_the_library_has_the_defaults_of_the_command_line():
-    """Each of the six was another number in the library than at the command line."""
-    config = Config()
-    assert TrainSettings().learning_rate == config.train.learning_rate == 5e-3
-    assert TrainSettings().max_steps == config.train.max_steps == 20
-    assert make_method("carried").options.carried_rank == config.method.carried_rank == 32
+# Each of the six below had another default in the library than at the command line.
+def test_the_library_carries_the_rank_of_the_command_line():
+    assert make_method("carried").options.carried_rank == Config().method.carried_rank == 32
     assert Request(memory_bytes=1).carried_rank == 32
-    assert make_method("hetlora").options.prune_factor == 0.75
-    assert make_method("hetlora").local.prune_factor == 0.75
-    assert config.server.resends == 2
-    assert config.server.backoff_rounds == 8
-    assert PersonalPlan(alpha=1.0).max_steps == config.personal.max_steps == 10
+
+
+def test_the_library_trains_at_the_rate_of_the_command_line():
+    assert TrainSettings().learning_rate == Config().train.learning_rate == 5e-3
+
+
+def test_the_library_trains_the_steps_of_the_command_line():
+    assert TrainSettings().max_steps == Config().train.max_steps == 20
+
+
+def test_the_library_sends_lost_messages_again_as_the_command_line_does():
+    strategy = FlexLoRAStrategy(Config())
+    assert retry_policy(object(), strategy.config, timeout=10.0).resends == 2
+
+
+def test_the_library_spares_clients_that_fail_as_the_command_line_does():
+    assert FlexLoRAStrategy(Config()).selector.config.server.backoff_rounds == 8
+
+
+def test_the_library_prunes_as_the_command_line_does():
+    asked = Config.of({"method.name": "hetlora"})
+    assert make_method("hetlora").local.prune_factor == asked.method.prune_factor == 0.75
 
 
 @pytest.mark.parametrize(

@@ -303,8 +303,7 @@ def test_the_command_takes_an_optimizer_and_an_attention_kernel(capsys):
 
 
 def test_the_help_names_what_can_be_asked_for(capsys):
-    with pytest.raises(SystemExit):
-        main(["plan", "--help"])
+    assert main(["plan", "--help"]) == 0
     told = " ".join(capsys.readouterr().out.split())
     for key in ("model.quantization", "model.attn-implementation"):
         assert all(choice in told for choice in choices(KEYS[key].annotation)), key

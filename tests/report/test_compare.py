@@ -48,6 +48,7 @@ def test_the_table_says_what_differs_and_what_came_of_it(pair):
     assert table == {
         "run": ["one", "two"],
         "method.name": ["carried", "flexlora"],
+        "method.server-learning-rate": ["2.0", "1.0"],
         "rounds": ["2", "2"],
         "loss": ["1.500", "1.200"],
         "exact match": ["", "0.625"],
@@ -119,13 +120,15 @@ def test_the_command_prints_the_table_and_writes_the_page(pair, tmp_path, capsys
     file = tmp_path / "page.html"
     assert main(["compare", *map(str, pair), "--out", str(file)]) == 0
     out = capsys.readouterr().out
-    assert out.splitlines()[0].split()[:3] == ["run", "method.name", "rounds"]
+    settings = ["method.name", "method.server-learning-rate"]
+    assert out.splitlines()[0].split()[:4] == ["run", *settings, "rounds"]
     assert f"Page: {file}" in out
     page = read_page(file)
     assert asked_for(page) == [] and len(set(page.ids())) == len(page.ids())
     assert page.table("Settings that differ") == [
         ["key", "one", "two"],
         ["method.name", "carried", "flexlora"],
+        ["method.server-learning-rate", "2.0", "1.0"],
     ]
 
 

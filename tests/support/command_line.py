@@ -17,12 +17,13 @@ def parse(arguments: Sequence[str]) -> str:
     """Parse ``flexlora ARGUMENTS`` without running it: what is wrong, or nothing."""
     from flexlora.commands import cli
 
-    printed = io.StringIO()
     try:
-        with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
-            cli._parser().parse_args(list(arguments))
-    except SystemExit as ended:
-        return printed.getvalue() if ended.code else ""
+        with contextlib.redirect_stdout(io.StringIO()):
+            cli.parse(arguments)
+    except click.exceptions.Exit:  # --help
+        return ""
+    except UserError as error:
+        return str(error)
     return ""
 
 
@@ -32,15 +33,15 @@ def commands() -> dict[str, set[str]]:
 
     found: dict[str, set[str]] = {}
 
-    def walk(parser, path: str) -> None:
-        flags = {flag for action in parser._actions for flag in action.option_strings}
-        found[path] = flags
-        for action in parser._actions:
-            if isinstance(action.choices, dict):
-                for name, below in action.choices.items():
-                    walk(below, f"{path} {name}".strip())
+    def walk(command: click.Command, path: str) -> None:
+        context = click.Context(command)
+        params = command.get_params(context)
+        found[path] = {flag for param in params for flag in param.opts if flag.startswith("-")}
+        for name in getattr(command, "table", ()):
+            below = command.get_command(context, name)
+            walk(below, f"{path} {name}".strip())
 
-    walk(cli._parser(), "")
+    walk(cli.FLEXLORA, "")
     return found
 
 

@@ -7,8 +7,8 @@ import socket
 import ssl
 from contextlib import ExitStack
 
-from flexlora.clients.setup.init import ClientInit, client_init
-from flexlora.server.init import ServerInit, server_init
+from flexlora.clients.setup.init import client_init
+from flexlora.server.init import server_init
 from trainers import write_rows
 
 HOSTS = ("fl.example.org", "10.1.2.3")
@@ -16,9 +16,9 @@ HOSTS = ("fl.example.org", "10.1.2.3")
 
 def both_folders(place):
     """Both folders, the server's with its proxy, and the rows of the node."""
-    server_init(ServerInit(folder=str(place / "server"), host=HOSTS, port=9092))
+    server_init(folder=str(place / "server"), host=list(HOSTS), port=9092)
     write_rows(place / "rows")
-    client_init(node_of(place))
+    client_init(**node_of(place))
     return place
 
 
@@ -31,7 +31,7 @@ def node_of(place, name="node", **changes):
         "client_id": "site-a",
         "device": "cpu",
     }
-    return ClientInit(**(values | changes))
+    return values | changes
 
 
 def text_of(path):

@@ -30,7 +30,7 @@ from federation import (
 )
 from flexlora.clients.app import app as client_app
 from flexlora.clients.worker import worker_for
-from flexlora.config.resolve import Config, read_toml
+from flexlora.config.resolve import Config
 from flexlora.server.app import app as server_app
 from flexlora.simulations.engine.cohorts import CohortLimits
 from flexlora.simulations.engine.grid import InProcessGrid
@@ -142,16 +142,6 @@ def test_a_node_with_its_own_data_folder_is_one_client_by_its_own_name(tmp_path)
         ("north", "4", "ok"),
         ("south", "4", "ok"),
     ]
-
-
-def test_the_flower_defaults_are_the_configurations_own():
-    """Flower refuses unknown overrides, so the app's table must list every key."""
-    listed = {
-        key.removeprefix("tool.flwr.app.config."): value
-        for key, value in read_toml(ROOT / "pyproject.toml").items()
-        if key.startswith("tool.flwr.app.config.")
-    }
-    assert listed == Config().flat()
 
 
 @pytest.mark.slow

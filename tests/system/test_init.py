@@ -24,11 +24,11 @@ from flexlora.clients.setup.init import client_init
 from flexlora.clients.setup.machine_plan import plan_machine
 from flexlora.commands.cli import main
 from flexlora.config.paths import EMBEDDED
-from flexlora.config.resolve import Config, flatten
+from flexlora.config.resolve import Config, all_keys, flatten, of_flower
 from flexlora.deploy.certificates import alternative_names
 from flexlora.errors import UserError
 from flexlora.planning.probing import Probe
-from flexlora.server.init import ServerInit, server_init
+from flexlora.server.init import server_init
 from init_folders import both_folders, node_of, text_of, tree
 from paths import CONFIGS, ROOT
 
@@ -82,8 +82,8 @@ def test_again_into_the_same_folder_changes_no_byte(made, capsys):
     words = ["--host", "other.org"]
     assert main(["server", "init", str(made / "server"), *words]) == 2
     ours = node_of(made)
-    told = ["--superlink", ours.superlink, "--root-certificates", ours.root_certificates]
-    assert main(["client", "init", ours.folder, *told, "--data", ours.data]) == 2
+    told = ["--superlink", ours["superlink"], "--root-certificates", ours["root_certificates"]]
+    assert main(["client", "init", ours["folder"], *told, "--data", ours["data"]]) == 2
     err = capsys.readouterr().err
     assert (
         err.count("is not empty, and init overwrites nothing") == 2 and len(err.splitlines()) == 2
@@ -96,7 +96,9 @@ def test_the_servers_app_is_flowers_and_holds_no_code(made):
     bundle = zipfile.ZipFile(io.BytesIO(build_fab_from_disk(app))).namelist()
     assert sorted(bundle) == [".info/CONTENT", "pyproject.toml"]
     table = tomllib.loads(text_of(app / "pyproject.toml"))["tool"]["flwr"]["app"]
-    assert flatten(table["config"]) == Config().flat()
+    values = flatten(table["config"])
+    assert values.keys() == all_keys().keys()
+    assert Config.of(of_flower(values)) == Config()
     ours = tomllib.loads(text_of(ROOT / "pyproject.toml"))
     assert table["components"] == ours["tool"]["flwr"]["app"]["components"]
 
@@ -146,7 +148,7 @@ def test_the_node_config_is_what_flower_parses_and_the_client_app_looks_for(made
 @pytest.mark.skipif(not shutil.which("openssl"), reason="no openssl here")
 def test_the_readmes_way_to_a_new_certificate_gives_one_for_the_same_names(tmp_path):
     place = tmp_path / "server"
-    server_init(ServerInit(folder=str(place), host=["fl.example.org", "fd00::5"], days=3))
+    server_init(folder=str(place), host=["fl.example.org", "fd00::5"], days=3)
     first = x509.load_pem_x509_certificate((place / "server.crt").read_bytes())
     section = text_of(place / "README.md").split("## When the certificate ends")[1]
     (block,) = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
@@ -189,13 +191,9 @@ def test_a_small_memory_takes_a_smaller_base_and_a_broken_kernel_is_not_proposed
 
 
 def test_without_a_proxy_the_readme_says_so_and_nothing_names_one(tmp_path):
-    server_init(
-        ServerInit(folder=str(tmp_path / "out"), host=["10.0.0.7"], proxy="none", port=7000)
-    )
-    server_init(
-        ServerInit(folder=str(tmp_path / "in"), host=["localhost"], proxy="none", port=7000)
-    )
-    server_init(ServerInit(folder=str(tmp_path / "six"), host=["fd00::1"], proxy="none", port=7000))
+    server_init(folder=str(tmp_path / "out"), host=["10.0.0.7"], proxy="none", port=7000)
+    server_init(folder=str(tmp_path / "in"), host=["localhost"], proxy="none", port=7000)
+    server_init(folder=str(tmp_path / "six"), host=["fd00::1"], proxy="none", port=7000)
     for name, bind in (("out", "0.0.0.0"), ("in", "127.0.0.1"), ("six", "::")):
         assert f"--host {bind} --port 7000" in text_of(tmp_path / name / "bin/start-superlink")
         assert "can submit code" in text_of(tmp_path / name / "README.md")
@@ -225,7 +223,7 @@ def test_without_a_proxy_the_readme_says_so_and_nothing_names_one(tmp_path):
 def test_what_server_init_refuses(tmp_path, monkeypatch, changes, words):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=words):
-        server_init(ServerInit(**({"folder": "new", "host": ["localhost"]} | changes)))
+        server_init(**({"folder": "new", "host": ["localhost"]} | changes))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -262,7 +260,7 @@ def test_what_client_init_refuses(made, tmp_path, monkeypatch, changes, words):
         for key, value in changes.items()
     }
     with pytest.raises(UserError, match=words):
-        client_init(node_of(made, **({"folder": "new"} | spelled)))
+        client_init(**node_of(made, **({"folder": "new"} | spelled)))
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 
 
@@ -270,15 +268,15 @@ def test_a_node_without_a_name_has_its_rows_or_its_computers(made, tmp_path):
     (tmp_path / "train.jsonl").write_text(
         '{"instruction": "a", "output": "b", "client": "north"}\n'
     )
-    client_init(node_of(made, folder=str(tmp_path / "one"), client_id="", data=str(tmp_path)))
+    client_init(**node_of(made, folder=str(tmp_path / "one"), client_id="", data=str(tmp_path)))
     assert "--client-id north " in text_of(tmp_path / "one/bin/start-trainer")
-    client_init(node_of(made, folder=str(tmp_path / "two"), client_id=""))
+    client_init(**node_of(made, folder=str(tmp_path / "two"), client_id=""))
     assert re.search(r"--client-id [A-Za-z0-9]\S* ", text_of(tmp_path / "two/bin/start-trainer"))
 
 
 def test_a_base_on_the_disk_closes_the_trainers_network_and_one_on_the_hub_does_not(made, tmp_path):
     shutil.copytree(EMBEDDED, tmp_path / "base")
-    client_init(node_of(made, folder=str(tmp_path / "disk"), model=str(tmp_path / "base")))
+    client_init(**node_of(made, folder=str(tmp_path / "disk"), model=str(tmp_path / "base")))
     script = text_of(tmp_path / "disk/bin/start-trainer")
     assert f"--model {tmp_path}/base " in script and "HF_HUB_OFFLINE=1" in script
     assert f"{tmp_path}/base:{tmp_path}/base:ro" in text_of(tmp_path / "disk/docker/compose.yaml")
@@ -293,10 +291,9 @@ def test_unknown_flags_get_the_nearest_name(capsys):
         (["client", "init", "x", "--superlnik", "a:1"], "--superlink"),
         (["server", "inti", "x"], "init"),
     ):
-        with pytest.raises(SystemExit) as exit:
-            main(words)
+        status = main(words)
         err = capsys.readouterr().err
-        assert exit.value.code == 2 and err.startswith("flexlora: ") and len(err.splitlines()) == 1
+        assert status == 2 and err.startswith("flexlora: ") and len(err.splitlines()) == 1
         assert f"Did you mean '{hint}'?" in err or "required" in err
 
 
@@ -304,7 +301,7 @@ def test_a_server_known_by_its_address_is_the_only_one_that_is_reached(made, tmp
     unit = "systemd/flexlora-supernode.service"
     assert "\nIPAddressDeny" not in text_of(made / "node" / unit)
     asked = {"superlink": "10.1.2.3:9092", "quantization": "nf4", "memory_limit": "8GiB"}
-    client_init(node_of(made, folder=str(tmp_path / "node"), **asked))
+    client_init(**node_of(made, folder=str(tmp_path / "node"), **asked))
     text = text_of(tmp_path / "node" / unit)
     assert "\nIPAddressDeny=any\nIPAddressAllow=localhost 10.1.2.3\n" in text
     trainer = text_of(tmp_path / "node/bin/start-trainer")

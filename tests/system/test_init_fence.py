@@ -14,7 +14,7 @@ from flwr.superlink.main import create_app
 
 from flexlora.clients.setup import machine_plan
 from flexlora.clients.setup.init import client_init
-from flexlora.server.init import ServerInit, server_init
+from flexlora.server.init import server_init
 from init_folders import HOSTS, both_folders, free_ports, node_of, status, text_of
 
 
@@ -172,7 +172,7 @@ def test_a_real_nginx_resolves_dots_and_escapes_before_it_matches(tmp_path):
     """Nobody is behind it: what it would pass on is 502, what it refuses is its own answer."""
     port = free_ports(2)
     place = tmp_path / "server"
-    server_init(ServerInit(folder=str(place), host=["localhost"], port=port))
+    server_init(folder=str(place), host=["localhost"], port=port)
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen([place / "bin" / "start-proxy"], stderr=log)
     try:
@@ -233,7 +233,7 @@ def test_a_card_is_given_to_the_trainer_alone(made, monkeypatch, tmp_path):
         return found
 
     monkeypatch.setattr(machine_plan, "plan_machine", with_card)
-    client_init(node_of(made, folder=str(tmp_path / "node")))
+    client_init(**node_of(made, folder=str(tmp_path / "node")))
     services = yaml.safe_load(text_of(tmp_path / "node/docker/compose.yaml"))["services"]
     assert [name for name, service in services.items() if "deploy" in service] == ["trainer"]
     (device,) = services["trainer"]["deploy"]["resources"]["reservations"]["devices"]

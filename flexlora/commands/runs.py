@@ -1,0 +1,80 @@
+"""``flexlora eval``, ``report``, ``watch``, ``compare``, ``export`` and ``doctor``: no training."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from typer import Argument, Option
+
+from flexlora.commands.train import ConfigFile, Sets
+
+__all__ = ["compare", "doctor", "evaluate", "export", "report", "watch"]
+
+
+def evaluate(
+    target: Annotated[str, Argument(metavar="ADAPTER_OR_RUN", help="a PEFT or a run folder")],
+    data: Annotated[str, Option(metavar="DIR", help="data folder (default: the run's)")] = "",
+    config_file: ConfigFile = None,
+    sets: Sets = None,
+) -> int:
+    from flexlora.simulations.inspection import evaluate_target
+
+    return evaluate_target(target, data=data or None, file=config_file, sets=tuple(sets or ()))
+
+
+def report(
+    target: Annotated[str, Argument(metavar="RUN", help="a run folder, finished or not")],
+) -> None:
+    from flexlora.report import write_report
+
+    print(f"Report: {write_report(target)}")
+
+
+def watch(
+    target: Annotated[str, Argument(metavar="[RUN]", help="(default: the newest)")] = "",
+    once: Annotated[bool, Option("--once", help="print one picture and end")] = False,
+) -> int:
+    from flexlora.report.console import make_console
+    from flexlora.report.watch import watch
+
+    return watch(target or None, once=once, console=make_console())
+
+
+def compare(
+    targets: Annotated[list[str], Argument(metavar="RUN...", help="two run folders or more")],
+    out: Annotated[str, Option(metavar="FILE.html", help="write a page with the figures")] = "",
+) -> int:
+    from flexlora.report import compare
+    from flexlora.report.console import make_console
+
+    return compare(targets, out=out or None, console=make_console())
+
+
+def export(
+    target: Annotated[str, Argument(metavar="RUN", help="a run folder")],
+    rank: Annotated[int, Option(help="rank of the adapter")],
+    out: Annotated[str, Option(metavar="DIR", help="folder to write")],
+    format: Annotated[str, Option(help="peft or merged")] = "peft",
+) -> None:
+    from flexlora.simulations.inspection import export_run
+
+    export_run(target, rank=rank, kind=format, out=out)
+
+
+def doctor(
+    superlink: Annotated[
+        list[str] | None, Option(metavar="HOST:PORT", help="try to reach it (repeatable)")
+    ] = None,
+    root_certificates: Annotated[str, Option(help="who signed the SuperLink's certificate")] = "",
+    node_key: Annotated[str, Option(help="this node's private key: is it registered?")] = "",
+    trainer_socket: Annotated[str, Option(help="ask the resident trainer how it is")] = "",
+    format: Annotated[str, Option(help="text or json")] = "text",
+) -> int:
+    from flexlora.clients.setup.superlink_checks import node_checks
+    from flexlora.deploy.doctor import CHECKS, check_format, diagnose, report
+    from flexlora.simulations.flower_checks import check_flower
+
+    check_format(format)
+    asked = node_checks(superlink or (), root_certificates, node_key, trainer_socket)
+    findings = diagnose([*CHECKS, ("flower", check_flower), *asked])
+    return report(findings, format=format)
