@@ -68,7 +68,7 @@ def test_only_a_dead_socket_is_removed(tmp_path, monkeypatch):
 def test_a_run_can_change_nothing_that_is_the_nodes(tmp_path):
     node = OwnerConfig.of(model="embedded", data="/rows", sets=("model.dtype=bfloat16",))
     wanted = {
-        **Config(),
+        **Config().flat(),
         "model.name": "owner/other",
         "model.dtype": "float64",
         "data.path": "/etc",
@@ -90,11 +90,12 @@ def test_a_run_can_change_nothing_that_is_the_nodes(tmp_path):
 def test_no_key_that_names_a_place_travels():
     """What a key's help calls a folder, a file, a hub name, a CSV or an address is the node's."""
     names_a_place = r"\b(folder|file|hub|CSV|address)\b"
-    places = [key for key, option in all_keys().items() if re.search(names_a_place, option.help)]
+    helps = {key: option.description for key, option in all_keys().items()}
+    places = [key for key, text in helps.items() if re.search(names_a_place, text)]
     assert {"model.name", "data.path", "data.name", "out", "ranks.file"} <= set(places)
     run = {key: "/from/the/run" for key in places if isinstance(KEYS[key].default, str)}
     node = OwnerConfig.of(model="embedded", data="/rows").config
-    assert "/from/the/run" not in job_config(node, run).values()
+    assert "/from/the/run" not in job_config(node, run).flat().values()
 
 
 @pytest.mark.parametrize("item", ["train.max-steps=3", "data.path=/x", "clients.count=3", "seed=1"])

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from faulty_grid import REPLY, SILENT, Fate, FaultyGrid, Told, lost, people, run, settings
 from federation import StopAt, same_bytes
-from flexlora.aggregation import Update, make_method
+from flexlora.aggregation import make_method
 from flexlora.aggregation.engine.open_round import OpenRound
 from flexlora.aggregation.engine.starts import Factoring
+from flexlora.aggregation.engine.updates import Update
 from flexlora.runs.outcomes import Outcome
 from flexlora.server.observing.observer import LogObserver
 from flexlora.server.transport.exchange import exchange

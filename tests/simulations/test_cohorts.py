@@ -90,7 +90,7 @@ def test_the_resolved_configuration_names_the_plan_and_keeps_what_was_given():
     given = small(engine__cohort_size=3)
     chosen = limits_of(resolved_limits(given, worker))
     assert chosen.clients == 3
-    assert chosen.tokens >= 3 * given["train.max-length"] * 2, "three clients fit, whatever"
+    assert chosen.tokens >= 3 * given.train.max_length * 2, "three clients fit, whatever"
     both = small(engine__cohort_size=3, engine__cohort_tokens=100)
     assert limits_of(resolved_limits(both, worker)) == CohortLimits(clients=3, tokens=100)
 
@@ -104,7 +104,7 @@ def test_little_memory_makes_small_passes():
         little = limits_of(resolved_limits(small(), worker)).tokens
     finally:
         worker.free_bytes = before
-    assert small()["train.max-length"] <= little < whole
+    assert small().train.max_length <= little < whole
 
 
 def test_tuning_measures_real_cohorts_and_takes_the_smallest_of_the_fastest(tmp_path, capsys):
@@ -119,9 +119,9 @@ def test_tuning_measures_real_cohorts_and_takes_the_smallest_of_the_fastest(tmp_
     assert fastest(rates).clients == 2
     assert tune(small(), out=str(tmp_path / "tuned.toml")) == 0
     written = Config.resolve(file=tmp_path / "tuned.toml")
-    assert written["engine.cohort-size"] in (1, 2, 4) and "chosen" in capsys.readouterr().out
-    assert {k: v for k, v in written.items() if "cohort" not in k} == {
-        k: v for k, v in small().items() if "cohort" not in k
+    assert written.engine.cohort_size in (1, 2, 4) and "chosen" in capsys.readouterr().out
+    assert {k: v for k, v in written.flat().items() if "cohort" not in k} == {
+        k: v for k, v in small().flat().items() if "cohort" not in k
     }
     with pytest.raises(UserError, match="already exists"):
         tune(small(), out=str(tmp_path / "tuned.toml"))

@@ -163,7 +163,7 @@ def test_scale_is_a_factor_on_clients_rounds_and_seeds(small_experiment, tmp_pat
     recorded.clear()
     sets = ("num-server-rounds=5", "clients.count=7")
     reproduce(small_experiment, seeds=1, out=tmp_path / "given", scale=0.1, sets=sets)
-    assert {(c["clients.count"], c["num-server-rounds"]) for c in recorded} == {(7, 5)}
+    assert {(c.clients.count, c.num_server_rounds) for c in recorded} == {(7, 5)}
     assert len(recorded) == 3
 
 
@@ -193,9 +193,9 @@ def test_trials_are_run_from_half_the_scale_on(monkeypatch, tmp_path, recorded):
 
     monkeypatch.setattr(variant_table, "simulate", spy)
     reproduce("tried", seeds=1, out=tmp_path / "small", scale=0.4)
-    assert not tries and recorded[-1]["train.learning-rate"] == 2e-3
+    assert not tries and recorded[-1].train.learning_rate == 2e-3
     reproduce("tried", seeds=1, out=tmp_path / "large", scale=0.5)
-    assert tries == [(2, 1000)] * 3 and recorded[-1]["train.learning-rate"] == 3e-3
+    assert tries == [(2, 1000)] * 3 and recorded[-1].train.learning_rate == 3e-3
 
 
 # --- what is listed and told -------------------------------------------------------------------

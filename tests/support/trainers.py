@@ -52,7 +52,7 @@ def context_of(config, *, node_id=5, run_id=7, **node_config):
         node_id=node_id,
         node_config={key.replace("_", "-"): value for key, value in node_config.items()},
         state=RecordDict(),
-        run_config=config.flat(),
+        run_config=config if isinstance(config, dict) else config.flat(),
     )
 
 

@@ -12,7 +12,7 @@ from flwr.common.config import fuse_dicts, parse_config_args
 
 from federation import ROOT, Stopped, adapter_bytes, client_rows, rounds, small, untimed
 from flexlora.commands.cli import main
-from flexlora.config.resolve import Config, read_toml
+from flexlora.config.resolve import Config, of_flower, read_toml
 from flexlora.errors import UserError
 from flexlora.runs.folder import RunFolder
 from flexlora.server.app import app as server_app
@@ -21,6 +21,7 @@ from flexlora.server.settings import check_config
 from flexlora.simulations.engine.cohorts import CohortLimits
 from flexlora.simulations.engine.grid import InProcessGrid
 from flexlora.simulations.simulate import simulate
+from spelled import of_names
 
 CONFIG = small(num_server_rounds=3, method__name="residual", lora__dropout=0.1)
 WORKER_CONFIG = CONFIG
@@ -60,7 +61,7 @@ def served(worker, config, *, run_id=7, at=None, kind=MessageType.TRAIN):
 @pytest.fixture(scope="module")
 def whole(worker, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole") / "run"
-    served(worker, CONFIG.replace(out=str(folder)))
+    served(worker, CONFIG.with_values({"out": str(folder)}))
     return folder
 
 
@@ -68,7 +69,7 @@ def whole(worker, tmp_path_factory):
 def broken(worker, tmp_path_factory):
     """A run that ended in its third round; copied, never used itself."""
     folder = tmp_path_factory.mktemp("broken") / "run"
-    served(worker, CONFIG.replace(out=str(folder)), at=3)
+    served(worker, CONFIG.with_values({"out": str(folder)}), at=3)
     return folder
 
 
@@ -80,7 +81,7 @@ def assert_same_run(folder, whole):
 
 
 def test_a_server_app_that_flower_starts_again_goes_on_by_itself(worker, whole, tmp_path):
-    config = CONFIG.replace(out=str(tmp_path / "run"))
+    config = CONFIG.with_values({"out": str(tmp_path / "run")})
     served(worker, config, at=3)
     assert [row["round"] for row in rounds(tmp_path / "run")] == [0, 1, 2]
     served(worker, config)
@@ -97,7 +98,7 @@ def test_the_folder_that_is_named_after_the_run_is_found_again(
 
 
 def test_one_that_died_before_its_first_round_was_written_begins_anew(worker, whole, tmp_path):
-    config = CONFIG.replace(out=str(tmp_path / "run"))
+    config = CONFIG.with_values({"out": str(tmp_path / "run")})
     served(worker, config, at=0, kind=MessageType.EVALUATE)
     assert (tmp_path / "run" / "config.toml").is_file()
     assert not (tmp_path / "run" / "checkpoint").exists()
@@ -110,7 +111,7 @@ def test_another_run_does_not_touch_the_folder(worker, broken, tmp_path):
     shutil.copytree(broken, folder)
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     with pytest.raises(UserError, match="already holds a run"):
-        served(worker, CONFIG.replace(out=str(folder)), run_id=8)
+        served(worker, CONFIG.with_values({"out": str(folder)}), run_id=8)
     kept = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != "live.json"}
     assert kept == {p: data for p, data in before.items() if p.name != "live.json"}
 
@@ -121,14 +122,14 @@ def resume_config(folder):
     app = read_toml(ROOT / "pyproject.toml")
     table = {k: v for k, v in app.items() if k.startswith("tool.flwr.app.config.")}
     defaults = {k.removeprefix("tool.flwr.app.config."): v for k, v in table.items()}
-    return Config.of(fuse_dicts(defaults, given))
+    return Config.of(of_flower(fuse_dicts(defaults, given)))
 
 
 def test_a_new_run_goes_on_with_the_file_that_the_run_left(worker, whole, tmp_path):
-    config = CONFIG.replace(out=str(tmp_path / "run"))
+    config = CONFIG.with_values({"out": str(tmp_path / "run")})
     assert served(worker, config, at=3) == {"7"}
     again = resume_config(tmp_path / "run")
-    assert again["resume"] == str((tmp_path / "run").resolve()) and again["out"] == ""
+    assert again.resume == str((tmp_path / "run").resolve()) and again.out == ""
     served(worker, again, run_id=8, at=3)  # and dies once more, and is started again
     # Nodes go on with what they keep under the first run's number.
     assert served(worker, again, run_id=9) == {"7"}
@@ -141,12 +142,12 @@ def test_a_finished_run_may_be_given_more_rounds(worker, whole, tmp_path):
     served(worker, resumed(folder, num_server_rounds=4, server__quorum=2), run_id=9)
     assert [row["round"] for row in rounds(folder)] == [0, 1, 2, 3, 4]
     kept = Config.resolve(file=folder / "config.toml")
-    assert (kept["num-server-rounds"], kept["server.quorum"], kept["resume"]) == (4, 2, "")
-    assert resume_config(folder)["num-server-rounds"] == 4
+    assert (kept.num_server_rounds, kept.server.quorum, kept.resume) == (4, 2, "")
+    assert resume_config(folder).num_server_rounds == 4
 
 
 def resumed(folder, **changes):
-    return CONFIG.replace(resume=str(folder), **changes)
+    return CONFIG.with_values(of_names(resume=str(folder), **changes))
 
 
 REFUSED = {
@@ -197,7 +198,7 @@ def test_nothing_to_go_on_from_is_told(broken, tmp_path):
 def test_a_folder_that_does_not_name_this_run_is_somebody_elses(text, broken, tmp_path):
     shutil.copytree(broken, tmp_path / "run")
     (tmp_path / "run" / "environment.json").write_text(text)
-    to = destination_of(CONFIG.replace(out=str(tmp_path / "run")), 7)
+    to = destination_of(CONFIG.with_values({"out": str(tmp_path / "run")}), 7)
     assert not to.resume and not to.overwrite
 
 
@@ -221,11 +222,11 @@ def test_what_is_known_of_the_clients_goes_on_too(worker, broken, tmp_path):
     notes = run.load_notes()
     notes["history"]["lost"] = {"client_01": [3, 2]}
     run.save_checkpoint(run.checkpoint, state, classes, notes)
-    config = CONFIG.replace(fraction_train=0.5, out=str(tmp_path / "other"))
+    config = CONFIG.with_values({"fraction-train": 0.5, "out": str(tmp_path / "other")})
     changed = {**read_toml(tmp_path / "run" / "config.toml"), "fraction-train": 0.5}
     nested = {k: v for k, v in Config.of(changed).nested().items() if k != "out"}
     (tmp_path / "run" / "config.toml").write_text(tomli_w.dumps(nested))
-    served(worker, config.replace(resume=str(tmp_path / "run"), out=""), run_id=8)
+    served(worker, config.with_values({"resume": str(tmp_path / "run"), "out": ""}), run_id=8)
     rows = {row["client_id"]: row for row in client_rows(tmp_path / "run", 3)}
     assert rows["client_01"]["status"] == "backing off"
     assert rows["client_01"]["cause"].startswith("sits out to round 6: lost 3 times in a row")

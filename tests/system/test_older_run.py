@@ -98,7 +98,7 @@ def test_no_two_requests_share_a_name(data, tmp_path):
     config = run_config()
     with resident(data, tmp_path / "kept") as made:
         names = {
-            made.trainer._name(
+            made.trainer._file_name(
                 kind,
                 call_of(
                     train_message(config, server_round=server_round),
