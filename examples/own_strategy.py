@@ -20,7 +20,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from flexlora.aggregation.engine.state import State
 from flexlora.clients.app import app as flexlora_client
-from flexlora.config.resolve import Config
+from flexlora.config.resolve import Config, of_flower
 from flexlora.lora.peft_folder import save_adapter
 from flexlora.server.observing.observer import Observer
 from flexlora.server.strategy import FlexLoRAStrategy
@@ -56,7 +56,7 @@ class KeepBest(FlexLoRAStrategy):
 
 @server_app.main()
 def run_server(grid: Grid, context: Context) -> None:
-    config = Config.of({**CONFIG, **context.run_config})
+    config = Config.of({**CONFIG, **of_flower(context.run_config)})
     strategy = KeepBest(config, observer=Printer())
     strategy.start(grid)
     loss, state = strategy.best
@@ -80,4 +80,4 @@ if __name__ == "__main__":
     config = Config.of(CONFIG)
     worker = worker_for(config)
     grid = make_grid(resolved_limits(config, worker), worker)
-    run_server(grid, Context(1, 0, {}, RecordDict(), dict(config)))
+    run_server(grid, Context(1, 0, {}, RecordDict(), config.flat()))

@@ -45,7 +45,7 @@ class AppGrid(InProcessGrid):
     def answer(self, message):
         node = message.metadata.dst_node_id
         place = {"partition-id": node - 1, "num-partitions": len(self._clients)}
-        context = Context(1, node, place, RecordDict(), dict(self.config))
+        context = Context(1, node, place, RecordDict(), self.config.flat())
         return self.client_app(message, context)
 
 
@@ -54,7 +54,7 @@ def test_the_apps_train_evaluate_and_save_the_best_round(tmp_path, monkeypatch, 
     example = loaded(ROOT / "examples" / "own_strategy.py")
     config = small(num_server_rounds=2)
     grid = AppGrid(config, example.client_app)
-    example.server_app(grid, Context(1, 0, {}, RecordDict(), dict(config)))
+    example.server_app(grid, Context(1, 0, {}, RecordDict(), config.flat()))
     *rounds, last = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in rounds] == ["round 0", "round 1", "round 2"]
     losses = [float(line.split()[-1]) for line in rounds]

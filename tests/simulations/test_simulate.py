@@ -262,7 +262,7 @@ def test_one_process_and_two_give_the_same_bytes_also_where_one_of_them_is_kille
     process = subprocess.Popen([sys.executable, "-c", TWO_ACTORS, *arguments], env=environment)
     killed = kill_a_worker(process)
     assert process.wait(timeout=300) == 0 and killed
-    status, _, _ = finished(command("simulate", *two, "--out", tmp_path / "together"))
+    status, _, _ = finished(command("simulate", *as_sets(two), "--out", tmp_path / "together"))
     assert status == 0
     for name in ("killed", "together"):
         assert adapter_bytes(tmp_path / "alone") == adapter_bytes(tmp_path / name)

@@ -231,8 +231,7 @@ def test_flwr_run_agrees_with_the_engine_and_leaves_no_process(superlink, tmp_pa
     """Four supernodes on Ray and the smoke scenario; a node trains one client, as K = 1 does."""
     process, environment = superlink
     scenario = Config.resolve(file=SMOKE, sets=("clients.count=4", "engine.threads=1"))
-    defaults = Config()
-    changed = {k: v for k, v in scenario.items() if v != defaults[k]}
+    changed = scenario.changed()
     changed["out"] = str(tmp_path / "flower")
     override = " ".join(
         f'{key}="{value}"' if isinstance(value, str) else f"{key}={value}"
