@@ -281,7 +281,7 @@ class RayPool:
         for _ in range(TRIES):
             _check_connected()
             kind: Any = ray.remote(CohortActor)  # Ray's types know no method of an actor
-            actor = kind.options(**self.resources).remote(dict(self.config))
+            actor = kind.options(**self.resources).remote(self.config.flat())
             with self.changed:
                 if self.ended is not None:
                     raise self.ended
