@@ -15,10 +15,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
-
 from flexlora.aggregation.engine.method import Law
-from flexlora.aggregation.engine.options import FastStepOptions
+from flexlora.aggregation.engine.options import CARRIED_RANK, FastStepOptions, option
 from flexlora.aggregation.engine.server_step import moved_by
 from flexlora.aggregation.engine.starts import Factoring, LocalPlan, Start, directions, fresh
 from flexlora.aggregation.engine.state import State
@@ -37,17 +35,13 @@ class Aligned:
     wire_space = "products"
 
     class Options(FastStepOptions):
-        carried_rank: int = Field(
-            default=32, ge=1, description="rank of the frozen factors, where a class names no other"
+        carried_rank: int = option(
+            CARRIED_RANK, "rank of the frozen factors, where a class names no other", ge=1
         )
-        carried_dtype: Literal["", "float32", "bfloat16"] = Field(
-            default="", description="dtype of the frozen factors (empty: wire.dtype)"
+        carried_dtype: Literal["", "float32", "bfloat16"] = option(
+            "", "dtype of the frozen factors (empty: wire.dtype)"
         )
-        gradient_batches: int = Field(
-            default=1,
-            ge=0,
-            description="batches to align lora_A with (0: random rows)",
-        )
+        gradient_batches: int = option(1, "batches to align lora_A with (0: random rows)", ge=0)
 
     def __init__(self, options: Options) -> None:
         self.options = options

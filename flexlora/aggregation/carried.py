@@ -13,9 +13,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
-
-from flexlora.aggregation.engine.options import FastStepOptions
+from flexlora.aggregation.engine.options import CARRIED_RANK, FastStepOptions, option
 from flexlora.aggregation.engine.server_step import moved_by
 from flexlora.aggregation.engine.starts import Factoring, Start, directions, truncated
 from flexlora.aggregation.engine.state import State
@@ -35,11 +33,11 @@ class Carried:
     wire_space = "products"
 
     class Options(FastStepOptions):
-        carried_rank: int = Field(
-            default=32, ge=1, description="rank up to which G is sent, where a class names no other"
+        carried_rank: int = option(
+            CARRIED_RANK, "rank up to which G is sent, where a class names no other", ge=1
         )
-        carried_dtype: Literal["", "float32", "bfloat16"] = Field(
-            default="", description="dtype of the frozen factors (empty: wire.dtype)"
+        carried_dtype: Literal["", "float32", "bfloat16"] = option(
+            "", "dtype of the frozen factors (empty: wire.dtype)"
         )
 
     def __init__(self, options: Options) -> None:

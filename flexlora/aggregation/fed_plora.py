@@ -9,11 +9,9 @@ The sets are drawn anew by (seed, round, client). A term that nobody drew stays 
 
 from __future__ import annotations
 
-from pydantic import Field
-
 from flexlora.aggregation.engine.held_factors import first_rows, held_factors, hold
 from flexlora.aggregation.engine.method import Law
-from flexlora.aggregation.engine.options import MethodOptions
+from flexlora.aggregation.engine.options import CARRIED_RANK, MethodOptions, option
 from flexlora.aggregation.engine.starts import Factoring, LocalPlan, Start
 from flexlora.aggregation.engine.state import State
 from flexlora.aggregation.engine.sums import Needs, Sums
@@ -32,9 +30,7 @@ class FedPLoRA:
     wire_space = ""
 
     class Options(MethodOptions):
-        carried_rank: int = Field(
-            default=32, ge=1, description="terms of rank one that all are sent"
-        )
+        carried_rank: int = option(CARRIED_RANK, "terms of rank one that all are sent", ge=1)
 
     def __init__(self, options: Options) -> None:
         self.options = options

@@ -11,12 +11,13 @@ from __future__ import annotations
 import torch
 
 from flexlora.aggregation.engine.factor_sums import Pair
-from flexlora.aggregation.engine.held_factors import first_rows, hold, known_factors, widened
+from flexlora.aggregation.engine.held_factors import hold, known_factors, widened
 from flexlora.aggregation.engine.method import Law
 from flexlora.aggregation.engine.options import MethodOptions
 from flexlora.aggregation.engine.starts import Factoring, Start
 from flexlora.aggregation.engine.state import State
 from flexlora.aggregation.engine.sums import Needs, Sums
+from flexlora.aggregation.fedit import FedIT
 from flexlora.lora.ranks import RankClass
 
 __all__ = ["RBLA", "mean_of_holders"]
@@ -36,8 +37,7 @@ class RBLA:
         self.options = options
 
     def start(self, state: State, rank_class: RankClass, factoring: Factoring) -> Start:
-        trained = first_rows(state, rank_class.ranks(state.change.shapes), factoring)
-        return Start(rank_class=rank_class, base_round=state.round, trained=trained)
+        return FedIT(self.options).start(state, rank_class, factoring)
 
     def close(self, state: State, sums: Sums) -> State:
         return hold(state, {name: mean_of_holders(state, sums, name) for name in state.change})

@@ -15,11 +15,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-from pydantic import Field
 
 from flexlora.aggregation.engine.held_factors import held_factors, hold
 from flexlora.aggregation.engine.method import Law
-from flexlora.aggregation.engine.options import UNCAPPED, MethodOptions, StepOptions
+from flexlora.aggregation.engine.options import UNCAPPED, MethodOptions, StepOptions, option
 from flexlora.aggregation.engine.server_step import moved_by
 from flexlora.aggregation.engine.starts import Factoring, LocalPlan, Start, whole_change
 from flexlora.aggregation.engine.state import State
@@ -42,7 +41,7 @@ class SLoRA:
     wire_space = ""
 
     class Options(MethodOptions):
-        sparse_rounds: int = Field(default=2, ge=0, description="rounds before the SVD start")
+        sparse_rounds: int = option(2, "rounds before the SVD start", ge=0)
 
     def __init__(self, options: Options) -> None:
         self.options = options

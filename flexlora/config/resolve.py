@@ -38,35 +38,6 @@ __all__ = [
 Scalar = bool | int | float | str
 Model = TypeVar("Model", bound=Options)
 METHOD = "carried"
-SECTIONS: dict[str, type[Options]] = {
-    "clients": sections.Clients,
-    "ranks": sections.Ranks,
-    "lora": sections.Lora,
-    "model": sections.Model,
-    "data": sections.Data,
-    "train": sections.Train,
-    "eval": sections.Eval,
-    "personal": sections.Personal,
-    "sampling": sections.Sampling,
-    "population": sections.Population,
-    "engine": sections.Engine,
-    "wire": sections.Wire,
-    "server": sections.Server,
-}
-
-
-def _keys() -> dict[str, FieldInfo]:
-    name = FieldInfo(annotation=str, default=METHOD, description=", ".join(METHODS))
-    found = {"method.name": name}
-    models: dict[str, type[Options]] = {"": sections.Run, **SECTIONS}
-    for section, model in models.items():
-        prefix = f"{section}." if section else ""
-        found |= {prefix + kebab_case(field): info for field, info in model.model_fields.items()}
-    return found
-
-
-# Every key but the methods' options: its default, annotation, description and bounds.
-KEYS: dict[str, FieldInfo] = _keys()
 # What an older version wrote for every method, and what it then meant: nothing.
 RETIRED = {
     "method.realign": False,
@@ -74,16 +45,6 @@ RETIRED = {
     "method.singular-values": "b-heavy",
     "method.server-learning-rate": 0.0,
 }
-
-
-@cache
-def all_keys() -> dict[str, FieldInfo]:
-    """``KEYS`` and the options of every method, whose files are imported."""
-    found = dict(KEYS)
-    for name in METHODS:
-        for field, info in method_class(name).Options.model_fields.items():
-            found.setdefault(f"method.{kebab_case(field)}", info)
-    return found
 
 
 class Config(sections.Run):
@@ -169,6 +130,38 @@ class Config(sections.Run):
     def nested(self) -> dict[str, Any]:
         """The values as nested tables, ready for TOML."""
         return self.model_dump(by_alias=True)
+
+
+SECTIONS: dict[str, type[Options]] = {
+    name: info.annotation
+    for name, info in Config.model_fields.items()
+    if isinstance(info.annotation, type) and issubclass(info.annotation, Options)
+}
+del SECTIONS["method"]  # its options depend on the method, whose file would be imported
+
+
+def _keys() -> dict[str, FieldInfo]:
+    name = FieldInfo(annotation=str, default=METHOD, description=", ".join(METHODS))
+    found = {"method.name": name}
+    models: dict[str, type[Options]] = {"": sections.Run, **SECTIONS}
+    for section, model in models.items():
+        prefix = f"{section}." if section else ""
+        found |= {prefix + kebab_case(field): info for field, info in model.model_fields.items()}
+    return found
+
+
+# Every key but the methods' options: its default, annotation, description and bounds.
+KEYS: dict[str, FieldInfo] = _keys()
+
+
+@cache
+def all_keys() -> dict[str, FieldInfo]:
+    """``KEYS`` and the options of every method, whose files are imported."""
+    found = dict(KEYS)
+    for name in METHODS:
+        for field, info in method_class(name).Options.model_fields.items():
+            found.setdefault(f"method.{kebab_case(field)}", info)
+    return found
 
 
 def _checked(model: type[Model], given: Mapping[str, Any], prefix: str = "") -> Model:

@@ -73,14 +73,7 @@ def parse_row(obj: object, where: str) -> Row:
             f"{where}: 'output' is empty, expected the text to learn; fill it in or take "
             "the row out."
         )
-    return Row(
-        instruction=texts.get("instruction", ""),
-        input=texts.get("input", ""),
-        output=texts["output"],
-        client=labels.get("client"),
-        task=labels.get("task"),
-        category=labels.get("category"),
-    )
+    return Row(**texts, **labels, messages=None)
 
 
 def _messages(present: dict, where: str) -> tuple[tuple[str, str], ...]:

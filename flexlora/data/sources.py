@@ -9,7 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from flexlora.data.rows import Row, parse_row
@@ -79,7 +79,11 @@ def load_hub(name: str) -> dict[str, list[Row]]:
             f"data.name '{name}' has the splits {', '.join(loaded)}, expected 'train' among "
             "them; save the rows as train.jsonl and use data.path."
         )
-    return {split: _parsed(loaded[split], f"{name} {split}") for split in SPLITS if split in loaded}
+    return {
+        split: [parse_row(row, f"{name} {split} row {n}") for n, row in enumerate(loaded[split], 1)]
+        for split in SPLITS
+        if split in loaded
+    }
 
 
 def load_embedded(num_clients: int, seed: int, tasks: str = "default") -> dict[str, list[Row]]:
@@ -146,10 +150,6 @@ def _json(text: str, where: str) -> object:
             f"{where}: not JSON ({_first_line(error)}), expected one JSON object on each line; "
             "remedy the line or take it out."
         ) from None
-
-
-def _parsed(objects: Iterable[object], name: str) -> list[Row]:
-    return [parse_row(obj, f"{name} row {number}") for number, obj in enumerate(objects, start=1)]
 
 
 def _first_line(error: Exception) -> str:

@@ -155,6 +155,14 @@ class Adapter(Mapping[str, LoRAFactors]):
         """Bytes of all tensors as they are held."""
         return sum(f.lora_A.nbytes + f.lora_B.nbytes for f in self.values())
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Contiguous CPU tensors by ``module.lora_A`` and ``module.lora_B``, for a file."""
+        return {
+            f"{name}.{label}": getattr(factors, label).detach().cpu().contiguous()
+            for name, factors in self.items()
+            for label in ("lora_A", "lora_B")
+        }
+
     def digest(self) -> str:
         """SHA-256 over names, alphas, dtypes, shapes and bytes: equal only for the same adapter."""
         sha = hashlib.sha256()

@@ -72,10 +72,7 @@ def save_adapter(
             if f.alpha != alpha
         },
     }
-    tensors = {}
-    for name, factors in adapter.items():
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = factors.lora_A.detach().cpu().contiguous()
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = factors.lora_B.detach().cpu().contiguous()
+    tensors = {f"{_PREFIX}{key}.weight": tensor for key, tensor in adapter.tensors().items()}
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     save_file(tensors, target / "adapter_model.safetensors", metadata={"format": "pt"})

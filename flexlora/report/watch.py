@@ -35,9 +35,7 @@ def watch(target: str | None, *, once: bool, console: Console) -> int:
     if reconfigure is not None:
         reconfigure(errors="replace")
     if once:
-        console.print(
-            frame(reader(), console.width, console.height, ascii_only=console.options.ascii_only)
-        )
+        console.print(_picture(reader(), console, console.height))
         return 0
     try:
         last = _redraw(reader, console) if console.is_terminal else _print_rounds(reader, console)

@@ -88,14 +88,14 @@ def load_notes(folder: Path) -> dict[str, Any]:
 def _decode(
     index: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
 ) -> tuple[State, dict[str, RankClass]]:
+    # Clone: alignment in memory decides which kernel runs, and so the last bit.
+    tensors = {key: tensor.clone() for key, tensor in tensors.items()}
     modules = {
-        name: FactoredSVD(
-            **{label: _owned(tensors[f"change/{name}/{label}"]) for label in ("U", "S", "Vh")}
-        )
+        name: FactoredSVD(**{k: tensors[f"change/{name}/{k}"] for k in ("U", "S", "Vh")})
         for name in index["modules"]
     }
     extra = {
-        key.removeprefix("extra/"): _owned(tensor)
+        key.removeprefix("extra/"): tensor
         for key, tensor in tensors.items()
         if key.startswith("extra/")
     }
@@ -107,8 +107,3 @@ def _decode(
     )
     classes = {k: RankClass.from_dict(values) for k, values in index["rank_classes"].items()}
     return state, classes
-
-
-def _owned(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy with memory of its own: alignment decides which kernel runs, and so the last bit."""
-    return tensor.clone()

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from flexlora.config.paths import EMBEDDED
+from flexlora.config.paths import resolve_name
 from flexlora.errors import UserError
 
 __all__ = ["BaseModel", "load_base", "pick_device", "resolve_name"]
@@ -47,28 +47,6 @@ class BaseModel:
     def max_positions(self) -> int | None:
         """The longest sequence the model was built for, where its config says so."""
         return getattr(self.model.config, "max_position_embeddings", None)
-
-
-def resolve_name(name: str) -> str:
-    """The folder or hub name behind ``model.name``.
-
-    Raises:
-        UserError: a path that does not exist, or a folder without a ``config.json``.
-    """
-    if name == "embedded":
-        return str(EMBEDDED)
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UserError(f"model folder '{name}' has no config.json; is it a model folder?")
-        return str(path.resolve())
-    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") != 1 or path.exists()
-    if looks_like_path:
-        raise UserError(
-            f"model.name is '{name}', which is not a folder; "
-            "expected 'embedded', a model folder or a hub name like 'owner/model'."
-        )
-    return name
 
 
 def pick_device(name: str) -> torch.device:

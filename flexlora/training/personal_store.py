@@ -153,10 +153,6 @@ class PersonalStore:
 
 def _bytes(stored: StoredFactors) -> bytes:
     """A safetensors file; everything but the tensors is JSON in its header."""
-    tensors = {}
-    for name, factors in stored.adapter.items():
-        tensors[f"{name}.lora_A"] = factors.lora_A.detach().cpu().contiguous()
-        tensors[f"{name}.lora_B"] = factors.lora_B.detach().cpu().contiguous()
     index = {
         "client_id": stored.client_id,
         "server_round": stored.server_round,
@@ -164,7 +160,7 @@ def _bytes(stored: StoredFactors) -> bytes:
         "since": stored.since,
         "modules": {name: [f.alpha, f.rslora] for name, f in stored.adapter.items()},
     }
-    return save(tensors, metadata={"personal": json.dumps(index)})
+    return save(stored.adapter.tensors(), metadata={"personal": json.dumps(index)})
 
 
 def _read(path: Path, client_id: str, what: str) -> StoredFactors:

@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 from flexlora.aggregation.engine.updates import Update
-from flexlora.lora.adapters import Adapter, LoRAFactors
+from flexlora.lora.adapters import Adapter
 
 __all__ = ["WAITING_BYTES", "WaitingUpdates"]
 
@@ -71,15 +71,6 @@ class WaitingUpdates:
             self._folder = tempfile.TemporaryDirectory(prefix="flexlora-round-")
         path = Path(self._folder.name) / f"{self._written}.safetensors"
         self._written += 1
-        tensors = {}
-        for name, factors in update.adapter.items():
-            tensors[f"{name}.lora_A"] = factors.lora_A.contiguous()
-            tensors[f"{name}.lora_B"] = factors.lora_B.contiguous()
-        save_file(tensors, path)
+        save_file(update.adapter.tensors(), path)
         self._on_disk[update.key] = path
-        hollow = Adapter({name: _hollow(factors) for name, factors in update.adapter.items()})
-        return replace(update, adapter=hollow)
-
-
-def _hollow(factors: LoRAFactors) -> LoRAFactors:
-    return factors.map(lambda tensor: tensor.to("meta"))
+        return replace(update, adapter=update.adapter.to("meta"))

@@ -18,7 +18,7 @@ from flexlora.seeds import derive_seed
 if TYPE_CHECKING:
     from flexlora.data.rows import Row
 
-__all__ = ["Family", "Instance", "draw_rows", "split_of"]
+__all__ = ["Family", "Instance", "draw_rows", "family", "split_of"]
 
 Instance = tuple[str, str]
 Half = Literal["known", "held-out"]
@@ -45,6 +45,23 @@ class Family:
     def pretrained_paraphrases(self) -> tuple[str, ...]:
         """The wordings that the pretraining corpus may use: half of them, or none."""
         return self.paraphrases[: len(self.paraphrases) // 2] if self.half == "known" else ()
+
+
+def family(
+    half: Half, category: str, *paraphrases: str
+) -> Callable[[Callable[[random.Random], Instance]], Family]:
+    """A decorator: the family that is named after ``generate`` and draws its instances with it."""
+
+    def decorate(generate: Callable[[random.Random], Instance]) -> Family:
+        return Family(
+            name=generate.__name__,
+            category=category,
+            half=half,
+            paraphrases=paraphrases,
+            generate=generate,
+        )
+
+    return decorate
 
 
 def split_of(family: str, text: str) -> str:
