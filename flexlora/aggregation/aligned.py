@@ -1,14 +1,13 @@
-"""Two ranks: carry much, train little, in the top directions of the client's own gradient.
+"""Carry ``G`` at a high rank, train at a low one along the top directions of the local gradient.
 
     client k:  T_c(G) frozen; lora_A = top r right singular vectors of dL_k/dW, lora_B = 0; train
     server:    G <- T_max(G + eta * sum_k p_k s_k B_k A_k)
 
-FlexLoRA makes the rank that a client carries equal to the rank that it trains, and so starts a weak
-client from a poorer model. Frozen factors cost a forward pass and no optimizer state, so every
-client can carry ``T_c(G)`` at a rank c far above the r that it trains. The method is this
-project's own; starting ``lora_A`` in the gradient's row space is the idea of GaLore (arXiv
-2403.03507) and LoRA-GA (arXiv 2407.05000), here per client and round, from a sketch
-(``algebra/sketch.py``).
+FlexLoRA sends a client ``G`` at the rank that it trains, so a low-rank client starts from a worse
+model. Frozen factors need no gradient and no optimizer state, so every client can carry ``T_c(G)``
+at a rank c far above the r that it trains. The method is new in this project; starting ``lora_A``
+in the gradient's row space is the idea of GaLore (arXiv 2403.03507) and LoRA-GA (arXiv 2407.05000),
+here per client and round, from a sketch (``algebra/sketch.py``).
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ __all__ = ["Aligned"]
 
 
 class Aligned:
-    """``T_c(G)`` carried by everybody; fresh factors trained and added."""
+    """All clients carry ``T_c(G)``; fresh factors are trained and their mean product is added."""
 
     name = "aligned"
     laws = frozenset({Law.ORDER, Law.SCALE_OF_WEIGHTS, Law.ZERO_TRAINING, Law.AVERAGE_OF_PRODUCTS})

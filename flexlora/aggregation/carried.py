@@ -1,12 +1,12 @@
-"""FlexLoRA's residual form from one model for all: train ``T_r(G)``, carry the rest of ``G``.
+"""The residual form with one start for all ranks: train ``T_r(G)``, carry the rest of ``G``.
 
     client k:  T_{r_k}(G) trained, T_c(G) - T_{r_k}(G) frozen beside it
     server:    G <- T_max(G + eta * sum_k p_k (s_k B_k A_k - T_{r_k}(G)))
 
-FlexLoRA starts a weak client from a poorer model than a strong one, and what both learn is then
-added up as if they had started alike. Frozen factors cost a forward pass and no optimizer state, so
-every client can carry ``G`` up to a rank c far above its own, and all begin with ``T_c(G)``. The
-server's step is that of the residual form.
+FlexLoRA starts clients of different rank from different models and adds up their changes as if they
+had started from the same one. Frozen factors need no gradient and no optimizer state, so every
+client can carry ``G`` up to a rank c far above the rank that it trains, and all start from
+``T_c(G)``. The server's step is that of the residual form.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["Carried"]
 
 
 class Carried:
-    """The residual form over a carried tail."""
+    """The residual form; directions r to c of ``G`` are carried frozen."""
 
     name = "carried"
     laws = Residual.laws

@@ -35,7 +35,7 @@ __all__ = ["FLoRIST", "rank_for_energy"]
 
 
 class FLoRIST:
-    """Stacked updates, thresholded per round, merged."""
+    """Adds the stack of a round's updates, truncated to a share of its energy, to ``G``."""
 
     name = "florist"
     laws = frozenset({Law.ORDER, Law.SCALE_OF_WEIGHTS, Law.ZERO_TRAINING})
@@ -49,7 +49,7 @@ class FLoRIST:
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        if options.error_feedback:  # what an earlier cut dropped comes without any training
+        if options.error_feedback:  # the last cut is added even without training
             self.laws = self.laws - {Law.ZERO_TRAINING}
 
     def start(self, state: State, rank_class: RankClass, factoring: Factoring) -> Start:
@@ -71,11 +71,11 @@ class FLoRIST:
 
 
 def _last_cuts(state: State) -> LazySums:
-    """What the cut of the last round dropped, by module."""
+    """The directions that the last round's cut dropped, by module."""
 
     def cut(name: str) -> MatrixSum:
-        left = unpack_svd(state.extra, "cut", name)
-        terms = () if left is None else (svd_term(1.0, left),)
+        dropped = unpack_svd(state.extra, "cut", name)
+        terms = () if dropped is None else (svd_term(1.0, dropped),)
         return MatrixSum(shape=state.change[name].shape, terms=terms)
 
     return LazySums(state.change, cut)

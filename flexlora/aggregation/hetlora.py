@@ -56,6 +56,6 @@ class HetLoRA:
         )
 
     def close(self, state: State, sums: Sums) -> State:
-        if sums.factors.total == 0.0:  # all products are zero: there is nothing to weigh by
+        if sums.factors.total == 0.0:  # all products, and so all weights, are zero
             return state.unchanged()
         return hold(state, {name: sums.factors.mean(name) for name in state.change})

@@ -1,9 +1,9 @@
-"""RBLA (arXiv 2408.08699): every rank row is averaged over the clients that have it.
+"""RBLA (arXiv 2408.08699): each row of rank is averaged over the clients that train it.
 
     A[j] <- sum_{k: r_k > j} n_k A_k[j] / sum_{k: r_k > j} n_k,   and so B[:, j] with s_k B_k
 
-Zero-padding would shrink the rows that only strong clients have. A row that no client of a round
-has stays as it was (in the paper all clients take part in every round).
+Zero-padding would shrink the rows that only high-rank clients train. A row that no client of a
+round trains is unchanged (in the paper all clients take part in every round).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["RBLA", "mean_of_holders"]
 
 
 class RBLA:
-    """Rank-based averaging: contributors only."""
+    """Averages each row over its contributors only."""
 
     name = "rbla"
     laws = frozenset({Law.ORDER, Law.SCALE_OF_WEIGHTS, Law.ZERO_TRAINING})
@@ -44,9 +44,9 @@ class RBLA:
 
 
 def mean_of_holders(state: State, sums: Sums, name: str) -> Pair:
-    """The mean over holders of each row; rows without a holder as they were before the round.
+    """The mean of each row over the clients that train it; other rows have their last value.
 
-    Before the first round that is as they were sent: zeros in both factors would never train.
+    In the first round that is the value that was sent: zeros in both factors would never train.
     """
     A, B, has = sums.factors.mean_of_holders(name)
     last = known_factors(state, sums.sent, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from flexlora.errors import UserError
@@ -10,7 +11,6 @@ from flexlora.report.charts import Chart, drawn
 from flexlora.report.markup import Markup, document, element, joined, name, text
 from flexlora.report.records import RunRecords, read_run
 from flexlora.report.run_charts import CHARTS, PERSONAL_CHARTS, charts_of, clients_chart
-from flexlora.wire.files import write_atomically
 
 __all__ = ["figures", "run_page", "write_page", "write_report"]
 
@@ -29,8 +29,10 @@ def write_report(path: str | Path) -> Path:
 
 def write_page(file: Path, page: str) -> Path:
     """Write the page under a temporary name, then rename it: never half a page."""
+    partial = file.with_name(file.name + ".partial")
     try:
-        write_atomically(file, page.encode())
+        partial.write_text(page, encoding="utf-8", newline="\n")
+        os.replace(partial, file)
     except OSError as error:
         raise UserError(f"'{file}' cannot be written: {error.strerror}.") from None
     return file

@@ -164,7 +164,7 @@ def written_run(
 
     ``extra`` maps a round to more of its metrics; rank classes differ by a tenth of the loss.
     """
-    config = {"num_server_rounds": max(len(losses) - 1, 1), "engine__threads": 1, **config.flat()}
+    config = {"num_server_rounds": max(len(losses) - 1, 1), "engine__threads": 1, **config}
     run = RunFolder.create(path, Config().with_values(of_names(**config)))
     for at, loss in enumerate(losses):
         metrics = {"round": at, "eval_loss": loss}
