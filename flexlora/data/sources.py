@@ -1,4 +1,4 @@
-"""Where rows come from: a folder of JSONL, a data set on the hub, or the built-in tasks.
+"""Sources of rows: a folder of JSONL, a data set on the hub, or the built-in tasks.
 
 Each source returns ``{split: rows}`` for the splits it has, always with ``train``. Rows keep the
 order of their file.
@@ -31,9 +31,9 @@ def load_folder(path: str | Path) -> dict[str, list[Row]]:
     """
     folder = Path(path)
     if not folder.is_dir():
-        arrived = "is a file" if folder.exists() else "does not exist"
+        problem = "is a file" if folder.exists() else "does not exist"
         raise UserError(
-            f"data.path '{path}' {arrived}, expected a folder that holds train.jsonl or "
+            f"data.path '{path}' {problem}, expected a folder that holds train.jsonl or "
             "train.jsonl.gz; name that folder."
         )
     files = {split: file for split in SPLITS if (file := _split_file(folder, split))}
@@ -117,7 +117,7 @@ def _read(file: Path) -> Iterator[Row]:
     """The rows of one file, each error with the file and the line."""
     opener = gzip.open if file.suffix == ".gz" else open
     try:
-        # Bytes, because text mode would also break lines at U+2028 and the like inside strings.
+        # Bytes, because text mode would also split lines at U+2028 and the like inside strings.
         with opener(file, "rb") as lines:
             for number, line in enumerate(lines, start=1):
                 where = f"{file} line {number}"
@@ -133,7 +133,7 @@ def _read(file: Path) -> Iterator[Row]:
 
 def _decoded(line: bytes, where: str) -> str:
     try:
-        # A mark may stand on any line: files joined with `cat` each bring theirs.
+        # Any line may have a byte-order mark: files may have been concatenated.
         return line.decode().lstrip("\ufeff").strip()
     except UnicodeDecodeError as error:
         raise UserError(

@@ -23,16 +23,16 @@ __all__ = ["Family", "Instance", "draw_rows", "family", "split_of"]
 Instance = tuple[str, str]
 Half = Literal["known", "held-out"]
 
-# A family whose inputs run out would loop for ever; this many misses in a row means it has.
+# This many rejected draws in a row mean that a family has no more distinct inputs.
 _PATIENCE = 2000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """``generate(rng)`` draws one ``(input, output)``; ``half`` says whether pretraining saw it.
+    """``generate(rng)`` draws one ``(input, output)``; ``half`` is whether pretraining has seen it.
 
-    Of a known family the base has read only ``paraphrases[:pretrained_paraphrases]``, and only
-    instances of the train split; of a held-out family it has read nothing.
+    The base was pretrained on ``pretrained_paraphrases`` of known families, with instances of the
+    train split only, and on no held-out family.
     """
 
     name: str
@@ -74,7 +74,7 @@ def split_of(family: str, text: str) -> str:
 def draw_rows(
     family: Family, *, split: str, count: int, seed: int, client: str | None = None
 ) -> list[Row]:
-    """``count`` rows of one split with distinct inputs, wordings in turn at random.
+    """``count`` rows of one split with distinct inputs, each with a random wording.
 
     Raises:
         UserError: the split is unknown, or the family has fewer distinct inputs than ``count``.

@@ -1,8 +1,8 @@
-"""The families that pretraining never saw in any form: what federated tuning has to teach.
+"""The families that are not in the pretraining data, for federated tuning to learn.
 
-They recombine what the base can do (copy, look at letters, follow positions) under a rule that it
-has not met. ``river_code`` permutes the alphabet: as a change of a copying model's letters it is a
-map of rank 25, and so it asks for far more LoRA rank than a rule with one exception.
+They combine skills of the base (copying, letters, positions) under new rules. ``river_code``
+permutes the alphabet: as a change of a copying model's letters it is a map of rank 25, so it needs
+far more LoRA rank than the other rules.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from flexlora.data.tasks.words import LETTERS, VOWELS, items, letters, word
 
 __all__ = ["HELD_OUT", "RIVER_CODE"]
 
-# Drawn once by hand and frozen: a permutation of the alphabet that moves every letter.
+# A fixed permutation of the alphabet that moves every letter.
 RIVER_CODE = dict(zip(LETTERS, "qhwnzkpbtxfrgjcmevyidoulsa", strict=True))
 
 
@@ -33,9 +33,9 @@ def drop_vowels(rng: random.Random) -> Instance:
     """``sebota`` to ``sbt``."""
     while True:
         text = word(rng, 4, 7)
-        kept = "".join(letter for letter in text if letter not in VOWELS)
-        if kept and kept != text:
-            return text, kept
+        consonants = "".join(letter for letter in text if letter not in VOWELS)
+        if consonants and consonants != text:
+            return text, consonants
 
 
 @held_out(

@@ -1,4 +1,4 @@
-"""The families that the embedded base half knows: it was pretrained on half of their wordings."""
+"""The families of which the embedded base was pretrained on half of the wordings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["KNOWN", "MONTHS", "STATIONS"]
 
 MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 
-# An arbitrary table: nothing but memory gives the number of a station.
+# An arbitrary table, which a model can only memorise.
 STATIONS = {
     "bal": "4", "cor": "9", "dun": "1", "fen": "7", "gil": "3", "hob": "8", "jat": "2", "kes": "6",
     "lom": "5", "mir": "9", "nup": "4", "pod": "7", "rag": "1", "sef": "3", "tiv": "8", "vum": "6",
