@@ -17,7 +17,7 @@ def read_shape(name: str) -> ModelShape:
     """The shape of a model folder, of ``embedded``, or of a hub model.
 
     Raises:
-        UserError: nothing there, not JSON, or an architecture that is not known.
+        UserError: the file is missing or not JSON, or the architecture is unknown.
     """
     file = _config_file(name)
     try:
@@ -45,7 +45,7 @@ def _from_hub(name: str) -> Path:
     logging.set_verbosity_error()  # no line per retry: the last error is reported below
     try:
         return Path(hf_hub_download(name, "config.json"))
-    except Exception as error:  # whatever a hub, a proxy or no network makes the client raise
+    except Exception as error:  # the hub client raises many types
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"config.json of '{name}' cannot be fetched: {reason}") from None
     finally:
