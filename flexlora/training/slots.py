@@ -276,7 +276,7 @@ class SlotModel:
         self.num_slots, self._templates, self._leaves = 0, [], []
         self.parameters = self.gradients = torch.empty(0, 0)
         for layer in self.layers.values():
-            layer.trained = layer.carried = layer.merged = layer.wholes = None
+            layer.trained = layer.carried = layer.merged = layer.slot_weights = None
             layer.num_slots, layer.dropout, layer.streams = 0, 0.0, ()
 
     def set_dropout(self, dropout: float, streams: Sequence[DropoutStream | None]) -> None:
