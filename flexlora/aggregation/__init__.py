@@ -79,7 +79,7 @@ def make_method(name: str, options: MethodOptions | None = None, **values: Any) 
 
 
 def _refusal(name: str, field: str, value: object) -> str:
-    """Why ``name`` does not take ``field``: other methods do, or nobody does."""
+    """The error for an option ``field`` that ``name`` lacks, with the methods that have it."""
     key = "method." + field.replace("_", "-")
     classes = {other: method_class(other).Options for other in METHODS}
     having = [other for other, options in classes.items() if field in options.model_fields]

@@ -1,4 +1,4 @@
-"""One round of a method over adapters in memory, for those who bring their own loop."""
+"""One round of a method over adapters in memory, for callers with their own training loop."""
 
 from __future__ import annotations
 
@@ -44,15 +44,20 @@ def aggregate(updates: Sequence[tuple[Adapter, int]], method: str = "flexlora") 
 
 
 def _like(adapter: Adapter, first: Adapter, client_id: str) -> Adapter:
-    """What ``check_update`` may hold this adapter to: its own ranks, the first one's in and out."""
+    """``adapter`` at its own ranks, for ``check_update``; in and out features as in ``first``.
+
+    Raises:
+        UpdateRefused: a module of another shape than in the first update.
+    """
     expected = {}
-    for name, factors in first.items():
-        own = adapter.get(name, factors)
-        shapes = (factors.out_features, factors.in_features), (own.out_features, own.in_features)
-        if shapes[0] != shapes[1]:
+    for name, reference in first.items():
+        factors = adapter.get(name, reference)
+        shape = [factors.out_features, factors.in_features]
+        wanted = [reference.out_features, reference.in_features]
+        if shape != wanted:
             raise UpdateRefused(
-                f"client {client_id}, module '{name}': [out, in] is {list(shapes[1])}, "
-                f"expected {list(shapes[0])} as in the first update."
+                f"client {client_id}, module '{name}': [out, in] is {shape}, "
+                f"expected {wanted} as in the first update."
             )
-        expected[name] = own
+        expected[name] = factors
     return Adapter(expected)

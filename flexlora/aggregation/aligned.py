@@ -1,24 +1,21 @@
-"""Two ranks: carry much, train little, in the top directions of the client's own gradient.
+"""Carry ``G`` at a high rank, train at a low one along the top directions of the local gradient.
 
     client k:  T_c(G) frozen; lora_A = top r right singular vectors of dL_k/dW, lora_B = 0; train
     server:    G <- T_max(G + eta * sum_k p_k s_k B_k A_k)
 
-FlexLoRA makes the rank that a client carries equal to the rank that it trains, and so starts a weak
-client from a poorer model. Frozen factors cost a forward pass and no optimizer state, so every
-client can carry ``T_c(G)`` at a rank c far above the r that it trains. The method is this
-project's own; starting ``lora_A`` in the gradient's row space is the idea of GaLore (arXiv
-2403.03507) and LoRA-GA (arXiv 2407.05000), here per client and round, from a sketch
-(``algebra/sketch.py``).
+FlexLoRA sends a client ``G`` at the rank that it trains, so a low-rank client starts from a worse
+model. Frozen factors need no gradient and no optimizer state, so every client can carry ``T_c(G)``
+at a rank c far above the r that it trains. The method is new in this project; starting ``lora_A``
+in the gradient's row space is the idea of GaLore (arXiv 2403.03507) and LoRA-GA (arXiv 2407.05000),
+here per client and round, from a sketch (``algebra/sketch.py``).
 """
 
 from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
-
 from flexlora.aggregation.engine.method import Law
-from flexlora.aggregation.engine.options import FastStepOptions
+from flexlora.aggregation.engine.options import CARRIED_RANK, FastStepOptions, option
 from flexlora.aggregation.engine.server_step import moved_by
 from flexlora.aggregation.engine.starts import Factoring, LocalPlan, Start, directions, fresh
 from flexlora.aggregation.engine.state import State
@@ -29,7 +26,7 @@ __all__ = ["Aligned"]
 
 
 class Aligned:
-    """``T_c(G)`` carried by everybody; fresh factors trained and added."""
+    """All clients carry ``T_c(G)``; fresh factors are trained and their mean product is added."""
 
     name = "aligned"
     laws = frozenset({Law.ORDER, Law.SCALE_OF_WEIGHTS, Law.ZERO_TRAINING, Law.AVERAGE_OF_PRODUCTS})
@@ -37,17 +34,13 @@ class Aligned:
     wire_space = "products"
 
     class Options(FastStepOptions):
-        carried_rank: int = Field(
-            default=32, ge=1, description="rank of the frozen factors, where a class names no other"
+        carried_rank: int = option(
+            CARRIED_RANK, "rank of the frozen factors, where a class names no other", ge=1
         )
-        carried_dtype: Literal["", "float32", "bfloat16"] = Field(
-            default="", description="dtype of the frozen factors (empty: wire.dtype)"
+        carried_dtype: Literal["", "float32", "bfloat16"] = option(
+            "", "dtype of the frozen factors (empty: wire.dtype)"
         )
-        gradient_batches: int = Field(
-            default=1,
-            ge=0,
-            description="batches to align lora_A with (0: random rows)",
-        )
+        gradient_batches: int = option(1, "batches to align lora_A with (0: random rows)", ge=0)
 
     def __init__(self, options: Options) -> None:
         self.options = options

@@ -1,21 +1,19 @@
-"""FlexLoRA's residual form from one model for all: train ``T_r(G)``, carry the rest of ``G``.
+"""The residual form with one start for all ranks: train ``T_r(G)``, carry the rest of ``G``.
 
     client k:  T_{r_k}(G) trained, T_c(G) - T_{r_k}(G) frozen beside it
     server:    G <- T_max(G + eta * sum_k p_k (s_k B_k A_k - T_{r_k}(G)))
 
-FlexLoRA starts a weak client from a poorer model than a strong one, and what both learn is then
-added up as if they had started alike. Frozen factors cost a forward pass and no optimizer state, so
-every client can carry ``G`` up to a rank c far above its own, and all begin with ``T_c(G)``. The
-server's step is that of the residual form.
+FlexLoRA starts clients of different rank from different models and adds up their changes as if they
+had started from the same one. Frozen factors need no gradient and no optimizer state, so every
+client can carry ``G`` up to a rank c far above the rank that it trains, and all start from
+``T_c(G)``. The server's step is that of the residual form.
 """
 
 from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
-
-from flexlora.aggregation.engine.options import FastStepOptions
+from flexlora.aggregation.engine.options import CARRIED_RANK, FastStepOptions, option
 from flexlora.aggregation.engine.server_step import moved_by
 from flexlora.aggregation.engine.starts import Factoring, Start, directions, truncated
 from flexlora.aggregation.engine.state import State
@@ -27,7 +25,7 @@ __all__ = ["Carried"]
 
 
 class Carried:
-    """The residual form over a carried tail."""
+    """The residual form; directions r to c of ``G`` are carried frozen."""
 
     name = "carried"
     laws = Residual.laws
@@ -35,11 +33,11 @@ class Carried:
     wire_space = "products"
 
     class Options(FastStepOptions):
-        carried_rank: int = Field(
-            default=32, ge=1, description="rank up to which G is sent, where a class names no other"
+        carried_rank: int = option(
+            CARRIED_RANK, "rank up to which G is sent, where a class names no other", ge=1
         )
-        carried_dtype: Literal["", "float32", "bfloat16"] = Field(
-            default="", description="dtype of the frozen factors (empty: wire.dtype)"
+        carried_dtype: Literal["", "float32", "bfloat16"] = option(
+            "", "dtype of the frozen factors (empty: wire.dtype)"
         )
 
     def __init__(self, options: Options) -> None:

@@ -3,10 +3,10 @@
     A <- sum_k p_k pad(A_k),  B <- sum_k p_k pad(s_k B_k)
     W <- W + mean(s B A) - mean(s B) mean(A)
 
-The factors are averaged as FedIT does, and what that loses is added to the frozen weights, so that
-the model after a round is the exact mean of the clients' models. Here the residual is carried as
-factors, and a client of rank r carries all that its first r rows and columns leave out; what the
-server adds is therefore the change that training made, whatever the ranks.
+The factors are averaged as in FedIT and the error of that is added to the frozen weights, so the
+model after a round is the exact mean of the clients' models. Here the residual is carried as
+factors: a client of rank r trains the first r rows and columns and carries ``G`` minus their
+product, so the server adds exactly the change that training made, at any ranks.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = ["FedExLoRA"]
 
 
 class FedExLoRA:
-    """FedIT's factors over a base that takes up what averaging them loses."""
+    """FedIT's mean factors, and the error of that mean added to the base weights."""
 
     name = "fedex-lora"
     laws = frozenset({Law.ORDER, Law.SCALE_OF_WEIGHTS, Law.ZERO_TRAINING, Law.AVERAGE_OF_PRODUCTS})
@@ -62,7 +62,7 @@ class FedExLoRA:
 
 
 def _left_out(change: GlobalChange, trained: Adapter, factoring: Factoring) -> Adapter | None:
-    """``G - s B A`` of every module as factors; None where nothing is left out anywhere."""
+    """``G - s B A`` of every module as factors; None if it is zero for all modules."""
     sums = {
         name: MatrixSum(
             shape=svd.shape, terms=(svd_term(1.0, svd), factors_term(-1.0, trained[name]))
@@ -83,9 +83,9 @@ def _left_out(change: GlobalChange, trained: Adapter, factoring: Factoring) -> A
 
 
 def _above_rounding(rest: FactoredSVD, whole: FactoredSVD, trained: LoRAFactors) -> int:
-    """How many directions of a difference stand above the rounding of what was subtracted.
+    """Number of singular values of a difference above the rounding error of the subtraction.
 
-    Where two equal matrices cancel, all that is left is rounding, and it would be sent.
+    Where two equal matrices cancel, only rounding errors remain, which must not be sent.
     """
     size = trained.scaling * product_norm(trained.lora_B, trained.lora_A)
     size += float(whole.S[:1].sum())

@@ -3,7 +3,7 @@
     A <- sum_k p_k pad(A_k),    B <- sum_k p_k pad(s_k B_k)
 
 The mean of the factors is not the mean of the products: their difference is the covariance of
-``s_k B_k`` and ``A_k`` over the clients. It is here as the baseline that everybody knows.
+``s_k B_k`` and ``A_k`` over the clients. It is the standard baseline.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["FedIT"]
 
 
 class FedIT:
-    """Averages ``lora_A`` and ``lora_B`` apart; the state keeps both beside their product."""
+    """Averages ``lora_A`` and ``lora_B`` separately; the state has both and their product."""
 
     name = "fedit"
     laws = frozenset({Law.ORDER, Law.SCALE_OF_WEIGHTS, Law.ONE_CLIENT})

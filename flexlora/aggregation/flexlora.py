@@ -3,11 +3,11 @@
     client k:  starts from T_{r_k}(G), trains, sends its factors back whole
     server:    G <- sum_k p_k s_k B_k A_k
 
-The known defect (rank collapse, arXiv 2602.13486): a direction j that only clients of rank >= j
-hold keeps only their share of the weight each round, even when nobody trains.
+The known defect (rank collapse, arXiv 2602.13486): direction j is shrunk in every round, even
+without any training, to the weight share of the clients of rank >= j.
 
-With error feedback (ECLoRA, TNNLS 2025) what truncation to its rank took from each client,
-``G - T_{r_k}(G)``, is added to its product; the rule is then that of the residual form.
+With error feedback (ECLoRA, TNNLS 2025) each client's truncation error ``G - T_{r_k}(G)`` is added
+to its product; the rule is then that of the residual form.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""FLoRA (Wang et al., NeurIPS 2024, arXiv 2409.05976): stack, merge into the base, begin afresh.
+"""FLoRA (Wang et al., NeurIPS 2024, arXiv 2409.05976): stack, merge, restart.
 
     A = [A_1; ...; A_K],  B = [p_1 s_1 B_1 ... p_K s_K B_K];   W <- W + B A;   new random factors
 
-``[B] @ [A]`` is the exact weighted sum of the products. Nobody keeps state between rounds here, so
-a client is sent the sum of all rounds so far, ``G``, in as few numbers as hold it, and merges it
-into its weights; on a 4-bit base, whose weights cannot take it, it is carried beside them.
+``[B] @ [A]`` is the exact weighted sum of the products. Clients are stateless, so
+each is sent the sum of all rounds so far, ``G``, as low-rank factors and merges it into its
+weights; over a quantized base it is carried as separate factors.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["FLoRA"]
 
 
 class FLoRA:
-    """The stack of all updates, merged."""
+    """Adds the stack of all updates to ``G``."""
 
     name = "flora"
     laws = frozenset({Law.ORDER, Law.SCALE_OF_WEIGHTS, Law.ZERO_TRAINING, Law.AVERAGE_OF_PRODUCTS})

@@ -13,10 +13,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from pydantic import Field
 
 from flexlora.aggregation.engine.method import Law
-from flexlora.aggregation.engine.options import UNCAPPED, StepOptions
+from flexlora.aggregation.engine.options import UNCAPPED, StepOptions, option
 from flexlora.aggregation.engine.product_sums import svd_term
 from flexlora.aggregation.engine.server_step import (
     dropped_share,
@@ -25,9 +24,10 @@ from flexlora.aggregation.engine.server_step import (
     tail_of,
     unpack_svd,
 )
-from flexlora.aggregation.engine.starts import Factoring, LocalPlan, Start, fresh, whole_change
+from flexlora.aggregation.engine.starts import Factoring, Start
 from flexlora.aggregation.engine.state import State
 from flexlora.aggregation.engine.sums import Needs, Sums
+from flexlora.aggregation.flora import FLoRA
 from flexlora.algebra.decompose import LazySums, MatrixSum, decompose
 from flexlora.lora.ranks import RankClass
 
@@ -35,7 +35,7 @@ __all__ = ["FLoRIST", "rank_for_energy"]
 
 
 class FLoRIST:
-    """Stacked updates, thresholded per round, merged."""
+    """Adds the stack of a round's updates, truncated to a share of its energy, to ``G``."""
 
     name = "florist"
     laws = frozenset({Law.ORDER, Law.SCALE_OF_WEIGHTS, Law.ZERO_TRAINING})
@@ -43,26 +43,17 @@ class FLoRIST:
     wire_space = "products"
 
     class Options(StepOptions):
-        energy_threshold: float = Field(
-            default=0.95,
-            ge=1e-6,
-            le=1.0,
-            description="energy of a round that the cut keeps",
+        energy_threshold: float = option(
+            0.95, "energy of a round that the cut keeps", ge=1e-6, le=1.0
         )
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        if options.error_feedback:  # what an earlier cut dropped comes without any training
+        if options.error_feedback:  # the last cut is added even without training
             self.laws = self.laws - {Law.ZERO_TRAINING}
 
     def start(self, state: State, rank_class: RankClass, factoring: Factoring) -> Start:
-        return Start(
-            rank_class=rank_class,
-            base_round=state.round,
-            trained=fresh(state, rank_class, factoring),
-            carried=whole_change(state, factoring),
-            local=LocalPlan(merge=True),
-        )
+        return FLoRA(self.options).start(state, rank_class, factoring)
 
     def close(self, state: State, sums: Sums) -> State:
         total, feedback = sums.products, self.options.error_feedback
@@ -80,11 +71,11 @@ class FLoRIST:
 
 
 def _last_cuts(state: State) -> LazySums:
-    """What the cut of the last round dropped, by module."""
+    """The directions that the last round's cut dropped, by module."""
 
     def cut(name: str) -> MatrixSum:
-        left = unpack_svd(state.extra, "cut", name)
-        terms = () if left is None else (svd_term(1.0, left),)
+        dropped = unpack_svd(state.extra, "cut", name)
+        terms = () if dropped is None else (svd_term(1.0, dropped),)
         return MatrixSum(shape=state.change[name].shape, terms=terms)
 
     return LazySums(state.change, cut)

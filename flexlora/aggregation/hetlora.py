@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import math
 
-from pydantic import Field
-
 from flexlora.aggregation.engine.held_factors import first_rows, hold
 from flexlora.aggregation.engine.method import Law
-from flexlora.aggregation.engine.options import MethodOptions
+from flexlora.aggregation.engine.options import MethodOptions, option
 from flexlora.aggregation.engine.starts import Factoring, LocalPlan, Start
 from flexlora.aggregation.engine.state import State
 from flexlora.aggregation.engine.sums import Needs, Sums
@@ -42,13 +40,8 @@ class HetLoRA:
     wire_space = ""
 
     class Options(MethodOptions):
-        prune_factor: float = Field(
-            default=0.75,
-            ge=0.0,
-            le=0.999,
-            description="share kept by pruning (0: none)",
-        )
-        prune_penalty: float = Field(default=1e-3, ge=0.0, description="weight of the tail's norm")
+        prune_factor: float = option(0.75, "share kept by pruning (0: none)", ge=0.0, le=0.999)
+        prune_penalty: float = option(1e-3, "weight of the tail's norm", ge=0.0)
 
     def __init__(self, options: Options) -> None:
         self.options = options
@@ -63,6 +56,6 @@ class HetLoRA:
         )
 
     def close(self, state: State, sums: Sums) -> State:
-        if sums.factors.total == 0.0:  # all products are zero: there is nothing to weigh by
+        if sums.factors.total == 0.0:  # all products, and so all weights, are zero
             return state.unchanged()
         return hold(state, {name: sums.factors.mean(name) for name in state.change})

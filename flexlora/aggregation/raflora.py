@@ -2,9 +2,9 @@
 
     M = sum_j sum_{k: r_k > j} (n_k / N_j) s_k B_k[:, j] A_k[j],    N_j = sum_{k: r_k > j} n_k
 
-FlexLoRA's average gives direction j the share of the clients that hold it, so the tail collapses;
-here the weights of every band add up to one. A band that no client of the round reaches is lost,
-unless error feedback adds back what the rule itself would take from ``G`` if nobody trained.
+FlexLoRA's average scales direction j by the weight of the clients of rank > j, so the tail
+collapses; here the weights of every band add up to one. A band that no client of the round reaches
+is lost, unless error feedback adds back the change of ``G`` that the rule makes without training.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""RBLA (arXiv 2408.08699): every rank row is averaged over the clients that have it.
+"""RBLA (arXiv 2408.08699): each row of rank is averaged over the clients that train it.
 
     A[j] <- sum_{k: r_k > j} n_k A_k[j] / sum_{k: r_k > j} n_k,   and so B[:, j] with s_k B_k
 
-Zero-padding would shrink the rows that only strong clients have. A row that no client of a round
-has stays as it was (in the paper all clients take part in every round).
+Zero-padding would shrink the rows that only high-rank clients train. A row that no client of a
+round trains is unchanged (in the paper all clients take part in every round).
 """
 
 from __future__ import annotations
@@ -11,19 +11,20 @@ from __future__ import annotations
 import torch
 
 from flexlora.aggregation.engine.factor_sums import Pair
-from flexlora.aggregation.engine.held_factors import first_rows, hold, known_factors, widened
+from flexlora.aggregation.engine.held_factors import hold, known_factors, widened
 from flexlora.aggregation.engine.method import Law
 from flexlora.aggregation.engine.options import MethodOptions
 from flexlora.aggregation.engine.starts import Factoring, Start
 from flexlora.aggregation.engine.state import State
 from flexlora.aggregation.engine.sums import Needs, Sums
+from flexlora.aggregation.fedit import FedIT
 from flexlora.lora.ranks import RankClass
 
 __all__ = ["RBLA", "mean_of_holders"]
 
 
 class RBLA:
-    """Rank-based averaging: contributors only."""
+    """Averages each row over its contributors only."""
 
     name = "rbla"
     laws = frozenset({Law.ORDER, Law.SCALE_OF_WEIGHTS, Law.ZERO_TRAINING})
@@ -36,17 +37,16 @@ class RBLA:
         self.options = options
 
     def start(self, state: State, rank_class: RankClass, factoring: Factoring) -> Start:
-        trained = first_rows(state, rank_class.ranks(state.change.shapes), factoring)
-        return Start(rank_class=rank_class, base_round=state.round, trained=trained)
+        return FedIT(self.options).start(state, rank_class, factoring)
 
     def close(self, state: State, sums: Sums) -> State:
         return hold(state, {name: mean_of_holders(state, sums, name) for name in state.change})
 
 
 def mean_of_holders(state: State, sums: Sums, name: str) -> Pair:
-    """The mean over holders of each row; rows without a holder as they were before the round.
+    """The mean of each row over the clients that train it; other rows have their last value.
 
-    Before the first round that is as they were sent: zeros in both factors would never train.
+    In the first round that is the value that was sent: zeros in both factors would never train.
     """
     A, B, has = sums.factors.mean_of_holders(name)
     last = known_factors(state, sums.sent, name)

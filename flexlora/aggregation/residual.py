@@ -3,9 +3,9 @@
     client k:  starts from T_{r_k}(G), trains, sends its factors back whole
     server:    G <- G + eta * sum_k p_k (s_k B_k A_k - start_k)
 
-``start_k`` is the decoded product that client k really started from: ``T_{r_k}(G)`` over a lossless
-wire, its rounded neighbour over a 16-bit one. A round in which nobody trains changes nothing, so
-there is no rank collapse (arXiv 2602.13486) by construction.
+``start_k`` is the product that client k decoded: ``T_{r_k}(G)`` over a lossless wire, rounded over
+a 16-bit one. A round without training changes nothing, so there is no rank collapse (arXiv
+2602.13486) by construction.
 """
 
 from __future__ import annotations

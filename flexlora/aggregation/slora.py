@@ -1,12 +1,12 @@
 """SLoRA (Babakniya et al., 2023, arXiv 2308.06522): sparse rounds, then an SVD start for LoRA.
 
     rounds 1 to t:  W <- W + sum_k p_k Delta_k,  Delta_k nonzero in chosen columns of W only
-    then:           B, A = the SVD of the change so far, cut at the ranks; on as FedIT does
+    then:           B, A = the SVD of the change so far, cut at the ranks; then FedIT
 
 The paper draws a random mask of entries. Here a mask is of whole columns of W (input features),
-drawn anew each round and nested across ranks: ``Delta = B @ A`` with one-hot rows in a frozen A, so
-that it is trained, sent and summed as what it is, r values per output. What the cut at the largest
-rank leaves out is lost, as in the paper.
+drawn in each round and nested across ranks: ``Delta = B @ A`` with one-hot rows in a frozen A, so
+that r values per output are trained, sent and summed. The directions beyond the largest rank are
+dropped, as in the paper.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-from pydantic import Field
 
 from flexlora.aggregation.engine.held_factors import held_factors, hold
 from flexlora.aggregation.engine.method import Law
-from flexlora.aggregation.engine.options import UNCAPPED, MethodOptions, StepOptions
+from flexlora.aggregation.engine.options import UNCAPPED, MethodOptions, StepOptions, option
 from flexlora.aggregation.engine.server_step import moved_by
 from flexlora.aggregation.engine.starts import Factoring, LocalPlan, Start, whole_change
 from flexlora.aggregation.engine.state import State
@@ -33,7 +32,7 @@ __all__ = ["SLoRA"]
 
 
 class SLoRA:
-    """``sparse_rounds`` rounds in random columns, then FedIT from the SVD of what they learned."""
+    """``sparse_rounds`` rounds in random columns, then FedIT from the SVD of their sum."""
 
     name = "slora"
     # Zero training changes nothing in the sparse rounds only.
@@ -42,7 +41,7 @@ class SLoRA:
     wire_space = ""
 
     class Options(MethodOptions):
-        sparse_rounds: int = Field(default=2, ge=0, description="rounds before the SVD start")
+        sparse_rounds: int = option(2, "rounds before the SVD start", ge=0)
 
     def __init__(self, options: Options) -> None:
         self.options = options
@@ -52,7 +51,7 @@ class SLoRA:
     def start(self, state: State, rank_class: RankClass, factoring: Factoring) -> Start:
         if state.round >= self.options.sparse_rounds:
             if held_factors(state, next(iter(state.change))) is None:
-                # No update came in the last sparse round, so it was not closed here.
+                # The last sparse round had no update, so ``close`` was not called.
                 state = _svd_start(state, dict.fromkeys(state.change, UNCAPPED))
             return FedIT(self.options).start(state, rank_class, factoring)
         return Start(
@@ -95,18 +94,18 @@ def _chosen_columns(state: State, rank_class: RankClass, factoring: Factoring) -
 
 
 def _svd_start(state: State, ranks: Mapping[str, int]) -> State:
-    """``U S`` and ``Vh`` at the largest rank as the factors that FedIT goes on from.
+    """``U S`` and ``Vh`` at the largest rank as the factors that FedIT starts from.
 
     The share of the energy that the cut drops is in ``dropped_energy``.
     """
-    held = {}
+    factors = {}
     for name, svd in state.change.items():
         top = svd.truncate(ranks[name])
-        held[name] = (top.Vh.double(), top.U.double() * top.S.double())
-    if not any(A.shape[0] for A, _ in held.values()):
+        factors[name] = (top.Vh.double(), top.U.double() * top.S.double())
+    if not any(A.shape[0] for A, _ in factors.values()):
         return state
     return replace(
-        hold(state, held),
+        hold(state, factors),
         round=state.round,
         modules=state.modules,
         dropped_energy=1.0 - state.change.total_energy_kept(ranks),

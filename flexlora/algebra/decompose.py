@@ -1,4 +1,4 @@
-"""The best approximation of a sum of low-rank products, by the cheapest route that is good enough.
+"""The best rank-r approximation of a sum of low-rank products, by the cheapest adequate route.
 
     M = dense + sum_i w_i L_i R_i,   [m, n],  R = sum of the ranks,   T_r(M) = U S Vh
 
@@ -131,7 +131,7 @@ class LazySums(Mapping[str, MatrixSum]):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Decomposition:
-    """``T_r(M)`` and what is known of it.
+    """``T_r(M)`` with its energy, route, time and error.
 
     ``energy`` is ``|M|_F^2``. ``route`` produced the result; ``seconds`` is its share of the batch.
     ``error`` estimates ``|M - M~| / |M - M_r| - 1``: by how much the approximation misses more than
@@ -182,7 +182,7 @@ def decompose(
 def _batches(
     matrices: Mapping[str, MatrixSum], *, rank: int, dtype: torch.dtype
 ) -> Iterator[tuple[str, list[str]]]:
-    """Names to be solved together: one shape, one R, one route, as many as fit a batch."""
+    """Names to be solved as one batch: equal shapes, R and routes."""
     groups: dict[tuple, list[str]] = {}
     for name, matrix in matrices.items():
         m, n, R, device = *matrix.shape, matrix.rank_bound, matrix.device.type
@@ -200,7 +200,7 @@ def _batches(
 def _solve_stacks(
     batch: Sequence[MatrixSum], route: str, *, rank: int, dtype: torch.dtype, tolerance: float
 ) -> list[Solved]:
-    """Routes that never form the matrix; what fails a check of the Gram route takes QR."""
+    """Routes that never form the matrix; QR where a check of the Gram route fails."""
     results: list[Solved | None] = [None] * len(batch)
     if route == "factored-gram":
         parts = [_raw_stack(matrix) for matrix in batch]
@@ -237,7 +237,7 @@ def _solve_dense(
     wanted = torch.float64 if dtype == torch.float64 else None
     return [
         top_of_dense(
-            # A sum that is dense already is only read.
+            # Without terms the dense part is used without a copy.
             matrix.to_dense(wanted) if matrix.dense is None or matrix.terms else matrix.dense,
             min(rank, *matrix.shape),
             dtype=dtype,
@@ -271,7 +271,7 @@ def fold(dense: Tensor | None, terms: Iterable[Term], shape: tuple[int, int]) ->
     """``dense += sum of the terms`` in place, as a few products of ``COLUMNS_AT_ONCE`` columns.
 
     A new accumulator is float64 up to 2^20 entries and float32 above, where a sum over clients
-    rounds at 1e-7 and float64 would double the largest thing the server holds.
+    rounds at 1e-7 and float64 would double the largest tensor of the server.
     """
     for block in _blocks(terms):
         if dense is None:

@@ -1,12 +1,12 @@
 """SVD of ``left @ right`` from float64 Gram matrices: matrix products instead of Householder QR.
 
-With ``left^T left = T_l^T T_l`` and ``right right^T = T_r^T T_r`` (Cholesky) the columns of
-``left T_l^-1`` and ``right^T T_r^-1`` are orthonormal and the SVD of ``left diag(w) right`` is that
-of the small core ``T_l diag(w) T_r^T`` (Cholesky QR; Fukaya et al. 2014). Only the columns that are
-kept are multiplied out. Squaring costs half the digits: a direction of a stack whose relative size
-is below the root of float64's rounding is not resolved. So every result is checked, for
-orthogonality by random probes and for what was left out against the sum's own norm, and a matrix
-that fails gets ``None``: its caller takes QR.
+With ``left^T left = T_l^T T_l`` and ``right right^T = T_r^T T_r`` (Cholesky) the columns of ``left
+T_l^-1`` and ``right^T T_r^-1`` are orthonormal and the SVD of ``left diag(w) right`` is that of the
+small core ``T_l diag(w) T_r^T`` (Cholesky QR; Fukaya et al. 2014). Only the columns of the result
+are multiplied out. Squaring costs half the digits: a direction of a stack whose relative size is
+below the root of float64's rounding is not resolved. So the orthogonality of every result is
+checked by random probes, and the norm of what was left out against that of the sum; a matrix that
+fails gets ``None`` and the caller uses QR.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ SINGLE_PRECISION_NORM = 8.0
 class Core:
     """The sum as ``(left inverse_left) matrix (inverse_right^T right)``, orthonormal outside.
 
-    All are ``[b, R, R]``; ``unresolved [b]`` bounds the norm of what the Gram matrices could not
-    tell from rounding and left out.
+    All are ``[b, R, R]``; ``unresolved [b]`` bounds the norm of the directions that were left out
+    because the Gram matrices do not resolve them.
     """
 
     matrix: Tensor
@@ -101,8 +101,8 @@ def svd_by_gram(
 def _core(left: Tensor, weights: Tensor, right: Tensor) -> Core:
     """The sum inside orthonormal bases of both stacks.
 
-    Columns are scaled to length 1 first: client weights and scalings differ by orders of magnitude
-    and would be taken for bad conditioning.
+    Columns are scaled to length 1 first: client weights and scalings differ by orders of magnitude,
+    which would look like bad conditioning.
     """
     left_gram, left_norms = _normalised(gram_matrix(left))
     right_gram, right_norms = _normalised(gram_matrix(right.mT))
@@ -133,7 +133,7 @@ def _whiten(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Cholesky where the columns are well apart. Else eigenvectors, those below rounding left out
     (zero rows of ``root``, zero columns of ``inverse``); ``lost [b]`` is the root of the largest
-    eigenvalue that may hide there.
+    eigenvalue that may be hidden.
     """
     size, lost = gram.shape[-1], gram.new_zeros(gram.shape[:-2])
     factor, failed = torch.linalg.cholesky_ex(gram)
@@ -218,7 +218,7 @@ def squared_norm(M: Tensor) -> float:
 
 
 def orthonormal_rows(X: Tensor) -> tuple[Tensor, Tensor]:
-    """Orthonormal rows that span those of X, and how much of each was outside those before it."""
+    """Orthonormal rows that span those of X, and each row's norm outside the earlier ones."""
     Q, R = torch.linalg.qr(X.T)
     return Q.T.contiguous(), R.diagonal().abs()
 

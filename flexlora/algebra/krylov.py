@@ -9,14 +9,15 @@ Musco and Musco, arXiv 2305.02535), and the best r directions inside it are take
 The contract is ``|M - M~| <= (1 + tolerance) |M - M_r|``. By Pythagoras ``|M - M~|^2`` is
 ``|M|^2 - |U^T M|^2``, both summed in float64, so the excess is decided by the energy that a
 larger space would still find. That is extrapolated from what the last enlargements found: the
-gains fall at least geometrically. A space can also stand still because its random start misses part
-of a cluster of equal values; so before it is believed, fresh random vectors are driven by ``M M^T``
-outside the space, and if they grow beyond the r-th value they join it.
+gains fall at least geometrically. A space can also stop
+growing because its random start misses part of a cluster of equal values; so before it is accepted,
+new random vectors outside the space are multiplied by ``M M^T``, and join it if they grow beyond
+the r-th value.
 
-Rounding of the products turns the directions, and the squares of the angles are lost. Where the
-tail is large that is little even in bfloat16. Where it is small a float32 space is turned back by a
-step of subspace iteration in float64; where it is tiny, or that step does not settle, all of it is
-done in float64.
+Rounding of the products rotates the directions and loses energy by the squares of the angles. Where
+the tail is large this is negligible even in bfloat16. Where it is small a float32 space is
+corrected by subspace iteration in float64; where it is tiny, or that does not converge, the whole
+search is in float64.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ JUMP, LONGEST, NEAR = 0.4, 0.22, 30.0
 SLOWEST_RATE = 0.1 / 64  # per column
 SAFETY = 2.0  # an extrapolation can fall short where a flat spectrum's gains stop falling faster
 BASIS_BLUR, BLUR, LARGEST_ANGLE = 8.0, 0.25, 1.0
-REFINABLE = 1e-11  # of the energy: float32 tells no smaller gain
+REFINABLE = 1e-11  # of the energy: float32 resolves no smaller gain
 REFINEMENTS = 3
 DEPENDENT = 0.05
 ALLOWED_LOSS = 5e-7  # of |M|: what a result in float32 loses anyway
@@ -67,7 +68,7 @@ class TopSpace:
 
 
 class _Blurred(Exception):
-    """Rounding hides what the contract asks for: products of a finer dtype are needed."""
+    """The contract needs products in a finer dtype."""
 
 
 def top_space(
@@ -76,8 +77,8 @@ def top_space(
     """The top left singular space of ``M [m, n]``; ``None`` if ``max_columns`` were not enough.
 
     Costs about ``4 m n D`` and ``4 m D^2`` for the D columns that it takes, 1.5 r to 2 r where the
-    values decay and 3 r to 5 r where they are flat. Deterministic: the random draws have a seed of
-    their own.
+    values decay and 3 r to 5 r where they are flat. Deterministic: the random draws have a fixed
+    seed.
     """
     limits = _Limits(energy=energy, tolerance=tolerance)
     for products in _product_dtypes(M):
@@ -89,7 +90,7 @@ def top_space(
 
 
 def _product_dtypes(M: Tensor) -> Iterator[torch.dtype]:
-    """From the coarsest that is worth trying on this device to float64."""
+    """Dtypes of products to try on this device, the coarsest first."""
     if M.dtype == torch.float32:
         if M.is_cuda or torch.cpu._is_avx512_bf16_supported():
             yield torch.bfloat16
@@ -99,32 +100,32 @@ def _product_dtypes(M: Tensor) -> Iterator[torch.dtype]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Limits:
-    """What may be missing, and what rounding hides."""
+    """The energy that may be missing, and the energy that rounding may lose."""
 
     energy: float
     tolerance: float
 
     def missing(self, kept: float) -> float:
-        """``(1 + tolerance)^2 - 1`` of the tail, with a little left for rounding."""
+        """``(1 + tolerance)^2 - 1`` of the tail, with a margin for rounding."""
         tail = max(self.energy - kept, 0.0)
         return 1.8 * self.tolerance * tail + ALLOWED_LOSS**2 * self.energy
 
     def small_tail(self, kept: float) -> bool:
-        """Whether float32 rounding of the energies could hide what they must tell."""
+        """Whether float32 rounding of the energies may exceed the energy that may be missing."""
         return self.missing(kept) < 32.0 * torch.finfo(torch.float32).eps * self.energy
 
     def angles(self, values: Tensor, products: torch.dtype) -> Tensor:
-        """How far rounding turns each wanted direction.
+        """The angle by which rounding rotates each wanted direction.
 
         The basis itself rounds at a few eps; products with ``M M^T`` round at ``eps s_1^2``, which
-        turns direction i by a share of ``eps (s_1 / s_i)^2``.
+        rotates direction i by a share of ``eps (s_1 / s_i)^2``.
         """
         basis = torch.finfo(_basis_dtype(products)).eps
         ratios = values[-1] / values.clamp_min(torch.finfo(torch.float64).tiny)
         return (basis * BASIS_BLUR + torch.finfo(products).eps * BLUR * ratios).clamp_max(1.0)
 
     def blur(self, values: Tensor, products: torch.dtype) -> tuple[float, bool]:
-        """The energy that rounding may lose, and whether that is too much of what is allowed."""
+        """The energy that rounding may lose, and whether that is too much of the allowance."""
         if products == torch.float64:
             return 0.0, False
         lost = 2.0 * float((self.angles(values, products).square() * values).sum())
@@ -133,10 +134,10 @@ class _Limits:
         return lost, lost > 0.5 * self.missing(kept)
 
     def refinable(self, values: Tensor, products: torch.dtype) -> bool:
-        """Whether a step in float64 can turn back what rounding has turned."""
-        seen = self.missing(float(values.sum())) > REFINABLE * self.energy
+        """Whether subspace iteration in float64 can correct the rounding."""
+        resolved = self.missing(float(values.sum())) > REFINABLE * self.energy
         angle = float(self.angles(values, products).max())
-        return products == torch.float32 and seen and angle < LARGEST_ANGLE
+        return products == torch.float32 and resolved and angle < LARGEST_ANGLE
 
 
 def _basis_dtype(products: torch.dtype) -> torch.dtype:
@@ -144,7 +145,7 @@ def _basis_dtype(products: torch.dtype) -> torch.dtype:
 
 
 def _search(space: _Space, limits: _Limits) -> TopSpace | None:
-    """Grows the space until what it still misses is allowed.
+    """Grow the space until the energy that it misses is within the tolerance.
 
     Raises:
         _Blurred: the products' rounding hides what is asked for.
@@ -179,7 +180,7 @@ def _search(space: _Space, limits: _Limits) -> TopSpace | None:
 
 
 def _coarsen(space: _Space, limits: _Limits) -> None:
-    """Products in bfloat16 from here on, unless the first values show that they would not do."""
+    """Use products in bfloat16 from now on, unless the first values rule them out."""
     if not limits.blur(space.ritz(with_vectors=False), torch.bfloat16)[1]:
         space.products, space.factor = torch.bfloat16, space.M.bfloat16()
 
@@ -222,7 +223,7 @@ def _mixed_in(found: Tensor, gram: Tensor, rank: int) -> float:
 
 
 def _schedule(missing: float, allowed: float, rate: float, *, size: int, block: int) -> int:
-    """How many columns to add before looking again: part of what the fall so far lets expect."""
+    """How many columns to add before the next check: part of the extrapolated number."""
     if rate == 0.0:
         return block
     columns = min(JUMP * math.log(max(missing / allowed, 1.0)) / rate, LONGEST * size)
@@ -285,10 +286,10 @@ def _shrinking(values: Tensor, rank: int) -> float:
 class _Space:
     """Orthonormal rows ``Q [D, m]`` and ``T = Q M M^T Q^T``, grown block by block.
 
-    T is what orthogonalisation takes out of ``M M^T X``. In exact arithmetic that is all in the
-    last two blocks; so these are taken out first, and one pass over the whole basis removes what
-    rounding has left (Simon 1984). Only the lower triangle of T is kept. A coarse space begins in
-    float32, until its first block has shown whether bfloat16 will do.
+    T has the coefficients that orthogonalisation subtracts from ``M M^T X``. In exact arithmetic
+    only those of the last two blocks are nonzero; these are subtracted first, and one pass over the
+    whole basis removes rounding errors (Simon 1984). Only the lower triangle of T is stored. A
+    coarse space begins in float32, until its first block shows whether bfloat16 is enough.
     """
 
     def __init__(self, M: Tensor, rank: int, max_columns: int, products: torch.dtype) -> None:
@@ -347,9 +348,8 @@ class _Space:
     def _orthogonal(self, X: Tensor) -> Tensor:
         """Orthonormal rows that span X, which lies outside the space up to rounding.
 
-        Dividing by what is left of a row magnifies its rounding, so where little is left the space
-        is taken out once more (twice is enough: Giraud et al. 2005). What is exhausted is drawn
-        anew.
+        Normalising a short row magnifies its rounding, so a basis with short rows is orthogonalised
+        once more (twice is enough: Giraud et al. 2005). Zero rows are replaced by random ones.
         """
         X, left = orthonormal_rows(X)
         spent = left <= 30.0 * torch.finfo(self._dtype).eps * self._scale
@@ -361,9 +361,9 @@ class _Space:
         return X
 
     def ritz(self, *, with_vectors: bool) -> Tensor:
-        """The eigenvalues of ``T``, ascending, in float64; the vectors are remembered if asked for.
+        """The eigenvalues of ``T``, ascending, in float64; ``with_vectors`` stores the vectors.
 
-        Gains stay precise although ``T`` was rounded once: its old part is the same every time.
+        Gains are precise although ``T`` was rounded: its old part is the same every time.
         """
         T = self._T[: self.size, : self.size]
         T = T if self.precise else T.to(self._dtype)
@@ -381,7 +381,7 @@ class _Space:
     def misses(self, smallest: float, allowed: float) -> bool:
         """Whether fresh vectors outside the space grow beyond its r-th value; if so, they join.
 
-        What r of them could add is not ``allowed`` to be missing.
+        They do if r of them could add more than ``allowed``.
         """
         if self.size + PROBES > self._Q.shape[0]:
             return False

@@ -1,10 +1,10 @@
-"""Matrices of low rank, kept as products: singular values, truncation, energies, padding.
+"""Matrices of low rank as products: singular values, truncation, energies.
 
-Nothing here knows LoRA. A matrix ``M [m, n]`` of rank at most k is given as ``left @ right`` with
+A matrix ``M [m, n]`` of rank at most k is given as ``left @ right`` with
 ``left [m, k]`` and ``right [k, n]``; the ``[m, n]`` product is never formed.
 
-Dtype rule: factorisations, Gram matrices and energies are computed in float64 whatever comes in,
-and returned in the dtype that came in. In float32 the difference of two nearly equal energies has
+Dtype rule: factorisations, Gram matrices and energies are computed in float64 for any input, and
+returned in the dtype of the input. In float32 the difference of two nearly equal energies has
 read 0.0 where the truth was 2e-4; the cost is a factor of two in time and the matrices are thin.
 """
 
@@ -76,7 +76,7 @@ def svd_of_product(left: Tensor, right: Tensor) -> FactoredSVD:
 
     ``left = Q_l R_l``, ``right^T = Q_r R_r``, SVD of the core ``R_l R_r^T``; g <= min(m, k, n).
     Costs O((m + n) k^2 + k^3) instead of O(m n min(m, n)). Directions below float64's rounding of
-    the largest are left out: they carry nothing, and a factor split evenly would be dead in them.
+    the largest are left out.
     Signs are fixed (the entry of largest magnitude in each column of U is positive); equal singular
     values still share a free rotation.
 
@@ -123,10 +123,10 @@ def finished_svd(
 
 
 def live_count(S: Tensor, dtype: torch.dtype) -> int:
-    """How many of the nonincreasing float64 values stand above the rounding of the largest.
+    """How many of the nonincreasing float64 values are above the rounding error of the largest.
 
-    The rounding is that of the factorisation (float64) or of the ``dtype`` that the result is kept
-    in, whichever is coarser: below it a direction carries nothing.
+    The rounding is that of the factorisation (float64) or of the result's ``dtype``, whichever is
+    coarser.
     """
     if S.shape[0] == 0:
         return 0

@@ -1,7 +1,7 @@
-"""What each way to the top of a matrix costs, and the ways through the dense matrix.
+"""Cost model of the decomposition routes, and the routes over a dense matrix.
 
-Costs are counted in operations of a float32 matrix product; the prices of everything else against
-it were measured on one core (float64 products 2, a symmetric eigenproblem about 10 k^3 and an SVD
+Costs are in operations of a float32 matrix product; the relative prices of other operations were
+measured on one core (float64 products 2, a symmetric eigenproblem about 10 k^3 and an SVD
 about 20 k^3 operations of the float64 product). On a GPU factorisations run at a small share of the
 products' rate; its prices are estimates.
 
@@ -31,7 +31,7 @@ LARGEST_SHARE_OF_COLUMNS = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class Prices:
-    """Operations of a float32 product that one of another kind costs."""
+    """Cost of other operations in operations of a float32 product."""
 
     double: float
     eigh: float

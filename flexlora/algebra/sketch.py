@@ -8,9 +8,9 @@ over 4-bit weights.
 
 ``Psi`` is a subsampled cosine transform with random signs (Halko, Martinsson and Tropp, 2011,
 section 4.6): k rows of ``C D``, with C the orthonormal DCT-II and D a random diagonal of +-1. Its
-rows are orthonormal, so singular values are not bent by ``Psi`` itself, and k = out loses nothing;
-independent signs or normals lose energy there. It is a function of k + out numbers and is computed
-where it is used: held, it would outweigh the sketch wherever out > in.
+rows are orthonormal, so ``Psi`` does not distort singular values and k = out is lossless, unlike
+independent signs or normals. It is a function of k + out numbers and is computed at each use: as a
+matrix it would be larger than the sketch wherever out > in.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ class GradientSketch:
 
     @property
     def Psi(self) -> Tensor:  # noqa: N802  (the literature's letter, as in the formulas above)
-        """``[k, out]`` in float64, rows orthonormal: to look at; ``add`` never holds it whole."""
+        """``[k, out]`` in float64, rows orthonormal, for tests; ``add`` never forms it."""
         return torch.cat([block for _, block in self._blocks(self.signs.device)], dim=1)
 
     def _blocks(self, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
-        """Columns of ``Psi``, some at a time: ``+-sqrt(2 / out) cos(pi f (2j + 1) / (2 out))``.
+        """Blocks of columns of ``Psi``: ``+-sqrt(2 / out) cos(pi f (2j + 1) / (2 out))``.
 
         Frequency 0 is the constant row, shorter by ``sqrt(2)``.
         """
@@ -70,7 +70,7 @@ class GradientSketch:
             yield columns, angles.cos_().mul_(signs).mul_(lengths)
 
     def add(self, x: Tensor, gradient: Tensor, num_slots: int) -> None:
-        """Fold in inputs ``x [K * n, in]`` and output gradients ``[K * n, out]``, slot-major."""
+        """Add inputs ``x [K * n, in]`` and output gradients ``[K * n, out]``, slot-major."""
         inputs = x.detach().reshape(num_slots, -1, x.shape[-1])
         outputs = gradient.detach().reshape(num_slots, -1, gradient.shape[-1])
         dtype = torch.promote_types(outputs.dtype, torch.float32)
@@ -84,8 +84,8 @@ class GradientSketch:
 def top_rows(sketch: Tensor, rank: int, fallback: Tensor) -> Tensor:
     """The top ``rank`` right singular vectors of ``sketch [k, in]`` as rows ``[rank, in]``.
 
-    They are scaled to the length that random rows have on average, so that a learning rate means
-    the same for both. Directions that the gradient does not have are taken from ``fallback``.
+    They are scaled to the mean length of random rows, so that a learning rate suits both.
+    Directions that the gradient does not have are taken from ``fallback``.
     """
     _, S, Vh = torch.linalg.svd(sketch.double(), full_matrices=False)
     live = int((1e-6 * S[0] < S).sum()) if S.numel() and float(S[0]) > 0 else 0

@@ -38,36 +38,7 @@ __all__ = [
 Scalar = bool | int | float | str
 Model = TypeVar("Model", bound=Options)
 METHOD = "carried"
-SECTIONS: dict[str, type[Options]] = {
-    "clients": sections.Clients,
-    "ranks": sections.Ranks,
-    "lora": sections.Lora,
-    "model": sections.Model,
-    "data": sections.Data,
-    "train": sections.Train,
-    "eval": sections.Eval,
-    "personal": sections.Personal,
-    "sampling": sections.Sampling,
-    "population": sections.Population,
-    "engine": sections.Engine,
-    "wire": sections.Wire,
-    "server": sections.Server,
-}
-
-
-def _keys() -> dict[str, FieldInfo]:
-    name = FieldInfo(annotation=str, default=METHOD, description=", ".join(METHODS))
-    found = {"method.name": name}
-    models: dict[str, type[Options]] = {"": sections.Run, **SECTIONS}
-    for section, model in models.items():
-        prefix = f"{section}." if section else ""
-        found |= {prefix + kebab_case(field): info for field, info in model.model_fields.items()}
-    return found
-
-
-# Every key but the methods' options: its default, annotation, description and bounds.
-KEYS: dict[str, FieldInfo] = _keys()
-# What an older version wrote for every method, and what it then meant: nothing.
+# Removed options that older versions wrote for every method, with the value that had no effect.
 RETIRED = {
     "method.realign": False,
     "method.restarts": 0,
@@ -76,20 +47,10 @@ RETIRED = {
 }
 
 
-@cache
-def all_keys() -> dict[str, FieldInfo]:
-    """``KEYS`` and the options of every method, whose files are imported."""
-    found = dict(KEYS)
-    for name in METHODS:
-        for field, info in method_class(name).Options.model_fields.items():
-            found.setdefault(f"method.{kebab_case(field)}", info)
-    return found
-
-
 class Config(sections.Run):
     """All keys resolved to values: immutable, complete, checked one by one.
 
-    What no two keys may say together is checked in ``flexlora.server.settings.check_config``.
+    ``flexlora.server.settings.check_config`` checks combinations of keys.
     """
 
     clients: sections.Clients = sections.Clients()
@@ -140,7 +101,7 @@ class Config(sections.Run):
 
     @staticmethod
     def given(*, file: str | Path | None = None, sets: Sequence[str] = ()) -> dict[str, Any]:
-        """What ``file`` and ``sets`` say and nothing else, by dotted key; see ``resolve``."""
+        """The values in ``file`` and ``sets``, by dotted key, without defaults; see ``resolve``."""
         values: dict[str, Any] = read_toml(file) if file else {}
         for item in sets:
             key, equals, text = item.partition("=")
@@ -150,18 +111,18 @@ class Config(sections.Run):
         return values
 
     def with_values(self, values: Mapping[str, Any]) -> Config:
-        """A copy with other values by dotted key; another method begins with its defaults."""
-        kept = self.flat()
+        """A copy with other values by dotted key; a changed method has its default options."""
+        current = self.flat()
         if values.get("method.name", self.method.name) != self.method.name:
-            kept = {key: value for key, value in kept.items() if not key.startswith("method.")}
-        return Config.of({**kept, **values})
+            current = {k: v for k, v in current.items() if not k.startswith("method.")}
+        return Config.of({**current, **values})
 
     def flat(self) -> dict[str, Any]:
         """The values by dotted key."""
         return flatten(self.nested())
 
     def changed(self) -> dict[str, Any]:
-        """The values that are no defaults, by dotted key: all that ``of`` needs."""
+        """The values that differ from the defaults, by dotted key; enough for ``of``."""
         defaults = Config(method=method_options(self.method.name)).flat()
         defaults["method.name"] = METHOD
         return {key: value for key, value in self.flat().items() if value != defaults[key]}
@@ -169,6 +130,38 @@ class Config(sections.Run):
     def nested(self) -> dict[str, Any]:
         """The values as nested tables, ready for TOML."""
         return self.model_dump(by_alias=True)
+
+
+SECTIONS: dict[str, type[Options]] = {
+    name: info.annotation
+    for name, info in Config.model_fields.items()
+    if isinstance(info.annotation, type) and issubclass(info.annotation, Options)
+}
+del SECTIONS["method"]  # its options depend on the method, whose file would be imported
+
+
+def _keys() -> dict[str, FieldInfo]:
+    name = FieldInfo(annotation=str, default=METHOD, description=", ".join(METHODS))
+    found = {"method.name": name}
+    models: dict[str, type[Options]] = {"": sections.Run, **SECTIONS}
+    for section, model in models.items():
+        prefix = f"{section}." if section else ""
+        found |= {prefix + kebab_case(field): info for field, info in model.model_fields.items()}
+    return found
+
+
+# Every key but the methods' options: its default, annotation, description and bounds.
+KEYS: dict[str, FieldInfo] = _keys()
+
+
+@cache
+def all_keys() -> dict[str, FieldInfo]:
+    """``KEYS`` and the options of every method, whose files are imported."""
+    found = dict(KEYS)
+    for name in METHODS:
+        for field, info in method_class(name).Options.model_fields.items():
+            found.setdefault(f"method.{kebab_case(field)}", info)
+    return found
 
 
 def _checked(model: type[Model], given: Mapping[str, Any], prefix: str = "") -> Model:
@@ -184,7 +177,7 @@ def _unknown(key: str) -> UserError:
 
 
 def _parsed(key: str, text: str) -> Scalar:
-    """The value of ``--set key=text``; text that is not of the key's type is refused by ``of``."""
+    """The value of ``--set key=text``; text of the wrong type is returned for ``of`` to refuse."""
     info = KEYS.get(key) or all_keys().get(key)
     if info is None:
         raise _unknown(key)
@@ -199,7 +192,7 @@ def _parsed(key: str, text: str) -> Scalar:
 
 
 def of_flower(run_config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run under Flower was given: its defaults say "" for the options of methods."""
+    """The values of Flower's run config, without method options at Flower's default ""."""
     return {
         key: value
         for key, value in run_config.items()
@@ -208,9 +201,9 @@ def of_flower(run_config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def flower_table() -> dict[str, Any]:
-    """``[tool.flwr.app.config]``: Flower refuses an override of a key that is not in it.
+    """``[tool.flwr.app.config]``, with every key that Flower may override.
 
-    The options of methods say "", not given, since no default there belongs to every method.
+    Options of methods are "" (not given), since their defaults depend on the method.
     """
     table: dict[str, Any] = {}
     for key, info in all_keys().items():
@@ -221,26 +214,26 @@ def flower_table() -> dict[str, Any]:
 
 
 def of_older(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run folder's configuration says, without the options that mean nothing in it.
+    """A run folder's configuration without options that had no effect in an older version.
 
-    Older versions wrote the options of all methods; one that the run's method lacks and that is
-    at its default, or one that is gone and was not used, is left out.
+    Older versions wrote the options of all methods: those that the run's method lacks and that are
+    at their default, and ``RETIRED`` ones, are left out.
     """
-    own = method_class(str(values.get("method.name", METHOD))).Options.option_names()
+    options = method_class(str(values.get("method.name", METHOD))).Options.option_names()
     known = all_keys()
 
-    def says_nothing(key: str, value: object) -> bool:
+    def has_no_effect(key: str, value: object) -> bool:
         if key in RETIRED and value == RETIRED[key]:
             return True
         leaf = key.removeprefix("method.")
-        foreign = leaf != key and leaf not in own and key in known
+        foreign = leaf != key and leaf not in options and key in known
         return foreign and value == known[key].default
 
-    return {key: value for key, value in values.items() if not says_nothing(key, value)}
+    return {key: value for key, value in values.items() if not has_no_effect(key, value)}
 
 
 def resolved(config: Config) -> Config:
-    """The configuration with what the machine decides written down: the threads of each worker."""
+    """The configuration with ``engine.threads`` set from this machine where it is 0."""
     available = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
     share = max(1, len(available(0)) // config.engine.workers)
     return config.with_values({"engine.threads": config.engine.threads or share})

@@ -45,7 +45,7 @@ RANK_POLICIES: tuple[str, ...] = choices(RankPolicyName)
 
 
 class Run(Options):
-    """What belongs to no section."""
+    """Keys outside any section."""
 
     seed: int = option(0, "seed of every random draw", ge=0)
     num_server_rounds: int = option(8, "rounds of federated training", ge=1)
@@ -67,7 +67,7 @@ class Clients(Options):
 
 
 class Ranks(Options):
-    """Who trains at which rank."""
+    """Assignment of ranks to clients."""
 
     policy: RankPolicyName = option("tiers", "who trains at which rank")
     fixed: int = option(8, "the rank under ranks.policy=fixed")
@@ -103,7 +103,7 @@ class Model(Options):
 
 
 class Data(Options):
-    """Where rows come from and whose they are."""
+    """The source of the rows and their partition over clients."""
 
     path: str = option("", "folder of train, validation and test .jsonl[.gz] files")
     tasks: str = option("default", "built-in families: default, all, or names with commas")
@@ -126,8 +126,8 @@ class Train(Options):
         "adamw_torch", "local optimizer (8bit: bitsandbytes; paged: CUDA)"
     )
     weight_decay: float = option(0.0, "weight decay (decoupled in AdamW)", ge=0.0)
-    # Larger than the usual 1e-8: below it a gradient that is only float32
-    # rounding would still move its weight by a whole step, in a direction of chance.
+    # Larger than the usual 1e-8, at which gradients of pure float32 rounding make full steps in
+    # random directions.
     adam_epsilon: float = option(1e-06, "AdamW's epsilon", ge=0.0)
     proximal_mu: float = option(0.0, "FedProx: pull to where the round began", ge=0.0)
     max_grad_norm: float = option(1.0, "gradient norm bound per client (0: none)", ge=0.0)
@@ -168,7 +168,7 @@ class Eval(Options):
 
 
 class Personal(Options):
-    """Factors that each client trains and never sends."""
+    """Personal factors, which never leave a client."""
 
     rank: int = option(0, "rank of factors that each client keeps to itself (0: none)", ge=0)
     max_steps: int = option(10, "steps a round on a client's own factors", ge=1)
@@ -176,7 +176,7 @@ class Personal(Options):
 
 
 class Sampling(Options):
-    """Who is asked to train."""
+    """Selection of the clients of a round."""
 
     policy: Literal["uniform", "availability", "examples", "utility", "stratified"] = option(
         "uniform", "who trains in a round (utility: Oort-like; stratified: by rank class)"
@@ -218,7 +218,7 @@ class Engine(Options):
 
 
 class Wire(Options):
-    """What travels."""
+    """Encoding of messages."""
 
     dtype: Literal["float32", "bfloat16", "float64", "int8"] = option(
         "float32", "factors between server and client"

@@ -1,8 +1,8 @@
-"""How many train rows a simulated client holds at most: ``population.examples``.
+"""The most train rows of a simulated client: ``population.examples``.
 
-    ""                      all rows that a client has
-    "100"                   at most so many
-    "lognormal:60:1.0"      at most N, with log N ~ N(log 60, 1.0): a few hold much, most little
+    ""                      no limit
+    "100"                   at most 100
+    "lognormal:60:1.0"      at most N, with log N ~ N(log 60, 1.0)
 
 The number and the choice of rows are functions of the seed and the client id.
 """
@@ -20,7 +20,7 @@ __all__ = ["capped_rows", "num_rows", "parse_examples"]
 
 
 def num_rows(law: tuple[float, float] | None, client_id: str, available: int, *, seed: int) -> int:
-    """How many of its ``available`` train rows a client holds: at least 1 if there is one."""
+    """How many of its ``available`` train rows a client has: at least 1 if there is one."""
     if law is None:
         return available
     median, sigma = law
@@ -31,7 +31,7 @@ def num_rows(law: tuple[float, float] | None, client_id: str, available: int, *,
 def capped_rows(
     clients: Mapping[str, Mapping[str, list[Row]]], text: str, *, seed: int
 ) -> dict[str, dict[str, list[Row]]]:
-    """The clients with no more train rows than the law allows, in their order; others untouched.
+    """The clients with their train rows limited, in the original order; other splits unchanged.
 
     Raises:
         UserError: a law that cannot be read.
@@ -44,8 +44,8 @@ def capped_rows(
         rows = splits.get("train", [])
         count = num_rows(law, client_id, len(rows), seed=seed)
         generator = numpy_generator(seed, "which rows", client_id)
-        kept = sorted(generator.permutation(len(rows))[:count].tolist())
-        capped[client_id] = {**splits, "train": [rows[i] for i in kept]}
+        chosen = sorted(generator.permutation(len(rows))[:count].tolist())
+        capped[client_id] = {**splits, "train": [rows[i] for i in chosen]}
     return capped
 
 

@@ -1,7 +1,7 @@
-"""The clients of a configuration: which rows each holds, and those rows as tokens.
+"""The clients of a configuration, their rows and the rows' tokens.
 
-A client's rows are tokenised at first use and cached: a node that serves one client tokenises
-that client's rows only.
+A client's rows are tokenised at first use and cached, so a node tokenises the rows of its client
+only.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def client_rows(
     elif name:
         rows = load_hub(name)
     else:
-        # Another partition deals the rows of the default clients anew.
-        made = num_clients if kind == "client" and num_clients else EMBEDDED_CLIENTS
-        rows = load_embedded(made, seed, tasks)
+        # Other partitions redistribute the rows of the default clients.
+        count = num_clients if kind == "client" and num_clients else EMBEDDED_CLIENTS
+        rows = load_embedded(count, seed, tasks)
     clients = partition(
         rows, kind=kind, num_clients=num_clients, dirichlet_alpha=dirichlet_alpha, seed=seed
     )
@@ -76,16 +76,16 @@ class ClientData:
         return list(self._rows)
 
     def rename(self, client_id: str) -> None:
-        """Give the one client of a node that owns its whole data folder its name."""
+        """Name the only client of a node that trains on its whole data folder."""
         (only,) = self._rows.values()
         self._rows = {client_id: only}
 
     def examples(self, client_id: str, split: str) -> list[Example]:
-        """The rows of one split that fit, in their order."""
+        """The rows of one split that fit ``max_length``, in order."""
         return self._encode(client_id, split)[0]
 
     def num_dropped(self, client_id: str, split: str) -> int:
-        """How many rows of one split cannot fit with their answer."""
+        """How many rows of one split do not fit with their answer."""
         return self._encode(client_id, split)[1]
 
     def _encode(self, client_id: str, split: str) -> tuple[list[Example], int]:

@@ -2,17 +2,15 @@
 
     input_ids = [bos] + ids(prompt) + ids(answer) + [eos]      bos, eos where the tokenizer has them
 
-Prompt and answer are tokenised apart and joined: generation starts from exactly the prompt ids
-that training saw, whatever merges the tokenizer would make across the seam. The loss is on the
-answer and its eos alone.
+Prompt and answer are tokenised separately, so generation starts from exactly the prompt ids of
+training, without merges across the boundary. The loss is on the answer and its eos only.
 
-A prompt too long for ``max_length`` loses the end of its input text, token by token of that text,
-and is rendered anew, so that the layout around it stays whole. At least one token of the input
-stays; the instruction, a conversation's turns and the answer are never cut. A row that does not
-fit even so is dropped and counted.
+If a prompt is too long for ``max_length``, its input text is shortened from the end by tokens, to
+at least one, and rendered again. The instruction, the turns of a conversation and the answer are
+never cut; a row that still does not fit is dropped and counted.
 
 A slot is one client in a cohort. K slots with unequal numbers of rows make one slot-major batch
-``[K * b, T]`` with ``b`` the most rows of any slot; the others are filled with dummy rows.
+``[K * b, T]`` with ``b`` the most rows of any slot; the others are padded with dummy rows.
 """
 
 from __future__ import annotations
@@ -42,7 +40,7 @@ __all__ = [
     "encode_rows",
 ]
 
-IGNORE_INDEX = -100  # the label that torch's cross entropy and transformers leave out
+IGNORE_INDEX = -100  # the label that torch's cross entropy ignores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,10 +77,9 @@ class Batch:
 def encode_rows(
     rows: Sequence[Row], *, tokenizer: PreTrainedTokenizerBase, template: str, max_length: int
 ) -> tuple[list[Example], int]:
-    """The rows that fit, in order, and the number of those that were dropped.
+    """The rows that fit, in order, and the number of dropped rows.
 
-    Each row is encoded as it would be alone. A row is dropped when it does not fit even with its
-    input cut (see the module).
+    A row's encoding does not depend on the other rows.
 
     Raises:
         UserError: as ``templates.render``, or a ``max_length`` below 1.
@@ -96,9 +93,9 @@ def batch_plan(
 ) -> list[list[int]]:
     """Indices of ``steps`` batches: epochs of shuffled indices, each cut into ``batch_size``.
 
-    The partial last batch of an epoch is kept, so an epoch is ``ceil(num_examples / batch_size)``
-    steps and meets every example once. ``seed_parts`` is the seed and then the names of the
-    purpose, as ``seeds.numpy_generator`` takes them; a longer plan begins with the shorter one.
+    An epoch is ``ceil(num_examples / batch_size)`` steps, the last with the remaining rows, and has
+    every example once. ``seed_parts`` are the arguments of ``seeds.numpy_generator``; a longer plan
+    begins with the shorter one.
     """
     if num_examples < 1 or batch_size < 1 or steps < 0:
         raise ValueError(
@@ -118,17 +115,17 @@ def batch_plan(
 def collate(slots: Sequence[Sequence[Example]], *, pad_token_id: int) -> Batch:
     """The slots as one right-padded batch for training.
 
-    A dummy row attends to its first token alone, so that no softmax runs over nothing, and has no
-    label. Rows ``k * b`` onwards, cut to T_k columns, are the batch that slot k makes by itself.
+    A dummy row attends to its first token only, so that its softmax is defined, and has no label.
+    Rows from ``k * b``, cut to T_k columns, are the batch of slot k alone.
     """
     rows = [[(e.input_ids, _labels(e)) for e in slot] for slot in slots]
     return _stack(rows, pad_token_id, left=False)
 
 
 def collate_prompts(slots: Sequence[Sequence[Example]], *, pad_token_id: int) -> Batch:
-    """The prompts alone, left-padded for generation, in the layout of ``collate``; no labels.
+    """The prompts, left-padded for generation, in the layout of ``collate``, without labels.
 
-    A dummy row attends to its last token alone, the place generation goes on from.
+    A dummy row attends to its last token only, from which generation continues.
     """
     prompts = [[e.input_ids[: e.prompt_length] for e in slot] for slot in slots]
     rows = [[(ids, (IGNORE_INDEX,) * len(ids)) for ids in slot] for slot in prompts]
@@ -196,7 +193,7 @@ def _encode(
             answer=row.output,
             task=row.task,
         )
-        # An answer that the tokenizer has no ids for leaves nothing to learn.
+        # An answer without any token has no loss.
         if answer_ids[i] and len(prompt_ids[i]) <= budgets[i]
         else None
         for i, row in enumerate(rows)
@@ -212,18 +209,18 @@ def _cut_inputs(
     tokenizer: PreTrainedTokenizerBase,
     template: str,
 ) -> None:
-    """Replace the prompts at ``indices`` by ones whose input is cut to fit, where that can be.
+    """Shorten the inputs of the prompts at ``indices`` until the prompts fit, where possible.
 
-    An input loses as many of its tokens as its prompt has too many and the new prompts are
-    tokenised together, until each fits or has one token of input left. A round or two is the
-    rule: cutting inside a word, or in a character of several tokens, moves the count a little.
+    In each iteration an input is shortened by the number of excess tokens and all new prompts are
+    tokenised together, until each fits or has one token of input left. Cutting inside a word can
+    change the number of its tokens, so that usually takes one or two iterations.
     """
     ends = dict(zip(indices, _token_ends([rows[i].input for i in indices], tokenizer), strict=True))
-    kept = {i: len(ends[i]) for i in indices}
-    while indices := [i for i in indices if len(prompt_ids[i]) > budgets[i] and kept[i] > 1]:
+    lengths = {i: len(ends[i]) for i in indices}
+    while indices := [i for i in indices if len(prompt_ids[i]) > budgets[i] and lengths[i] > 1]:
         for i in indices:
-            kept[i] = max(1, kept[i] - (len(prompt_ids[i]) - budgets[i]))
-            row = replace(rows[i], input=rows[i].input[: ends[i][kept[i] - 1]])
+            lengths[i] = max(1, lengths[i] - (len(prompt_ids[i]) - budgets[i]))
+            row = replace(rows[i], input=rows[i].input[: ends[i][lengths[i] - 1]])
             prompts[i], _ = render(row, template=template, tokenizer=tokenizer)
         new_ids = _prompt_ids([prompts[i] for i in indices], tokenizer)
         for i, ids in zip(indices, new_ids, strict=True):
@@ -231,7 +228,7 @@ def _cut_inputs(
 
 
 def _token_ends(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Where each token of a text ends in it; each character where the tokenizer cannot say."""
+    """End offsets of the tokens of each text; of its characters for a slow tokenizer."""
     if not tokenizer.is_fast or not texts:
         return [list(range(1, len(text) + 1)) for text in texts]
     offsets = _tokenize(texts, tokenizer, return_offsets_mapping=True)["offset_mapping"]
@@ -242,12 +239,12 @@ def _prompt_ids(prompts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[
     """The ids of each prompt, with one bos in front where the tokenizer has one."""
     bos = tokenizer.bos_token_id
     ids = _tokenize(prompts, tokenizer)["input_ids"]
-    # A chat template may have written bos into its text already.
+    # A chat template may have added bos to the text.
     return [row if bos is None or row[:1] == [bos] else [bos, *row] for row in ids]
 
 
 def _answer_ids(answers: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """The ids of each answer, then eos where the tokenizer has one; none for an answer of none."""
+    """The ids of each answer with eos, if the tokenizer has one; empty for an empty answer."""
     eos = tokenizer.eos_token_id
     ids = _tokenize(answers, tokenizer)["input_ids"]
     return [[*row, eos] if row and eos is not None else row for row in ids]

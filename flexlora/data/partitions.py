@@ -1,15 +1,14 @@
-"""Which client holds which rows, decided once and the same way in every split.
+"""Partitions of rows over clients, consistent across splits.
 
-    client     as the rows say
+    client     by the rows' ``client``
     task       one client per task
-    iid        a random deal of equal sizes
+    iid        at random, in equal sizes
     dirichlet  p_t ~ Dirichlet(alpha * 1) for each task t, the shares of its rows that go to each
                client (label skew after Hsu et al., arXiv 1909.06335, with tasks for labels)
 
-The shares p_t are drawn once per seed and hold in all splits: a client is evaluated on the mixture
-of tasks that it trains on. Every row of every split goes to exactly one client, unless
-``num_clients`` asks for fewer clients than the rows name. A client without train rows stays in the
-result, empty, so that whoever skips it can count it.
+The shares p_t are drawn once per seed for all splits: a client is evaluated on the mixture of tasks
+that it trains on. Every row of every split goes to exactly one client, unless ``num_clients`` is
+below the number of clients that the rows name. The result includes clients without train rows.
 """
 
 from __future__ import annotations
@@ -33,8 +32,8 @@ def partition(
 ) -> dict[str, dict[str, list[Row]]]:
     """``{client_id: {split: rows}}``, sorted by client id; rows keep the order of their split.
 
-    With ``num_clients`` 0, ``client`` and ``task`` make every client that the data names. Fewer
-    are a seeded choice among them; asking for more later keeps those already chosen.
+    With ``num_clients`` 0, ``client`` and ``task`` return every client that the data names. Fewer
+    are a seeded choice among them, and a larger number includes the smaller one's clients.
 
     Raises:
         UserError: an unknown kind, rows without the client or task that the kind needs, more
@@ -62,7 +61,7 @@ def partition(
 
 
 def _by_name(rows: Splits, kind: str, num_clients: int, seed: int) -> dict:
-    """Clients that the rows name, in their ``client`` or in their ``task``."""
+    """Clients named by the ``client`` or ``task`` of the rows."""
     owners = {split: _names(rows[split], split, kind) for split in rows}
     ids = sorted({name for names in owners.values() for name in names})
     if num_clients > len(ids):
@@ -103,7 +102,7 @@ def _check_count(rows: Splits, kind: str, num_clients: int) -> None:
 
 
 def _deal(split: str, num_rows: int, num_clients: int, seed: int) -> list[int]:
-    """An owner for each row, at random, with sizes that differ by at most one."""
+    """The client of each row, at random, with sizes that differ by at most one."""
     owners = [0] * num_rows
     order = numpy_generator(seed, "partition", "iid", split).permutation(num_rows)
     for position, index in enumerate(order):
@@ -114,7 +113,7 @@ def _deal(split: str, num_rows: int, num_clients: int, seed: int) -> list[int]:
 def _dirichlet_owners(
     rows: Splits, num_clients: int, alpha: float, seed: int
 ) -> dict[str, list[int]]:
-    """An owner for each row of each split, task by task, from shares drawn once per task."""
+    """The client of each row of each split, from shares drawn once per task."""
     if not 1e-6 <= alpha <= 1e6:  # outside, the draw's gamma variates under- or overflow
         raise UserError(
             f"data.dirichlet-alpha is {alpha}, expected a number from 1e-6 to 1e6 (0.1 is very "
@@ -143,7 +142,7 @@ def _dirichlet_owners(
 
 
 def _gather(rows: Splits, owners: Mapping[str, Sequence[str]], ids: Sequence[str]) -> dict:
-    """The rows of each client, every client with every split, without owners outside ``ids``."""
+    """The rows by client and split, for the clients in ``ids``."""
     clients: dict[str, dict[str, list[Row]]] = {
         client_id: {split: [] for split in rows} for client_id in ids
     }

@@ -1,4 +1,4 @@
-"""One row of federated text, checked once on the way in so that nothing after it has to.
+"""One row of federated text, validated when it is read.
 
 Two shapes are accepted, as JSON objects:
 
@@ -6,8 +6,8 @@ Two shapes are accepted, as JSON objects:
     {"messages": [{"role", "content"}, ...], "client"?, "task"?, "category"?}
 
 In a chat row the last message is the assistant's and is what the model learns. ``null`` means
-absent. Further keys are ignored, unless one looks like a misspelt key of ours: training without
-the inputs because they were called ``"inputs"`` is a mistake that no loss curve shows.
+absent. Other keys are ignored unless one resembles a missing key: training without inputs because
+their key was ``"inputs"`` would not show in the loss.
 """
 
 from __future__ import annotations
@@ -73,14 +73,7 @@ def parse_row(obj: object, where: str) -> Row:
             f"{where}: 'output' is empty, expected the text to learn; fill it in or take "
             "the row out."
         )
-    return Row(
-        instruction=texts.get("instruction", ""),
-        input=texts.get("input", ""),
-        output=texts["output"],
-        client=labels.get("client"),
-        task=labels.get("task"),
-        category=labels.get("category"),
-    )
+    return Row(**texts, **labels, messages=None)
 
 
 def _messages(present: dict, where: str) -> tuple[tuple[str, str], ...]:
@@ -125,7 +118,7 @@ def _message(turn: object, number: int, where: str) -> tuple[str, str]:
 
 
 def _text(value: object, name: str, where: str) -> str:
-    """``value`` if it is text that UTF-8 can hold (JSON may smuggle in half a surrogate pair)."""
+    """``value`` if it is text that UTF-8 can encode (JSON allows half a surrogate pair)."""
     if not isinstance(value, str):
         raise UserError(f"{where}: {name} is {_kind(value)}, expected text; put it in quotes.")
     try:
@@ -139,7 +132,7 @@ def _text(value: object, name: str, where: str) -> str:
 
 
 def _label(value: object, key: str, where: str) -> str:
-    """The name of a client, task or category; whole numbers are common there and become text."""
+    """The name of a client, task or category; a whole number becomes text."""
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     text = _text(value, f"'{key}'", where)

@@ -1,4 +1,4 @@
-"""Where rows come from: a folder of JSONL, a data set on the hub, or the built-in tasks.
+"""Sources of rows: a folder of JSONL, a data set on the hub, or the built-in tasks.
 
 Each source returns ``{split: rows}`` for the splits it has, always with ``train``. Rows keep the
 order of their file.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from flexlora.data.rows import Row, parse_row
@@ -31,9 +31,9 @@ def load_folder(path: str | Path) -> dict[str, list[Row]]:
     """
     folder = Path(path)
     if not folder.is_dir():
-        arrived = "is a file" if folder.exists() else "does not exist"
+        problem = "is a file" if folder.exists() else "does not exist"
         raise UserError(
-            f"data.path '{path}' {arrived}, expected a folder that holds train.jsonl or "
+            f"data.path '{path}' {problem}, expected a folder that holds train.jsonl or "
             "train.jsonl.gz; name that folder."
         )
     files = {split: file for split in SPLITS if (file := _split_file(folder, split))}
@@ -79,7 +79,11 @@ def load_hub(name: str) -> dict[str, list[Row]]:
             f"data.name '{name}' has the splits {', '.join(loaded)}, expected 'train' among "
             "them; save the rows as train.jsonl and use data.path."
         )
-    return {split: _parsed(loaded[split], f"{name} {split}") for split in SPLITS if split in loaded}
+    return {
+        split: [parse_row(row, f"{name} {split} row {n}") for n, row in enumerate(loaded[split], 1)]
+        for split in SPLITS
+        if split in loaded
+    }
 
 
 def load_embedded(num_clients: int, seed: int, tasks: str = "default") -> dict[str, list[Row]]:
@@ -113,7 +117,7 @@ def _read(file: Path) -> Iterator[Row]:
     """The rows of one file, each error with the file and the line."""
     opener = gzip.open if file.suffix == ".gz" else open
     try:
-        # Bytes, because text mode would also break lines at U+2028 and the like inside strings.
+        # Bytes, because text mode would also split lines at U+2028 and the like inside strings.
         with opener(file, "rb") as lines:
             for number, line in enumerate(lines, start=1):
                 where = f"{file} line {number}"
@@ -129,7 +133,7 @@ def _read(file: Path) -> Iterator[Row]:
 
 def _decoded(line: bytes, where: str) -> str:
     try:
-        # A mark may stand on any line: files joined with `cat` each bring theirs.
+        # Any line may have a byte-order mark: files may have been concatenated.
         return line.decode().lstrip("\ufeff").strip()
     except UnicodeDecodeError as error:
         raise UserError(
@@ -146,10 +150,6 @@ def _json(text: str, where: str) -> object:
             f"{where}: not JSON ({_first_line(error)}), expected one JSON object on each line; "
             "remedy the line or take it out."
         ) from None
-
-
-def _parsed(objects: Iterable[object], name: str) -> list[Row]:
-    return [parse_row(obj, f"{name} row {number}") for number, obj in enumerate(objects, start=1)]
 
 
 def _first_line(error: Exception) -> str:

@@ -1,13 +1,13 @@
-"""A row as text: the prompt that the model reads and the answer that it learns.
+"""A row as text: a prompt and the answer to learn.
 
-    plain    instruction, input and "Answer: " on three lines, empty ones left out
+    plain    instruction, input and "Answer: " on three lines, without empty ones
     alpaca   the Stanford Alpaca layout, in its forms with and without an input
     chat     the tokenizer's own chat template, with its generation prompt
     auto     chat where the tokenizer has a chat template, else plain
 
-Each row shape reads well under each layout. An instruction row becomes one user message under a
-chat template. A chat row becomes an instruction under the other two: the system text and the
-question when that is all there is, and labelled turns when it is a longer conversation.
+Both kinds of row work with every layout. An instruction row is one user message under a chat
+template. A chat row is an instruction under the other two: the system text and the question, or
+for a longer conversation turns labelled by role.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def render(row: Row, *, template: str, tokenizer: PreTrainedTokenizerBase) -> tu
 
 
 def resolve_template(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The layout that ``template`` stands for with this tokenizer: never ``auto``.
+    """The layout for this tokenizer; never ``auto``.
 
     Raises:
         UserError: an unknown name, or ``chat`` where the tokenizer has no chat template.
@@ -79,7 +79,7 @@ def resolve_template(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _chat_prompt(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
-    """All turns but the answer, up to the point where the assistant begins to write."""
+    """All turns before the answer, with the template's generation prompt."""
     from jinja2 import TemplateError
 
     if row.messages is None:
@@ -101,7 +101,7 @@ def _chat_prompt(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _as_instruction(messages: tuple[tuple[str, str], ...]) -> str:
-    """A conversation without its answer, as one instruction for a model that knows no turns."""
+    """A conversation without its answer as one instruction."""
     system = [content for role, content in messages[:-1] if role == "system" and content]
     turns = [(role, content) for role, content in messages[:-1] if role != "system"]
     if len(turns) > 1:

@@ -1,9 +1,9 @@
 """Which evaluation jobs share forward passes.
 
-    shared adapters    every adapter is a slot, all over the same rows: K times the rows in a pass
-    personal adapters  every client is a slot over its own rows: K times the most rows of any
+    shared adapters    one slot per adapter, all on the same rows: a pass has K times the rows
+    personal adapters  one slot per client, each on its rows: a pass has K times the most rows
 
-A plan depends on the jobs and their rows, never on the order in which they arrive.
+A plan depends on the jobs and their rows, not on the order of arrival.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class EvalPlan:
     _digests: dict[int, str] = field(default_factory=dict)
 
     def _digest(self, adapter: Adapter) -> str:
-        """Equal for equal adapters; an object that many jobs share is hashed once."""
+        """``adapter.digest()``, computed once per object."""
         if id(adapter) not in self._digests:
             self._digests[id(adapter)] = adapter.digest()
         return self._digests[id(adapter)]
@@ -45,10 +45,9 @@ class EvalPlan:
     def cohorts(self, batch_size: int) -> list[list[int]]:
         """Indices of jobs with personal factors that share passes, one slot each.
 
-        K jobs make a pass of K times their most rows, at most ``batch_size``, of which at least
-        half of the tokens are real: clients with similar row counts and lengths share a cohort, and
-        a job with more rows than that is alone. All jobs of a cohort carry the same adapter, which
-        is held in memory once.
+        K jobs make a pass of K times their most rows: at most ``batch_size`` rows with at most half
+        of the tokens padding, so clients with similar row counts and lengths share a cohort. A job
+        with more rows is alone. All jobs of a cohort carry the same adapter, stored once.
         """
         cohorts: list[list[int]] = []
         previous: tuple = ()
@@ -91,5 +90,5 @@ def carried_adapter(job: EvalJob) -> Adapter | None:
         return None
     if job.personal_over not in job.adapters:
         known = ", ".join(job.adapters) or "none"
-        raise ValueError(f"{who} lie over '{job.personal_over}', expected one of {known}.")
+        raise ValueError(f"{who} are over '{job.personal_over}', expected one of {known}.")
     return job.adapters[job.personal_over]

@@ -1,8 +1,8 @@
 """Held-out loss, and exact match and ROUGE-L of generated answers.
 
-Adapters are evaluated in slots, many in one pass: those that jobs share as slots over the same
-rows, those of one client each as slots over that client's rows. A score is the same alone and in
-company, up to the rounding of wider matrix products. Text scores compare a greedy generation from
+Many adapters are evaluated in one pass as slots: shared adapters on the same rows, personal ones
+each on its client's rows. A score does not depend on the other slots, up to the rounding of wider
+matrix products. Text scores compare a greedy generation from
 the prompt alone with the reference, never the teacher-forced argmax, which sees the reference.
 """
 
@@ -24,7 +24,7 @@ from flexlora.wire.jobs import PERSONAL, EvalJob, EvalResult, Score
 
 __all__ = ["BASE", "PERSONAL", "answer_loss_sums", "evaluate"]
 
-BASE = "base"  # the name under which the bare base is scored
+BASE = "base"  # the name of the scores of the base model alone
 
 
 @torch.no_grad()
@@ -98,7 +98,7 @@ class _Scorer:
 
     def shared(self, job: EvalJob, rows: Sequence[Example]) -> dict[str, list[Score]]:
         """Scores of each row by name: under each of the job's adapters, or under the bare base."""
-        # Classes that are served the same adapter are scored once.
+        # Rank classes with equal adapters are scored once.
         digests = {name: adapter.digest() for name, adapter in job.adapters.items()}
         distinct = {digest: job.adapters[name] for name, digest in digests.items()}
         self.slots.load(list(distinct.values())) if distinct else self.slots.clear()
@@ -109,7 +109,7 @@ class _Scorer:
     def personal(
         self, jobs: Sequence[EvalJob], examples: Sequence[Sequence[Example]]
     ) -> list[list[Score]]:
-        """Scores of each job's rows under its personal factors plus the adapter all of them carry.
+        """Scores of each job's rows under its personal factors plus the carried adapter.
 
         The jobs are a cohort of ``EvalPlan.cohorts``: they carry equal adapters.
         """

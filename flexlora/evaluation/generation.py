@@ -1,8 +1,8 @@
 """Greedy generation from prompts, many rows and slots in one pass.
 
 Rows are padded on the left. An answer does not depend on the other rows of its pass: prompts near
-the model's last position share passes with prompts of equal length only, and tokens after a row's
-end of sequence are cut off.
+the model's last position only share passes with prompts of equal length, and tokens after a row's
+end of sequence are removed.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _by_room(
     """Rows that may share passes, as ``(tokens to generate, row indices [K])``.
 
     Rows with room for ``max_new_tokens`` form one group; the others one group for each prompt
-    length. A prompt that fills all ``longest`` positions is left out: its answer is empty.
+    length. A prompt of ``longest`` tokens or more is left out: its answer is empty.
     """
     groups: dict[tuple[int, int], list[list[int]]] = {}
     for k, rows in enumerate(examples):

@@ -2,8 +2,8 @@
 
 The weight change of a module is ``scaling * lora_B @ lora_A`` (LoRA, arXiv 2106.09685, eq. 3), with
 ``scaling = alpha / rank``, or ``alpha / sqrt(rank)`` for rsLoRA (arXiv 2312.03732). Ranks and
-alphas may differ from module to module and from client to client, so the factors carry both:
-whoever multiplies or adds two of them cannot forget the scaling.
+alphas may differ from module to module and from client to client, so the factors carry
+both and every product or sum of them can apply the scaling.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class LoRAFactors:
         return replace(self, lora_A=function(self.lora_A), lora_B=function(self.lora_B))
 
     def terms(self, indices: Sequence[int]) -> LoRAFactors:
-        """The rank-one terms at ``indices``, each with the weight that it has here."""
+        """The rank-one terms at ``indices``, with unchanged scaling."""
         rows = torch.as_tensor(list(indices), dtype=torch.long)
         rank = len(rows)
         return replace(
@@ -84,7 +84,7 @@ class LoRAFactors:
 
     @staticmethod
     def side_by_side(parts: Sequence[LoRAFactors]) -> LoRAFactors:
-        """``sum_i s_i B_i A_i = [s_1 B_1 ...] @ [A_1; ...]``; equal scalings stay, else it is 1."""
+        """``sum_i s_i B_i A_i = [s_1 B_1 ...] @ [A_1; ...]``; scaling 1 unless all are equal."""
         lora_A = torch.cat([part.lora_A for part in parts])
         rank, first = lora_A.shape[0], parts[0]
         if all((p.scaling, p.rslora) == (first.scaling, first.rslora) for p in parts):
@@ -96,7 +96,7 @@ class LoRAFactors:
 
 
 def zero_factors(like: LoRAFactors) -> LoRAFactors:
-    """One term that adds nothing, for a module that carries none where others do."""
+    """Zero factors of rank 1 in the shape of ``like``."""
     return LoRAFactors(
         lora_A=like.lora_A.new_zeros(1, like.in_features),
         lora_B=like.lora_B.new_zeros(like.out_features, 1),
@@ -152,8 +152,16 @@ class Adapter(Mapping[str, LoRAFactors]):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all tensors as they are held."""
+        """Bytes of all tensors."""
         return sum(f.lora_A.nbytes + f.lora_B.nbytes for f in self.values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Contiguous CPU tensors by ``module.lora_A`` and ``module.lora_B``, for a file."""
+        return {
+            f"{name}.{label}": getattr(factors, label).detach().cpu().contiguous()
+            for name, factors in self.items()
+            for label in ("lora_A", "lora_B")
+        }
 
     def digest(self) -> str:
         """SHA-256 over names, alphas, dtypes, shapes and bytes: equal only for the same adapter."""

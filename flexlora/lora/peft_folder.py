@@ -1,7 +1,7 @@
 """Adapters as PEFT folders, in and out: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-What is written loads with ``PeftModel.from_pretrained`` without surgery, at the true rank, alpha
-and scaling of every module; what PEFT wrote loads here. Pickled weights are never opened.
+Saved folders load with ``PeftModel.from_pretrained`` at the rank, alpha and scaling of every
+module; folders from PEFT load here. Pickled weights are never opened.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def save_adapter(
 ) -> None:
     """Write ``adapter`` as a PEFT folder that names ``base`` (a path or hub name) as its model.
 
-    ``r`` and ``lora_alpha`` are the most common ones; modules that differ stand in ``rank_pattern``
-    and ``alpha_pattern`` under their whole names. ``fan_in_fan_out`` is for GPT-2's ``Conv1D``.
+    ``r`` and ``lora_alpha`` are the most common ones; ``rank_pattern`` and ``alpha_pattern`` have
+    the modules that differ, by full name. ``fan_in_fan_out`` is for GPT-2's ``Conv1D``.
 
     Raises:
         ValueError: modules that mix plain and rsLoRA scaling, which PEFT cannot express.
@@ -72,10 +72,7 @@ def save_adapter(
             if f.alpha != alpha
         },
     }
-    tensors = {}
-    for name, factors in adapter.items():
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = factors.lora_A.detach().cpu().contiguous()
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = factors.lora_B.detach().cpu().contiguous()
+    tensors = {f"{_PREFIX}{key}.weight": tensor for key, tensor in adapter.tensors().items()}
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     save_file(tensors, target / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -84,7 +81,7 @@ def save_adapter(
 
 
 def _pattern_key(name: str, modules: Iterable[str]) -> str:
-    """The name itself, anchored where PEFT would let another module's name match it too."""
+    """The name, anchored with ``^`` where it would also match another module's name in PEFT."""
     others = (other for other in modules if other != name)
     if any(re.match(_matching(name), other) for other in others):
         return f"^{re.escape(name)}"
@@ -97,7 +94,7 @@ def _matching(pattern: str) -> str:
 
 
 def _whole(alpha: float) -> int | float:
-    """16 rather than 16.0 where it is the same number: what PEFT itself writes."""
+    """16 rather than 16.0, as PEFT writes it."""
     return int(alpha) if float(alpha).is_integer() else alpha
 
 

@@ -1,8 +1,8 @@
-"""Rank classes: what a client trains, module by module, and what it carries.
+"""Rank classes: the trained rank of every module, and the carried rank.
 
-A rank class is a name, a trained rank per module and, where they differ, a carried rank: that of
-the frozen factors, which cost a forward pass and no optimizer state. All clients of a class are
-sent the same bytes. Who gets which class is decided in ``planning/rank_policies.py``.
+A rank class is a name, a trained rank per module and a carried rank, that of the frozen factors,
+which need no gradient and no optimizer state. All clients of a class are sent the same bytes.
+``planning/rank_policies.py`` assigns classes to clients.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ __all__ = ["RankClass", "parse_shares", "parse_tiers", "quotas"]
 class RankClass:
     """A trained rank, with exceptions for modules whose name matches a regular expression.
 
-    ``carried_rank`` is the rank of the frozen global change that the client holds beside what it
-    trains; 0 where the method sends none.
+    ``carried_rank`` is the rank of the frozen global change beside the trained factors; 0 for the
+    method's default.
     """
 
     name: str
@@ -49,7 +49,7 @@ class RankClass:
 
     @staticmethod
     def of(rank: int, *, carried_rank: int = 0) -> RankClass:
-        """One rank for all modules, under the name that says so."""
+        """The class of one rank for all modules, named after it."""
         name = f"rank_{rank}" + (f"_carried_{carried_rank}" if carried_rank else "")
         return RankClass(name=name, rank=rank, carried_rank=carried_rank)
 
@@ -59,10 +59,10 @@ class RankClass:
         return max(self.rank, *(rank for _, rank in self.pattern)) if self.pattern else self.rank
 
     def lowered(self, rank: int) -> RankClass:
-        """The class of those who train at ``rank`` at most from now on."""
+        """This class with all trained ranks capped at ``rank``."""
         if not self.pattern:
             return RankClass.of(min(self.rank, rank), carried_rank=self.carried_rank)
-        pattern = tuple((regex, min(own, rank)) for regex, own in self.pattern)
+        pattern = tuple((regex, min(current, rank)) for regex, current in self.pattern)
         name = f"{self.name.partition('_to_')[0]}_to_{rank}"
         return replace(self, name=name, rank=min(self.rank, rank), pattern=pattern)
 

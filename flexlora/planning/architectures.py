@@ -1,7 +1,7 @@
 """From a model's ``config.json`` to its shape, family by family, with transformers' own defaults.
 
-A key that a config.json leaves out has the default of the family's configuration class; the tests
-hold every family's parameter count and linears against the real model on torch's meta device.
+A missing key of a config.json has the default of the family's configuration class; the tests
+compare every family's parameter count and linears with the real model on torch's meta device.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from flexlora.planning.shapes import Linear, ModelShape
 
 __all__ = ["FAMILIES", "shape_from_config"]
 
-# Tensors of the MLP's width that an activation keeps for its own backward pass: a fused kernel its
-# input, one that is written out in products (GPT-2's tanh) every factor.
+# Tensors of the MLP's width that an activation saves for its backward pass: a fused kernel its
+# input, one composed of products (GPT-2's tanh) every factor.
 ACTIVATION_TENSORS = {
     "silu": 1,
     "swish": 1,
@@ -31,8 +31,8 @@ def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
     """The shape of a ``config.json``.
 
     Raises:
-        UserError: an architecture that is not known, a mixture of experts, a model of images, a
-            checkpoint that is quantized already, a key that is missing.
+        UserError: an unknown architecture, a mixture of experts, an image model, a quantized
+            checkpoint, or a missing key.
     """
     model_type = str(config.get("model_type", ""))
     _refuse(config, model_type)
@@ -73,19 +73,19 @@ class _Sizes(NamedTuple):
 
 
 class _Reader:
-    """Keys of one config.json, with the defaults that transformers gives those left out."""
+    """Keys of one config.json, with the defaults of transformers."""
 
     def __init__(self, config: Mapping[str, Any], model_type: str) -> None:
         self.config, self.model_type = config, model_type
 
     def size(self, *names: str, default: int | None = None) -> int:
-        found = next((self.config[n] for n in names if self.config.get(n) is not None), default)
-        if not isinstance(found, int) or isinstance(found, bool) or found < 1:
+        value = next((self.config[n] for n in names if self.config.get(n) is not None), default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise UserError(
-                f"config.json ({self.model_type}) has {names[0]} {found!r}, "
+                f"config.json ({self.model_type}) has {names[0]} {value!r}, "
                 "expected a whole number of at least 1."
             )
-        return found
+        return value
 
     def flag(self, name: str, default: bool) -> bool:
         return bool(self.config.get(name, default))
@@ -139,7 +139,7 @@ def _gated_family(
             Linear("mlp.up_proj", ff, d, "mlp_in", mlp_bias),
             Linear("mlp.down_proj", d, ff, "mlp_mid", mlp_bias),
         )
-        kept = reader.activation_tensors(*activation, default=activation_default)
+        saved = reader.activation_tensors(*activation, default=activation_default)
         return _shape(
             reader,
             sizes,
@@ -148,7 +148,7 @@ def _gated_family(
             norm_inputs=norms,
             query_key_norm=query_key_norm,
             scores=scores,
-            mlp_numbers=(kept + 2) * ff,
+            mlp_numbers=(saved + 2) * ff,
             capped_logits=capped and bool(reader.config.get("final_logit_softcapping")),
             linears=linears,
         )
@@ -180,7 +180,7 @@ def _phi3(reader: _Reader) -> ModelShape:
 def _gpt2(reader: _Reader) -> ModelShape:
     sizes = reader.sizes()
     d, ff = sizes.hidden, sizes.inner
-    kept = reader.activation_tensors("activation_function", default="gelu_new")
+    saved = reader.activation_tensors("activation_function", default="gelu_new")
     return _shape(
         reader,
         sizes,
@@ -188,7 +188,7 @@ def _gpt2(reader: _Reader) -> ModelShape:
         learned_positions=reader.size("n_positions", "max_position_embeddings"),
         rms_norm=False,
         fused="split",
-        mlp_numbers=kept * ff,
+        mlp_numbers=saved * ff,
         gated=False,
         linears=(
             Linear("attn.c_attn", 3 * d, d, "attention_in", True),
@@ -249,7 +249,7 @@ def _phi(reader: _Reader) -> ModelShape:
 
 
 def _shape(reader: _Reader, sizes: _Sizes, **values: Any) -> ModelShape:
-    """What the families have in common; ``values`` are the fields in which one differs."""
+    """The fields that all families share; ``values`` are the others."""
     windowed = reader.config.get("use_sliding_window", True)  # Qwen names a window it does not use
     return ModelShape(
         model_type=reader.model_type,

@@ -1,13 +1,12 @@
 """Profiles of real cards and boards, and of the local machine.
 
-Every number is the vendor's own, named in ``source``; where none is published, or a laptop's power
-limit decides, it is None. ``tensor_tflops`` is dense 16-bit matrix throughput with float32 sums,
-never the doubled figure "with sparsity"; a GeForce's is half of what it does with 16-bit sums.
-``watts`` is the power of the board (a laptop's card, a module) at the largest limit the vendor
-names. Apple, Google, Samsung and Raspberry Pi name none: see ``watts_source``.
-The power of an idle device is not known here and counts as 0.
+Numbers are the vendor's, from ``source``, or None where none is published or a laptop's power limit
+decides. ``tensor_tflops`` is dense 16-bit matrix throughput with float32 accumulation, without
+sparsity; a GeForce's is half of that with 16-bit accumulation. ``watts`` is the power of the board
+(of a laptop's card, of a module) at the largest limit that the vendor names. Apple, Google, Samsung
+and Raspberry Pi name none: see ``watts_source``. The power of an idle device counts as 0.
 
-A process can use less of a memory than its label says: see ``Device.usable_bytes``.
+A process can use less memory than the nominal size: see ``Device.usable_bytes``.
 """
 
 from __future__ import annotations
@@ -27,19 +26,19 @@ __all__ = ["DEVICES", "Device", "find_device", "near_devices", "this_machine"]
 
 GIB = 2**30
 CUDA_RUNTIME = GIB // 2  # context, cuBLAS workspaces and loaded kernels; not measured here
-# 0.42 to 0.48 GB measured before a model is there (benchmarks/memory.py); the rest for Flower and
+# 0.42 to 0.48 GB measured before a model is loaded (benchmarks/memory.py); the rest for Flower and
 # the rows of the client.
 CPU_RUNTIME = GIB
 
 
 @dataclass(frozen=True)
 class Device:
-    """One card, board or machine: its memory and what its arithmetic does in a second.
+    """One card, board or machine: its memory, bandwidth, throughput and power.
 
     ``watts_source`` is empty where ``source`` gives the power too. ``unified`` memory is shared
     with the operating system. ``error_correcting`` cards of GDDR memory use a sixteenth of it for
-    the codes. ``bfloat16`` says that 16-bit training runs in hardware; ``quantizes`` that
-    bitsandbytes does. ``free_bytes`` is what was free when measured, for the local machine.
+    the codes. ``bfloat16``: 16-bit training runs in hardware; ``quantizes``: bitsandbytes runs.
+    ``free_bytes`` is the measured free memory of the local machine.
     """
 
     name: str
@@ -78,7 +77,7 @@ class Device:
 
     @property
     def runtime_bytes(self) -> int:
-        """What the training process holds before the model is there, in this memory."""
+        """Bytes of the training process in this memory before the model is loaded."""
         of_cuda = CUDA_RUNTIME if self.kind == "cuda" else 0
         return of_cuda + (CPU_RUNTIME if self.unified else 0)
 
@@ -100,7 +99,7 @@ _PHONE = "assumed: AnandTech measured 3.7 to 5.5 W with four large cores of a ph
 
 _ecc = partial(Device, error_correcting=True)
 _jetson = partial(Device, unified=True)
-# A machine whose own GPU torch's CUDA cannot use: training runs on its processor.
+# Machines without CUDA: training runs on the processor.
 _shared = partial(Device, kind="cpu", unified=True, bfloat16=False, quantizes=False)
 
 # Name, memory in GiB, GB/s, TFLOPS of 16-bit matrices, TFLOPS in float32, watts, source.
@@ -158,7 +157,7 @@ DEVICES: Mapping[str, Device] = {device.name: device for device in _PROFILES}
 
 
 def _plain(name: str) -> str:
-    """Letters and digits alone, without the vendor's name before them."""
+    """Letters and digits of a name, without the vendor's."""
     words = re.sub(r"nvidia|geforce|tesla|quadro|apple", " ", name.lower())
     return re.sub(r"[^a-z0-9]", "", words)
 
@@ -179,7 +178,7 @@ def find_device(name: str) -> Device:
 
 
 def near_devices(name: str) -> str:
-    """`` Did you mean 'x' or 'y'?`` for the profiles whose names come near, or the empty string."""
+    """`` Did you mean 'x' or 'y'?`` for profiles with similar names, or the empty string."""
     known = {_plain(device): device for device in DEVICES}
     wanted = _plain(name)
     holding = [full for plain, full in known.items() if wanted and wanted in plain]
@@ -190,7 +189,7 @@ def near_devices(name: str) -> str:
 def this_machine() -> Device:
     """The card that ``nvidia-smi`` shows first, else this computer's processor and memory.
 
-    ``free_bytes`` is what other programs leave at this moment.
+    ``free_bytes`` is the memory free now.
     """
     shown = _nvidia_smi()
     if shown is not None:

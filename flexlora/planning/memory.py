@@ -1,13 +1,13 @@
 """Bytes of a training step, term by term, from a model's shape alone: no weights, no torch.
 
-A step has a few moments at which memory can be widest. Each is a sum of terms; the plan's memory
-is the largest sum, and ``MemoryTerms.moment`` says which it is:
+Memory can peak at a few moments of a step. Each is a sum of terms; the plan's memory is the largest
+sum, of ``MemoryTerms.moment``:
 
     loss        all activations, and the answer tokens' logits with their gradients
     backward    all activations (with checkpointing one hidden state per layer, and one layer),
                 and one layer's gradients
-    gradients   the first layer's backward pass, when all gradients of factors are there
-    optimizer   no activations, but the gradients being joined, or the optimizer's own results
+    gradients   the first layer's backward pass, with the gradients of all factors
+    optimizer   no activations; concatenated gradients or the optimizer's intermediate results
     alignment   the gradient sketches of all modules (``aligned``), and the SVD of one
     merging     a merged copy of the weights, and one module's change in float64
 
@@ -40,11 +40,11 @@ __all__ = [
     "training_memory",
 ]
 
-BLOCK = 64  # numbers that share an NF4 constant, and constants that share one of their own
-OUTER_BLOCK = 256
-TABLES = 4 * (16 + 256 + 1)  # a module's own NF4 code, code of constants and their offset
-# As in blockwise.py, which needs torch: numbers of 8-bit moments that share a scale, and numbers
-# that are stepped at once, with the bytes that a CPU's kernel holds of each meanwhile.
+BLOCK = 64  # numbers per NF4 constant
+OUTER_BLOCK = 256  # constants per second-level constant
+TABLES = 4 * (16 + 256 + 1)  # a module's NF4 code, the code of its constants and their offset
+# As in blockwise.py, which needs torch: 8-bit moments per scale, numbers per kernel call,
+# and bytes that a CPU kernel allocates for each.
 MOMENT_BLOCK, MOMENT_CHUNK, MOMENT_WORK = 256, 2**20, 20
 
 
@@ -98,20 +98,20 @@ def trained_numbers(shape: ModelShape, rank: int, target_modules: str = "all-lin
 
 
 def moments(shape: ModelShape, plan: TrainingPlan) -> Iterator[MemoryTerms]:
-    """The terms at every moment that can be the widest."""
-    held = _held(shape, plan)
+    """The terms at every moment that can be the peak."""
+    constant = _constant_terms(shape, plan)
     factors = FACTOR_BYTES * trained_numbers(shape, plan.rank, plan.target_modules)
     layer = layer_bytes(shape, plan, aligning=plan.aligned)
     checkpoints = shape.num_layers * kept_bytes(shape, plan)
     last_norm = BYTES["float32"] * plan.tokens * shape.hidden_size
-    kept = checkpoints + last_norm if plan.gradient_checkpointing else shape.num_layers * layer
+    saved = checkpoints + last_norm if plan.gradient_checkpointing else shape.num_layers * layer
     dequantized = _dequantized_bytes(shape, plan)
     workspace = max(backward_bytes(shape, plan), _adding_bytes(shape, plan))
-    yield replace(held, moment="loss", activations=kept, logits=logit_bytes(shape, plan))
-    whole = checkpoints + layer if plan.gradient_checkpointing else kept
+    yield replace(constant, moment="loss", activations=saved, logits=logit_bytes(shape, plan))
+    whole = checkpoints + layer if plan.gradient_checkpointing else saved
     sketches = _sketch_bytes(shape, plan)
     yield replace(
-        held,
+        constant,
         moment="backward",
         activations=whole,
         backward=workspace,
@@ -119,7 +119,7 @@ def moments(shape: ModelShape, plan: TrainingPlan) -> Iterator[MemoryTerms]:
         dequantized=dequantized,
     )
     yield replace(
-        held,
+        constant,
         moment="alignment" if plan.aligned else "gradients",
         activations=layer,
         backward=workspace + factors,
@@ -127,15 +127,15 @@ def moments(shape: ModelShape, plan: TrainingPlan) -> Iterator[MemoryTerms]:
         dequantized=dequantized,
     )
     if plan.aligned:
-        yield replace(held, moment="alignment", sketches=sketches + _svd_bytes(shape, plan))
-    yield replace(held, moment="optimizer", backward=_stepping_bytes(plan.optim, factors))
+        yield replace(constant, moment="alignment", sketches=sketches + _svd_bytes(shape, plan))
+    yield replace(constant, moment="optimizer", backward=_stepping_bytes(plan.optim, factors))
     if plan.merged and plan.quantization == "none":
         largest = max(x.numbers for x in shape.targets(plan.target_modules))
-        yield replace(held, moment="merging", backward=3 * 8 * largest)
+        yield replace(constant, moment="merging", backward=3 * 8 * largest)
 
 
-def _held(shape: ModelShape, plan: TrainingPlan) -> MemoryTerms:
-    """What is there at every moment."""
+def _constant_terms(shape: ModelShape, plan: TrainingPlan) -> MemoryTerms:
+    """The terms that are equal at every moment."""
     numbers = trained_numbers(shape, plan.rank, plan.target_modules)
     carried = trained_numbers(shape, plan.carried_rank, plan.target_modules)
     quantized, unquantized = weight_bytes(shape, plan)
@@ -156,11 +156,11 @@ def _held(shape: ModelShape, plan: TrainingPlan) -> MemoryTerms:
 
 
 def state_bytes(optim: str, numbers: int) -> int:
-    """What an optimizer holds of ``numbers`` trained ones.
+    """Bytes of an optimizer's state for ``numbers`` trained numbers.
 
     In 8 bits: a byte of each moment, two float32 scales per 256 numbers, two tables of 256. Paged
-    moments count as being on the card: the driver moves them to the host when it is full, and
-    every step needs all of them back. That saves a step from a peak; it is no room to plan with.
+    moments count in full: the driver can move them to the host at a peak, but every step needs all
+    of them on the card.
     """
     blocks = math.ceil(numbers / MOMENT_BLOCK)
     in_8_bits = 2 * MOMENT_BLOCK * blocks + 2 * 4 * blocks + 2 * 4 * 256
@@ -169,10 +169,10 @@ def state_bytes(optim: str, numbers: int) -> int:
 
 
 def _stepping_bytes(optim: str, factors: int) -> int:
-    """The widest of what comes between a backward pass and the next, of ``factors`` bytes.
+    """Peak bytes of an optimizer step of factors of ``factors`` bytes.
 
-    The gradients joined from their parts (twice the factors), or AdamW's intermediate results
-    (three times); in 8 bits a CPU's kernel holds its own of one chunk.
+    Concatenated gradients (twice the factors), or AdamW's intermediate results (three times); in 8
+    bits a CPU kernel allocates those of one chunk.
     """
     if optim == "adamw_torch":
         return 3 * factors
@@ -181,7 +181,7 @@ def _stepping_bytes(optim: str, factors: int) -> int:
 
 
 def weight_bytes(shape: ModelShape, plan: TrainingPlan) -> tuple[int, int]:
-    """The base's weights: the linears of the layers where quantized, and all the rest.
+    """Bytes of the base's weights: quantized linears, and all others.
 
     The output layer, embeddings, norms and biases stay in the base's dtype.
     """
@@ -196,7 +196,7 @@ def weight_bytes(shape: ModelShape, plan: TrainingPlan) -> tuple[int, int]:
 
 
 def _dequantized_bytes(shape: ModelShape, plan: TrainingPlan) -> int:
-    """The largest linear in the base's dtype: what a quantized one is multiplied as."""
+    """The largest linear in the base's dtype, to which quantized weights are converted."""
     if plan.quantization == "none":
         return 0
     largest = max(linear.numbers for linear in shape.linears)
@@ -216,7 +216,7 @@ def _rows(plan: TrainingPlan, linear: Linear) -> int:
 
 
 def _adding_bytes(shape: ModelShape, plan: TrainingPlan) -> int:
-    """What one module's pass adds to its sketch, before it is added."""
+    """Temporary bytes while one module's gradients are added to its sketch."""
     if not plan.aligned:
         return 0
     copies = plan.number_bytes != FACTOR_BYTES
@@ -227,7 +227,7 @@ def _adding_bytes(shape: ModelShape, plan: TrainingPlan) -> int:
 
 
 def _svd_bytes(shape: ModelShape, plan: TrainingPlan) -> int:
-    """The widest sketch in float64: itself, LAPACK's copy and the singular vectors."""
+    """The largest sketch in float64, LAPACK's copy and the singular vectors."""
     return 8 * max(
         3 * _rows(plan, x) * x.in_features + 4 * _rows(plan, x) ** 2
         for x in shape.targets(plan.target_modules)

@@ -1,9 +1,9 @@
 """``ranks.policy=memory``: the largest useful rank that fits the bytes a client reports as free.
 
 A client trains with the run's batch, length, dtype and checkpointing, on the base that it reports
-(``quantization``); only the rank is chosen, from the powers of two up to what its number of
-examples supports (``planner.useful_rank``). Free bytes are measured before the base is loaded, so
-the prediction includes the base, and the planner's margin stays free.
+(``quantization``); only the rank is chosen: a power of two, at most ``planner.useful_rank`` of its
+number of examples. Free bytes are measured before the base is loaded, so the prediction includes
+the base and the planner's margin.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["memory_rank", "run_plan"]
 
 
 def run_plan(config: Config) -> tuple[ModelShape, TrainingPlan]:
-    """The model's shape and how this run trains, at rank 1 and without quantization.
+    """The model's shape and this run's plan, at rank 1 and without quantization.
 
     Raises:
         UserError: a model whose memory cannot be predicted.
@@ -57,7 +57,7 @@ def memory_rank(
     quantization: str,
     device: str,
 ) -> RankClass | str:
-    """The rank class of one client, or one sentence that says why there is none."""
+    """The rank class of one client, or why there is none, in one sentence."""
     if free_bytes < 1:
         return "it did not report how much memory is free, which ranks.policy=memory needs"
     unified = device.startswith("cpu")
@@ -82,7 +82,7 @@ def _largest_fit(
     quantization: str,
     unified: bool,
 ) -> tuple[int, int]:
-    """The largest rank that fits (0: none) and the bytes it needs (of 0: those of rank 1)."""
+    """The largest rank that fits and its bytes; 0 and the bytes of rank 1 if none fits."""
     request, needed = Request(memory_bytes=free_bytes), 0
     for rank in halved(largest):
         client = replace(plan, rank=rank, quantization=quantization, unified_memory=unified)

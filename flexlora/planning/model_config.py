@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from flexlora.config.paths import EMBEDDED
+from flexlora.config.paths import resolve_name
 from flexlora.errors import UserError
 from flexlora.planning.architectures import shape_from_config
 from flexlora.planning.shapes import ModelShape
@@ -17,7 +17,7 @@ def read_shape(name: str) -> ModelShape:
     """The shape of a model folder, of ``embedded``, or of a hub model.
 
     Raises:
-        UserError: nothing there, not JSON, or an architecture that is not known.
+        UserError: the file is missing or not JSON, or the architecture is unknown.
     """
     file = _config_file(name)
     try:
@@ -30,21 +30,11 @@ def read_shape(name: str) -> ModelShape:
 
 
 def _config_file(name: str) -> Path:
-    if name == "embedded":
-        return EMBEDDED / "config.json"
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UserError(f"model folder '{name}' has no config.json; is it a model folder?")
-        return path / "config.json"
-    if path.suffix == ".json" and path.is_file():
-        return path
-    if name.startswith((".", "/", "~")) or name.count("/") != 1 or path.exists():
-        raise UserError(
-            f"--model is '{name}', which is not a folder; "
-            "expected 'embedded', a model folder, a config.json or a hub name like 'owner/model'."
-        )
-    return _from_hub(name)
+    file = Path(name).expanduser()
+    if file.suffix == ".json" and file.is_file():
+        return file
+    source = resolve_name(name)
+    return Path(source) / "config.json" if Path(source).is_dir() else _from_hub(source)
 
 
 def _from_hub(name: str) -> Path:
@@ -55,7 +45,7 @@ def _from_hub(name: str) -> Path:
     logging.set_verbosity_error()  # no line per retry: the last error is reported below
     try:
         return Path(hf_hub_download(name, "config.json"))
-    except Exception as error:  # whatever a hub, a proxy or no network makes the client raise
+    except Exception as error:  # the hub client raises many types
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"config.json of '{name}' cannot be fetched: {reason}") from None
     finally:

@@ -3,20 +3,20 @@
 Better means, in this order:
 
 1. a larger trained rank, up to the largest useful one (below);
-2. less quantization, and among floats the checkpoint's own dtype: a wider one holds the same
-   numbers in more room;
+2. less quantization, and among floats the checkpoint's dtype: a wider one has the same numbers in
+   more bytes;
 3. a larger carried rank, up to the one asked for; carried in float32 before bfloat16;
-4. the optimizer's moments in 32 bits before 8: they last one round, so they are rounded before
-   anything that stays; paged ones only on request, since they count in full;
+4. the optimizer's moments in 32 bits before 8: they last one round only; paged ones only on
+   request, since they count in full;
 5. no recomputation before a larger micro-batch: checkpointing costs another forward pass, while a
    smaller micro-batch with more gradient accumulation gives the same step.
 
-Ranks are powers of two, so that a federation has few rank classes. A rank is useful while every
-direction has ten examples to be found from, the old rule of regression (Peduzzi and others, 1996):
-below that a direction follows a handful of rows, and averaging over clients cancels it. It is a
-policy, not a theorem; the plan stops at rank 64 where the number of examples is unknown.
+Ranks are powers of two, so that a federation has few rank classes. A rank is useful if there are
+ten examples per direction, the rule of thumb for regression (Peduzzi et al., 1996): with fewer a
+direction fits single rows, which averaging over clients cancels. This is a heuristic. If the number
+of examples is unknown, the plan stops at rank 64.
 
-``config`` accepts every candidate, so a plan can be typed as it is.
+Every candidate is a valid configuration.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ from flexlora.planning.shapes import ModelShape, TrainingPlan
 
 __all__ = ["Choice", "Request", "halved", "make_plan", "needed_bytes", "settings", "useful_rank"]
 
-MARGIN = 0.1  # an allocator's cut-offs between blocks, and what the prediction misses
+MARGIN = 0.1  # for fragmentation and errors of the prediction
 EXAMPLES_PER_DIRECTION = 10
 LARGEST_RANK = 256
 USUAL_RANK = 64  # the largest that published LoRA work commonly uses
 FLASH = "flash_attention_2"
-BITSANDBYTES = ("8bit", "nf4", "adamw_8bit", "paged_adamw_8bit")  # what its kernels are needed for
+BITSANDBYTES = ("8bit", "nf4", "adamw_8bit", "paged_adamw_8bit")  # need its kernels
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What to train and on which device. ``batch`` is the effective one: rows per optimizer step.
+    """The training and the device to plan for; ``batch`` is in rows per optimizer step.
 
-    ``quantization``, ``optim`` and ``rank`` fix what is otherwise chosen ("" and 0). ``bfloat16``,
-    ``quantizes`` (bitsandbytes runs) and ``cuda`` say what the device can do.
+    ``quantization``, ``optim`` and ``rank`` are chosen where they are "" or 0. ``bfloat16``,
+    ``quantizes`` (bitsandbytes runs) and ``cuda`` are capabilities of the device.
     """
 
     memory_bytes: int
@@ -70,7 +70,7 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """A plan that fits, its bytes, and why it is no larger."""
+    """A plan that fits, its bytes, and what limits it."""
 
     request: Request
     plan: TrainingPlan
@@ -97,8 +97,8 @@ def make_plan(shape: ModelShape, request: Request) -> Choice:
     """The best plan for ``shape`` that fits ``request.memory_bytes`` with its margin.
 
     Raises:
-        UserError: nothing fits: how many bytes are missing and what would fit; a quantization that
-            the device or the product cannot run; a length that the model was not built for.
+        UserError: nothing fits (with the missing bytes and a plan that would fit); a quantization
+            that the device cannot run; a length above the model's maximum.
     """
     _check(shape, request)
     largest = request.rank or min(useful_rank(request.num_examples), _full_rank(shape, request))
@@ -119,7 +119,7 @@ def make_plan(shape: ModelShape, request: Request) -> Choice:
 
 
 def _full_rank(shape: ModelShape, request: Request) -> int:
-    """The largest power of two that some target has as a rank at all."""
+    """The largest power of two up to the full rank of a target."""
     targets = shape.targets(request.target_modules)
     return 1 << (max(min(x.out_features, x.in_features) for x in targets).bit_length() - 1)
 
@@ -150,7 +150,7 @@ def settings(choice: Choice) -> dict[str, str]:
 
 
 def needed_bytes(terms: MemoryTerms, request: Request) -> int:
-    """Bytes of a plan with its margin; the runtime's bytes are known and get none."""
+    """Bytes of a plan with the margin, which excludes the known bytes of the runtime."""
     return round((terms.total - terms.runtime) * (1.0 + request.margin)) + terms.runtime
 
 
@@ -160,13 +160,13 @@ def halved(number: int) -> list[int]:
 
 
 def _bases(shape: ModelShape, request: Request) -> list[tuple[str, str]]:
-    """(quantization, dtype) from the least rounding to the most, of what can be run."""
+    """Supported (quantization, dtype), the least rounding first."""
     small = "bfloat16" if request.bfloat16 else "float32"
-    own = small if shape.dtype in ("bfloat16", "float16") else "float32"  # the checkpoint's
-    held = [("none", own), ("none", small), ("8bit", small), ("nf4", small)]
+    checkpoint = small if shape.dtype in ("bfloat16", "float16") else "float32"
+    bases = [("none", checkpoint), ("none", small), ("8bit", small), ("nf4", small)]
     return [
         (quantization, dtype)
-        for quantization, dtype in dict.fromkeys(held)
+        for quantization, dtype in dict.fromkeys(bases)
         if quantization in QUANTIZATIONS
         and (quantization == "none" or request.quantizes)
         and request.quantization in ("", quantization)
@@ -258,7 +258,7 @@ def _check(shape: ModelShape, request: Request) -> None:
 
 
 def _check_device(request: Request) -> None:
-    """Refuse what was asked for where the device cannot do it."""
+    """Refuse requests that the device does not support."""
     for flag, wanted in (("--quantization", request.quantization), ("--optim", request.optim)):
         if wanted in BITSANDBYTES and not request.quantizes:
             raise UserError(
@@ -278,30 +278,30 @@ def _check_device(request: Request) -> None:
 
 
 def _nothing_fits(shape: ModelShape, request: Request, rank: int) -> UserError:
-    """How much is missing for the smallest plan of all, and the length that would fit."""
+    """The error with the missing bytes of the smallest plan and the length that would fit."""
     plans = _candidates(shape, request, rank)
     plan = min(plans, key=lambda candidate: training_memory(shape, candidate).total)
     needed = needed_bytes(training_memory(shape, plan), request)
-    held = "NF4" if plan.quantization == "nf4" else f"{plan.quantization} ({plan.dtype})"
+    base = "NF4" if plan.quantization == "nf4" else f"{plan.quantization} ({plan.dtype})"
     return UserError(
         f"{shape.model_type} of {shape.num_parameters:,} parameters does not fit "
-        f"{request.memory_bytes:,} bytes: at rank {rank} in {held}, one row of "
+        f"{request.memory_bytes:,} bytes: at rank {rank} in {base}, one row of "
         f"{request.max_length} tokens at a time, it needs {needed:,} bytes, "
         f"{needed - request.memory_bytes:,} more.{_what_would_fit(shape, plan, request)}"
     )
 
 
 def _what_would_fit(shape: ModelShape, plan: TrainingPlan, request: Request) -> str:
-    """A shorter row of the same model, or else the size of a model that has room here."""
+    """A shorter row of the same model that fits, or else the size of a model that does."""
     for length in (length for length in halved(plan.max_length)[1:] if length >= 8):
         shorter = replace(plan, max_length=length)
         if needed_bytes(training_memory(shape, shorter), request) <= request.memory_bytes:
             return f" It fits with --max-length {length}."
-    terms = training_memory(shape, plan)  # of any moment: the weights are there at all of them
-    held = terms.quantized_weights + terms.unquantized_weights
-    rest = terms.total - held
+    terms = training_memory(shape, plan)  # the weights are the same at every moment
+    weights = terms.quantized_weights + terms.unquantized_weights
+    rest = terms.total - weights
     room = request.memory_bytes / (1.0 + request.margin) - rest
-    share = max(0.0, room / held)
+    share = max(0.0, room / weights)
     if share * shape.num_parameters < 1e6:
         return " No model of that kind would fit; take a device with more memory."
     return (

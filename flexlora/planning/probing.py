@@ -1,8 +1,8 @@
 """Probe a machine: which kernels run and how much memory is free.
 
-A library that imports may still crash at its first kernel, or return wrong numbers. So each kernel
+A library may import and still crash at its first kernel or return wrong numbers. So each kernel
 that training may need runs once per process on small matrices, forward and backward, and its result
-is compared with a plain float32 product. What fails is reported as absent, with its error.
+is compared with a float32 product. A kernel that fails is reported as absent, with its error.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def _through(
 
 
 def adamw_8bit_step(device: torch.device) -> None:
-    """Three steps of AdamW with 8-bit moments beside three with the moments in float32."""
+    """Three steps of AdamW with 8-bit moments against three with float32 moments."""
     _, start, _ = _inputs(device, torch.float32)
     changes = []
     for optim in ("adamw_8bit", "adamw_torch"):
@@ -120,7 +120,7 @@ KERNELS: dict[str, Callable[[torch.device], None]] = {
 
 @lru_cache(maxsize=4)
 def probe(device: torch.device) -> Probe:
-    """Run every kernel once on ``device``; cached, so a process does it once for all clients."""
+    """Run every kernel once on ``device``; cached per process."""
     # bitsandbytes logs each cast of an input, which is harmless.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     runs, absent = [], []
@@ -128,7 +128,7 @@ def probe(device: torch.device) -> Probe:
         try:
             kernel(device)
             runs.append(name)
-        except Exception as error:  # whatever a broken library raises is what is reported
+        except Exception as error:  # a broken library may raise any error
             absent.append(f"{name}: {one_line(error)}")
     return Probe(runs=tuple(runs), absent=tuple(absent))
 

@@ -1,13 +1,13 @@
 """Assign a rank class to every client: the policies behind ``ranks.policy``.
 
     fixed          one rank for all
-    tiers          ranks and shares, dealt by the seed with exact quotas
+    tiers          ranks by shares, assigned at random with exact quotas
     paper:NAME     the client types of FlexLoRA (Bai et al., NeurIPS 2024, arXiv 2402.11505)
     file           a table by client id (``rank_tables.py``)
     memory         the rank that fits what each client reports (``memory_ranks.py``)
 
 The paper's types train at rank 8 in all modules; at 30; at 30 in attention and 200 in the MLP; at
-200. Shares are those of its public code, where a client's type is drawn, and here dealt:
+200. Shares are those of its public code, which draws types; here the quotas are exact:
 
     type                 8      30   30/200     200
     uniform           0.25    0.25     0.25    0.25
@@ -16,8 +16,8 @@ The paper's types train at rank 8 in all modules; at 30; at 30 in attention and 
     normal           0.058   0.442    0.442   0.058
 
 ``normal`` is the normal density of mean 1.5 and deviation 0.7 at 0, 1, 2, 3, normalised. The public
-code evaluates it at its own numbers of the types, which are not in order of size, so that 30 and
-200 stand in each other's place there; here it is a bell over the sizes, as its name says.
+code evaluates it at type numbers that are not in order of size, which exchanges the shares of 30
+and 200; here it is over the types in order of size.
 """
 
 from __future__ import annotations
@@ -117,13 +117,14 @@ class RankPolicy:
         others: Sequence[str] | None = (),
         capabilities: Mapping[str, Capability] | None = None,
     ) -> dict[str, RankClass]:
-        """A rank class for every client, a function of the set of ids and the seed only.
+        """A rank class for every client, depending on the set of ids and the seed only.
 
-        Under ``memory``, of each client's report alone, and for those that fit (``too_small``).
+        Under ``memory`` it depends on each client's report only, and clients that do not fit
+        (``too_small``) are left out.
 
         Args:
-            others: known clients that do not take part; None where some have not reported their
-                id, so that an unknown name in a table is no error.
+            others: known clients that do not take part; None if some have not reported their id,
+                so that unknown names in a table are accepted.
             capabilities: the report of each client, for ``memory``.
 
         Raises:
@@ -135,8 +136,8 @@ class RankPolicy:
         if self.policy == "file":
             return _from_table(read_rank_table(self.file), ordered, others, self.file)
         if self.policy == "memory":
-            found = {i: self.from_memory((capabilities or {})[i]) for i in ordered}
-            return {i: given for i, given in found.items() if isinstance(given, RankClass)}
+            fits = {i: self.from_memory((capabilities or {})[i]) for i in ordered}
+            return {i: fit for i, fit in fits.items() if isinstance(fit, RankClass)}
         if self.policy == "tiers":
             types = tuple(RankClass.of(rank) for rank in parse_tiers(self.tiers))
             shares = parse_shares(self.shares, len(types))
@@ -159,9 +160,9 @@ class RankPolicy:
         )
 
     def too_small(self, report: Capability) -> str:
-        """Why a client cannot train at any rank; empty where it can or memory does not count."""
-        given = self.from_memory(report) if self.policy == "memory" else ""
-        return given if isinstance(given, str) else ""
+        """Why a client cannot train at any rank; empty if it can or under another policy."""
+        fit = self.from_memory(report) if self.policy == "memory" else ""
+        return fit if isinstance(fit, str) else ""
 
 
 def _from_table(

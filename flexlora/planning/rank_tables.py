@@ -11,7 +11,7 @@ TOML, one entry per client, a rank alone or a table:
     site_1 = 8
     site_2 = {rank = 8, pattern = {mlp = 16, q_proj = 32}, carried_rank = 64}
 
-A pattern is a regular expression, searched for in a module's name; the first that is found counts.
+A pattern is a regular expression, searched for in module names; the first match counts.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ _FIELDS = ("rank", "pattern", "carried_rank")
 
 
 def read_rank_table(path: str) -> dict[str, RankClass]:
-    """The rank class of every client that the file names.
+    """The rank class of every client in the file.
 
     Raises:
-        UserError: a file that is not there or cannot be read, a client named twice, a rank that is
-            not a whole number of at least 1, a field or an expression that is unknown.
+        UserError: a file that is missing or cannot be read, a client named twice, a rank that is
+            not a whole number of at least 1, an unknown field or an invalid expression.
     """
     if not path:
         raise UserError("ranks.policy is 'file' and ranks.file is empty, expected a .csv or .toml.")

@@ -1,16 +1,16 @@
-"""The sizes of a model: its linears and numbers, and what autograd keeps of each of its layers.
+"""The sizes of a model: linears, parameters, and the tensors that autograd saves per layer.
 
-No weights and no torch: the planner reads a few kilobytes and answers in milliseconds. The numbers
-that a backward pass keeps are those of transformers' own modules (5.x), read from their code and
-held against autograd's saved tensors in the tests. Per layer and token, beside the inputs of LoRA:
+No weights and no torch: the planner reads a few kilobytes and takes milliseconds. The saved numbers
+are those of transformers' modules (5.x), read from their code and compared with autograd's saved
+tensors in the tests. Per layer and token, beside the inputs of LoRA:
 
-    norm       its input, as float32 in an RMSNorm, as it is in a LayerNorm
+    norm       its input, in float32 for an RMSNorm, in the base's dtype for a LayerNorm
     attention  queries, keys, values and output of ``scaled_dot_product_attention``; queries or
-               keys that are views of a fused projection keep the whole of it
-    MLP        act(gate) * up keeps gate, act(gate) and up; without a gate the activation's own
+               keys that are views of a fused projection save all of it
+    MLP        act(gate) * up saves gate, act(gate) and up; without a gate the activation's tensors
 
-               eager attention keeps queries, repeated keys and values, and ``[heads, T, T]``
-               scores after the softmax: in float32 and, where the base is not, its own dtype
+               eager attention saves queries, repeated keys and values, and ``[heads, T, T]``
+               scores after the softmax: in float32 and, if another, in the base's dtype
 
 Gemma 2 caps its attention scores, which torch's fused kernel does not: it is eager by default.
 """
@@ -47,7 +47,7 @@ class ModelShape:
     """The sizes of a decoder-only model: all that its memory depends on, L equal layers."""
 
     model_type: str
-    dtype: str  # the checkpoint's own
+    dtype: str  # the checkpoint's
     vocab_size: int
     hidden_size: int
     num_layers: int
@@ -58,7 +58,7 @@ class ModelShape:
     max_positions: int
     tied: bool
     sliding_window: int | None
-    mlp_numbers: int  # what the MLP keeps per token beside the input of its last linear
+    mlp_numbers: int  # saved by the MLP per token beside the input of its last linear
     linears: tuple[Linear, ...]
     head_bias: bool = False
     learned_positions: int = 0  # rows of a position embedding, 0 for rotary ones
@@ -86,7 +86,7 @@ class ModelShape:
 
     @property
     def head_numbers(self) -> int:
-        """The output layer's own weight and bias; none where it is the embedding's."""
+        """The output layer's weight, unless tied to the embedding, and bias."""
         weight = 0 if self.tied else self.vocab_size * self.hidden_size
         return weight + (self.vocab_size if self.head_bias else 0)
 
@@ -131,39 +131,39 @@ class ModelShape:
         return {linear.source: linear.in_features for linear in self.linears}
 
     def masked(self, length: int) -> bool:
-        """Whether rows are longer than the attention window, so that a mask is given."""
+        """Whether rows are longer than the attention window, so that attention has a mask."""
         return self.sliding_window is not None and length > self.sliding_window
 
     def keeps_scores(self, attention: str) -> bool:
-        """Whether ``model.attn-implementation`` means that attention scores are kept."""
+        """Whether attention scores are saved with this ``model.attn-implementation``."""
         return attention == "eager" or (self.scores and attention == "auto")
 
     def score_bytes(self, number_bytes: int) -> int:
-        """Bytes that eager attention keeps of one score, in a base of that many bytes a number."""
+        """Bytes that eager attention saves per score in a base of ``number_bytes`` per number."""
         capped = number_bytes if self.scores else 0  # the tanh
         if self.model_type == "gpt2":  # the one softmax that is not in float32
             return number_bytes
         return 4 + (number_bytes if number_bytes != 4 else 0) + capped
 
     def score_gradient_bytes(self, number_bytes: int) -> int:
-        """Bytes a score while the softmax's gradient is computed, beyond what is kept.
+        """Bytes per score of the softmax's backward pass, beyond those saved.
 
-        That of its output and that of its input, in float32; the copy of its output in the base's
-        own dtype is gone by then.
+        The gradients of its output and its input, in float32, minus the freed copy of its output in
+        the base's dtype.
         """
         if self.model_type == "gpt2":
             return 2 * number_bytes
         return 2 * 4 - (number_bytes if number_bytes != 4 else 0)
 
     def attention_numbers(self, length: int, *, batch: int = 1, attention: str = "auto") -> int:
-        """What attention keeps per token and layer, in the base's dtype, without scores."""
+        """Numbers that attention saves per token and layer, in the base's dtype, without scores."""
         queries, keys = self.query_size, self.key_size
         if self.keeps_scores(attention):
             # Keys and values are repeated for every head; with one row and nothing to repeat the
             # values stay a view of the fused projection.
             view = self.fused == "rotated" and batch == 1 and keys == queries
             return 3 * queries + (2 * queries if view else 0)
-        repeated = queries if self.masked(length) else keys  # a mask keeps heads from being shared
+        repeated = queries if self.masked(length) else keys  # with a mask heads are repeated
         if self.fused == "split":
             return queries + 2 * keys + queries
         if self.fused == "rotated":
@@ -173,12 +173,12 @@ class ModelShape:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingPlan:
-    """How one client trains: what the bytes of a step depend on beside the model.
+    """How one client trains: the inputs of the memory model beside the model's shape.
 
-    ``attention`` is ``model.attn-implementation``; ``answer_fraction`` is the share of the tokens
-    that are answers: only they reach the output layer. ``unified_memory`` says that host and device
-    share one memory (a CPU, a Jetson, a laptop's GPU), so that what arrived for the job counts too.
-    ``runtime_bytes`` is what the process holds before the model is there.
+    ``attention`` is ``model.attn-implementation``; ``answer_fraction`` is the share of answer
+    tokens: only they reach the output layer. With ``unified_memory`` (a CPU, a Jetson, a laptop's
+    GPU) the received factors of the job count too. ``runtime_bytes`` are those of the process
+    before the model is loaded.
     """
 
     rank: int
@@ -210,5 +210,5 @@ class TrainingPlan:
 
     @property
     def number_bytes(self) -> int:
-        """Bytes of one number of the base's own arithmetic."""
+        """Bytes of one number in the base's dtype."""
         return BYTES[self.dtype]

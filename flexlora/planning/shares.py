@@ -1,8 +1,8 @@
-"""Kinds dealt to clients by shares with exact quotas: devices, links and quantized bases.
+"""Random assignment of devices, links and quantized bases to clients by shares, in exact quotas.
 
 ``clients.quantization = "nf4:0.25,8bit:0.25"`` gives a quarter of the clients each of the two bases
-and the others that of ``model.quantization``. Who gets which depends on the set of client ids, the
-seed and the purpose alone, so it is independent of the ranks. A node of a deployment names its own
+and the others that of ``model.quantization``. The assignment depends on the set of client ids, the
+seed and the purpose only, so it is independent of the ranks. A node of a deployment has its
 ``quantization`` in its node config instead.
 """
 
@@ -103,7 +103,7 @@ def deal(
 def deal_quantizations(
     client_ids: Sequence[str], *, shares: str, default: str, seed: int
 ) -> dict[str, str]:
-    """The quantization of each client's base; ``default`` for those that ``shares`` leaves."""
+    """The quantization of each client's base; ``default`` for the rest of the shares."""
     named = parse_quantization_shares(shares)
     rest = max(0.0, 1.0 - sum(named.values()))
     kinds, parts = (*named, default), (*named.values(), rest)

@@ -1,6 +1,6 @@
-"""Pages and tables about runs, from what the run folder holds and nothing else.
+"""Pages and tables about runs, from their run folders only.
 
-``write_report`` writes RUN/report.html, ``compare`` sets runs side by side. A page is one HTML
+``write_report`` writes RUN/report.html, ``compare`` compares runs. A page is one HTML
 file without scripts or requests; its ``<data>`` elements have the exact numbers.
 """
 

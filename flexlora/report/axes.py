@@ -28,12 +28,11 @@ class Scale:
 def span_of(values: Iterable[float], *, from_zero: bool = False) -> Span:
     """A nonempty span of all values.
 
-    It begins at 0 where 0 is near, since otherwise a small difference looks large; far from 0 it
-    does not, since the difference of large values would vanish. Values that differ by rounding only
-    are one level over an axis from 0.
+    It includes 0 if 0 is near, so that small differences do not look large, but not far from 0,
+    where differences would disappear. Values that are equal up to rounding get a span from 0.
     """
-    found = list(values)
-    low, high = min(found), max(found)
+    numbers = list(values)
+    low, high = min(numbers), max(numbers)
     level = high - low <= LEVEL * max(abs(low), abs(high))
     if from_zero or level or 0 <= low <= 0.6 * high:
         low, high = min(low, 0.0), max(high, 0.0)
@@ -54,11 +53,11 @@ def ticks(span: Span, count: int = 5, *, whole: bool = False) -> list[float]:
 
 
 def _round_step(rough: float) -> float:
-    """The smallest of 1, 2, 2.5, 5 and 10 times a power of ten that is not below ``rough``."""
+    """The smallest of 1, 2, 2.5, 5 and 10 times a power of ten of at least ``rough``."""
     power = 10.0 ** math.floor(math.log10(rough))
     return next(m * power for m in (1.0, 2.0, 2.5, 5.0, 10.0) if m * power >= rough * (1 - 1e-9))
 
 
 def united(spans: Sequence[Span]) -> Span:
-    """The smallest span that holds all ``spans``."""
+    """The smallest span that contains all ``spans``."""
     return min(low for low, _ in spans), max(high for _, high in spans)

@@ -1,7 +1,7 @@
-"""Line and bar charts as SVG inside a page: no script, no library, nothing to load.
+"""Line and bar charts as inline SVG, without scripts or libraries.
 
-A chart has a picture, a title and a description for screen readers, and a tooltip per point. Lines
-that coincide are drawn once under all of their names: otherwise only the last would be visible.
+A chart has a title and a description for screen readers, and a tooltip per point. Lines that
+coincide are drawn once with all of their names: otherwise only the last would be visible.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["Chart", "Series", "drawn", "on_common_axes", "with_points"]
 WIDTH, HEIGHT = 350, 214
 LEFT, RIGHT, TOP, BOTTOM = 56, 10, 10, 34
 DRAWABLE = 1e100
-MANY_POINTS = 150  # more of them are a line, and marks would hide it
+MANY_POINTS = 150  # above this, marks would hide the line
 # Marks around (0, 0): disc, square, diamond, triangle.
 _MARKS = (
     "M-3 0a3 3 0 1 0 6 0a3 3 0 1 0 -6 0z",
@@ -30,9 +30,9 @@ _MARKS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """One line or one colour of bars; ``style`` is its place in the palette.
+    """One line or one colour of bars; ``style`` is its index in the palette.
 
-    Points beyond ``DRAWABLE`` (a loss that diverged) are left out; the tables have them.
+    Values beyond ``DRAWABLE`` (a diverged loss) are left out; the tables have them.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Series:
 
 
 def with_points(series: Iterable[Series]) -> tuple[Series, ...]:
-    """The series that have points; a chart needs one at least."""
+    """The series that have points; a chart needs at least one."""
     return tuple(line for line in series if line.points)
 
 
@@ -53,7 +53,7 @@ def with_points(series: Iterable[Series]) -> tuple[Series, ...]:
 class Chart:
     """``key`` is unique on a page; ``shown`` formats a value, ``tick`` one at an axis.
 
-    A span that is None is that of the series.
+    A span of None is computed from the series.
     """
 
     key: str
@@ -88,7 +88,7 @@ class Chart:
 
 
 def on_common_axes(charts: Sequence[Chart]) -> list[Chart]:
-    """The same charts, each with the span of all, so that heights compare between them."""
+    """The charts with equal axes, so that they can be compared."""
     if not charts:
         return []
     horizontal = united([chart.spans[0] for chart in charts])
@@ -123,7 +123,7 @@ def drawn(chart: Chart) -> Markup:
 
 
 def _merged(series: Sequence[Series], x: Scale, y: Scale) -> list[tuple[Series, list[str]]]:
-    """Series whose points coincide, as one series with all the names."""
+    """Series grouped with the names of all series that coincide with them."""
     groups: list[tuple[Series, list[str]]] = []
     for line in series:
         same = next((names for first, names in groups if _same_line(first, line, x, y)), None)
@@ -135,7 +135,7 @@ def _merged(series: Sequence[Series], x: Scale, y: Scale) -> list[tuple[Series, 
 
 
 def _same_line(one: Series, other: Series, x: Scale, y: Scale) -> bool:
-    """Whether all points coincide within half a unit of the picture."""
+    """Whether all points coincide within half a pixel."""
     return len(one.points) == len(other.points) and all(
         abs(x(a) - x(c)) < 0.5 and abs(y(b) - y(d)) < 0.5
         for (a, b), (c, d) in zip(one.points, other.points, strict=True)
@@ -204,7 +204,7 @@ def _bars(chart: Chart, x: Scale, y: Scale) -> Iterator[Markup]:
 
 
 def _legend(chart: Chart, groups: Sequence[tuple[Series, list[str]]]) -> Markup:
-    """The names with their colours and marks; empty where the only name is the title."""
+    """The names with their colours and marks; empty if the only name is the title."""
     if [line.name.lower() for line in chart.series] == [chart.title.lower()]:
         return Markup("")
     items = []
@@ -224,7 +224,7 @@ def _legend(chart: Chart, groups: Sequence[tuple[Series, list[str]]]) -> Markup:
 
 
 def _mark(line: Series, transform: str, *content: Markup) -> Markup:
-    # The ninth series has the first colour again, and another mark.
+    # The ninth series has the first colour with another mark.
     shape = _MARKS[(line.style + line.style // NUM_STYLES) % len(_MARKS)]
     return element("path", *content, d=shape, transform=transform, class_=f"mark {_style(line)}")
 

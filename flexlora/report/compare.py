@@ -1,4 +1,4 @@
-"""``flexlora compare RUN RUN ...``: runs side by side, in the terminal and on a page."""
+"""``flexlora compare RUN RUN ...``: a comparison of runs, in the terminal and on a page."""
 
 from __future__ import annotations
 
@@ -32,59 +32,59 @@ def compare(paths: Sequence[str | Path], *, out: str | Path | None, console: Con
     if file is not None and file.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--out is '{out}', expected the name of a page that ends in .html.")
     runs = read_runs(paths)
-    found = compared(runs)
-    for line in _lines(found, console.width):
+    comparison = compared(runs)
+    for line in _lines(comparison, console.width):
         console.print(line, soft_wrap=True)
-    for note in found.notes:
+    for note in comparison.notes:
         console.print(f"\n{note}", soft_wrap=True)
     if file is not None:
-        page = write_page(file, comparison_page(runs, found))
+        page = write_page(file, comparison_page(runs, comparison))
         console.print(f"\nPage: {page}", soft_wrap=True)
     return 0
 
 
-def _lines(found: Comparison, width: int) -> Iterable[str]:
-    header = ["run", *(column.title for column in found.columns)]
+def _lines(comparison: Comparison, width: int) -> Iterable[str]:
+    header = ["run", *(column.title for column in comparison.columns)]
     rows = [
-        [own, *(column.cells[index].shown for column in found.columns)]
-        for index, own in enumerate(found.names)
+        [run, *(column.cells[index].shown for column in comparison.columns)]
+        for index, run in enumerate(comparison.names)
     ]
-    words = [True, *(column.words for column in found.columns)]
+    words = [True, *(column.words for column in comparison.columns)]
     return text_table(header, rows, width=width, words=words)
 
 
-def comparison_page(runs: Sequence[RunRecords], found: Comparison) -> str:
-    """The table, the runs in one picture, and each picture of a run beside the others'."""
+def comparison_page(runs: Sequence[RunRecords], comparison: Comparison) -> str:
+    """The table, charts with all runs, and each chart of a run's page for every run."""
     title = f"{len(runs)} runs side by side"
-    parts = [element("h1", text(title)), _results(found)]
-    parts += [element("p", text(note), class_="warn") for note in found.notes]
-    together = _together(runs, found.names)
+    parts = [element("h1", text(title)), _results(comparison)]
+    parts += [element("p", text(note), class_="warn") for note in comparison.notes]
+    together = _together(runs, comparison.names)
     parts += [section("In one picture", figures(together))] if together else []
-    parts += [section("Settings that differ", _settings(found))]
-    return document(f"FlexLoRA: {title}", *parts, *_side_by_side(runs, found.names))
+    parts += [section("Settings that differ", _settings(comparison))]
+    return document(f"FlexLoRA: {title}", *parts, *_side_by_side(runs, comparison.names))
 
 
-def _results(found: Comparison) -> Markup:
+def _results(comparison: Comparison) -> Markup:
     """A row per run."""
-    columns = [column for column in found.columns if not column.setting]
+    columns = [column for column in comparison.columns if not column.setting]
     rows = [
-        [name(own), *(_cell(column.cells[index]) for column in columns)]
-        for index, own in enumerate(found.names)
+        [name(run), *(_cell(column.cells[index]) for column in columns)]
+        for index, run in enumerate(comparison.names)
     ]
     words = 1 + sum(column.words for column in columns)
     return table(["run", *(column.title for column in columns)], rows, words=words)
 
 
-def _settings(found: Comparison) -> Markup:
-    """A row per key and a column per run: there are more keys than fit beside one another."""
-    columns = [column for column in found.columns if column.setting]
+def _settings(comparison: Comparison) -> Markup:
+    """A row per key and a column per run."""
+    columns = [column for column in comparison.columns if column.setting]
     if not columns:
         return element("p", text("None: these are runs of one configuration."))
     rows = [
         [element("code", text(column.title)), *(name(cell.shown) for cell in column.cells)]
         for column in columns
     ]
-    return table(["key", *found.names], rows, words=1 + len(found.names))
+    return table(["key", *comparison.names], rows, words=1 + len(comparison.names))
 
 
 def _cell(cell: Cell) -> Markup:
@@ -96,13 +96,13 @@ def _cell(cell: Cell) -> Markup:
 def _together(runs: Sequence[RunRecords], names: Sequence[str]) -> list[Chart]:
     """One line per run: the loss by round, by bytes and by simulated time; exact match by round."""
     loss = "Held-out loss, each client at its own rank"
-    made = [
+    charts = [
         _overlay(runs, names, "eval_loss", loss),
         _overlay(runs, names, "eval_exact_match", "Exact match of generated answers"),
         _overlay(runs, names, "eval_loss", loss, over=("bytes_down", "bytes_up")),
         _overlay(runs, names, "eval_loss", loss, over=("simulated_seconds",)),
     ]
-    return [chart for chart in made if chart is not None]
+    return [chart for chart in charts if chart is not None]
 
 
 _OVER = {
@@ -121,11 +121,11 @@ def _overlay(
 ) -> Chart | None:
     """``key`` of every run over its rounds, or over the running sum of the keys ``over``."""
     series = []
-    for style, (run, own) in enumerate(zip(runs, names, strict=True)):
+    for style, (run, run_name) in enumerate(zip(runs, names, strict=True)):
         spent = _so_far(run, over)
         points = tuple((spent.get(at, 0.0) if over else at, v) for at, v in run.points(key))
         if spent or not over:
-            series.append(Series(name=own, points=points, style=style))
+            series.append(Series(name=run_name, points=points, style=style))
     if not with_points(series):
         return None
     subtitle, x_name = _OVER[over[0]] if over else ("by round", "round")
@@ -143,7 +143,7 @@ def _overlay(
 
 
 def _so_far(run: RunRecords, keys: Sequence[str]) -> dict[int, float]:
-    """The sum of ``keys`` up to and with every round that has the first of them."""
+    """The cumulative sum of ``keys`` by round."""
     spent: dict[int, float] = {}
     for key in keys:
         for at, value in run.points(key):
@@ -152,23 +152,24 @@ def _so_far(run: RunRecords, keys: Sequence[str]) -> dict[int, float]:
 
 
 def _side_by_side(runs: Sequence[RunRecords], names: Sequence[str]) -> list[Markup]:
-    """Every chart of a run's page, the runs beside one another on the same axes."""
+    """Every chart of a run's page, for all runs on the same axes."""
     parts = []
     for maker in (*CHARTS, *PERSONAL_CHARTS):
-        made = [(own, chart) for own, run in zip(names, runs, strict=True) if (chart := maker(run))]
+        pairs = enumerate(zip(names, runs, strict=True))
+        made = [(i, run_name, chart) for i, (run_name, run) in pairs if (chart := maker(run))]
         if made:
             charts = [
-                replace(chart, key=f"{chart.key}-{names.index(own)}", title=own, subtitle="")
-                for own, chart in made
+                replace(chart, key=f"{chart.key}-{i}", title=run_name, subtitle="")
+                for i, run_name, chart in made
             ]
-            first = made[0][1]
+            first = made[0][2]
             about = element("p", text(first.subtitle), class_="soft")
             parts.append(section(first.title, about, figures(on_common_axes(_recolour(charts)))))
     return parts
 
 
 def _recolour(charts: Sequence[Chart]) -> list[Chart]:
-    """Give a name the same colour in all charts: rank classes have other places in other runs."""
+    """Give each name the same colour in all charts."""
     known = [*dict.fromkeys(line.name for chart in charts for line in chart.series)]
     return [
         replace(chart, series=tuple(replace(s, style=known.index(s.name)) for s in chart.series))

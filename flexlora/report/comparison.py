@@ -1,7 +1,7 @@
 """The table of ``flexlora compare``: the settings in which runs differ, and their results.
 
-Losses are comparable where the same base is scored on the same held-out rows. Whether it is follows
-from the settings that choose the rows and from ``evaluation.csv``: the rows of each client.
+Losses are comparable if the same base is scored on the same held-out rows: if the settings that
+choose the rows agree, and the rows of each client in ``evaluation.csv``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ROW_KEYS += ("eval.split", "eval.fraction", "eval.max-examples", "model.name")
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """The text of a cell and its exact number; ``derived`` for a sum over the files."""
+    """The text of a cell and its exact number; ``derived`` for a sum over rows."""
 
     shown: str
     value: float | None = None
@@ -98,7 +98,7 @@ def _names(runs: Sequence[RunRecords]) -> list[str]:
 
 
 def _differing(runs: Sequence[RunRecords]) -> list[str]:
-    """Keys that the runs do not agree on, in the order of the options."""
+    """Keys whose values differ between runs, in the order of the options."""
     known = [key for key in KEYS if key != "out"]
     others = sorted({key for run in runs for key in run.config} - KEYS.keys())
     keys = [*known, *others]
@@ -151,7 +151,7 @@ def _class_losses(runs: Sequence[RunRecords]) -> list[Column]:
 
 
 def _held_out(runs: Sequence[RunRecords]) -> tuple[list[Column], list[str]]:
-    """A letter per set of held-out rows and a note on what sets them apart; nothing if one."""
+    """A letter per set of held-out rows and a note on the differing keys; empty if all agree."""
     kinds = [_rows_of(run) for run in runs]
     letters = {kind: _letter(index) for index, kind in enumerate(dict.fromkeys(kinds))}
     if len(letters) == 1:

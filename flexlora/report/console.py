@@ -1,4 +1,4 @@
-"""The console that commands print tables on."""
+"""The console for the tables of commands."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["make_console"]
 
 def make_console() -> Console:
     """Standard output; 120 columns where it is not a terminal, so that tables are not cut at 80."""
-    # No markup: client ids and paths are text, whatever brackets they hold.
+    # No markup: client ids and paths may have brackets.
     console = Console(highlight=False, markup=False)
     if console.is_terminal:
         return console

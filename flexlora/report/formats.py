@@ -1,4 +1,4 @@
-"""How the value of a metric or a setting is written, in a terminal and on a page alike."""
+"""Formats of metrics and settings, in a terminal and on a page."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = [
     "tick_format",
 ]
 
-# Metrics of a table by the words of its header: scores of one round, and sums over all of them.
+# Metrics with their column titles: scores of one round, and sums over all rounds.
 SCORES = {"eval_loss": "loss", "eval_exact_match": "exact match", "eval_rouge_l": "ROUGE-L"}
 TOTALS = {
     "bytes_down": "down",
@@ -49,12 +49,12 @@ def _count(value: float) -> str:
 
 
 def _three_decimals(value: float) -> str:
-    """A loss or a fraction; two significant digits of what would read 0.00."""
+    """A loss or a fraction; with two significant digits below 0.01."""
     return f"{value:.2g}" if 0 < abs(value) < 0.01 else f"{value:.3f}"
 
 
 def _unit(key: str) -> str:
-    """The unit of a metric by its name; ``rank_8`` and the like after a slash do not count."""
+    """The unit of a metric by its name, without a suffix after a slash."""
     name = key.partition("/")[0]
     if "bytes" in name:
         return "B"
@@ -78,7 +78,7 @@ def metric_format(key: str) -> Callable[[float], str]:
 
 
 def tick_format(key: str) -> Callable[[float], str]:
-    """The same for the round values of an axis: no more digits than a value has."""
+    """The same for ticks of an axis, without trailing zeros."""
     unit = _unit(key)
     if unit in ("B", "J"):
         return lambda value: with_prefix(value, unit, digits=".6g") if value else "0"

@@ -1,7 +1,7 @@
 """HTML that is escaped by construction.
 
-``Markup`` goes into a page as it is; ``text`` makes it of anything else by escaping. The type
-checker refuses a plain string where markup is expected.
+``Markup`` is inserted into a page unchanged; ``text`` escapes any other value. The type checker
+rejects a plain string where markup is expected.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["Markup", "data", "document", "element", "joined", "name", "table", "
 
 Markup = NewType("Markup", str)
 
-# Characters that HTML does not allow, and those that turn the direction of the text around them.
+# Characters that HTML does not allow, and those that change the direction of text.
 _REPLACED = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e]")
 
 
@@ -39,14 +39,14 @@ def element(tag: str, *content: Markup, **attributes: str) -> Markup:
 
 
 def name(value: object) -> Markup:
-    """A name from outside: isolated, so that right-to-left letters do not reorder the rest."""
+    """An external name, isolated so that right-to-left letters do not reorder other text."""
     return element("bdi", text(value))
 
 
 def data(value: float | None, shown: str, *, derived: bool = False) -> Markup:
-    """A number as it is shown, with the exact one as an attribute for programs.
+    """A formatted number, with the exact one as an attribute for programs.
 
-    ``derived`` marks a sum or a count over the files; any other number is in a file as it is.
+    ``derived`` marks a sum or a count; any other number is in a file of the run.
     """
     if value is None:
         return Markup("")

@@ -18,17 +18,17 @@ FILE = "report.html"
 
 
 def write_report(path: str | Path) -> Path:
-    """Write RUN/report.html from the other files of the run; the same files give the same bytes.
+    """Write RUN/report.html from the other files of the run, deterministically.
 
     Raises:
-        UserError: it is no run folder, a file of it is damaged, or nothing can be written there.
+        UserError: it is no run folder, a file is damaged, or the folder cannot be written.
     """
     run = read_run(path)
     return write_page(run.path / FILE, run_page(run))
 
 
 def write_page(file: Path, page: str) -> Path:
-    """Write the page under a temporary name, then rename it: never half a page."""
+    """Write the page to a temporary file, then rename it."""
     partial = file.with_name(file.name + ".partial")
     try:
         partial.write_text(page, encoding="utf-8", newline="\n")
@@ -39,7 +39,7 @@ def write_page(file: Path, page: str) -> Path:
 
 
 def run_page(run: RunRecords) -> str:
-    """The page of one run, whether it is finished or not."""
+    """The page of a finished or unfinished run."""
     title = f"FlexLoRA run {run.path.resolve().name}"
     parts = [element("h1", text("Run "), name(run.path.resolve().name)), _about(run), _state(run)]
     if run.last_round >= 0:
@@ -96,7 +96,7 @@ def _charts(title: str, charts: list[Chart]) -> list[Markup]:
 
 
 def _folded(title: str, content: Markup) -> Markup:
-    """A table that opens on a click; nothing where there is no content."""
+    """A collapsed table; empty without content."""
     if not content:
         return content
     return element("details", element("summary", text(title)), content)

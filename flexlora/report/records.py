@@ -1,7 +1,7 @@
 """A run folder in memory, read without a model, torch or Flower.
 
-The run may be going on, or may have been cut at any byte: an incomplete last line is left out, and
-so are rows of a round that ``metrics.jsonl`` does not have yet.
+The run may be in progress or its files truncated: an incomplete last line is left out, and so are
+rows of a round that is not in ``metrics.jsonl`` yet.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PERSONAL = "personal"  # a suffix of metrics (clients with personal factors), no
 
 
 def finite(value: object) -> float | None:
-    """``value`` where it is a finite number, None for anything else."""
+    """``value`` if it is a finite number, else None."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return value if math.isfinite(value) else None
@@ -34,7 +34,7 @@ def finite(value: object) -> float | None:
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecords:
-    """One run: its rounds, its rows and its configuration under dotted keys.
+    """One run: its rounds, its rows and its configuration by dotted key.
 
     ``classes`` has the rank class of every client in the checkpoint, by client id.
     """
@@ -54,7 +54,7 @@ class RunRecords:
 
     @property
     def num_rounds(self) -> int:
-        """How many rounds the configuration asks for."""
+        """The configured number of rounds."""
         wanted = finite(self.setting("num-server-rounds"))
         return int(wanted) if wanted is not None else max(self.last_round, 0)
 
@@ -66,13 +66,13 @@ class RunRecords:
     def rank_classes(self) -> list[str]:
         """The rank classes that any round names, the smaller rank first."""
         keys = dict.fromkeys(key for row in self.rounds for key in row)
-        found = [k.partition("/")[2] for k in keys if k.startswith(("eval_loss/", "energy_kept/"))]
-        found += [row["rank_class"] for row in self.clients if row["rank_class"]]
+        names = [k.partition("/")[2] for k in keys if k.startswith(("eval_loss/", "energy_kept/"))]
+        names += [row["rank_class"] for row in self.clients if row["rank_class"]]
         others = (PERSONAL, f"global_of_{PERSONAL}")
-        return sorted(dict.fromkeys(name for name in found if name not in others), key=_natural)
+        return sorted(dict.fromkeys(name for name in names if name not in others), key=_natural)
 
     def setting(self, key: str) -> object:
-        """The run's value of a key; the default where an older version wrote none."""
+        """The run's value of a key; the default if an older version did not write it."""
         return self.config.get(key, KEYS[key].default)
 
     def points(self, key: str) -> list[tuple[int, float]]:
@@ -81,11 +81,11 @@ class RunRecords:
         return [(at, value) for at, value in found if value is not None]
 
     def base(self, key: str) -> tuple[int, float] | None:
-        """``key`` before any training."""
+        """``(0, value)`` of ``key`` before any training."""
         return next((point for point in self.points(key) if point[0] == 0), None)
 
     def last(self, key: str) -> tuple[int, float] | None:
-        """``key`` after the last round of training that has it."""
+        """``(round, value)`` of ``key`` in the last round of training that has it."""
         return next((point for point in reversed(self.points(key)) if point[0] > 0), None)
 
     def total(self, key: str) -> float | None:
@@ -105,10 +105,10 @@ class RunRecords:
         return {client: loss for client, loss in losses.items() if loss is not None}
 
     def _classes_after(self, server_round: int) -> dict[str, str]:
-        """Each client's rank class at the end of a round, when its rows were scored.
+        """Each client's rank class when its rows were scored at the end of a round.
 
-        It is the class of the client's next training; without one, the checkpoint's; its last row
-        may be of the class before a change of rank.
+        That is the class of its next training, else the checkpoint's, else that of its last row,
+        which may be from before a change of rank.
         """
         rows = [row for row in self.clients if row["rank_class"]]
         classes = {row["client_id"]: row["rank_class"] for row in rows}
@@ -129,11 +129,11 @@ def read_run(path: str | Path) -> RunRecords:
     """The run in the folder ``path``.
 
     Raises:
-        UserError: it is a series of seeds, another folder that is no run, or a file is damaged.
+        UserError: it is a series of seeds or no run folder, or a file is damaged.
     """
     path = Path(path)
     if (path / SERIES_FILE).is_file():
-        runs = sorted((found.name for found in path.glob("seed-*")), key=_natural)
+        runs = sorted((folder.name for folder in path.glob("seed-*")), key=_natural)
         named = f", such as {path / runs[0]}" if runs else ""
         raise UserError(f"'{path}' is a series of seeds, expected one run{named}.")
     if missing := missing_files(path):

@@ -1,4 +1,4 @@
-"""The charts of one run: which metrics they show, and over what."""
+"""The charts of one run."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def by_round(
 ) -> ChartMaker:
     """A line by round per ``(name, metric)``; ``metric/*`` is a line per rank class.
 
-    The chart is None for a run without numbers, or without the metric ``needs``. With ``bars`` a
-    run of at most ``MANY_BARS`` rounds has bars.
+    The chart is None for a run without these metrics or without ``needs``. ``bars`` draws bars for
+    runs of at most ``MANY_BARS`` rounds.
     """
 
     def chart(run: RunRecords) -> Chart | None:
@@ -28,7 +28,7 @@ def by_round(
             return None
         lines: list[tuple[str, str]] = []
         for name, key in named:
-            classes = [(own, key.replace("*", own)) for own in run.rank_classes]
+            classes = [(name, key.replace("*", name)) for name in run.rank_classes]
             lines += classes if key.endswith("/*") else [(name, key)]
         series = with_points(
             Series(name=name, points=tuple(run.points(key)), style=place)
@@ -54,9 +54,15 @@ def by_round(
 
 
 def _personal(title: str, metric: str, subtitle: str = "") -> ChartMaker:
-    own = f"{metric}/personal"
-    both = ("global, same clients", f"{metric}/global_of_personal"), ("with its own factors", own)
-    return by_round(title, *both, needs=own, subtitle=subtitle)
+    personal = f"{metric}/personal"
+    global_line = ("global, same clients", f"{metric}/global_of_personal")
+    return by_round(
+        title,
+        global_line,
+        ("with its own factors", personal),
+        needs=personal,
+        subtitle=subtitle,
+    )
 
 
 _ROWS = "share of the held-out rows"
@@ -109,7 +115,7 @@ PERSONAL_CHARTS: tuple[ChartMaker, ...] = (
 
 
 def charts_of(run: RunRecords, makers: Iterable[ChartMaker]) -> list[Chart]:
-    """The charts that this run has numbers for."""
+    """The charts for whose metrics this run has numbers."""
     return [chart for maker in makers if (chart := maker(run)) is not None]
 
 

@@ -21,7 +21,7 @@ __all__ = [
     "versions",
 ]
 
-MANY = 40  # rows of a table after which a file is the better place to look
+MANY = 40  # the most rows of a table
 TILES = (
     ("bytes_down", "Bytes down", "training, all rounds"),
     ("bytes_up", "Bytes up", "training, all rounds"),
@@ -68,7 +68,7 @@ def _tile(title: str, value: Markup, below: Markup) -> Markup:
 def scores_table(run: RunRecords) -> Markup:
     """Every score at the base and the last round: all clients, by rank class, personal factors."""
     suffixes = [("all clients, each at its own rank", "")]
-    suffixes += [(own, f"/{own}") for own in run.rank_classes]
+    suffixes += [(name, f"/{name}") for name in run.rank_classes]
     suffixes += [
         ("clients with factors of their own, without them", f"/global_of_{PERSONAL}"),
         ("clients with factors of their own, with them", f"/{PERSONAL}"),
@@ -85,8 +85,8 @@ def scores_table(run: RunRecords) -> Markup:
             points = dict(run.points(key + suffix))
             rounds = [0, *(at for at, _ in ends[key])]
             cells += [metric(key, points.get(at)) for at in rounds]
-        kept = run.last(f"energy_kept{suffix}")
-        cells.append(metric("energy_kept", kept[1] if kept else None))
+        energy = run.last(f"energy_kept{suffix}")
+        cells.append(metric("energy_kept", energy[1] if energy else None))
         if any(cells):
             rows.append([text(title), *cells])
     return table([*header, "energy kept"], rows)
@@ -95,19 +95,19 @@ def scores_table(run: RunRecords) -> Markup:
 def classes_table(run: RunRecords) -> Markup:
     """A row per rank class: rank, base, device, clients and train rows.
 
-    The number of clients is the checkpoint's; the rest is of those that have trained so far.
+    The number of clients is the checkpoint's; the other columns are of clients that have trained.
     """
-    seen = {row["client_id"]: row for row in run.clients if row["rank_class"]}
+    trained = {row["client_id"]: row for row in run.clients if row["rank_class"]}
     classes = {client: str(given.get("name")) for client, given in run.classes.items()}
-    classes |= {c: row["rank_class"] for c, row in seen.items() if c not in classes}
+    classes |= {c: row["rank_class"] for c, row in trained.items() if c not in classes}
     rows = []
-    for own in run.rank_classes:
-        members = [client for client, theirs in classes.items() if theirs == own]
-        rows_of = [seen[client] for client in members if client in seen]
+    for rank_class in run.rank_classes:
+        members = [client for client, name_of in classes.items() if name_of == rank_class]
+        rows_of = [trained[client] for client in members if client in trained]
         examples = sum(int(cell_number(row["num_examples"]) or 0) for row in rows_of)
         rows.append(
             [
-                text(own),
+                text(rank_class),
                 *(
                     name(format_counts(row[key] for row in rows_of))
                     for key in ("rank", "quantization", "device")
@@ -148,7 +148,7 @@ def failures(run: RunRecords) -> Markup:
 
 
 def _long(words: str) -> Markup:
-    """Words of any length, broken wherever the cell ends."""
+    """A text of any length, broken at the end of the cell."""
     return element("span", name(words), class_="long")
 
 
@@ -172,15 +172,15 @@ def changed_settings(run: RunRecords) -> Markup:
             default = "(the method's)"  # in a file that imports torch, which no report needs
         if format_setting(value) != default:
             named = element("code", text(key))
-            own = element("span", name(format_setting(value)), class_="value")
-            rows.append([named, own, text(default), text(meaning)])
+            shown = element("span", name(format_setting(value)), class_="value")
+            rows.append([named, shown, text(default), text(meaning)])
     if not rows:
         return element("p", text("Nothing: this is the default configuration."))
     return table(["key", "value", "default", "meaning"], rows, words=4)
 
 
 def versions(run: RunRecords) -> Markup:
-    """What else the run depends on: ``environment.json``."""
+    """The versions and the machine in ``environment.json``."""
     flat: dict[str, object] = {}
     for key, value in run.environment.items():
         flat |= dict(value) if isinstance(value, Mapping) else {key: value}
@@ -193,7 +193,7 @@ def versions(run: RunRecords) -> Markup:
 
 
 def rounds_table(run: RunRecords) -> Markup:
-    """Every number that a round has as a whole, round by round; empty without rounds."""
+    """Every metric without a suffix, by round; empty without rounds."""
     if not run.rounds:
         return NOTHING
     keys = dict.fromkeys(
@@ -208,25 +208,25 @@ def rounds_table(run: RunRecords) -> Markup:
 
 
 def modules_table(run: RunRecords) -> Markup:
-    """How the last round's sum was decomposed, module by module; empty without such rounds."""
-    found = [
+    """The decomposition of the last round's sum by module; empty without such rounds."""
+    reports = [
         (row["round"], row["modules"])
         for row in run.rounds
         if isinstance(row.get("modules"), Mapping) and row["modules"]
     ]
-    if not found:
+    if not reports:
         return NOTHING
-    server_round, modules = found[-1]
+    server_round, modules = reports[-1]
     assert isinstance(modules, Mapping)
     keys = ("rank", "effective_rank", "tail_energy", "factor_gap", "error", "seconds")
     rows: list[Sequence[Markup]] = [
         [
             name(module),
-            text(own.get("route", "")),
-            *(metric(key, finite(own.get(key))) for key in keys),
+            text(report.get("route", "")),
+            *(metric(key, finite(report.get(key))) for key in keys),
         ]
-        for module, own in modules.items()
-        if isinstance(own, Mapping)
+        for module, report in modules.items()
+        if isinstance(report, Mapping)
     ]
     header = ["module", "route", *(key.replace("_", " ") for key in keys)]
     return table(header, rows, words=2, caption=f"Round {server_round}")

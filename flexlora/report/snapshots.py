@@ -1,6 +1,6 @@
-"""Snapshots of a run from its folder: its records and whether its process is alive.
+"""Snapshots of a run folder: records and liveness of the writing process.
 
-The folder may be written to at any moment, rewound by a resume, or be on another machine.
+The folder may be written concurrently, rewound by a resume, or be on another machine.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ GRACE_SECONDS = 10.0  # for a run that is about to write its first live.json
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """A run at one moment, ``now`` in seconds since the epoch on this machine's clock.
+    """A run at the time ``now``, in seconds since the epoch on this machine's clock.
 
-    ``trouble`` says what is wrong with a run that should be going on; empty if nothing is. ``over``
-    is True when the run finished or failed, or its process is gone.
+    ``trouble`` is the problem of a run that should be in progress, or empty. ``over`` is True when
+    the run finished or failed, or its process has ended.
     """
 
     records: RunRecords
@@ -67,7 +67,7 @@ class SnapshotReader:
         """The run as it is now.
 
         Raises:
-            UserError: the folder has gone.
+            UserError: the folder was deleted.
         """
         live = read_live(self.folder)
         self._read()
@@ -84,7 +84,7 @@ class SnapshotReader:
         except UserError:
             if not self.folder.is_dir():
                 raise UserError(f"run folder '{self.folder}' has gone.") from None
-            return  # it is being created again at this moment: keep the last records
+            return  # being created again: keep the last records
         self._signature = signature
 
     def _trouble(self, live: LiveState | None) -> tuple[str, bool]:
@@ -104,7 +104,7 @@ class SnapshotReader:
     def _silence(self, live: LiveState) -> float:
         """Seconds since ``live.json`` last changed.
 
-        The writer's clock may differ from this one's: it counts for the first read only.
+        The writer's clock, which may differ from this one, is used at the first read only.
         """
         now = time.monotonic()
         if self._last is None:
@@ -115,7 +115,7 @@ class SnapshotReader:
 
 
 def _stamp(file: Path) -> tuple[int, int, int] | None:
-    """``(mtime, size, inode)``: differs after every append and every replacement."""
+    """``(mtime, size, inode)``, which every append or replacement changes."""
     try:
         stat = file.stat()
     except OSError:
@@ -124,7 +124,7 @@ def _stamp(file: Path) -> tuple[int, int, int] | None:
 
 
 def _is_alive(live: LiveState) -> bool:
-    """Whether the process that wrote ``live.json`` still runs; process ids are reused."""
+    """Whether the process that wrote ``live.json`` still runs (not another with its id)."""
     import psutil
 
     try:
@@ -144,10 +144,10 @@ def find_run(target: str | None, *, runs: Path = Path(RUNS)) -> Path:
         UserError: there is no such folder, or no run at all.
     """
     if target is None:
-        found = _run_folders(runs)
-        if not found:
+        folders = _run_folders(runs)
+        if not folders:
             raise UserError(f"there is no run under '{runs}'; name a run folder.")
-        return max(found, key=_last_change)
+        return max(folders, key=_last_change)
     folder = Path(target)
     if not folder.exists():
         siblings = [str(path) for path in (*_run_folders(folder.parent), *_run_folders(runs))]
@@ -159,8 +159,8 @@ def find_run(target: str | None, *, runs: Path = Path(RUNS)) -> Path:
 
 def _run_folders(under: Path) -> list[Path]:
     patterns = ("/".join(["*"] * depth) for depth in range(1, DEPTH + 1))
-    found = (file.parent for p in patterns for file in under.glob(f"{p}/environment.json"))
-    return [folder for folder in found if (folder / "config.toml").is_file()]
+    folders = (file.parent for p in patterns for file in under.glob(f"{p}/environment.json"))
+    return [folder for folder in folders if (folder / "config.toml").is_file()]
 
 
 def _last_change(folder: Path) -> int:

@@ -1,7 +1,7 @@
-"""How a page looks: one sheet, light and dark, on paper, on a wide screen and on a narrow one.
+"""The style sheet of the pages: light and dark, for paper and for wide and narrow screens.
 
-The eight colours of the series are told apart by people who see fewer colours, on both grounds;
-every series has a marker of its own besides.
+The eight colours of the series are distinguishable with colour blindness on both backgrounds;
+series also differ in their markers.
 """
 
 from __future__ import annotations

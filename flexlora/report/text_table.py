@@ -1,4 +1,4 @@
-"""A plain-text table without cut cells: columns that do not fit go below, the first repeated."""
+"""Plain-text tables: columns that do not fit follow in further blocks, with the first repeated."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ def text_table(
 ) -> Iterator[str]:
     """The lines of the table; only a block of one column may be wider than ``width``.
 
-    ``words`` is True for the columns set to the left; the others, and those beyond it, are numbers,
-    set to the right.
+    ``words`` is True for left-aligned columns; the others, and those beyond it, are right-aligned.
     """
     table = [header, *rows]
     widths = [max(cell_len(row[c]) for row in table) for c in range(len(header))]

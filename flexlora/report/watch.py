@@ -1,8 +1,8 @@
 """``flexlora watch RUN``: follow a run from its folder alone.
 
-A terminal gets a picture, drawn again twice a second; any other output gets a line per round.
-The folder may be written by ``flexlora simulate``, by ``flwr run`` or on another machine (sshfs).
-The exit status is 0 when the run finished and 1 when it failed, stopped or went away.
+A terminal gets a display redrawn twice a second; any other output gets a line per round. The folder
+may be written by ``flexlora simulate``, by ``flwr run`` or on another machine (sshfs). The exit
+status is 0 if the run finished and 1 if it failed, stopped or disappeared.
 """
 
 from __future__ import annotations
@@ -30,14 +30,12 @@ def watch(target: str | None, *, once: bool, console: Console) -> int:
         UserError: ``target`` is no run folder.
     """
     reader = SnapshotReader(find_run(target))
-    # Characters that the output's encoding lacks, in a client's name say, become question marks.
+    # Characters outside the output's encoding become question marks.
     reconfigure = getattr(console.file, "reconfigure", None)
     if reconfigure is not None:
         reconfigure(errors="replace")
     if once:
-        console.print(
-            frame(reader(), console.width, console.height, ascii_only=console.options.ascii_only)
-        )
+        console.print(_picture(reader(), console, console.height))
         return 0
     try:
         last = _redraw(reader, console) if console.is_terminal else _print_rounds(reader, console)
@@ -52,7 +50,7 @@ def _picture(snapshot: Snapshot, console: Console, height: int) -> RenderableTyp
 
 
 def _redraw(reader: SnapshotReader, console: Console) -> Snapshot:
-    """Redraw one picture until the run is over; the last one stays on the screen."""
+    """Redraw until the run is over; the last picture stays on the screen."""
     from rich.live import Live
 
     with Live(console=console, auto_refresh=False) as live:
@@ -65,7 +63,7 @@ def _redraw(reader: SnapshotReader, console: Console) -> Snapshot:
 
 
 def _print_rounds(reader: SnapshotReader, console: Console) -> Snapshot:
-    """Print a line per round, one when the run falls silent, and how it ended."""
+    """Print a line per round, one when the run stops responding, and its end."""
     printed, silent = -1, ""
     snapshot = reader()
     console.print(heading(snapshot), soft_wrap=True)

@@ -1,7 +1,7 @@
-"""What ``flexlora watch`` shows: a picture for a terminal of any width, or a line per round.
+"""The display of ``flexlora watch``: a picture for a terminal, or a line per round.
 
-Clients choose their ids and causes, so characters that do not print are replaced: no client can
-send commands to the terminal.
+Client ids and causes come from clients, so characters that do not print are replaced: they could
+be commands to the terminal.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ BAR_WIDTH = 40
 LOSSES = "loss in round"
 ROUND_WORDS = {"train_loss": "train", "eval_loss": "eval", "bytes_down": "down", "bytes_up": "up"}
 ROUND_WORDS |= {"epsilon": "epsilon", "seconds": ""}
-OTHER_LINES = 16  # of a picture beside the rank classes
-RECENT_ROUNDS = 5  # whose median says how long a round takes
+OTHER_LINES = 16  # lines of a picture besides those of rank classes
+RECENT_ROUNDS = 5  # for the median time of a round
 
 
 def frame(
     snapshot: Snapshot, width: int, height: int, *, ascii_only: bool = False
 ) -> RenderableType:
-    """The run at one moment; nothing in it is wider than ``width``."""
+    """The picture of a run, at most ``width`` columns wide."""
     records, live = snapshot.records, snapshot.live
     parts: list[RenderableType] = [
         Text(_safe(str(records.path)), style="bold", overflow="fold"),
@@ -64,7 +64,7 @@ def frame(
 
 
 def _bar(records: RunRecords, width: int, *, ascii_only: bool) -> Text:
-    """A bar that is as full as the share of rounds done."""
+    """A progress bar of rounds."""
     done = round(width * min(1.0, max(records.last_round, 0) / max(records.num_rounds, 1)))
     full, empty = ("#", ".") if ascii_only else ("━", "┄")
     return Text.assemble((full * done, "green"), (empty * (width - done), "dim"))
@@ -98,14 +98,15 @@ def last_line(snapshot: Snapshot) -> str:
 def _plan(snapshot: Snapshot) -> str:
     """``carried on embedded, 24 clients: rank_2 12, rank_4 6``."""
     records, live = snapshot.records, snapshot.live
-    base, held = str(records.setting("model.name")), str(records.setting("model.quantization"))
-    held = "" if held == "none" else f" in {held}"
+    base = str(records.setting("model.name"))
+    quantization = str(records.setting("model.quantization"))
+    base += "" if quantization == "none" else f" in {quantization}"
     classes: Mapping[str, int] = live.classes if live is not None else {}
-    classes = classes or Counter(str(own.get("name")) for own in records.classes.values())
+    classes = classes or Counter(str(fields.get("name")) for fields in records.classes.values())
     named = ", ".join(f"{name} {count}" for name, count in classes.items())
     clients = f", {sum(classes.values())} clients: {named}" if classes else ""
     out = f"; {live.left_out} left out" if live is not None and live.left_out else ""
-    return _safe(f"{records.setting('method.name')} on {base}{held}{clients}{out}")
+    return _safe(f"{records.setting('method.name')} on {base}{clients}{out}")
 
 
 def _state_line(snapshot: Snapshot) -> Text:
@@ -148,7 +149,7 @@ def _since_round(snapshot: Snapshot, live: LiveState) -> float:
 
 
 def _left(snapshot: Snapshot) -> float | None:
-    """Seconds to the end: rounds left times the median of recent ones; None before the first."""
+    """Estimated seconds left, from the median of recent rounds; None before the first."""
     records, live = snapshot.records, snapshot.live
     recent = [seconds for at, seconds in records.points("seconds")[-RECENT_ROUNDS:] if at > 0]
     if not recent or live is None:
@@ -208,8 +209,8 @@ def _failures(records: RunRecords, most: int = 3) -> Iterator[Text]:
         yield Text("")
         yield Text(f"Failed, refused or left out so far: {len(rows)}; the last", style="bold")
     for row in rows[-most:]:
-        told = f"  round {row['round']}  {row['client_id']}  {row['status']}: {row['cause']}"
-        yield _one_line(told, "yellow")
+        line = f"  round {row['round']}  {row['client_id']}  {row['status']}: {row['cause']}"
+        yield _one_line(line, "yellow")
 
 
 def _totals(records: RunRecords) -> str:
@@ -227,7 +228,7 @@ def _one_line(text: str, style: str) -> Text:
 
 
 def _safe(text: str) -> str:
-    """The text with every character that does not print (control codes, newlines) as a space."""
+    """The text with a space for every character that does not print."""
     return "".join(letter if letter.isprintable() else " " for letter in text)
 
 

@@ -1,4 +1,4 @@
-"""The server's whole state on disk, written so that a crash at any byte leaves a good one.
+"""Checkpoints of the server's state; a crash at any byte leaves a valid one.
 
 Each round is one new file, complete and synced before ``current.json`` is replaced by an atomic
 rename. ``current.json`` names the round and the digests; older files are removed afterwards.
@@ -30,9 +30,9 @@ def save_checkpoint(
     rank_classes: Mapping[str, RankClass],
     notes: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write ``state`` and the rank classes; the previous checkpoint stays until it is done.
+    """Write ``state`` and the rank classes, then delete the previous checkpoint.
 
-    ``notes`` is what else must be the same after a resume, ready for JSON.
+    ``notes`` is further state that a resume needs, as JSON values.
     """
     tensors = {f"extra/{key}": tensor.contiguous() for key, tensor in state.extra.items()}
     for name, svd in state.change.items():
@@ -61,7 +61,7 @@ def load_checkpoint(folder: Path) -> tuple[State, dict[str, RankClass]]:
     """The last whole state and the rank class of each client.
 
     Raises:
-        UserError: there is none, or its bytes are not those that were written.
+        UserError: there is none, or its digest is wrong.
     """
     index_file = folder / "current.json"
     if not index_file.is_file():
@@ -80,7 +80,7 @@ def load_checkpoint(folder: Path) -> tuple[State, dict[str, RankClass]]:
 
 
 def load_notes(folder: Path) -> dict[str, Any]:
-    """The notes beside the last whole state (``load_checkpoint`` says whether it is one)."""
+    """The notes of the last checkpoint; ``load_checkpoint`` verifies it."""
     index = json.loads((folder / "current.json").read_text(encoding="utf-8"))
     return dict(index.get("notes", {}))
 
@@ -88,14 +88,14 @@ def load_notes(folder: Path) -> dict[str, Any]:
 def _decode(
     index: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
 ) -> tuple[State, dict[str, RankClass]]:
+    # Clone: alignment in memory decides which kernel runs, and so the last bit.
+    tensors = {key: tensor.clone() for key, tensor in tensors.items()}
     modules = {
-        name: FactoredSVD(
-            **{label: _owned(tensors[f"change/{name}/{label}"]) for label in ("U", "S", "Vh")}
-        )
+        name: FactoredSVD(**{k: tensors[f"change/{name}/{k}"] for k in ("U", "S", "Vh")})
         for name in index["modules"]
     }
     extra = {
-        key.removeprefix("extra/"): _owned(tensor)
+        key.removeprefix("extra/"): tensor
         for key, tensor in tensors.items()
         if key.startswith("extra/")
     }
@@ -107,8 +107,3 @@ def _decode(
     )
     classes = {k: RankClass.from_dict(values) for k, values in index["rank_classes"].items()}
     return state, classes
-
-
-def _owned(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy with memory of its own: alignment decides which kernel runs, and so the last bit."""
-    return tensor.clone()

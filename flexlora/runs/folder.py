@@ -1,4 +1,4 @@
-"""The run folder: everything that a run writes, and what a resume reads.
+"""The run folder: all files that a run writes and a resume reads.
 
 config.toml       the resolved configuration, enough to repeat the run
 metrics.jsonl     one object per round; round 0 is the base before any training
@@ -6,7 +6,7 @@ clients.csv       per round and client: rank, loss before and after, bytes, seco
 evaluation.csv    per round and client: held-out loss and scores
 environment.json  versions, seed, commit, machine
 adapters/CLASS/   PEFT folders, one per rank class, and ``global``
-checkpoint/       the server's state after the last whole round (``checkpoints.py``)
+checkpoint/       the server's state after the last complete round (``checkpoints.py``)
 live.json         progress and liveness of the writing process (``live_state.py``)
 """
 
@@ -75,28 +75,28 @@ class RunFolder:
             write_atomically(run.path / "config.toml", tomli_w.dumps(nested).encode())
             write_atomically(run.path / "environment.json", environment.encode())
         except OSError as error:
-            _remove(run.path / "config.toml")  # half a run would be in the way of the next
+            _remove(run.path / "config.toml")  # a partial run folder would block the next run
             raise UserError(f"output folder '{path}' cannot be made: {error.strerror}.") from None
         return run
 
     @staticmethod
     def is_run(path: Path) -> bool:
-        """Whether ``path`` has the files of a run folder, more than any folder's config.toml."""
+        """Whether ``path`` has the files of a run folder."""
         return not missing_files(path)
 
     @staticmethod
     def check_free(path: Path, *, overwrite: bool) -> None:
-        """Refuse to write a run to ``path`` where something would be lost.
+        """Refuse to write a run to ``path`` if that would delete data.
 
         Raises:
             UserError: the folder has rounds and ``overwrite`` is off, another process writes it, or
-                it holds something that is not a run, which is never removed.
+                it has other contents than a run, which are never deleted.
         """
         if not path.exists() or (path.is_dir() and not any(path.iterdir())):
             return
         is_run = RunFolder.is_run(path)
-        unbegun = is_run and not (path / "metrics.jsonl").exists()  # refused before its first round
-        if is_run and (overwrite or unbegun):
+        no_rounds = not (path / "metrics.jsonl").exists()
+        if is_run and (overwrite or no_rounds):
             check_idle(path)
             return
         kind, advice = "something that is not a run", "give another --out"
@@ -125,7 +125,7 @@ class RunFolder:
         """Append one line of ``metrics.jsonl`` and the rows of the two tables.
 
         Raises:
-            UserError: they cannot be written; a resume deletes the part that was.
+            UserError: they cannot be written; a resume deletes partial rows.
         """
         line = json.dumps({k: _json_number(v) for k, v in metrics.items()})
         with self.writing(f"round {metrics['round']}"):
@@ -135,15 +135,15 @@ class RunFolder:
                 file.write(line + "\n")
 
     def metrics(self) -> list[dict]:
-        """The rounds so far, without a last line that a crash cut short.
+        """The rounds so far, without an incomplete last line.
 
         Raises:
-            UserError: a line that is whole and cannot be read.
+            UserError: a complete line cannot be parsed.
         """
         return read_rounds(self.path / "metrics.jsonl")
 
     def rewind(self, last_round: int) -> None:
-        """Delete rows after ``last_round``: a crash may fall between a round and its checkpoint.
+        """Delete rows after ``last_round``, left by a crash between a round and its checkpoint.
 
         Raises:
             UserError: the folder cannot be written to.
@@ -170,10 +170,10 @@ class RunFolder:
         rank_classes: Mapping[str, RankClass],
         notes: Mapping[str, Any] | None = None,
     ) -> None:
-        """Replace the checkpoint by the server's state after a round (see ``checkpoints``).
+        """Replace the checkpoint by the server's state after a round.
 
         Raises:
-            UserError: it cannot be written; the previous one is still there.
+            UserError: it cannot be written; the previous one is unchanged.
         """
         with self.writing(f"the state after round {state.round}"):
             save_checkpoint(folder, state, rank_classes, notes)
@@ -195,11 +195,11 @@ class RunFolder:
         return self.path / "checkpoint"
 
     def load_notes(self) -> dict:
-        """What the last checkpoint has beside the server's state."""
+        """The notes of the last checkpoint."""
         return load_notes(self.checkpoint)
 
     def load_checkpoint(self) -> tuple[State, dict[str, RankClass]]:
-        """The server's state and the rank class of each client (see ``checkpoints``)."""
+        """The server's state and the rank class of each client."""
         return load_checkpoint(self.checkpoint)
 
     def _append_csv(self, name: str, rows: Sequence[Mapping[str, object]]) -> None:
@@ -226,7 +226,7 @@ def _cell(value: object) -> object:
 
 
 def _json_number(value: object) -> object:
-    """``value`` with null for NaN and infinity at any depth, which JSON does not have."""
+    """``value`` with None for NaN and infinity at any depth, since JSON has neither."""
     if isinstance(value, Mapping):
         return {key: _json_number(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -240,7 +240,7 @@ def _remove(path: Path) -> None:
 
 
 def _environment(config: Config) -> dict[str, object]:
-    """Versions, seed, commit and machine: what a run depends on beside its configuration."""
+    """Versions, seed, commit and machine."""
     versions: dict[str, str | None] = {}
     for package in ("flexlora", "flwr", "torch", "transformers", "bitsandbytes", "numpy"):
         try:

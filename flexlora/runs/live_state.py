@@ -1,7 +1,7 @@
 """``RUN/live.json``: the progress of a run and the process that writes it.
 
 The server replaces the whole file (``server/observing/live.py``); ``flexlora watch`` reads it. It
-has clock times, so it differs between runs that are otherwise the same.
+has clock times, so it differs between otherwise identical runs.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ENDED = (FINISHED, FAILED, INTERRUPTED)
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """A client of the current round whose reply does not count, and why."""
+    """A client of the current round without a valid reply, and the cause."""
 
     client_id: str
     cause: str
@@ -42,10 +42,10 @@ class Failure:
 
 @dataclass(frozen=True, kw_only=True)
 class LiveState:
-    """One moment of a run. ``replied`` and ``failures`` hold the latest only; the counts are whole.
+    """Progress of a run; ``replied`` and ``failures`` are the latest only, the counts complete.
 
-    ``heard`` counts all who were heard of in this round, those that failed among them. Times are
-    seconds since the epoch on the server's clock.
+    ``heard`` counts the clients with a reply or a failure in this round. Times are seconds since
+    the epoch on the server's clock.
     """
 
     state: str
@@ -73,17 +73,14 @@ class LiveState:
 
 
 def write_live(folder: Path, state: LiveState) -> None:
-    """Replace the file; not synced, since nothing is resumed from it."""
+    """Replace the file, without a sync: a resume does not read it."""
     partial = folder / (LIVE_FILE + ".partial")
     partial.write_text(json.dumps(asdict(state), indent=1) + "\n", encoding="utf-8")
     os.replace(partial, folder / LIVE_FILE)
 
 
 def read_live(folder: Path) -> LiveState | None:
-    """The last state written; None where there is none or the copy is damaged.
-
-    Keys of another version are ignored.
-    """
+    """The last state written, without unknown keys; None if it is missing or damaged."""
     try:
         return TypeAdapter(LiveState).validate_json((folder / LIVE_FILE).read_bytes())
     except (OSError, ValueError):
@@ -93,7 +90,7 @@ def read_live(folder: Path) -> LiveState | None:
 def process_space() -> str:
     """The host name and the PID namespace, if any: the scope in which a process id is valid.
 
-    Containers of one host may share its name and not its processes.
+    Containers of one host may have the same host name and different processes.
     """
     try:
         return f"{platform.node()} {os.readlink('/proc/self/ns/pid')}"

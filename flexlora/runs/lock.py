@@ -1,6 +1,6 @@
-"""One process at a time writes a run folder: ``flock`` on ``config.toml``, freed with the process.
+"""``flock`` on ``config.toml``, so that only one process writes a run folder.
 
-Where the system or the file system has no such locks, nothing is locked and nothing refused.
+Where the system or the file system has no such locks, this does nothing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Read ``metrics.jsonl``, one round a line, and tell a run folder from others; without torch."""
+"""Read ``metrics.jsonl``, one round per line, and recognise run folders; without torch."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def missing_files(folder: Path) -> str:
 
 
 def read_rounds(file: Path) -> list[dict]:
-    """The rounds in ``file``; none where there is no file. A cut last line is left out.
+    """The rounds in ``file``, without an incomplete last line; none if there is no file.
 
     Raises:
-        UserError: a whole line that is no round: a resume would lose what follows it.
+        UserError: a complete line that is not a round.
     """
     try:
         text = file.read_text(encoding="utf-8", errors="replace")

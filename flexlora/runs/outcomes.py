@@ -1,7 +1,7 @@
-"""What became of a client in a round, as a value; the cause, a free text, stands beside it.
+"""The outcome of a client in a round, as a value; its cause is a separate free text.
 
-``status`` is the word in ``clients.csv``. The outcome itself is the ``cause`` label of the metrics
-for Prometheus: clients write part of every cause, and must not make labels.
+``status`` is the word in ``clients.csv``. The outcome is the ``cause`` label of the Prometheus
+metrics: causes have text from clients, which must not become labels.
 """
 
 from __future__ import annotations
@@ -12,26 +12,26 @@ __all__ = ["Outcome"]
 
 
 class Outcome(StrEnum):
-    """One per client and message; that a reply came in a later round is noted beside it."""
+    """One per client and message."""
 
-    OK = "ok"  # the update is in the sum
-    FAILED = "failed"  # the client says that it could not train, or sent nothing that can be read
-    REFUSED = "refused"  # its update must not reach the sum
-    OUT_OF_MEMORY = "out of memory"  # not even one row fits at the rank that it was sent
+    OK = "ok"  # the update was added to the sum
+    FAILED = "failed"  # the client reported a failure or sent an unreadable reply
+    REFUSED = "refused"  # the update is invalid
+    OUT_OF_MEMORY = "out of memory"  # one row does not fit at the rank that was sent
     LOST = "lost"  # Flower lost the node, the process, the message or the reply
     SILENT = "silent"  # no reply by the deadline
-    NOT_NEEDED = "not needed"  # enough others answered first
-    BACKING_OFF = "backing off"  # not asked, since its messages got lost
+    NOT_NEEDED = "not needed"  # enough other clients replied first
+    BACKING_OFF = "backing off"  # not asked, since earlier messages were lost
     LEFT_OUT = "left out"  # takes no part in the run
 
     @property
     def is_failure(self) -> bool:
-        """Whether the client was asked and should have been in the sum."""
+        """Whether the client was asked and its update is missing."""
         return self in _FAILURES
 
     @property
     def status(self) -> str:
-        """The word in ``clients.csv``, where the cause says which kind of failure it was."""
+        """The word in ``clients.csv``; its cause has the kind of failure."""
         return "failed" if self.is_failure and self is not Outcome.REFUSED else self.value
 
 

@@ -1,18 +1,18 @@
 """Adam's moments in 8 bits: a code per number and a float32 scale per block of 256 numbers.
 
-Dettmers and others, "8-bit Optimizers via Block-wise Quantization" (arXiv 2110.02861), through
+Dettmers et al., "8-bit Optimizers via Block-wise Quantization" (arXiv 2110.02861), through
 bitsandbytes' own kernels: 2.03 bytes a number in place of 8. A code is an index into a table of 256
 numbers whose distances grow with their size, in [-1, 1] for the first moment and [0, 1] for the
 second; a number is its block's scale times its table entry.
 
-A block's scale is its largest number, and what is far below it is lost, the second moment first,
-by which a step is divided. So a block holds numbers of one slot, without the padding to the
-cohort's largest rank, and of one factor: the gradients of ``lora_A`` and ``lora_B`` differ in size.
-That is the layout of ``bnb.optim.AdamW8bit`` over the slot's factors, except that it keeps tensors
-under 4,096 numbers in 32 bits: here all are in 8.
+A block's scale is its largest number; numbers far below it round to zero, which matters most in
+the second moment, by which a step is divided. So a block has numbers of one slot, without padding,
+and of one factor: the gradients of ``lora_A`` and ``lora_B`` differ in size. That is the layout of
+``bnb.optim.AdamW8bit`` over the slot's factors, except that it stores tensors under 4,096 numbers
+in 32 bits: here all are in 8.
 
-Paged moments lie in CUDA's managed memory, which the driver moves to the host when the card is
-full (QLoRA, arXiv 2305.14314, section 3).
+Paged moments are in CUDA's managed memory, which the driver moves to the host when the GPU is full
+(QLoRA, arXiv 2305.14314, section 3).
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from torch import Tensor
 __all__ = ["BLOCK", "CHUNK", "BlockwiseMoments", "Live", "live_numbers"]
 
 BLOCK = 256  # numbers that share a scale, in bitsandbytes' kernels
-CHUNK = 2**20  # numbers in one call: on a CPU the kernel holds 20 bytes of each while it runs
+CHUNK = 2**20  # numbers in one call: a CPU kernel allocates 20 bytes for each while it runs
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Live:
-    """A slot's numbers without padding: how many per factor, where in its row (None: all of it).
+    """A slot's numbers without padding: count by factor, positions in its row (None: all of it).
 
-    ``positions`` ascend, which is the order of the row that the slot has when it is alone.
+    ``positions`` ascend, in the order of the slot's row without a cohort.
     """
 
     sizes: tuple[int, ...]
@@ -43,7 +43,7 @@ class Live:
 
 
 def live_numbers(leaves: Sequence[Tensor], labels: Sequence[str], ranks: Sequence[int]) -> Live:
-    """The numbers of a row that are inside a slot's ``ranks``; the row is the leaves end to end.
+    """The numbers of a row within a slot's ``ranks``; a row is the concatenated leaves.
 
     A leaf is all slots' ``lora_A [K, R, in]`` or ``lora_B [K, out, R]``, zero beyond a slot's rank.
     """
@@ -59,7 +59,7 @@ def live_numbers(leaves: Sequence[Tensor], labels: Sequence[str], ranks: Sequenc
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Part:
-    """Moments of up to ``CHUNK`` of a slot's numbers, which lie at ``where`` in its row."""
+    """Moments of up to ``CHUNK`` of a slot's numbers, at ``where`` in its row."""
 
     where: slice | Tensor
     first: Tensor
@@ -73,7 +73,7 @@ def _blocks(size: int) -> int:
 
 
 def _runs(sizes: Sequence[int]) -> list[int]:
-    """Sizes of what one call can step: factors of whole blocks, and a last one of any size."""
+    """Sizes of runs that one call can step: factors of whole blocks, then one of any size."""
     runs = [0]
     for size in sizes:
         runs[-1] += size
@@ -83,9 +83,9 @@ def _runs(sizes: Sequence[int]) -> list[int]:
 
 
 class BlockwiseMoments:
-    """Both moments of K slots. ``live`` says which numbers of ``parameters [K, P]`` are whose.
+    """Both moments of K slots; ``live`` are each slot's numbers in ``parameters [K, P]``.
 
-    Blocks are independent, so that calls in parts of whole blocks give the same bytes as one call.
+    Blocks are independent, so several calls over whole blocks give the same bytes as one.
     """
 
     def __init__(self, parameters: Tensor, live: Sequence[Live], *, paged: bool = False) -> None:
@@ -105,8 +105,8 @@ class BlockwiseMoments:
     @property
     def nbytes(self) -> int:
         """Bytes of the codes, their scales and the two tables."""
-        held = (self._codes, self._scales, self.signed, self.unsigned)
-        return sum(tensor.nbytes for tensor in held)
+        tensors = (self._codes, self._scales, self.signed, self.unsigned)
+        return sum(tensor.nbytes for tensor in tensors)
 
     def step(
         self,
@@ -148,7 +148,7 @@ class BlockwiseMoments:
                 parameters[part.where] = numbers
 
     def settle(self) -> None:
-        """Wait for steps on managed memory, which torch takes for the host's own."""
+        """Wait for steps on managed memory, which torch treats as host memory."""
         if self.paged:
             torch.cuda.synchronize(self.signed.device)
 
@@ -157,11 +157,11 @@ class BlockwiseMoments:
             return torch.zeros(count, dtype=torch.uint8, device=device)
         buffer = _borrow(count, device)
         weakref.finalize(self, _unused.append, buffer)
-        torch.cuda.synchronize(device)  # a step that was broken off may still be writing to it
+        torch.cuda.synchronize(device)  # an interrupted step may still write to it
         return buffer[:count].zero_()
 
     def _split(self, live: Live, span: slice) -> Iterator[_Part]:
-        """The parts of one slot, whose first moments' blocks and then second's lie in ``span``."""
+        """The parts of one slot; ``span`` are the blocks of its first, then its second moments."""
         at, block, other = 0, span.start, (span.stop - span.start) // 2
         for run in _runs(live.sizes):
             for size in (min(CHUNK, run - done) for done in range(0, run, CHUNK)):
@@ -176,14 +176,14 @@ class BlockwiseMoments:
                 at, block = at + size, end
 
     def _coded(self, start: int, count: int) -> Tensor:
-        """A slice of the codes; bitsandbytes knows managed memory by marks on the tensor itself."""
+        """A slice of the codes, with the attributes by which bitsandbytes knows managed memory."""
         codes = self._codes[start : start + count]
         if self.paged:
             codes.is_paged, codes.page_deviceid = True, self.signed.device.index  # type: ignore
         return codes
 
     def _prefetch(self, part: _Part) -> None:
-        """Send for what may have been moved to the host."""
+        """Prefetch moments that may have been moved to the host."""
         if self.paged:
             from bitsandbytes.functional import prefetch_tensor
 
@@ -191,15 +191,15 @@ class BlockwiseMoments:
             prefetch_tensor(part.second)
 
 
-# Managed buffers that no optimizer uses now. bitsandbytes gives managed memory out and takes none
-# back, and a client makes an optimizer in every round.
+# Managed buffers that no optimizer uses. bitsandbytes cannot free managed memory, and a client
+# creates an optimizer in every round.
 _unused: list[Tensor] = []
 
 
 def _borrow(count: int, device: torch.device) -> Tensor:
     """An unused managed buffer of at least ``count`` bytes, or a new one of a power of two.
 
-    Sizes that double keep the sum of all that were outgrown below the one in use.
+    With doubling sizes the outgrown buffers together are smaller than the one in use.
     """
     from bitsandbytes.functional import get_paged
 

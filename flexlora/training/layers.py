@@ -30,10 +30,10 @@ __all__ = ["DropoutStream", "LoRALinear", "SlotFactors", "low_rank_cost"]
 
 @dataclass(frozen=True, kw_only=True)
 class DropoutStream:
-    """Where a slot's dropout masks come from in this pass: a seed, the slot's shape, the batch's.
+    """Seed and shapes of a slot's dropout masks in one pass.
 
     The mask of a module is a function of (seed, module) and drawn for ``[rows, length, in]``, so a
-    slot has the same mask alone, in a cohort, and when checkpointing computes it again.
+    slot has the same mask alone, in a cohort and in a recomputed layer.
     """
 
     seed: int
@@ -45,23 +45,23 @@ class DropoutStream:
 def low_rank_cost(
     rows: int, in_features: int, out_features: int, rank: int, carried_rank: int = 0
 ) -> tuple[float, float]:
-    """Nanoseconds beyond the frozen product that a slot's ``rows`` take on one core, both ways.
+    """Nanoseconds on one core for a slot's ``rows``, beyond the frozen product: two ways.
 
-    First through the factors: passes over the input and output, and narrow products. Then through
-    ``W + s B A``: a gradient ``[out, in]``, and building the matrix. The rates were measured; only
-    their order matters.
+    First by the factors: passes over the input and output, and narrow products. Then by ``W + s B
+    A``: a gradient ``[out, in]`` and the sum itself. The rates were measured; only which of the two
+    is smaller matters.
     """
     passes = 1.9 + 0.04 * rank
     if carried_rank:
         passes += 1.0 + 0.027 * carried_rank
     size = in_features * out_features
-    low = rows * (in_features + out_features) * passes
-    return low, 1.1 * rows * size * 0.02 + 6 * size * rank * 0.02
+    by_factors = rows * (in_features + out_features) * passes
+    return by_factors, 1.1 * rows * size * 0.02 + 6 * size * rank * 0.02
 
 
 @dataclass(kw_only=True, eq=False)
 class SlotFactors:
-    """``A [K, R, in]``, ``B [K, out, R]``, ``scaling [K, 1, 1]``; K = 1 serves all rows alike."""
+    """``A [K, R, in]``, ``B [K, out, R]``, ``scaling [K, 1, 1]``; K = 1 applies to all rows."""
 
     A: Tensor
     B: Tensor
@@ -96,7 +96,7 @@ class SlotFactors:
 class _SlotLinear(torch.autograd.Function):
     """``x_k (W_k + s_k B_k A_k)^T + bias`` of ``x [K * b, T, in]``, one product a slot.
 
-    On the way back ``dB = s (g^T x) A^T`` and ``dA = s B^T (g^T x)`` come from one ``[out, in]``
+    Backward: ``dB = s (g^T x) A^T`` and ``dA = s B^T (g^T x)`` come from one ``[out, in]``
     matrix per slot.
     """
 
@@ -111,22 +111,22 @@ class _SlotLinear(torch.autograd.Function):
         bias: Tensor | None,
     ) -> Tensor:
         K = A.shape[0]
-        whole = torch.baddbmm(weight.expand(K, -1, -1), B * scaling, A)
+        weights = torch.baddbmm(weight.expand(K, -1, -1), B * scaling, A)
         by_slot = x.reshape(K, -1, x.shape[-1])
-        out = torch.bmm(by_slot, whole.mT)
+        out = torch.bmm(by_slot, weights.mT)
         if bias is not None:
             out += bias
-        ctx.save_for_backward(by_slot, A, B, scaling, whole)
+        ctx.save_for_backward(by_slot, A, B, scaling, weights)
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple:
-        by_slot, A, B, scaling, whole = ctx.saved_tensors
+        by_slot, A, B, scaling, weights = ctx.saved_tensors
         (gradient,) = gradients
         to_x = to_A = to_B = None
-        g = gradient.reshape(whole.shape[0], -1, gradient.shape[-1])
+        g = gradient.reshape(weights.shape[0], -1, gradient.shape[-1])
         if ctx.needs_input_grad[0]:
-            to_x = torch.bmm(g, whole).view(*gradient.shape[:-1], -1)
+            to_x = torch.bmm(g, weights).view(*gradient.shape[:-1], -1)
         if any(ctx.needs_input_grad[1:3]):
             to_weight = torch.bmm(g.mT, by_slot).mul_(scaling)
             to_A = torch.bmm(B.mT, to_weight) if ctx.needs_input_grad[1] else None
@@ -135,10 +135,10 @@ class _SlotLinear(torch.autograd.Function):
 
 
 class _Sketched(torch.autograd.Function):
-    """``out`` itself; its gradient and ``x`` are folded into the sketch on the way back.
+    """The identity on ``out``; backward adds its gradient and ``x`` to the sketch.
 
-    ``x`` is saved as autograd saves tensors, so that checkpointing can drop it and compute it
-    again; a hook's closure would keep it alive through the whole pass.
+    ``x`` is saved by autograd, so checkpointing can drop and recompute it; a hook's closure would
+    keep it in memory through the whole pass.
     """
 
     @staticmethod
@@ -154,7 +154,7 @@ class _Sketched(torch.autograd.Function):
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear with the factors of K slots beside it; without slots the linear alone."""
+    """A frozen linear plus the factors of K slots; without slots the linear alone."""
 
     def __init__(self, base: nn.Module, *, name: str, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -164,7 +164,7 @@ class LoRALinear(nn.Module):
         self.trained: SlotFactors | None = None
         self.carried: SlotFactors | None = None
         self.merged: Tensor | None = None  # the weight with the carried factors added in
-        self.wholes: Tensor | None = None  # [1 or K, out, in], made in the first pass
+        self.slot_weights: Tensor | None = None  # [1 or K, out, in], made in the first pass
         self.dropout = 0.0
         self.streams: tuple[DropoutStream | None, ...] = ()
         self.sketch: GradientSketch | None = None
@@ -190,7 +190,7 @@ class LoRALinear(nn.Module):
         return _Sketched.apply(out, x, self.sketch, self.num_slots)
 
     def _one_product(self, x: Tensor) -> bool:
-        """Whether ``W_k`` itself is what these rows should go through."""
+        """Whether ``x W_k^T`` with ``W_k = W + s_k B_k A_k`` is possible and cheaper here."""
         trained, weight = self.trained, self.base.weight
         if self.num_slots < 2 or trained is None:
             return False
@@ -202,24 +202,24 @@ class LoRALinear(nn.Module):
             return False
         rows = x.numel() // (self.in_features * self.num_slots)
         carried = self.carried.A.shape[1] if self.carried is not None else 0
-        low, whole = low_rank_cost(
+        by_factors, by_weight = low_rank_cost(
             rows, self.in_features, self.out_features, trained.A.shape[1], carried
         )
-        return whole < low
+        return by_weight < by_factors
 
     def _slot_linear(self, x: Tensor) -> Tensor:
         trained, base = self.trained, self.base
         assert trained is not None
-        if self.wholes is None:
-            self.wholes = self._frozen_weights()
+        if self.slot_weights is None:
+            self.slot_weights = self._frozen_weights()
         count = min(self.num_slots, trained.A.shape[0])
-        weight = self.wholes if self.wholes.shape[0] == 1 else self.wholes[:count]
+        weight = self.slot_weights if self.slot_weights.shape[0] == 1 else self.slot_weights[:count]
         A, B, scaling = trained.A[:count], trained.B[:count], trained.scaling[:count]
         return _SlotLinear.apply(x, A, B, scaling, weight, base.bias)
 
     @torch.no_grad()
     def _frozen_weights(self) -> Tensor:
-        """``[1 or K, out, in]``: the weight, and what each slot carries, added in float64."""
+        """``[1 or K, out, in]``: the weight plus each slot's carried factors, added in float64."""
         base: Any = self.base
         weight: Tensor = base.weight if self.merged is None else self.merged
         weight = weight.T if type(base).__name__ == "Conv1D" else weight

@@ -1,9 +1,9 @@
 """Local training of K slots at once: the same code for a device (K = 1) and for a cohort.
 
-Each slot minimises the mean loss over its answer tokens. Slots share passes and nothing else:
-losses are summed over slots, gradients are clipped per slot, and each slot has its batches,
-learning rate, dropout masks and number of steps. So K slots give what K separate runs give, up to
-the rounding of wider matrix products.
+Each slot minimises the mean loss over its answer tokens. Slots share forward and backward passes
+only: losses are summed over slots, gradients are clipped per slot, and each slot has its batches,
+learning rate, dropout masks and number of steps. So K slots equal K separate runs up to the
+rounding of wider matrix products.
 """
 
 from __future__ import annotations
@@ -83,11 +83,10 @@ class _Cohort:
     def run(self) -> list[dict]:
         starts = [job.start.for_client(job.client_id) for job in self.jobs]
         self.local = starts[0].local
-        halved = starts[0].carried_dtype == "bfloat16"
         self.slots.load(
             [start.trained for start in starts],
             carried=[start.carried for start in starts],
-            carried_dtype=torch.bfloat16 if halved else None,
+            carried_dtype=torch.bfloat16 if starts[0].carried_dtype == "bfloat16" else None,
             trainable=starts[0].trainable,
             merge=self.local.merge,
         )
@@ -100,10 +99,12 @@ class _Cohort:
         )
         self.plans = [self._plan(k) for k in range(len(self.jobs))]
         first_rows = [plan[0][: self.settings.per_device_train_batch_size] for plan in self.plans]
-        # Without dropout the first pass of the first step is that probe, unless A is turned first.
-        turned = self.local.gradient_batches > 0
-        apart = self.settings.lora_dropout > 0 or self._passes_are_halved or turned
-        before, tails = self._probe(first_rows) if apart else [], self._tails()
+        # The first pass of the first step gives the loss before training, unless it has dropout,
+        # fewer rows, or an aligned lora_A.
+        settings = self.settings
+        halved = settings.rows_per_pass != settings.per_device_train_batch_size
+        separate = settings.lora_dropout > 0 or halved or self.local.gradient_batches > 0
+        before, tails = self._probe(first_rows) if separate else [], self._tails()
         losses = [0.0] * len(self.jobs)
         tokens = [0] * len(self.jobs)
         with checkpointing(self.slots.model, self.settings.gradient_checkpointing):
@@ -128,7 +129,7 @@ class _Cohort:
         ]
 
     def _align(self) -> None:
-        """Turn ``lora_A`` of every slot towards its own gradient over its first batches."""
+        """Align ``lora_A`` of every slot with its gradient over its first batches."""
         batches = self.local.gradient_batches
         if batches < 1:
             return
@@ -145,7 +146,7 @@ class _Cohort:
 
     @torch.no_grad()
     def _tails(self) -> list[float]:
-        """The norms that decide about pruning, 0 for every slot where nothing is pruned."""
+        """The tail norms that decide about pruning, by slot; 0 without pruning."""
         if not self.local.prune_factor:
             return [0.0] * len(self.jobs)
         return self.slots.tail_norms(self.local.prune_factor).tolist()
@@ -176,7 +177,7 @@ class _Cohort:
         }
 
     def _plan(self, k: int) -> list[list[int]]:
-        """The rows of every step, and enough more that aligning has its batches."""
+        """The rows of every step, and of the batches for aligning."""
         ahead = self.local.gradient_batches
         return planned_rows(self.jobs[k], len(self.examples[k]), self.settings, ahead=ahead)
 
@@ -251,17 +252,13 @@ class _Cohort:
         tokens = [self._answer_tokens(k, rows) for k, rows in enumerate(indices)]
         return [total / count for total, count in zip(sums, tokens, strict=True)]
 
-    @property
-    def _passes_are_halved(self) -> bool:
-        return self.settings.rows_per_pass != self.settings.per_device_train_batch_size
-
 
 def answer_losses(slots: SlotModel, batch: Batch) -> list[Tensor]:
     """Cross entropy of every answer token, slot by slot: K tensors ``[answer tokens]``.
 
     Only answer positions go through the output layer where the model takes ``logits_to_keep``.
-    Padding is on the right, where causal attention never looks, so there is no attention mask and
-    the fast causal kernels run. The losses are float32 at least.
+    Padding is on the right, outside causal attention, so no attention mask is needed and the fast
+    causal kernels run. The losses are float32 at least.
     """
     device = slots.device
     labels = batch.labels.to(device)[:, 1:]
@@ -286,8 +283,8 @@ def answer_losses(slots: SlotModel, batch: Batch) -> list[Tensor]:
 class checkpointing:  # noqa: N801  (reads as a word at the place of use)
     """Recompute the activations of each decoder layer in the backward pass, inside the block.
 
-    transformers does so only in training mode, which would enable the base's dropout; so here the
-    layers' ``forward`` is wrapped, and they stay in evaluation mode.
+    transformers does so only in training mode, which would enable the base's dropout; here the
+    layers' ``forward`` is wrapped and they stay in evaluation mode.
     """
 
     def __init__(self, model: Any, enabled: bool) -> None:

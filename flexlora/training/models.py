@@ -1,12 +1,11 @@
 """The frozen base model, loaded once per process, and its tokenizer.
 
-``embedded`` is the tiny base that ships with the package. Everything else is a local folder or a
-hub name, read as safetensors only: a pickle is never opened. Weights are read in
-bfloat16, float32 or float64, in 8 bits (LLM.int8(), arXiv 2208.07339), or as NF4 with double
-quantization (QLoRA, arXiv 2305.14314).
+``embedded`` is the tiny base of the package; any other name is a local folder or a hub name, read
+as safetensors only, never as a pickle. Weights are bfloat16, float32 or float64, 8-bit (LLM.int8(),
+arXiv 2208.07339), or as NF4 with double quantization (QLoRA, arXiv 2305.14314).
 
-Attention runs as the library would run it (``auto``: torch's fused ``sdpa`` where the model has
-it, else ``eager``, which keeps scores ``[heads, T, T]``), or as asked for.
+Attention runs as configured; ``auto`` is torch's fused ``sdpa`` where the model has it, else
+``eager``, which stores scores ``[heads, T, T]``.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from typing import Any
 
 import torch
 
-from flexlora.config.paths import EMBEDDED
+from flexlora.config.paths import resolve_name
 from flexlora.errors import UserError
 
 __all__ = ["BaseModel", "load_base", "pick_device", "resolve_name"]
@@ -47,28 +46,6 @@ class BaseModel:
     def max_positions(self) -> int | None:
         """The longest sequence the model was built for, where its config says so."""
         return getattr(self.model.config, "max_position_embeddings", None)
-
-
-def resolve_name(name: str) -> str:
-    """The folder or hub name behind ``model.name``.
-
-    Raises:
-        UserError: a path that does not exist, or a folder without a ``config.json``.
-    """
-    if name == "embedded":
-        return str(EMBEDDED)
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UserError(f"model folder '{name}' has no config.json; is it a model folder?")
-        return str(path.resolve())
-    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") != 1 or path.exists()
-    if looks_like_path:
-        raise UserError(
-            f"model.name is '{name}', which is not a folder; "
-            "expected 'embedded', a model folder or a hub name like 'owner/model'."
-        )
-    return name
 
 
 def pick_device(name: str) -> torch.device:
@@ -98,11 +75,11 @@ def load_base(
     ``fresh`` loads a separate copy, for a caller that changes the weights.
 
     Raises:
-        UserError: a model that is not there or cannot be read, attention that cannot be run.
+        UserError: a model that does not exist or cannot be read, attention that cannot run.
     """
     source, where = resolve_name(name), pick_device(device)
     _check_attention(attention, dtype, where)
-    # Only 8-bit has outliers: the others are the same base whatever the threshold.
+    # Only 8-bit has outliers: the other bases do not depend on the threshold.
     threshold = outlier_threshold if quantization == "8bit" else 0.0
     if fresh:
         return _load(source, name, dtype, quantization, threshold, attention, where)
@@ -119,16 +96,16 @@ def _check_attention(attention: str, dtype: str, device: torch.device) -> None:
     """
     if attention != "flash_attention_2":
         return
-    lacking = ""
+    cause = ""
     if device.type != "cuda":
-        lacking = f"runs on CUDA, but training runs on the {device.type}"
+        cause = f"runs on CUDA, but training runs on the {device.type}"
     elif importlib.util.find_spec("flash_attn") is None:
-        lacking = "needs the flash-attn package, which is not installed"
+        cause = "needs the flash-attn package, which is not installed"
     elif dtype != "bfloat16":
-        lacking = f"takes 16-bit numbers, but model.dtype is {dtype}, not bfloat16"
-    if lacking:
+        cause = f"takes 16-bit numbers, but model.dtype is {dtype}, not bfloat16"
+    if cause:
         key = "model.attn-implementation"
-        raise UserError(f"{key} is '{attention}', which {lacking}; use 'sdpa' or 'auto'.")
+        raise UserError(f"{key} is '{attention}', which {cause}; use 'sdpa' or 'auto'.")
 
 
 def _load(
@@ -158,7 +135,7 @@ def _load(
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
         model: Any = AutoModelForCausalLM.from_pretrained(source, local_files_only=local, **options)
-    except Exception as error:  # whatever a damaged file makes the loaders raise
+    except Exception as error:  # a damaged file may raise any error
         if attention != "auto" and "does not support" in str(error):
             raise UserError(
                 f"model.attn-implementation is '{attention}', which model '{name}' cannot run; "
@@ -196,9 +173,9 @@ def _bitsandbytes_options(
 def _fingerprint(model: Any) -> str:
     """SHA-256 over the shapes of the model and its unquantized weights as bfloat16 samples.
 
-    Two nodes that hold another base differ in it; the same base as float32, bfloat16 or NF4 does
-    not, since quantization leaves embeddings and norms alone. At most 4096 numbers of a tensor are
-    read, so that it costs milliseconds for billions of weights.
+    Different bases have different fingerprints; one base as float32, bfloat16 or NF4 has the same,
+    since embeddings and norms are not quantized. At most 4096 numbers of a tensor are read, so it
+    takes milliseconds for billions of weights.
     """
     sha = hashlib.sha256(f"{model.config.model_type}|{model.config.vocab_size}".encode())
     for name, tensor in sorted(model.named_parameters()):

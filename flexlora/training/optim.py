@@ -1,8 +1,8 @@
-"""AdamW and SGD over the slots' one flat buffer, each row a client of its own.
+"""AdamW and SGD over the flat buffer of all slots, one row per client.
 
 Rows are independent: each has its step count, learning rate and gradient norm, and a row whose
-training has ended does not move. On one row this is ``torch.optim.AdamW`` (Loshchilov and Hutter,
-arXiv 1711.05101) and ``clip_grad_norm_``, which are the oracles in the tests.
+training has ended does not change. On one row this equals ``torch.optim.AdamW`` (Loshchilov and
+Hutter, arXiv 1711.05101) and ``clip_grad_norm_``.
 
 ``adamw_8bit`` and ``paged_adamw_8bit`` are bitsandbytes' AdamW with moments in 8 bits: see
 ``blockwise``.
@@ -32,7 +32,7 @@ def clip_rows(gradients: Tensor, max_norm: float) -> Tensor:
 
 
 def check_optimizer(optim: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Refuse what cannot step factors of ``dtype`` on ``device``.
+    """Refuse an optimizer that cannot step factors of ``dtype`` on ``device``.
 
     Raises:
         ValueError: a name that is not known.
@@ -56,11 +56,11 @@ def check_optimizer(optim: str, device: torch.device, dtype: torch.dtype) -> Non
 class SlotOptimizer:
     """One optimizer for K rows of ``parameters [K, P]``, updated in place.
 
-    ``live`` returns which numbers of a row are real and which are padding, which 8-bit moments must
-    leave out; by default a row is one factor without padding.
+    ``live`` returns the numbers of each row that are no padding, for 8-bit moments; by default a
+    row is one factor without padding.
 
-    Moments begin at zero in every round: the server's SVD rotates the factors, and moments kept
-    across it would belong to other directions.
+    Moments begin at zero in every round: the server's SVD rotates the factors, so the moments of
+    the last round would belong to other directions.
 
     Raises:
         ValueError, UserError: as ``check_optimizer``.
@@ -90,7 +90,7 @@ class SlotOptimizer:
 
     @torch.no_grad()
     def step(self, gradients: Tensor, learning_rates: Sequence[float]) -> None:
-        """One step of the first ``len(learning_rates)`` rows; the others have ended and stay."""
+        """One step of the first ``len(learning_rates)`` rows; the others do not change."""
         rows = len(learning_rates)
         self.steps[:rows] = [steps + 1 for steps in self.steps[:rows]]
         if self.optim.endswith("8bit"):

@@ -1,13 +1,13 @@
 """Handles running out of memory in a client's training.
 
-    free       release what the failed pass held
-    halve      the rows of a pass, repeatedly, down to one; a step has the same rows and the same
-               mean gradient, in more passes
-    lower      without memory for one row: request half the rank from the next round on, and send no
+    free       release the memory of the failed pass
+    halve      halve the rows of a pass, down to one; a step has the same rows and the same mean
+               gradient, in more passes
+    lower      if one row does not fit: request half the rank from the next round on, and send no
                update in this one
 
-A client never trains only the first terms of the ``T_r(G)`` it was sent: every method would then
-have to subtract that shorter start.
+A client never trains only the first terms of the ``T_r(G)`` that it was sent: every method would
+then have to subtract that shorter start.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ def free_memory() -> None:
 
 
 def within_memory(work: Callable[[int], Result], size: int) -> tuple[Result | None, int]:
-    """``work(size)``, with the size halved for as long as memory runs out; at 1 row: None.
+    """``work(size)``, halving the size while memory runs out; None if size 1 does not fit.
 
-    Returns the result and the last size that was tried. Other errors pass.
+    Returns the result and the last size tried. Other errors are raised.
     """
     while True:
         try:
@@ -53,7 +53,7 @@ def within_memory(work: Callable[[int], Result], size: int) -> tuple[Result | No
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-        # Outside the block above: the error's frames hold the pass that was too large.
+        # Outside the block above: the error's frames reference the tensors of the failed pass.
         free_memory()
         if size == 1:
             return None, 1
@@ -63,9 +63,9 @@ def within_memory(work: Callable[[int], Result], size: int) -> tuple[Result | No
 def train_within_memory(
     attempt: Callable[[int], TrainResult], job: TrainJob, rows_per_pass: int
 ) -> tuple[TrainResult, int]:
-    """``attempt(rows in a pass)`` for one job: its result and the rows in a pass that fitted.
+    """``attempt(rows per pass)`` for one job: its result and the rows per pass that fitted.
 
-    Without memory for one row the result holds a cause and a lower ``asked_rank``, no factors.
+    If one row does not fit, the result has a cause and a lower ``asked_rank``, no factors.
     """
     result, size = within_memory(attempt, rows_per_pass)
     if result is None:

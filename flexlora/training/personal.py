@@ -1,13 +1,13 @@
 """Personal factors: trained by each client over the global model it receives, never uploaded.
 
-    round:    the global training as without personal factors; then, with T_c(G) frozen,
+    round:    global training first, unchanged; then, with T_c(G) frozen,
               client k takes some steps on  min over (A_k, B_k) of  L_k(W + T_c(G) + s B_k A_k)
     at use:   W + T_c(G) + s B_k A_k  for client k
 
-Two adapters side by side, one shared and one that stays, are FedDPA's (Yang et al., NeurIPS 2024,
-arXiv 2403.19211), here as a plain sum without its weights by instance. As in Ditto (Li et al.,
+A shared and a local adapter side by side are FedDPA's (Yang et al., NeurIPS 2024, arXiv
+2403.19211), here as a plain sum without its weights by instance. As in Ditto (Li et al.,
 ICML 2021, arXiv 2012.04221) the personal model does not change the global one and continues from
-round to round; it is regularised by its rank, not by a pull towards the global model.
+round to round; it is regularised by its rank, not by a proximal term.
 """
 
 from __future__ import annotations
@@ -32,31 +32,31 @@ Frozen = MutableMapping[tuple[int, int], tuple[Adapter | None, str]]
 
 
 class PersonalPlan(Personal):
-    """The section ``personal``, with LoRA's scaling; ``seed`` is for nothing else."""
+    """The section ``personal``, LoRA's scaling, and the seed of personal training."""
 
     alpha: float
     rslora: bool = False
     seed: int = 0
 
     def settings(self, settings: TrainSettings) -> TrainSettings:
-        """Those of the global training with this plan's steps, rate, draws, and plain AdamW."""
-        own = {"max_steps": self.max_steps, "learning_rate": self.learning_rate, "seed": self.seed}
-        return settings.model_copy(update={**own, "optim": "adamw_torch", "proximal_mu": 0.0})
+        """``settings`` with this plan's steps, rate and seed, and plain AdamW."""
+        plan = {"max_steps": self.max_steps, "learning_rate": self.learning_rate, "seed": self.seed}
+        return settings.model_copy(update={**plan, "optim": "adamw_torch", "proximal_mu": 0.0})
 
     def job(self, job: TrainJob, frozen: Frozen | None = None) -> TrainJob:
         """A second job for the client: its personal factors over the frozen model of the first.
 
-        They continue from the stored ones, or start with random ``lora_A`` and zero ``lora_B``.
-        Clients of a cohort that received the same payloads share one model through ``frozen``.
+        Training continues from stored factors or starts from random ``lora_A`` and zero ``lora_B``.
+        Clients of a cohort with the same payload share one model through ``frozen``.
 
         Raises:
             ValueError: stored factors of another rank, alpha, dtype or target list.
         """
-        start, known = job.start, {} if frozen is None else frozen
-        sent = (id(start.trained), id(start.carried))
-        if sent not in known:
-            known[sent] = frozen_model(start)
-        carried, dtype = known[sent]
+        start, models = job.start, {} if frozen is None else frozen
+        payload = (id(start.trained), id(start.carried))
+        if payload not in models:
+            models[payload] = frozen_model(start)
+        carried, dtype = models[payload]
         personal = Start(
             rank_class=RankClass(name=PERSONAL, rank=self.rank),
             base_round=start.base_round,
@@ -75,17 +75,17 @@ class PersonalPlan(Personal):
         if job.personal is None:
             return fresh
         for name in sorted(set(fresh) | set(job.personal)):
-            kept, made = job.personal.get(name), fresh.get(name)
-            if kept is None or made is None or not _same_form(kept, made):
+            stored, wanted = job.personal.get(name), fresh.get(name)
+            if stored is None or wanted is None or not _same_form(stored, wanted):
                 raise ValueError(
-                    f"client {job.client_id}, module '{name}': the personal factors that were kept "
-                    f"are {_describe(kept)}, expected {_describe(made)}; "
+                    f"client {job.client_id}, module '{name}': the stored personal factors "
+                    f"are {_describe(stored)}, expected {_describe(wanted)}; "
                     "were they made with another personal.rank, LoRA alpha or target list?"
                 )
         return job.personal
 
     def _fresh(self, client_id: str, module: str, sent: LoRAFactors) -> LoRAFactors:
-        """Live ``lora_A`` and zero ``lora_B`` at the plan's rank, capped at the module's sizes."""
+        """Random ``lora_A`` and zero ``lora_B`` at the plan's rank, capped by the module."""
         out_features, in_features = sent.out_features, sent.in_features
         rank = min(self.rank, out_features, in_features)
         rows = live_rows(rank, in_features, generator(self.seed, "live", client_id, module))
@@ -106,14 +106,14 @@ def personalised(
 ) -> list[TrainResult]:
     """``results`` with personal factors, trained by all clients in one call of ``train``.
 
-    A client that cannot train them has its result unchanged but for a note with the cause.
+    The result of a client that cannot train them gets a note with the cause.
     """
     frozen: Frozen = {}
     personal_jobs: dict[int, TrainJob] = {}
     personal = list(results)
     for k, (job, result) in enumerate(zip(jobs, results, strict=True)):
         if result.adapter is None:
-            continue  # a client that could not train what it was sent
+            continue  # global training failed
         try:
             personal_jobs[k] = plan.job(job, frozen)
         except ValueError as error:
@@ -129,22 +129,19 @@ def personalised(
 
 
 def frozen_model(start: Start) -> tuple[Adapter | None, str]:
-    """The whole model that a client was sent, to be carried frozen, and the dtype to carry it in.
-
-    None where it adds nothing to the base yet.
-    """
+    """The change that a client was sent, as frozen factors, and their dtype; None if zero."""
     served = start.served()
     if not any(bool(factors.lora_B.any()) for factors in served.values()):
         return None, ""
     return served, start.carried_dtype if served is start.carried else ""
 
 
-def _same_form(kept: LoRAFactors, made: LoRAFactors) -> bool:
+def _same_form(one: LoRAFactors, other: LoRAFactors) -> bool:
     return all(
-        getattr(kept, label).shape == getattr(made, label).shape
-        and getattr(kept, label).dtype == getattr(made, label).dtype
+        getattr(one, label).shape == getattr(other, label).shape
+        and getattr(one, label).dtype == getattr(other, label).dtype
         for label in ("lora_A", "lora_B")
-    ) and (kept.alpha, kept.rslora) == (made.alpha, made.rslora)
+    ) and (one.alpha, one.rslora) == (other.alpha, other.rslora)
 
 
 def _describe(factors: LoRAFactors | None) -> str:

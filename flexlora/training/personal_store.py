@@ -1,8 +1,8 @@
-"""Stores the factors that never leave a client, between its rounds.
+"""Stores a client's private factors between its rounds.
 
 One safetensors file per client and round, written atomically. The last two rounds of each client
-are stored, so that a repeated round starts from what the client had before it. Callers attach
-before a job and store after it:
+are stored, so that a repeated round starts from the same factors. Callers attach before a job and
+store after it:
 
     jobs = store.attach(jobs);  results = worker.train(jobs);  store.keep(results, jobs)
     results = worker.evaluate(store.attach_eval(jobs))
@@ -37,8 +37,8 @@ _FILE = re.compile(r"round-(\d+)\.safetensors")
 class StoredFactors:
     """A client's factors after ``server_round``, in which its class was ``rank_class``.
 
-    ``since`` is the simulated time from which the client has them. A simulation stores them when it
-    computes them, which is earlier on that clock.
+    ``since`` is the simulated time from which the client has them; a simulation computes and stores
+    them earlier.
     """
 
     client_id: str
@@ -57,7 +57,7 @@ class PersonalStore:
 
     def __init__(self, folder: Path | None = None, *, what: str = "personal factors") -> None:
         self.folder, self.what = folder, what
-        self._held: dict[str, dict[int, StoredFactors]] = {}
+        self._in_memory: dict[str, dict[int, StoredFactors]] = {}
 
     def attach(self, jobs: Sequence[TrainJob]) -> list[TrainJob]:
         """The jobs with the factors that each client had before the job's round."""
@@ -70,8 +70,8 @@ class PersonalStore:
     def attach_eval(self, jobs: Sequence[EvalJob], *, now: float = math.inf) -> list[EvalJob]:
         """The jobs with each client's factors as of the job's round and ``now``.
 
-        A client whose factors belong to a class that is not among the job's adapters has changed
-        class since: it is scored without them until it trains in the new class.
+        A client that has changed its rank class since, so that its factors' class is not among the
+        job's adapters, is scored without them until it trains in the new class.
         """
         attached = []
         for job in jobs:
@@ -114,36 +114,32 @@ class PersonalStore:
 
     def _load(self, client_id: str, server_round: int) -> StoredFactors:
         if self.folder is None:
-            return self._held[client_id][server_round]
+            return self._in_memory[client_id][server_round]
         return _read(self._path(client_id, server_round), client_id, self.what)
 
     def _rounds(self, client_id: str) -> list[int]:
         if self.folder is None:
-            return list(self._held.get(client_id, ()))
+            return list(self._in_memory.get(client_id, ()))
         folder = self._path(client_id, 0).parent
         names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
         return [int(found[1]) for name in names if (found := _FILE.fullmatch(name))]
 
     def put(self, stored: StoredFactors) -> None:
-        """Store these, and drop all but the client's last two rounds."""
+        """Store ``stored`` and delete all but the client's last two rounds."""
         if self.folder is None:
-            self._held.setdefault(stored.client_id, {})[stored.server_round] = stored
+            self._in_memory.setdefault(stored.client_id, {})[stored.server_round] = stored
         else:
             # Learned from private rows: readable by this user alone.
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             write_atomically(self._path(stored.client_id, stored.server_round), _bytes(stored))
-        self._trim(stored.client_id)
-
-    def _trim(self, client_id: str) -> None:
-        """Drop all but the last ``ROUNDS_KEPT`` rounds by number, whatever the order of storing."""
-        for at in sorted(self._rounds(client_id))[:-ROUNDS_KEPT]:
+        for at in sorted(self._rounds(stored.client_id))[:-ROUNDS_KEPT]:
             if self.folder is None:
-                del self._held[client_id][at]
+                del self._in_memory[stored.client_id][at]
             else:
-                self._path(client_id, at).unlink()
+                self._path(stored.client_id, at).unlink()
 
     def _path(self, client_id: str, server_round: int) -> Path:
-        """A client's file: ids are arbitrary text, so the folder is named by a digest."""
+        """A client's file; ids are arbitrary text, so the folder name has a digest of the id."""
         assert self.folder is not None
         readable = re.sub(r"[^a-z0-9]+", "-", client_id.lower()).strip("-")[:24]
         digest = hashlib.sha256(client_id.encode("utf-8", "surrogatepass")).hexdigest()[:32]
@@ -153,10 +149,6 @@ class PersonalStore:
 
 def _bytes(stored: StoredFactors) -> bytes:
     """A safetensors file; everything but the tensors is JSON in its header."""
-    tensors = {}
-    for name, factors in stored.adapter.items():
-        tensors[f"{name}.lora_A"] = factors.lora_A.detach().cpu().contiguous()
-        tensors[f"{name}.lora_B"] = factors.lora_B.detach().cpu().contiguous()
     index = {
         "client_id": stored.client_id,
         "server_round": stored.server_round,
@@ -164,7 +156,7 @@ def _bytes(stored: StoredFactors) -> bytes:
         "since": stored.since,
         "modules": {name: [f.alpha, f.rslora] for name, f in stored.adapter.items()},
     }
-    return save(tensors, metadata={"personal": json.dumps(index)})
+    return save(stored.adapter.tensors(), metadata={"personal": json.dumps(index)})
 
 
 def _read(path: Path, client_id: str, what: str) -> StoredFactors:
@@ -174,7 +166,7 @@ def _read(path: Path, client_id: str, what: str) -> StoredFactors:
             # Clone: alignment in memory decides which kernel runs, and so the last bit.
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
         if index["client_id"] != client_id:
-            raise ValueError(f"it is client '{index['client_id']}' that it belongs to")
+            raise ValueError(f"it belongs to client '{index['client_id']}'")
         modules = {
             name: LoRAFactors(
                 lora_A=tensors[f"{name}.lora_A"],

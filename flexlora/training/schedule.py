@@ -1,7 +1,7 @@
 """The plan of local training: settings, number of steps, learning rates, rows of each step.
 
-A function of the configuration, the client and the round alone, so that a simulated clock and the
-cohort planner can compute it before training.
+It depends on the configuration, the client and the round only, so a simulated clock and the cohort
+planner can compute it before training.
 """
 
 from __future__ import annotations
@@ -12,19 +12,14 @@ from flexlora.config.sections import Train
 from flexlora.data.collation import batch_plan
 from flexlora.wire.jobs import TrainJob
 
-__all__ = [
-    "TrainSettings",
-    "learning_rate_at",
-    "num_steps",
-    "planned_rows",
-]
+__all__ = ["TrainSettings", "learning_rate_at", "num_steps", "planned_rows"]
 
 
 class TrainSettings(Train):
-    """The section ``train``, and what a training reads of other keys.
+    """The section ``train``, and the other keys that training reads.
 
-    ``micro_batch_size`` is how many rows of a slot go through a pass at most (0: the per-device
-    batch size); a step's rows, and so its gradient, do not depend on it.
+    ``micro_batch_size`` is the most rows of a slot in one pass (0: the per-device batch size); a
+    step's rows, and so its gradient, do not depend on it.
     """
 
     seed: int = 0
@@ -44,7 +39,7 @@ def num_steps(num_examples: int, settings: TrainSettings) -> int:
 
 
 def learning_rate_at(settings: TrainSettings, job: TrainJob, step: int, steps: int) -> float:
-    """The rate of one step; the schedule runs once across all rounds, not anew in each."""
+    """The rate of one step; the schedule runs once over all rounds."""
     progress = (job.server_round - 1 + step / steps) / job.num_server_rounds
     factors = {
         "constant": 1.0,

@@ -1,9 +1,9 @@
-"""A base model with a LoRA layer in the place of each target, and K slots to load, train and read.
+"""A base model whose targets are LoRA layers, with K slots to load, train and read.
 
 Training and evaluation work on a ``SlotModel``. The trained factors of all slots are in one
-buffer ``parameters [K, P]``, of which the layers hold views, and gradients arrive as one
-``gradients [K, P]``. So a step of the optimizer, a slot's gradient norm and its learning rate are a
-few operations on a matrix, whatever the number of modules.
+buffer ``parameters [K, P]``, of which the layers have views, and gradients are one
+``gradients [K, P]``. So an optimizer step, the slots' gradient norms and learning rates are a few
+operations on a matrix, independent of the number of modules.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from flexlora.training.layers import DropoutStream, LoRALinear, SlotFactors
 
 __all__ = ["SlotModel", "find_targets", "kept_rank", "slot_model"]
 
-_SLOTS = "_flexlora_slots"  # where a model remembers its SlotModel
+_SLOTS = "_flexlora_slots"  # the attribute of a model that has its SlotModel
 
 
 def linear_shape(module: Any) -> tuple[int, int] | None:
@@ -118,7 +118,7 @@ class SlotModel:
 
     @property
     def fan_in_fan_out(self) -> bool:
-        """Whether the targets hold their weights as ``[in, out]`` (GPT-2's ``Conv1D``)."""
+        """Whether the targets store their weights as ``[in, out]`` (GPT-2's ``Conv1D``)."""
         return all(type(layer.base).__name__ == "Conv1D" for layer in self.layers.values())
 
     def load(
@@ -184,7 +184,7 @@ class SlotModel:
         return views
 
     def live_numbers(self) -> list[Live]:
-        """Where each slot's numbers are in ``parameters``; one object for equal ranks."""
+        """Each slot's numbers in ``parameters`` without padding; one object for equal ranks."""
         names, labels = zip(*self._leaf_names, strict=True)
         ranks = [tuple(adapter[name].rank for name in names) for adapter in self._templates]
         inside = {r: live_numbers(self._leaves, labels, r) for r in dict.fromkeys(ranks)}
@@ -242,9 +242,9 @@ class SlotModel:
 
     @contextmanager
     def sketching(self, seed: int) -> Iterator[None]:
-        """Sketch every target's gradient in the backward passes inside; then turn ``lora_A``.
+        """Sketch every target's gradient in the backward passes inside, then align ``lora_A``.
 
-        Afterwards ``lora_A`` of each slot holds the top right singular vectors of its own gradient.
+        Afterwards ``lora_A`` of each slot has the top right singular vectors of its gradient.
         """
         for name, layer in self.layers.items():
             layer.sketch = GradientSketch(
@@ -276,31 +276,28 @@ class SlotModel:
         self.num_slots, self._templates, self._leaves = 0, [], []
         self.parameters = self.gradients = torch.empty(0, 0)
         for layer in self.layers.values():
-            layer.trained = layer.carried = layer.merged = layer.wholes = None
+            layer.trained = layer.carried = layer.merged = layer.slot_weights = None
             layer.num_slots, layer.dropout, layer.streams = 0, 0.0, ()
 
     def set_dropout(self, dropout: float, streams: Sequence[DropoutStream | None]) -> None:
-        """Masks of the coming pass, one stream per slot; no streams is no dropout."""
+        """Set the masks of the next pass, one stream per slot; none for no dropout."""
         for layer in self.layers.values():
             layer.dropout, layer.streams = dropout, tuple(streams)
 
     @contextmanager
     def first_slots(self, count: int) -> Iterator[None]:
-        """Batches inside the block hold rows of the first ``count`` slots only."""
-        whole = self.num_slots
+        """Inside the block, batches have rows of the first ``count`` slots only."""
         try:
-            self._show(count)
+            for layer in self.layers.values():
+                layer.num_slots = count
             yield
         finally:
-            self._show(whole)
-
-    def _show(self, count: int) -> None:
-        for layer in self.layers.values():
-            layer.num_slots = count
+            for layer in self.layers.values():
+                layer.num_slots = self.num_slots
 
 
 def _once(carried: Sequence[Adapter | None]) -> Sequence[Adapter | None]:
-    """A single adapter where all slots carry the same one."""
+    """``carried``, or its first adapter alone if all are equal."""
     if not carried or carried[0] is None:
         return carried
     first = carried[0]
@@ -317,10 +314,10 @@ def kept_rank(kept_fraction: float, rank: int) -> int:
 
 
 def _keep_unpacked(model: Any) -> None:
-    """Forbid 4-bit linears, targets or not, to repack their weights on the CPU.
+    """Stop 4-bit linears from repacking their weights on a CPU.
 
-    bitsandbytes repacks them in place for an inference kernel without a gradient: modules before
-    such a linear would train on the gradient of another matrix, or on none.
+    bitsandbytes repacks them in place for an inference kernel without a gradient: earlier modules
+    would train on the gradient of another matrix, or on none.
     """
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
@@ -328,7 +325,7 @@ def _keep_unpacked(model: Any) -> None:
 
 
 def slot_model(model: Any, target_modules: str) -> SlotModel:
-    """The slots of ``model``: one object while the targets are the same, else injected anew."""
+    """The ``SlotModel`` of ``model``, injected again if the targets differ."""
     current = getattr(model, _SLOTS, None)
     if current is not None:
         if current.target_modules == target_modules:

@@ -1,8 +1,8 @@
-"""Prepares trained factors for the upload; with int8, rounding errors go into the next upload.
+"""Prepares factors for the upload; int8 rounding errors are added to the next upload.
 
-The error of an upload is a residual of a few times the rank of the factors (``wire/feedback.py``).
-It is stored for the last two rounds of each client, so that a repeated round, after a crash or a
-lost reply, sends the same bytes.
+The error of an upload has a few times the rank of the factors (``wire/feedback.py``). It is stored
+for the last two rounds of each client, so that a round repeated after a crash or a lost reply sends
+the same bytes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Uplink:
 
     @classmethod
     def of(cls, config: Config, store: PersonalStore | None, *, dtype: str = "") -> Uplink:
-        """That of a run, over the wire's own dtype unless another is given."""
+        """The uplink of a run, in ``wire.dtype`` unless ``dtype`` is given."""
         feedback = getattr(config.method, "error_feedback", False)
         space = feedback_space(config.method.name, error_feedback=feedback)
         return cls(dtype=dtype or config.wire.dtype, space=space, store=store)

@@ -69,7 +69,7 @@ def filled(held_bytes, clients=9):
 def test_sums_have_the_same_bits_wherever_they_lie(held_bytes, clients):
     """From factors alone to a dense matrix that was folded more than once."""
     small, large = filled(held_bytes, clients), filled(1 << 30, clients)
-    assert large._shelf._file is None and small._shelf._held <= held_bytes
+    assert large._shelf._file is None and small._shelf._used <= held_bytes
     assert small._shelf._file is not None
     for name, (_, n) in SHAPES.items():
         probes = torch.eye(n, dtype=torch.float64)
@@ -93,7 +93,7 @@ def test_the_file_does_not_grow_with_what_was_folded():
 def test_a_cleared_sum_holds_nothing():
     sums = filled(2000)
     sums.clear()
-    assert sums._shelf._held == 0 and not any(sums._terms.values()) and not sums._dense
+    assert sums._shelf._used == 0 and not any(sums._terms.values()) and not sums._dense
 
 
 def test_lazy_sums_are_made_when_asked_for():

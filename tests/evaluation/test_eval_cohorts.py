@@ -233,7 +233,7 @@ def test_clients_without_rows_or_without_own_factors_have_no_such_score(tokenize
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"personal_over": "rank_9"}, "client a: personal factors lie over 'rank_9', expected one"),
+        ({"personal_over": "rank_9"}, "client a: personal factors are over 'rank_9', expected one"),
         ({"adapters": PERSONAL}, "client a: personal factors and a rank class are both named"),
     ],
     ids=str,

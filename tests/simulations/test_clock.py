@@ -219,7 +219,7 @@ def test_no_devices_no_clock():
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"population.clock-model": "./none"}, r"population.clock-model is './none': --model is"),
+        ({"population.clock-model": "./none"}, r"population.clock-model is './none': the model is"),
         ({"model.name": "./none"}, r"population.devices needs the sizes of model.name .*'./none'"),
         ({"lora.target-modules": "c_attn"}, "needs the sizes .*target modules are 'c_attn'"),
     ],

@@ -185,7 +185,7 @@ def test_another_clients_file_is_refused(tmp_path, shapes):
     keep(store, shapes, "b", 1)
     (other,) = set(tmp_path.rglob("*.safetensors")) - {path}
     other.write_bytes(path.read_bytes())
-    with pytest.raises(UserError, match=r"client b: .* \(it is client 'a' that it belongs to"):
+    with pytest.raises(UserError, match=r"client b: .* \(it belongs to client 'a'"):
         store.before("b", 2)
 
 

@@ -17,7 +17,7 @@ __all__ = ["BandSums"]
 
 
 class BandSums:
-    """One weighted sum per module and band; bands end where some class's rank does."""
+    """One weighted sum per module and band; the ranks of the classes are the ends of bands."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, int]], sent: Mapping[str, Start]) -> None:
         self.shapes = dict(shapes)
@@ -32,12 +32,12 @@ class BandSums:
         weight: float,
         minus: Mapping[str, LoRAFactors] | None = None,
     ) -> None:
-        """Add one client's products, less those of ``minus``, in the weights of its bands."""
-        for name, whole in factors.items():
-            for first, band in self._split(name, whole):
+        """Add one client's products minus those of ``minus``, band by band."""
+        for name, module in factors.items():
+            for first, band in self._split(name, module):
                 self._sum(name, first).add({name: band}, weight)
-        for name, whole in (minus or {}).items():
-            for first, band in self._split(name, whole):
+        for name, module in (minus or {}).items():
+            for first, band in self._split(name, module):
                 self._sum(name, first).subtract({name: band}, weight)
 
     def _split(self, name: str, factors: LoRAFactors) -> list[tuple[int, LoRAFactors]]:
@@ -52,7 +52,7 @@ class BandSums:
         return self._sums[key]
 
     def mean(self, name: str) -> MatrixSum:
-        """The bands of a module together, each divided by the weight of its own clients."""
+        """The sum of a module's bands, each divided by the weight of the clients that reach it."""
         total = MatrixSum(shape=self.shapes[name])
         for key in sorted(key for key in self._sums if key[0] == name):
             total = total + self._sums[key].mean(name)

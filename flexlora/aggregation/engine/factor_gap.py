@@ -2,7 +2,7 @@
 
 ``mean(s B) mean(A)`` is not ``mean(s B A)``: their difference is the covariance of the two factors
 over the clients. It is estimated from 32 random probes, ``|(P - M) X| / |M X|`` with entries of
-plus or minus 1, so that it costs a few thin products beside a second pair of sums.
+plus or minus 1, at the cost of a second pair of sums and a few thin products.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PROBES = 32
 
 
 class FactorGap:
-    """Accumulates its own sums of a round, weighted by examples whatever the method does."""
+    """Sums of a round weighted by examples, independent of the sums that the method uses."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, int]], sent: Mapping[str, Start]) -> None:
         self._sums = Sums(Needs(products=True, factors=True), shapes, sent)

@@ -1,7 +1,7 @@
 """Weighted sums of the factors themselves, for the methods that average ``lora_A`` and ``lora_B``.
 
-Factors of unequal rank are added row by row (column by column), each client counting in the rows
-that it has. The scaling is absorbed into ``lora_B``, since it differs between ranks.
+Factors of unequal rank are added row by row (column by column); a client counts in the rows of its
+rank only. The scaling is absorbed into ``lora_B``, since it differs between ranks.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class FactorSums:
         rows: Mapping[str, Sequence[int]] | None = None,
         minus: Mapping[str, LoRAFactors] | None = None,
     ) -> None:
-        """Add one client, less the factors ``minus`` that it started from.
+        """Add one client's factors minus ``minus``, the factors that it started from.
 
-        ``rows`` places its terms among those of the mean (default: they are the first).
+        ``rows`` are the indices of its terms in the mean (default: the first ones).
         """
         self.total += weight
         for name, trained in factors.items():
@@ -70,7 +70,7 @@ class FactorSums:
         return self._A[name] / self.total, self._B[name] / self.total
 
     def mean_of_holders(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
-        """The same, each row over the clients that have it, and which rows any client has."""
+        """The mean of each row over the clients that have it, and a mask ``[R]`` of such rows."""
         weight = self._weight[name]
         divisor = torch.where(weight > 0, weight, 1.0)
         return self._A[name] / divisor[:, None], self._B[name] / divisor, weight > 0

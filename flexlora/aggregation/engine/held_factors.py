@@ -1,7 +1,7 @@
-"""Methods that average factors: the server holds ``A`` and ``s B``, clients start from their rows.
+"""State of methods that average factors: ``A`` and ``s B``; clients start from their first rows.
 
-A client of rank r begins with the first r rows and columns, in round one from a shared ``lora_A``
-that is nested across ranks. ``G`` is the product of the held factors.
+A client of rank r starts from the first r rows and columns; in round one from a random ``lora_A``
+that is nested across ranks. ``G`` is the product of the stored factors.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ __all__ = ["add_changes", "first_rows", "held_factors", "hold", "known_factors",
 
 
 def held_factors(state: State, name: str) -> Pair | None:
-    """``A [R, in]`` and ``s B [out, R]`` that the state holds; None before the first round."""
+    """``A [R, in]`` and ``s B [out, R]`` of the state; None before the first round."""
     if f"lora_A/{name}" not in state.extra:
         return None
     return state.extra[f"lora_A/{name}"], state.extra[f"lora_B/{name}"]
 
 
 def first_rows(state: State, ranks: Mapping[str, int], factoring: Factoring) -> Adapter:
-    """The first rows and columns of the held factors, live rows beyond those, by module rank."""
+    """The first rows and columns of the stored factors by rank, then random rows of ``lora_A``."""
     return Adapter({name: _first(state, name, rank, factoring) for name, rank in ranks.items()})
 
 
@@ -45,47 +45,46 @@ def _first(state: State, name: str, rank: int, factoring: Factoring) -> LoRAFact
     factors = LoRAFactors(
         lora_A=lora_A, lora_B=lora_B, alpha=factoring.alpha, rslora=factoring.rslora
     )
-    held = held_factors(state, name)
-    if held is not None:
-        known = min(rank, held[0].shape[0])
-        lora_A[:known] = held[0][:known].to(lora_A.dtype)
-        lora_B[:, :known] = (held[1][:, :known] / factors.scaling).to(lora_B.dtype)
+    stored = held_factors(state, name)
+    if stored is not None:
+        known = min(rank, stored[0].shape[0])
+        lora_A[:known] = stored[0][:known].to(lora_A.dtype)
+        lora_B[:, :known] = (stored[1][:, :known] / factors.scaling).to(lora_B.dtype)
     return factors
 
 
 def add_changes(state: State, sums: Sums) -> State:
-    """The state that holds the last factors plus their mean changes, of which one is zero.
+    """The next state: stored factors plus their mean changes, one of which is zero.
 
     Then the mean of the products' changes is the product of the mean, exactly: with A shared,
     ``sum_k p_k s_k (B_k - B) A``; with B shared, ``sum_k p_k s_k B (A_k - A)``.
     """
-    held = {}
+    factors = {}
     for name in state.change:
         A, B = sums.factor_changes.mean(name)
         last = known_factors(state, sums.sent, name)
         if last is None:  # without starts nothing was subtracted, and A itself is shared
-            held[name] = (sums.factor_changes.mean_of_holders(name)[0], B)
+            factors[name] = (sums.factor_changes.mean_of_holders(name)[0], B)
             continue
         rank = max(A.shape[0], last[0].shape[0])
         A, B = widened((A, B), rank)
         last_A, last_B = widened(last, rank)
-        held[name] = (A + last_A, B + last_B)
-    return hold(state, held)
+        factors[name] = (A + last_A, B + last_B)
+    return hold(state, factors)
 
 
 def known_factors(state: State, sent: Mapping[str, Start], name: str) -> Pair | None:
-    """The held factors, extended by the rows of the widest start of this round; None for none."""
+    """The stored factors, extended to the largest rank that this round sent; None if neither."""
     starts = [s.trained[name] for s in sent.values() if s.base_round == state.round]
-    held = held_factors(state, name)
+    stored = held_factors(state, name)
     if not starts:
-        return held
+        return stored
     widest = max(starts, key=lambda factors: factors.rank)
     A, B = widest.lora_A.double(), widest.scaling * widest.lora_B.double()
-    if held is not None:  # not the decoded ones, which a 16-bit wire has rounded
-        rank = max(A.shape[0], held[0].shape[0])
-        known = held[0].shape[0]
-        A, B = widened((A, B), rank)
-        A[:known], B[:, :known] = held[0].double(), held[1].double()
+    if stored is not None:  # not the decoded ones, which a 16-bit wire has rounded
+        known = stored[0].shape[0]
+        A, B = widened((A, B), max(A.shape[0], known))
+        A[:known], B[:, :known] = stored[0].double(), stored[1].double()
     return A, B
 
 
@@ -96,11 +95,11 @@ def widened(pair: Pair, rank: int) -> Pair:
     return pad(A, (0, 0, 0, rank - A.shape[0])), pad(B, (0, rank - B.shape[1]))
 
 
-def hold(state: State, held: Mapping[str, Pair]) -> State:
-    """The state one round later that holds these factors; ``G`` is their products."""
+def hold(state: State, factors: Mapping[str, Pair]) -> State:
+    """The state one round later with these factors; ``G`` is their products."""
     extra = dict(state.extra)
     sums = {}
-    for name, (A, B) in held.items():
+    for name, (A, B) in factors.items():
         extra[f"lora_A/{name}"], extra[f"lora_B/{name}"] = A.contiguous(), B.contiguous()
         sums[name] = MatrixSum(shape=(B.shape[0], A.shape[1]), terms=((1.0, B, A),))
     return capped(replace(state, extra=extra), sums, StepOptions(server_max_rank=UNCAPPED))

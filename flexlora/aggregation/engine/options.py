@@ -1,7 +1,7 @@
-"""The options of a method: a frozen pydantic model, declared beside the method that has them.
+"""The options of a method: a frozen pydantic model, declared in the method's file.
 
-A key ``method.server-learning-rate`` is the field ``server_learning_rate``. Nothing here imports
-torch, so that the command line can describe and check options without it.
+A key ``method.server-learning-rate`` is the field ``server_learning_rate``. This module does not
+import torch, so the command line can describe and check options without it.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def option(default: Any, help: str, **bounds: float) -> Any:
 
 
 def choices(annotation: object) -> tuple[Any, ...]:
-    """The values that a ``Literal`` allows; nothing for other types."""
+    """The values that a ``Literal`` allows; empty for other types."""
     return get_args(annotation) if get_origin(annotation) is Literal else ()
 
 
@@ -84,14 +84,14 @@ def in_a_sentence(error: ValidationError, model: type[Options], prefix: str = ""
 
 
 class MethodOptions(Options):
-    """What every method can be asked for; ``name`` is the key in ``METHODS``."""
+    """The options of every method; ``name`` is the key in ``METHODS``."""
 
     name: str = option("", "the aggregation method")
     max_update_norm: float = option(0.0, "refuse updates of a larger norm (0: no bound)", ge=0.0)
 
 
 class StepOptions(MethodOptions):
-    """How the server moves ``G``, and at how many directions per module it keeps it."""
+    """The server's optimizer step and the rank of ``G`` per module."""
 
     server_learning_rate: float = option(1.0, "step on the aggregate", gt=0.0)
     server_optimizer: Literal["sgd", "momentum"] = option("sgd", "how the server steps")
@@ -101,6 +101,6 @@ class StepOptions(MethodOptions):
 
 
 class FastStepOptions(StepOptions):
-    """The server's step for methods whose sum is a change: it may overshoot the mean."""
+    """The server's step for methods whose sum is a change: by default twice the mean."""
 
     server_learning_rate: float = option(2.0, "step on the aggregate", gt=0.0)

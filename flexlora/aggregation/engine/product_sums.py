@@ -21,7 +21,7 @@ __all__ = ["ProductSums", "factors_term", "svd_term"]
 FOLD_RANK = 512  # ranks multiplied out together: enough for a matrix product at full rate
 HELD_BYTES = 1 << 27
 
-Kept = Tensor | Shelved
+Stored = Tensor | Shelved
 
 
 class ProductSums:
@@ -33,8 +33,8 @@ class ProductSums:
         self.shapes, self.total = dict(shapes), 0.0
         self._ranks = dict.fromkeys(shapes, 0)
         self._shelf = Shelf(held_bytes)
-        self._terms: dict[str, list[tuple[float, Kept, Kept]]] = {name: [] for name in shapes}
-        self._dense: dict[str, Kept] = {}
+        self._terms: dict[str, list[tuple[float, Stored, Stored]]] = {name: [] for name in shapes}
+        self._dense: dict[str, Stored] = {}
 
     def add(self, factors: Mapping[str, LoRAFactors], weight: float) -> None:
         """Add ``weight`` times the products; the same weight counts in ``total``."""
@@ -42,14 +42,14 @@ class ProductSums:
         self._append(factors, weight)
 
     def subtract(self, factors: Mapping[str, LoRAFactors], weight: float) -> None:
-        """Take ``weight`` times the products away; ``total`` stays."""
+        """Subtract ``weight`` times the products; ``total`` is unchanged."""
         self._append(factors, -weight)
 
     def _append(self, factors: Mapping[str, LoRAFactors], weight: float) -> None:
-        for name, own in factors.items():
-            left, right = self._shelf.put(own.lora_B), self._shelf.put(own.lora_A)
-            self._terms[name].append((weight * own.scaling, left, right))
-            self._ranks[name] += own.rank
+        for name, module in factors.items():
+            left, right = self._shelf.put(module.lora_B), self._shelf.put(module.lora_A)
+            self._terms[name].append((weight * module.scaling, left, right))
+            self._ranks[name] += module.rank
             self._fold(name)
 
     def _fold(self, name: str) -> None:
@@ -65,11 +65,11 @@ class ProductSums:
             self._dense[name] = self._shelf.put(total)
 
     def _read(self, name: str) -> Iterator[Term]:
-        """The terms of a module, one after the other in memory."""
+        """The terms of a module, read into memory one at a time."""
         for weight, left, right in self._terms[name]:
             yield weight, self._shelf.read(left), self._shelf.read(right)
 
-    def _forget(self, name: str, dense: Kept | None) -> None:
+    def _forget(self, name: str, dense: Stored | None) -> None:
         for _, left, right in self._terms[name]:
             self._shelf.forget(left)
             self._shelf.forget(right)
@@ -78,7 +78,7 @@ class ProductSums:
             self._shelf.forget(dense)
 
     def mean(self, name: str) -> MatrixSum:
-        """The weighted mean, computed at each call; in memory while the caller holds it."""
+        """The weighted mean, computed at each call."""
         share = 1.0 / self.total if self.total else 0.0
         terms = tuple((share * w, left, right) for w, left, right in self._read(name))
         dense = self._dense.get(name)
@@ -86,7 +86,7 @@ class ProductSums:
         return MatrixSum(shape=self.shapes[name], terms=terms, dense=scaled)
 
     def clear(self) -> None:
-        """Free the memory and the places on disk of all modules."""
+        """Free the memory and the disk space of all modules."""
         for name in self.shapes:
             self._forget(name, self._dense.pop(name, None))
 

@@ -1,6 +1,6 @@
-"""From the sum of a round to the next ``G``: the server's optimizer, the cap, what the cap drops.
+"""From the sum of a round to the next ``G``: the server's optimizer and the cap on the rank.
 
-With ``D`` the change that a method asks for, all of them in factored form:
+With ``D`` the change that the method computed, in factored form:
 
     sgd        G <- G + eta D
     momentum   V <- beta V + D;  G <- G + eta V                (FedAvgM, arXiv 1909.06335)
@@ -68,11 +68,12 @@ def _with_momentum(
         for name, change in changes.items()
     }
     limit = UNCAPPED if step.error_feedback else step.server_max_rank
-    for name, found in decompose(mixed, max_rank=limit, dtype=state.dtype).items():
-        extra |= pack_svd("velocity", name, found.svd)
-        reports[name] = {**notes.get(name, {}), "velocity_dropped": dropped_share(found)}
-        terms = (svd_term(1.0, state.change[name]), svd_term(step.server_learning_rate, found.svd))
-        sums[name] = MatrixSum(shape=found.svd.shape, terms=terms)
+    for name, velocity in decompose(mixed, max_rank=limit, dtype=state.dtype).items():
+        extra |= pack_svd("velocity", name, velocity.svd)
+        reports[name] = {**notes.get(name, {}), "velocity_dropped": dropped_share(velocity)}
+        moved = svd_term(step.server_learning_rate, velocity.svd)
+        terms = (svd_term(1.0, state.change[name]), moved)
+        sums[name] = MatrixSum(shape=velocity.svd.shape, terms=terms)
     return capped(replace(state, extra=extra), sums, step, reports)
 
 
@@ -82,14 +83,14 @@ def capped(
     """The state one round later: ``G = sums``, each cut at ``step.server_max_rank`` directions.
 
     What the cap drops is reported as a share of the energy (Eckart-Young: the smallest possible);
-    with error feedback it is kept beside ``G`` and added to the sum of the next round.
+    with error feedback it is stored in ``extra`` and added to the sum of the next round.
     """
     extra, modules, reports = dict(state.extra), {}, {}
     kept = total = 0.0
     if step.error_feedback:
-        asked = sums
-        dropped = {name: unpack_svd(extra, "dropped", name) for name in asked}
-        sums = LazySums(asked, lambda name: _plus(asked[name], 1.0, dropped[name]))
+        uncorrected = sums
+        dropped = {name: unpack_svd(extra, "dropped", name) for name in sums}
+        sums = LazySums(sums, lambda name: _plus(uncorrected[name], 1.0, dropped[name]))
     limit = UNCAPPED if step.error_feedback else step.server_max_rank
     for name, result in decompose(sums, max_rank=limit, dtype=state.dtype).items():
         svd = result.svd.truncate(step.server_max_rank)

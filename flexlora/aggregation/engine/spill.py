@@ -1,8 +1,8 @@
 """Spills tensors beyond ``held_bytes`` to an unlinked temporary file.
 
-A spilled tensor is read back with the same bits into newly allocated memory. The file disappears
-with the ``Shelf`` or with the process, however that ends; freed space in it is reused by tensors of
-the same size.
+A spilled tensor is read back with the same bits into newly allocated memory. The file is deleted
+with the ``Shelf`` or at the end of the process, even a crash; freed space in it is reused by
+tensors of the same size.
 """
 
 from __future__ import annotations
@@ -32,42 +32,42 @@ class Shelf:
     """Stores tensors, which must not be changed while they are stored.
 
     Args:
-        held_bytes: bytes that stay in memory, first come first served.
+        held_bytes: bytes that may stay in memory; later tensors are spilled.
     """
 
     def __init__(self, held_bytes: int) -> None:
-        self.held_bytes, self._held = held_bytes, 0
+        self.held_bytes, self._used = held_bytes, 0
         self._file: int | None = None
         self._end = 0
         self._free: dict[int, list[int]] = {}
 
     def put(self, tensor: Tensor) -> Tensor | Shelved:
         """A handle for ``read``: the tensor itself if it fits or is not on the CPU."""
-        if tensor.device.type != "cpu" or self._held + tensor.nbytes <= self.held_bytes:
-            self._held += tensor.nbytes
+        if tensor.device.type != "cpu" or self._used + tensor.nbytes <= self.held_bytes:
+            self._used += tensor.nbytes
             return tensor
         return self._write(tensor)
 
-    def read(self, kept: Tensor | Shelved) -> Tensor:
+    def read(self, handle: Tensor | Shelved) -> Tensor:
         """The tensor of a handle."""
-        if isinstance(kept, Tensor):
-            return kept
+        if isinstance(handle, Tensor):
+            return handle
         assert self._file is not None
-        tensor = torch.empty(kept.shape, dtype=kept.dtype)
+        tensor = torch.empty(handle.shape, dtype=handle.dtype)
         view, done = _bytes_of(tensor), 0
-        while done < kept.nbytes:
-            count = os.preadv(self._file, [view[done:]], kept.at + done)
+        while done < handle.nbytes:
+            count = os.preadv(self._file, [view[done:]], handle.at + done)
             if count == 0:
                 raise OSError("a temporary file of this round ends early.")
             done += count
         return tensor
 
-    def forget(self, kept: Tensor | Shelved) -> None:
-        """Free the memory or the place in the file of a handle."""
-        if isinstance(kept, Tensor):
-            self._held -= kept.nbytes
+    def forget(self, handle: Tensor | Shelved) -> None:
+        """Free the memory or the file space of a handle."""
+        if isinstance(handle, Tensor):
+            self._used -= handle.nbytes
         else:
-            self._free.setdefault(kept.nbytes, []).append(kept.at)
+            self._free.setdefault(handle.nbytes, []).append(handle.at)
 
     def _write(self, tensor: Tensor) -> Shelved:
         if self._file is None:

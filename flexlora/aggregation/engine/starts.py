@@ -1,6 +1,6 @@
-"""What a client of a rank class is sent: factors to train, factors to carry, and how to train.
+"""The payload of a rank class: factors to train, factors to carry, and how to train.
 
-A method speaks to its clients through this alone; the client's code knows no method by name.
+It is a method's only interface to its clients: their code does not depend on the method.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["Factoring", "LocalPlan", "Start", "directions", "fresh", "truncated"
 
 @dataclass(frozen=True, kw_only=True)
 class Factoring:
-    """How ``T_r(G)`` becomes factors: alpha, plain or rsLoRA scaling, the seed."""
+    """How ``T_r(G)`` is split into factors: alpha, plain or rsLoRA scaling, seed."""
 
     alpha: float
     rslora: bool = False
@@ -28,17 +28,17 @@ class Factoring:
 
 @dataclass(frozen=True, kw_only=True)
 class LocalPlan:
-    """What a method asks of local training beside plain steps; plain numbers, so that it travels.
+    """A method's changes to local training, as plain numbers for the wire.
 
     Args:
-        gradient_batches: batches of the gradient that ``lora_A`` is turned to before the first
-            step; 0 leaves it as sent.
-        merge: add the carried factors into a copy of the weights where these are floats, instead
-            of a product beside every forward pass.
+        gradient_batches: batches whose gradient ``lora_A`` is aligned with before the first step;
+            0 leaves it as sent.
+        merge: add the carried factors to a copy of float weights instead of multiplying with them
+            in every forward pass.
         prune_penalty, prune_factor: HetLoRA's regulariser of the last terms, and the share of the
-            rank that is kept when they have shrunk; 0 for neither.
-        select: train as many of the sent terms as the class's rank, drawn by (``select_seed``,
-            round, client), and carry the others.
+            rank that remains when they have shrunk; 0 for neither.
+        select: train ``rank`` of the sent terms, drawn from (``select_seed``, round, client), and
+            carry the others.
     """
 
     gradient_batches: int = 0
@@ -54,11 +54,11 @@ class LocalPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """What a client of one rank class is sent, as it arrives there (after the wire).
+    """The payload of one rank class as its clients decode it.
 
-    ``trained`` are the factors it starts from; ``carried`` are frozen beside them (None: nothing);
-    ``carried_dtype`` is what they travel and lie in memory as ("": as the others). ``trainable``
-    names the factors that get gradients and come back.
+    ``trained`` are the factors that training starts from; ``carried`` are frozen factors (None for
+    none), sent and stored in ``carried_dtype`` ("": as the others). ``trainable`` names the factors
+    that get gradients and are returned.
     """
 
     rank_class: RankClass
@@ -71,22 +71,22 @@ class Start:
     digest: str = ""
 
     def sealed(self) -> Start:
-        """The same start with the digest of what it holds."""
+        """The same start with the digest of its factors."""
         parts = [self.trained.digest(), self.carried.digest() if self.carried else ""]
         return replace(self, digest="+".join(part[:32] for part in parts))
 
     @property
     def carried_bytes(self) -> int:
-        """What the carried factors take in a client's memory."""
+        """Bytes of the carried factors in a client's memory."""
         if self.carried is None:
             return 0
         halved = self.carried_dtype == "bfloat16"
         return self.carried.num_bytes // (2 if halved else 1)
 
     def for_client(self, client_id: str) -> Start:
-        """What this one client trains and carries; the class's own start unless terms are drawn.
+        """The start of this client: that of its class, or with ``select`` its drawn terms.
 
-        Server and client compute it alike from what was sent, so it costs no bytes.
+        Server and client compute it from the class's payload, so it costs no bytes.
         """
         if not self.local.select:
             return self
@@ -105,7 +105,7 @@ class Start:
         return replace(self, trained=Adapter(trained), carried=whole)
 
     def drawn_terms(self, client_id: str, module: str) -> list[int]:
-        """Which of the sent terms of a module the client trains, ascending."""
+        """Indices of the sent terms of a module that the client trains, ascending."""
         factors = self.trained[module]
         if not self.local.select:
             return list(range(factors.rank))
@@ -116,9 +116,9 @@ class Start:
         return sorted([term for term in order if term < factors.rank][:rank])
 
     def served(self) -> Adapter:
-        """What a model of this class is: trained and carried factors side by side.
+        """The whole change of this class's model: trained and carried factors side by side.
 
-        Fresh factors, whose ``lora_B`` is zero, add nothing and are left out.
+        Fresh factors, whose ``lora_B`` is zero, are left out.
         """
         if self.carried is None:
             return self.trained
@@ -126,14 +126,14 @@ class Start:
             return self.carried
         return Adapter(
             {
-                name: LoRAFactors.side_by_side([own, self.carried[name]])
-                for name, own in self.trained.items()
+                name: LoRAFactors.side_by_side([factors, self.carried[name]])
+                for name, factors in self.trained.items()
             }
         )
 
 
 def truncated(state: State, rank_class: RankClass, factoring: Factoring) -> Adapter:
-    """``T_r(G)`` as factors at the ranks of the class: where FlexLoRA's clients start."""
+    """``T_r(G)`` as factors at the ranks of the class: the start of FlexLoRA's clients."""
     ranks = rank_class.ranks(state.change.shapes)
     return state.change.adapter(
         ranks, factoring.alpha, rslora=factoring.rslora, seed=factoring.seed
@@ -141,9 +141,9 @@ def truncated(state: State, rank_class: RankClass, factoring: Factoring) -> Adap
 
 
 def fresh(state: State, rank_class: RankClass, factoring: Factoring) -> Adapter:
-    """Random ``lora_A``, zero ``lora_B``; drawn anew in every round.
+    """Random ``lora_A``, zero ``lora_B``, from another seed in every round.
 
-    With the same rows in all rounds a client would train in one subspace for ever.
+    With the same rows in all rounds a client would always train in the same subspace.
     """
     shapes = state.change.shapes
     seed = derive_seed(factoring.seed, "fresh", state.round)
@@ -168,6 +168,6 @@ def directions(
 
 
 def whole_change(state: State, factoring: Factoring) -> Adapter | None:
-    """All directions of ``G`` as factors; None before there are any."""
+    """All directions of ``G`` as factors; None if it is zero."""
     most = max(svd.rank for svd in state.change.values())
     return directions(state, dict.fromkeys(state.change, 0), most, factoring)

@@ -1,4 +1,4 @@
-"""What the server carries from round to round: ``G`` of every module as an SVD, and memories.
+"""The server's state between rounds: ``G`` of every module as an SVD, and a method's tensors.
 
 ``T_r(G)`` is what a client of rank r is sent (FlexLoRA, arXiv 2402.11505, section 3): the first r
 singular directions, split between ``lora_B`` and ``lora_A`` with the scaling divided out, so that
@@ -31,7 +31,7 @@ class GlobalChange(Mapping[str, FactoredSVD]):
     def zero(
         cls, shapes: Mapping[str, tuple[int, int]], dtype: torch.dtype = torch.float32
     ) -> GlobalChange:
-        """No change at all; ``shapes`` maps a module name to ``(out_features, in_features)``."""
+        """The zero change; ``shapes`` maps a module name to ``(out_features, in_features)``."""
         return cls({name: FactoredSVD.zero(*shape, dtype) for name, shape in shapes.items()})
 
     def __getitem__(self, name: str) -> FactoredSVD:
@@ -101,9 +101,9 @@ class GlobalChange(Mapping[str, FactoredSVD]):
     ) -> Adapter:
         """``T_rank(G)`` as LoRA factors, every module at exactly its rank (capped at min(out, in)).
 
-        Where ``G`` has fewer directions than the rank, the rest is live: random rows in ``lora_A``,
-        zero columns in ``lora_B``. Zeros in both would never train again, since each factor's
-        gradient is a product with the other. The random rows are nested across ranks.
+        Where ``G`` has fewer directions than the rank, the rest is random rows in ``lora_A`` and
+        zero columns in ``lora_B``: with zeros in both, both gradients would stay zero. The random
+        rows are nested across ranks.
         """
         ranks = rank if isinstance(rank, Mapping) else dict.fromkeys(self, rank)
         return Adapter(
@@ -120,7 +120,7 @@ class GlobalChange(Mapping[str, FactoredSVD]):
         )
 
     def full_rank_adapter(self, alpha: float, *, rslora: bool = False) -> Adapter:
-        """``G`` whole, every module at its own number of directions (1 where there is none)."""
+        """``G`` without truncation: every module at the rank of its SVD, at least 1."""
         ranks = {name: max(1, svd.rank) for name, svd in self.items()}
         return self.adapter(ranks, alpha, rslora=rslora)
 
@@ -129,8 +129,8 @@ class GlobalChange(Mapping[str, FactoredSVD]):
 class State:
     """The server's model after ``round`` rounds (0: before any training).
 
-    ``extra`` holds a method's own tensors (held factors, momentum, what a cap dropped) and is part
-    of a checkpoint. ``modules`` reports on the last round, module by module: the route of its
+    ``extra`` has a method's tensors (mean factors, momentum, dropped directions) and is part of a
+    checkpoint. ``modules`` are the metrics of the last round by module: the route of its
     decomposition, seconds, error.
     """
 

@@ -1,7 +1,7 @@
-"""The sums of one round: what a method declares that it needs, accumulated update by update.
+"""The sums of one round that a method needs, accumulated update by update.
 
     products        mean over clients of  s_k B_k A_k
-    starts          mean over clients of what they started from
+    starts          mean over clients of the products that they started from
     factors         means of  A_k  and  s_k B_k,  row by row (``factor_sums.py``)
     factor_changes  the same of  A_k - A_start  and  s_k B_k - s B_start
     bands           per band of rank: mean of the products over the clients that reach it
@@ -46,12 +46,12 @@ class Needs:
 
     @property
     def known_start(self) -> bool:
-        """Whether an update can only be used if its start is one of this round's."""
+        """Whether an update is refused unless its start is one that this round sent."""
         return self.starts or self.factor_changes or self.band_changes
 
 
 class Sums:
-    """What the updates of a round add up to; each property is the sum that ``Needs`` names.
+    """Sums over the updates of a round; each property is one of those in ``Needs``.
 
     ``sent`` maps the name of a rank class to the start that its clients decoded.
     """
@@ -65,10 +65,10 @@ class Sums:
         self._start_weights, self._total = dict.fromkeys(sent, 0.0), 0.0
 
     def check(self, update: Update) -> None:
-        """Refuse an update whose start must be known and is not.
+        """Refuse an update whose start is needed and not known.
 
         Raises:
-            UpdateRefused: it names a start that this round did not send.
+            UpdateRefused: its start is not one that this round sent.
         """
         start = self.sent.get(update.rank_class)
         if not self.needs.known_start or not self.sent:
@@ -81,7 +81,7 @@ class Sums:
             )
 
     def add(self, update: Update) -> None:
-        """Accumulate one update in every sum that is needed."""
+        """Accumulate one update in every sum of ``needs``."""
         needs, weight, start = self.needs, self.needs.weight(update), self._start_of(update)
         if needs.products:
             self._products.add(update.adapter, weight)
@@ -151,7 +151,7 @@ class Sums:
 
 
 def drawn_rows(update: Update, sent: Mapping[str, Start]) -> dict[str, list[int]] | None:
-    """Which terms of the start each module of the update has; None where they are the first."""
+    """Indices of the start's terms that the update has, by module; None for the first ones."""
     start = sent.get(update.rank_class)
     if start is None or not start.local.select:
         return None

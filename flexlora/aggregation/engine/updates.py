@@ -1,4 +1,4 @@
-"""One client's update, and the checks it must pass before it may reach a sum."""
+"""One client's update, and the checks that it must pass before it is added to a sum."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ __all__ = ["Update", "check_update"]
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """What a client sends back: trained factors, its number of examples, the start it trained from.
+    """A client's reply: trained factors, number of examples, and which start it trained from.
 
-    ``rank_class`` names that start among those of the round and ``digest`` its content. A ``late``
-    update belongs to an earlier round (``base_round``); its examples count ``discount`` times, so
-    that ``p_k = d_k n_k / sum_j d_j n_j``.
+    ``rank_class`` is the name of that start and ``digest`` its content. A ``late`` update belongs
+    to an earlier round (``base_round``); its examples count ``discount`` times, so that ``p_k = d_k
+    n_k / sum_j d_j n_j``.
     """
 
     client_id: str
@@ -36,12 +36,12 @@ class Update:
 
     @property
     def weight(self) -> float:
-        """``d_k n_k``: by how many examples the update counts."""
+        """``d_k n_k``, the number of examples times the discount."""
         return self.discount * self.num_examples
 
     @property
     def key(self) -> str:
-        """Unique within a round, in which a client may answer this round and an earlier one."""
+        """Unique among the updates of a round, in which a client may have a late one too."""
         return f"{self.client_id}@{self.base_round}" if self.late else self.client_id
 
 
@@ -53,7 +53,7 @@ def check_update(
     max_norm: float = 0.0,
     local: LocalPlan = LocalPlan(),
 ) -> None:
-    """Refuse an update that must not reach the sum; ``expected`` is what this client was sent.
+    """Refuse an invalid update; ``expected`` is the adapter that this client was sent.
 
     Under ``local`` a reply may have fewer terms than sent (pruning), at the scaling that was sent.
 
@@ -92,7 +92,7 @@ def check_update(
 
 
 def _check_factors(who: str, got: LoRAFactors, want: LoRAFactors, local: LocalPlan) -> None:
-    """Shapes, dtype, numbers and scaling of one module's factors."""
+    """Check shapes, dtype, finite values and scaling of one module's factors."""
     rank = want.rank
     if local.prune_factor and 1 <= got.rank < rank:
         rank = got.rank

@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 from flexlora.aggregation.engine.updates import Update
-from flexlora.lora.adapters import Adapter, LoRAFactors
+from flexlora.lora.adapters import Adapter
 
 __all__ = ["WAITING_BYTES", "WaitingUpdates"]
 
@@ -22,16 +22,16 @@ class WaitingUpdates:
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes, self.held_bytes = limit_bytes, 0
-        self._held: dict[str, Update] = {}
+        self._updates: dict[str, Update] = {}
         self._on_disk: dict[str, Path] = {}
         self._folder: tempfile.TemporaryDirectory | None = None
         self._written = 0
 
     def __contains__(self, client_id: str) -> bool:
-        return client_id in self._held
+        return client_id in self._updates
 
     def __iter__(self) -> Iterator[str]:
-        return iter(list(self._held))
+        return iter(list(self._updates))
 
     def put(self, update: Update) -> None:
         size = update.adapter.num_bytes
@@ -39,16 +39,15 @@ class WaitingUpdates:
             update = self._write(update)
         else:
             self.held_bytes += size
-        self._held[update.key] = update
+        self._updates[update.key] = update
 
     def take(self, client_id: str) -> Update:
-        update = self._held.pop(client_id)
+        update = self._updates.pop(client_id)
         path = self._on_disk.pop(client_id, None)
         if path is None:
             self.held_bytes -= update.adapter.num_bytes
             return update
-        # Tensors of a mapped file have any alignment, and kernels round differently by alignment:
-        # copy them into memory of their own.
+        # Clone: tensors of a mapped file have any alignment, which decides how kernels round.
         tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
         path.unlink()
         modules = {
@@ -60,26 +59,17 @@ class WaitingUpdates:
         return replace(update, adapter=Adapter(modules))
 
     def close(self) -> None:
-        """Remove the folder now, whoever still holds the round."""
+        """Remove the temporary folder."""
         if self._folder is not None:
             self._folder.cleanup()
             self._folder = None
 
     def _write(self, update: Update) -> Update:
-        """Write the tensors to disk; in memory stay names, alphas and shapes (meta tensors)."""
+        """Write the tensors to disk; the result has meta tensors in their place."""
         if self._folder is None:
             self._folder = tempfile.TemporaryDirectory(prefix="flexlora-round-")
         path = Path(self._folder.name) / f"{self._written}.safetensors"
         self._written += 1
-        tensors = {}
-        for name, factors in update.adapter.items():
-            tensors[f"{name}.lora_A"] = factors.lora_A.contiguous()
-            tensors[f"{name}.lora_B"] = factors.lora_B.contiguous()
-        save_file(tensors, path)
+        save_file(update.adapter.tensors(), path)
         self._on_disk[update.key] = path
-        hollow = Adapter({name: _hollow(factors) for name, factors in update.adapter.items()})
-        return replace(update, adapter=hollow)
-
-
-def _hollow(factors: LoRAFactors) -> LoRAFactors:
-    return factors.map(lambda tensor: tensor.to("meta"))
+        return replace(update, adapter=update.adapter.to("meta"))

@@ -1,4 +1,4 @@
-"""The embedded world's tasks: sixteen families, one known and one held-out for each category.
+"""The built-in tasks: sixteen families, one known and one held-out for each category.
 
 ``FAMILIES`` names them all; ``generate_rows`` draws rows of one; ``embedded_rows`` is the default
 federation. Pretraining (``flexlora.simulations.make_base``) reads the known half only.
@@ -29,9 +29,8 @@ __all__ = [
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (*KNOWN, *HELD_OUT)}
 
-# Four that the base half knows and four that it has never seen, so that a federation of a minute
-# teaches something. The others want more steps or more rank: see the rank table in
-# simulations/README.md; ``data.tasks=all`` deals them too.
+# Four known and four held-out families that a federation of one minute can learn. The others need
+# more steps or more rank: see the rank table in simulations/README.md; ``data.tasks=all`` has all.
 DEFAULT = (
     "reverse_word",
     "station_number",

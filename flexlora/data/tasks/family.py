@@ -18,21 +18,21 @@ from flexlora.seeds import derive_seed
 if TYPE_CHECKING:
     from flexlora.data.rows import Row
 
-__all__ = ["Family", "Instance", "draw_rows", "split_of"]
+__all__ = ["Family", "Instance", "draw_rows", "family", "split_of"]
 
 Instance = tuple[str, str]
 Half = Literal["known", "held-out"]
 
-# A family whose inputs run out would loop for ever; this many misses in a row means it has.
+# This many rejected draws in a row mean that a family has no more distinct inputs.
 _PATIENCE = 2000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """``generate(rng)`` draws one ``(input, output)``; ``half`` says whether pretraining saw it.
+    """``generate(rng)`` draws one ``(input, output)``; ``half`` is whether pretraining has seen it.
 
-    Of a known family the base has read only ``paraphrases[:pretrained_paraphrases]``, and only
-    instances of the train split; of a held-out family it has read nothing.
+    The base was pretrained on ``pretrained_paraphrases`` of known families, with instances of the
+    train split only, and on no held-out family.
     """
 
     name: str
@@ -47,6 +47,23 @@ class Family:
         return self.paraphrases[: len(self.paraphrases) // 2] if self.half == "known" else ()
 
 
+def family(
+    half: Half, category: str, *paraphrases: str
+) -> Callable[[Callable[[random.Random], Instance]], Family]:
+    """A decorator: the family that is named after ``generate`` and draws its instances with it."""
+
+    def decorate(generate: Callable[[random.Random], Instance]) -> Family:
+        return Family(
+            name=generate.__name__,
+            category=category,
+            half=half,
+            paraphrases=paraphrases,
+            generate=generate,
+        )
+
+    return decorate
+
+
 def split_of(family: str, text: str) -> str:
     """The one split in which an input of a family may appear: 80 % train, 10 % each other."""
     digest = hashlib.sha256(f"{family}\x1f{text}".encode()).digest()
@@ -57,7 +74,7 @@ def split_of(family: str, text: str) -> str:
 def draw_rows(
     family: Family, *, split: str, count: int, seed: int, client: str | None = None
 ) -> list[Row]:
-    """``count`` rows of one split with distinct inputs, wordings in turn at random.
+    """``count`` rows of one split with distinct inputs, each with a random wording.
 
     Raises:
         UserError: the split is unknown, or the family has fewer distinct inputs than ``count``.

@@ -1,4 +1,4 @@
-"""The default federation: clients that hold one to three families each, in unequal amounts."""
+"""The default federation: clients with one to three families each, in unequal amounts."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ if TYPE_CHECKING:
 __all__ = ["deal_families", "federate"]
 
 FEWEST_TRAIN_ROWS, MOST_TRAIN_ROWS = 100, 400
-# One, two or three families, the more the likelier. A client with a single family can learn to do
-# it whatever the instruction says; the mixture was chosen with that in mind, not by an ablation.
+# Mostly two or three families: with one a client can learn to ignore the instruction. The shares
+# were not chosen by an ablation.
 HAND_SIZES, HAND_SHARES = (1, 2, 3), (1 / 6, 2 / 6, 3 / 6)
-# The flat Dirichlet is 1: any mixture of a client's families is equally likely. Above it, uneven
-# mixtures stay common but few families dwindle to a handful of rows.
+# Above the uniform Dirichlet (1): mixtures are uneven, but few families get only a few rows.
 MIXTURE_CONCENTRATION = 3.0
 
 
@@ -31,8 +30,8 @@ def deal_families(
 ) -> list[list[str]]:
     """One to three distinct families for each client, dealt from reshuffled decks of all of them.
 
-    Dealing keeps the families' counts within one deck of each other: with enough clients (a third
-    of the families suffices when all draw three) none is left without a holder.
+    So the counts of two families differ by at most one deck, and with enough clients (a third of
+    the families if all draw three) every family has a client.
     """
     deck: list[str] = []
     hands: list[list[str]] = []
@@ -41,7 +40,7 @@ def deal_families(
         for _ in range(int(generator.choice(HAND_SIZES, p=HAND_SHARES))):
             if not deck:
                 deck = [str(name) for name in generator.permutation(list(names))]
-            # A reshuffle in the middle of a hand may offer a family that the hand already holds.
+            # After a reshuffle the next family may already be in the hand.
             card = next((name for name in deck if name not in hand), deck[0])
             deck.remove(card)
             hand.append(card)

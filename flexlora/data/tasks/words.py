@@ -1,7 +1,7 @@
-"""Raw material of the generated tasks: pseudo-words and item lists, drawn from a ``random.Random``.
+"""Inputs of the generated tasks: pseudo-words and item lists, drawn from a ``random.Random``.
 
-Pseudo-words follow English spelling loosely, so that a rule (a plural, a past tense) has something
-to hold on to while the number of words is far too large to be memorised.
+Pseudo-words follow English spelling loosely, so that rules (a plural, a past tense) apply, and are
+far too many to be memorised.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def word(rng: random.Random, shortest: int = 3, longest: int = 6) -> str:
 
 
 def letters(rng: random.Random, shortest: int, longest: int) -> str:
-    """Uniform letters: no spelling regularity to lean on."""
+    """Uniform letters, without spelling regularities."""
     return "".join(rng.choice(LETTERS) for _ in range(rng.randint(shortest, longest)))
 
 
@@ -41,11 +41,11 @@ def digits(rng: random.Random, shortest: int, longest: int) -> str:
 
 
 def items(rng: random.Random, fewest: int, most: int, shortest: int = 2, longest: int = 3) -> list:
-    """Distinct short pseudo-words; joined by bare commas, which keeps them spelled by letters."""
+    """Distinct short pseudo-words."""
     wanted = rng.randint(fewest, most)
-    found: list[str] = []
-    while len(found) < wanted:
+    words: list[str] = []
+    while len(words) < wanted:
         candidate = word(rng, shortest, longest)
-        if candidate not in found:
-            found.append(candidate)
-    return found
+        if candidate not in words:
+            words.append(candidate)
+    return words
