@@ -162,14 +162,20 @@ def _shortened(words: str, most: int) -> str:
 
 
 def changed_settings(run: RunRecords) -> Markup:
-    """The method's options, and the keys whose value is not the default of this version."""
-    rows = []
+    """The keys whose value is not the default.
+
+    The defaults of a method's options are in a file that imports torch, which no report needs: the
+    run itself says which of them were changed.
+    """
+    rows, changed = [], run.environment.get("changed_keys")
     for key, value in run.config.items():
         default, meaning = "(no such key in this version)", ""
         if key in KEYS:
             default, meaning = format_setting(KEYS[key].default), KEYS[key].description or ""
         elif key.startswith("method."):
-            default = "(the method's)"  # in a file that imports torch, which no report needs
+            default = "(the method's)"
+            if isinstance(changed, list) and key not in changed:
+                continue
         if format_setting(value) != default:
             named = element("code", text(key))
             shown = element("span", name(format_setting(value)), class_="value")
@@ -183,6 +189,8 @@ def versions(run: RunRecords) -> Markup:
     """The versions and the machine in ``environment.json``."""
     flat: dict[str, object] = {}
     for key, value in run.environment.items():
+        if key == "changed_keys":  # shown with their values above
+            continue
         flat |= dict(value) if isinstance(value, Mapping) else {key: value}
     shown = {k: v if isinstance(v, str) else json.dumps(v) for k, v in flat.items()}
     rows = [

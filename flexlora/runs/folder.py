@@ -253,6 +253,7 @@ def _environment(config: Config) -> dict[str, object]:
         "platform": platform.platform(),
         "threads": config.engine.threads,
         "seed": config.seed,
+        "changed_keys": list(config.changed()),
         "commit": _commit(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
