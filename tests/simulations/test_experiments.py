@@ -163,7 +163,7 @@ def test_scale_is_a_factor_on_clients_rounds_and_seeds(small_experiment, tmp_pat
     recorded.clear()
     sets = ("num-server-rounds=5", "clients.count=7")
     reproduce(small_experiment, seeds=1, out=tmp_path / "given", scale=0.1, sets=sets)
-    assert {(c["clients.count"], c["num-server-rounds"]) for c in recorded} == {(7, 5)}
+    assert {(c.clients.count, c.num_server_rounds) for c in recorded} == {(7, 5)}
     assert len(recorded) == 3
 
 
