@@ -192,7 +192,7 @@ def test_what_is_no_series_is_refused(two, tmp_path, capsys):
 def test_the_threads_of_a_series_are_those_it_began_with(two):
     """``engine.threads=0`` means all cores of the machine, which may be another one by now."""
     every = SeedSeries.of(CONFIG.with_values({"engine.threads": 0}), two, seeds=2)
-    assert every.continuing(SeedSeries.read(two)).config.engine.threads == 1
+    assert every.continuing(SeedSeries.read(two)).config["engine.threads"] == 1
     other = SeedSeries.of(CONFIG.with_values({"engine.threads": 2}), two, seeds=2)
     with pytest.raises(UserError, match=r"a series with engine.threads = 1, this one has 2"):
         other.continuing(SeedSeries.read(two))
