@@ -193,9 +193,9 @@ def test_trials_are_run_from_half_the_scale_on(monkeypatch, tmp_path, recorded):
 
     monkeypatch.setattr(variant_table, "simulate", spy)
     reproduce("tried", seeds=1, out=tmp_path / "small", scale=0.4)
-    assert not tries and recorded[-1]["train.learning-rate"] == 2e-3
+    assert not tries and recorded[-1].train.learning_rate == 2e-3
     reproduce("tried", seeds=1, out=tmp_path / "large", scale=0.5)
-    assert tries == [(2, 1000)] * 3 and recorded[-1]["train.learning-rate"] == 3e-3
+    assert tries == [(2, 1000)] * 3 and recorded[-1].train.learning_rate == 3e-3
 
 
 # --- what is listed and told -------------------------------------------------------------------

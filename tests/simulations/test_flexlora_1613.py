@@ -66,11 +66,11 @@ def test_scale_1_is_the_scenario_with_80_clients_a_round(tmp_path):
     assert config.ranks.policy == "paper:heavy-tail-light"
     assert config.fraction_train == 0.05 and config.train.per_device_train_batch_size == 4
     small = config_of(request(tmp_path, scale=0.1), 0)
-    assert (small["clients.count"], small["min-train-clients"]) == (161, 8)
-    assert small["num-server-rounds"] == max(2, round(config.num_server_rounds / 10))
+    assert (small.clients.count, small.min_train_clients) == (161, 8)
+    assert small.num_server_rounds == max(2, round(config.num_server_rounds / 10))
     given = {"data.path": "somewhere", "num-server-rounds": 7, "min-train-clients": 2}
     own = config_of(request(tmp_path, scale=0.1, given=given), 0)
-    assert (own["num-server-rounds"], own["min-train-clients"]) == (7, 2)
+    assert (own.num_server_rounds, own.min_train_clients) == (7, 2)
 
 
 def test_everybody_is_known_and_counted(folder, tmp_path, capsys):
