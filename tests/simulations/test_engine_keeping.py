@@ -77,13 +77,15 @@ def test_who_is_late_goes_on_from_what_it_trained(size, tmp_path, monkeypatch):
         return train(pool, jobs)
 
     monkeypatch.setattr(LocalPool, "train", spy)
-    config = RACE.replace(
-        num_server_rounds=2,
-        fraction_train=1.0,
-        server__over_selection=0.0,
-        server__round_timeout_seconds=1.5 * NOMINAL_SECONDS,
-        engine__cohort_size=size,
-        eval__every=9,
+    config = RACE.with_values(
+        {
+            "num-server-rounds": 2,
+            "fraction-train": 1.0,
+            "server.over-selection": 0.0,
+            "server.round-timeout-seconds": 1.5 * NOMINAL_SECONDS,
+            "engine.cohort-size": size,
+            "eval.every": 9,
+        }
     )
     simulate(config, tmp_path / "run")
     late = {r["client_id"] for r in client_rows(tmp_path / "run", 1) if r["status"] == "failed"}
