@@ -1,4 +1,4 @@
-"""What the server derives from a configuration, and what no two of its keys may say together."""
+"""Objects that the server derives from a configuration, and checks of keys against each other."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def check_config(config: Config) -> None:
 
 
 def rank_policy_of(config: Config) -> RankPolicy:
-    """Who trains at which rank.
+    """The rank policy of the configuration.
 
     Raises:
         UserError: ranks or shares that cannot be, a model whose memory cannot be predicted.

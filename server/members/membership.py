@@ -123,7 +123,7 @@ class Membership:
                 self._note(node_id, self._reports[node_id], server_round)
 
     def _note(self, node_id: int, report: Capability, server_round: int) -> None:
-        """Whether a node answered for itself: an error of Flower's names no version."""
+        """Record the answer of a node: an error reply of Flower has no version and is no answer."""
         if report.version:
             self._answered.add(node_id)
         else:

@@ -23,7 +23,7 @@ ONCE = RetryPolicy()
 
 
 def retry_policy(grid: Grid, config: Config, timeout: float) -> RetryPolicy:
-    """What the settings say of a round that lasts ``timeout`` seconds.
+    """The retry policy of the configuration for a round of ``timeout`` seconds.
 
     On a simulated clock nothing is sent twice: what a client does in a round is a function of the
     seed, so that a second message would be lost as the first was.

@@ -6,7 +6,7 @@ same rows has the same activations, and of K adapters:
     always      factors, gradients, optimizer state; gradient sketches (``aligned``); carried
                 factors, where slots do not share them
     gradients   all factors' gradients a second time, before they are added
-    optimizer   what a step holds in between
+    optimizer   temporaries of the step
 
 The copies that go back are made when the widest of these moments are over.
 
@@ -34,7 +34,7 @@ __all__ = ["CohortMemory", "largest_rank"]
 class CohortMemory:
     """A configuration's passes, every client at the largest rank that its policy may give.
 
-    ``bases``: bytes of the weights by quantization, of each kind that clients stand on.
+    ``bases``: bytes of the weights by quantization, of each quantization that clients use.
     """
 
     shape: ModelShape
@@ -50,8 +50,8 @@ class CohortMemory:
             UserError: a model whose memory cannot be predicted.
         """
         shape, plan = run_plan(config)
-        own = config.model.quantization
-        kinds = {own, *parse_quantization_shares(config.clients.quantization)}
+        quantization = config.model.quantization
+        kinds = {quantization, *parse_quantization_shares(config.clients.quantization)}
         rank = largest_rank(config)
         # What `aligned` carries is the same for all; the tail of `carried` begins after the rank.
         shared = config.method.name == "aligned" or (
@@ -59,7 +59,7 @@ class CohortMemory:
         )
         return cls(
             shape=shape,
-            plan=replace(plan, rank=rank, quantization=own, unified_memory=unified),
+            plan=replace(plan, rank=rank, quantization=quantization, unified_memory=unified),
             bases={k: sum(weight_bytes(shape, replace(plan, quantization=k))) for k in kinds},
             carried_apart=not shared,
         )
@@ -82,14 +82,14 @@ class CohortMemory:
 
     def _another(self, terms: MemoryTerms) -> int:
         """What one more slot adds at a moment of the step."""
-        held = terms.trained_factors + terms.gradients + terms.optimizer_state + terms.sketches
+        always = terms.trained_factors + terms.gradients + terms.optimizer_state + terms.sketches
         carried = terms.carried_factors if self.carried_apart else 0
         meanwhile = {
             "optimizer": terms.backward,
             "gradients": terms.trained_factors,
             "alignment": min(terms.trained_factors, terms.backward),
         }
-        return held + carried + meanwhile.get(terms.moment, 0)
+        return always + carried + meanwhile.get(terms.moment, 0)
 
 
 def largest_rank(config: Config) -> int:

@@ -46,16 +46,16 @@ EVALUATED_TOGETHER = 32  # clients; a constant, so that scores do not depend on 
 
 
 @dataclass(kw_only=True)
-class _Held:
-    """A message without an answer yet; its result is at ``place`` of its cohort's results."""
+class _Unanswered:
+    """A message without a reply yet; its result is at ``place`` of its cohort's results."""
 
     message: Message
     server_round: int
     job: TrainJob | None = None
     cohort: Pending[Sequence[TrainResult | EvalResult]] | None = None
     place: int = 0
-    since: float = 0.0  # when the client has its personal factors
-    kept: bool = False  # whether they are stored
+    since: float = 0.0  # simulated seconds at which the client has its personal factors
+    stored: bool = False  # whether they are in the store
 
     @property
     def result(self) -> TrainResult | EvalResult:
@@ -84,7 +84,7 @@ class InProcessGrid(Grid):
         self.personal = personal or PersonalStore()
         self.feedback = feedback_store(self.personal)
         self._clients = dict(enumerate(worker.client_ids, start=1))
-        self._held: dict[str, _Held] = {}
+        self._unanswered: dict[str, _Unanswered] = {}
         self._pushed = self._round = 0
         self._met = False
         self._run = Run.create_empty(run_id=1)
@@ -92,7 +92,7 @@ class InProcessGrid(Grid):
 
     @property
     def sends_again(self) -> bool:
-        """Whether a round can be sent again: its clients keep nothing from the rounds before."""
+        """Whether a round can be sent again: its clients store nothing between rounds."""
         return self.worker.personal is None and self.wire_dtype != "int8"
 
     def set_run(self, run: Run) -> None:
@@ -103,7 +103,7 @@ class InProcessGrid(Grid):
         return self._run
 
     def get_node_ids(self) -> Iterable[int]:
-        """Who can be reached now; before the first round everybody, to be asked what it is."""
+        """The nodes online; before the first round all, for the capability query."""
         if self.clock is None or not self._met:
             return list(self._clients)
         return [node for node, client_id in self._clients.items() if self.clock.online(client_id)]
@@ -139,7 +139,7 @@ class InProcessGrid(Grid):
                 self._round = max(self._round, evaluated[message_id].server_round)
             else:
                 self._met = True
-            self._held[message_id] = _Held(message=message, server_round=self._round)
+            self._unanswered[message_id] = _Unanswered(message=message, server_round=self._round)
         self._keep_trained()  # before the same clients train again from them
         self._forget()
         if trained:
@@ -162,22 +162,22 @@ class InProcessGrid(Grid):
     def _keep_trained(self) -> None:
         """Store the personal factors of every training, whether or not its answer is taken."""
         if self.worker.personal is not None:
-            for held in self._held.values():
+            for held in self._unanswered.values():
                 self._keep(held)
 
-    def _keep(self, held: _Held) -> None:
-        if held.job is not None and not held.kept:
+    def _keep(self, held: _Unanswered) -> None:
+        if held.job is not None and not held.stored:
             result = held.result
             assert isinstance(result, TrainResult)
             self.personal.keep([result], [held.job], since=held.since)
-            held.kept = True
+            held.stored = True
 
     def _forget(self) -> None:
         """Drop messages of rounds so old that the server no longer pulls their answers."""
         oldest = self._round - self.late_rounds
-        old = [key for key, held in self._held.items() if held.server_round < oldest]
+        old = [key for key, held in self._unanswered.items() if held.server_round < oldest]
         for message_id in old:
-            del self._held[message_id]
+            del self._unanswered[message_id]
             if self.clock is not None:
                 self.clock.forget(message_id)
 
@@ -193,7 +193,7 @@ class InProcessGrid(Grid):
             attached = self.personal.attach([jobs[key] for key in keys])
             cohort = self.pool.train(attached)
             for place, (key, job) in enumerate(zip(keys, attached, strict=True)):
-                held = self._held[key]
+                held = self._unanswered[key]
                 held.cohort, held.place, held.job = cohort, place, job
                 held.since = self.clock.arrives(key) if self.clock is not None else 0.0
 
@@ -205,7 +205,7 @@ class InProcessGrid(Grid):
             attached = self.personal.attach_eval([jobs[key] for key in group], now=now)
             cohort = self.pool.evaluate(attached)
             for place, key in enumerate(group):
-                self._held[key].cohort, self._held[key].place = cohort, place
+                self._unanswered[key].cohort, self._unanswered[key].place = cohort, place
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Replies to ``message_ids`` that have arrived, each given once; answering happens here."""
@@ -215,8 +215,8 @@ class InProcessGrid(Grid):
         replies = []
         for message_id in message_ids:
             arrived = self.clock is None or self.clock.arrived(message_id)
-            if message_id in self._held and arrived:
-                replies.append(self._answer(self._held.pop(message_id), message_id))
+            if message_id in self._unanswered and arrived:
+                replies.append(self._answer(self._unanswered.pop(message_id), message_id))
         return replies
 
     def send_and_receive(
@@ -227,7 +227,7 @@ class InProcessGrid(Grid):
     def _client(self, message: Message) -> str:
         return self._clients[message.metadata.dst_node_id]
 
-    def _answer(self, held: _Held, message_id: str) -> Message:
+    def _answer(self, held: _Unanswered, message_id: str) -> Message:
         message, job = held.message, held.job
         lost = self.clock.take(message_id) if self.clock is not None else ""
         if lost:
@@ -254,15 +254,15 @@ class InProcessGrid(Grid):
     def _capability(self, client_id: str) -> Capability:
         """The worker's capability of the client, on the device that the population gives it.
 
-        Kernels are not probed: this machine is none of the clients' machines.
+        Kernels are not probed, since clients do not run on this machine.
         """
-        own = self.worker.capability(client_id, probed=False)
+        capability = self.worker.capability(client_id, probed=False)
         if self.clock is None:
-            return own
+            return capability
         client = self.clock.population.client(client_id)
         if client.device is None:
-            return own
-        return replace(own, device=client.device_label, free_bytes=client.free_bytes or 0)
+            return capability
+        return replace(capability, device=client.device_label, free_bytes=client.free_bytes or 0)
 
 
 def _array_bytes(content: RecordDict) -> int:

@@ -37,7 +37,7 @@ class Pool(Protocol):
     def evaluate(self, jobs: Sequence[EvalJob]) -> Pending[list[EvalResult]]: ...
 
     def close(self) -> None:
-        """End whatever the pool has started; cohorts that are not done are lost."""
+        """Stop the processes of the pool; unfinished cohorts are lost."""
 
 
 class LocalPool:
@@ -61,7 +61,7 @@ class LocalPool:
 
 
 class _Later(Generic[Result]):
-    """``work()`` at the first call of ``result``; afterwards only what it returned is held."""
+    """``work()`` at the first call of ``result``; afterwards only its value is referenced."""
 
     def __init__(self, work: Callable[[], Result]) -> None:
         self._work: Callable[[], Result] | None = work
@@ -73,7 +73,7 @@ class _Later(Generic[Result]):
 
 
 def make_pool(config: Config, worker: Worker | None = None) -> Pool:
-    """The pool that ``engine.workers`` and ``engine.ray-address`` ask for.
+    """The pool for ``engine.workers`` and ``engine.ray-address``.
 
     Other processes start in the background: call this before ``worker_for(config)``, and both load
     at the same time. ``worker`` is this process's own, by default ``worker_for(config)``; on CPUs
@@ -93,10 +93,7 @@ def make_pool(config: Config, worker: Worker | None = None) -> Pool:
 
 
 def _local(config: Config, worker: Worker | None) -> Callable[[], Worker] | None:
-    """This process's worker, where it is one of those that were asked for.
-
-    It is not beside a cluster, which has its own, nor where there are GPUs, which Ray deals out.
-    """
+    """This process's worker where it trains too: not with a cluster, nor where Ray assigns GPUs."""
     import torch
 
     if config.engine.ray_address or (config.engine.device != "cpu" and torch.cuda.is_available()):

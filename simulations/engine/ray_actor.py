@@ -30,7 +30,7 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"
 
 
 class Key(str):
-    """Stands in a job for the adapter of that name."""
+    """Replaces an adapter in a job; the digest of the adapter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ def pack(adapter: Adapter) -> Parcel:
 
 
 def unpack(parcel: Parcel) -> Adapter:
-    """The same adapter in memory of its own: Ray's is read-only."""
+    """The adapter in new memory, since Ray's buffers are read-only."""
     import torch
 
     from flexlora.lora.adapters import Adapter, LoRAFactors
@@ -130,8 +130,8 @@ class CohortActor:
         """The results of one cohort; adapters that the last one had too are not unpacked again."""
         from flexlora.lora.adapters import Adapter
 
-        held, self.adapters = self.adapters, {}
+        last, self.adapters = self.adapters, {}
         for key, parcel in zip(keys, parcels, strict=True):
-            self.adapters[key] = held[key] if key in held else unpack(parcel)
+            self.adapters[key] = last[key] if key in last else unpack(parcel)
         whole = [swapped(job, Key, self.adapters.__getitem__) for job in jobs]
         return [swapped(result, Adapter, pack) for result in work(whole)]

@@ -22,7 +22,7 @@ class Cohort:
         self.kind, self.jobs, self.pool = kind, list(jobs), pool
         self.results: list[Any] = []
         self.deaths = 0  # of workers that had these jobs
-        self.wanted = False  # somebody waits for it
+        self.wanted = False  # a call of result() waits for it
         self.answer: Future[list[Any]] = Future()
 
     def result(self) -> list[Any]:
@@ -47,11 +47,11 @@ class Cohort:
     def add(self, results: Sequence[Any]) -> None:
         self.results += results
         if results:
-            self.deaths = min(self.deaths, TRIES)  # the next client has tries of its own
+            self.deaths = min(self.deaths, TRIES)  # the next client starts with all its tries
 
 
 def failed(job: Any, cause: str) -> Any:
-    """The result of a client whose cohort brought none."""
+    """The failed result of a job, with its cause."""
     from flexlora.clients.worker import failed_training
     from flexlora.wire.jobs import EvalResult, TrainJob
 

@@ -71,7 +71,7 @@ class RayPool:
         self.ended: Exception | None = None
         self.queue: deque[Cohort] = deque()
         self.in_work: set[Cohort] = set()
-        self.untaken: weakref.WeakSet[Cohort] = weakref.WeakSet()  # done, nobody has the results
+        self.untaken: weakref.WeakSet[Cohort] = weakref.WeakSet()  # done, results not taken yet
         self.sent: deque[dict[Key, Any]] = deque(maxlen=AHEAD * self.workers)
         self.processes: dict[Any, list] = {}  # by actor: process id and what it does
         self.resources: dict[str, Any] = {}  # that every worker asks Ray for
@@ -184,7 +184,7 @@ class RayPool:
                 thread.start()
             with self.changed:
                 self.changed.wait_for(lambda: self.ended is not None)
-        except Exception as error:  # whatever it is, those who wait must hear of it
+        except Exception as error:  # raised again by every waiting result()
             self._end(error)
         for actor in list(self.processes):
             self._kill(actor)
@@ -353,7 +353,7 @@ def _call(method: Any, *args: Any, timeout: float | None = None) -> Any:
     """The answer of an actor's method.
 
     Raises:
-        WorkerDied: it is no more.
+        WorkerDied: the actor's process has ended.
         RayTaskError: its own code raised. GetTimeoutError: no answer in ``timeout`` seconds.
     """
     import ray
@@ -375,10 +375,10 @@ def _cause(error: Any) -> BaseException:
 
 
 def _check_connected() -> None:
-    """Ray's calls would start another Ray, open to all, where ours was shut down behind our back.
+    """Ray's calls would start another Ray, open to all, after ours was shut down.
 
     Raises:
-        RuntimeError: it was.
+        RuntimeError: Ray is shut down.
     """
     import ray
 

@@ -35,10 +35,10 @@ __all__ = ["Need", "Session", "import_ray", "join", "placement", "start"]
 
 # A worker process with torch, transformers, Ray and a small base loaded: 0.46 GB measured.
 RUNTIME_BYTES = 500 * 10**6
-USUAL_TOKENS = 4096  # in a pass, where the cost model of cohorts.py is to say: it needs a worker
+USUAL_TOKENS = 4096  # in a pass, as long as the cost model of cohorts.py has no worker to measure
 HELPERS = ("start_api_server", "start_monitor", "start_log_monitor")
 GRACE_SECONDS = 5.0
-KNOCK_SECONDS = 10.0  # Ray itself tries for minutes
+CONNECT_SECONDS = 10.0  # Ray itself tries for minutes
 LEAST_STORE, MOST_STORE, STORE_SHARE = 80 * 2**20, 2 * 2**30, 0.1  # Ray wants 75 MiB at least
 
 
@@ -46,11 +46,11 @@ LEAST_STORE, MOST_STORE, STORE_SHARE = 80 * 2**20, 2 * 2**30, 0.1  # Ray wants 7
 class Session:
     """A connection to Ray; ``folder`` has the files of a Ray that this process started."""
 
-    connected: bool = True  # by us: not by the caller before
+    connected: bool = True  # by this process; False where the caller was connected before
     folder: Path | None = None
 
     def end(self) -> None:
-        """End the connection that was made, and with it all that was started; waits for it."""
+        """Disconnect, stop the processes that were started, and wait for them."""
         import ray
 
         processes = self._processes()
@@ -64,7 +64,7 @@ class Session:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _processes(self) -> list[psutil.Process]:
-        """Those that were started with the folder's name, and theirs."""
+        """The child processes whose command names the folder, and their children."""
         found = []
         for child in psutil.Process().children() if self.folder is not None else ():
             with suppress(psutil.Error):
@@ -76,11 +76,10 @@ class Session:
 def import_ray(*, workers: int, address: str) -> Any:
     """Import Ray with reports and warnings switched off, before it reads its environment.
 
-    A process that has imported Ray before us has settled where it listens and what it asks of its
-    peers; that is left as it is.
+    Where the caller has imported Ray already, its address and authentication are left unchanged.
 
     Raises:
-        UserError: Ray is not installed, or the address is none.
+        UserError: Ray is not installed, or the address is not HOST:PORT.
     """
     if address and not re.fullmatch(r"[^\s:/]+:\d+", address):
         raise UserError(
@@ -108,7 +107,7 @@ def _loopback(address: str) -> bool:
 
 
 def start(workers: int) -> Session:
-    """Ray on this machine, with a place for each worker.
+    """Start Ray on this machine with one CPU per worker.
 
     Raises:
         UserError: it does not start.
@@ -144,24 +143,24 @@ def start(workers: int) -> Session:
 def _without_helpers() -> Iterator[None]:
     """Ray without its reporter of usage, its autoscaler and what forwards its logs.
 
-    The first asks a cloud's metadata server who it is even where reports are switched off, all
-    three take a process and a second, and Ray has no option to leave them out.
+    The first queries a cloud's metadata server even where reports are switched off; each takes a
+    process and a second, and Ray has no option to leave them out.
     """
     from ray._private import node
 
     owner = getattr(node, "Node", None)  # another Ray may start them elsewhere: then they start
-    whole = {name: getattr(owner, name) for name in HELPERS if hasattr(owner, name)}
-    for name in whole:
+    methods = {name: getattr(owner, name) for name in HELPERS if hasattr(owner, name)}
+    for name in methods:
         setattr(owner, name, lambda *_, **__: None)
     try:
         yield
     finally:
-        for name, method in whole.items():
+        for name, method in methods.items():
             setattr(owner, name, method)
 
 
 def join(address: str) -> Session:
-    """The Ray cluster at ``address``, which others have started and others will stop.
+    """The Ray cluster at ``address``, which this process neither starts nor stops.
 
     Raises:
         UserError: nothing answers there, or this process is connected to another one.
@@ -170,13 +169,15 @@ def join(address: str) -> Session:
 
     asked = f"engine.ray-address is '{address}'"
     if ray.is_initialized():
-        held = ray.get_runtime_context().gcs_address
-        if held != address:
-            raise UserError(f"{asked}, but this process is connected to Ray at '{held}' already.")
+        current = ray.get_runtime_context().gcs_address
+        if current != address:
+            raise UserError(
+                f"{asked}, but this process is connected to Ray at '{current}' already."
+            )
         return Session(connected=False)
     host, _, port = address.rpartition(":")
     try:
-        socket.create_connection((host, int(port)), timeout=KNOCK_SECONDS).close()
+        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:  # ConnectionError, a token that is missing, another Ray or Python
         raise UserError(
@@ -189,12 +190,12 @@ def join(address: str) -> Session:
 def placement(
     config: Config, session: Session, workers: int, need: Need, *, here: int = 0
 ) -> dict[str, Any]:
-    """What every worker asks Ray for: memory, a GPU where there are some, CPUs.
+    """The resources that each worker requests of Ray: memory, a GPU if there are any, CPUs.
 
     ``here`` is 1 where this process is a worker too, beside the ``workers`` that Ray places.
 
     Raises:
-        UserError: there is not enough for all of them, and for how many there is.
+        UserError: not enough room for all workers; names how many fit.
     """
     import ray
 
@@ -204,7 +205,7 @@ def placement(
         raise UserError("engine.device is 'cuda' but Ray sees no GPU; use 'cpu'.")
     memory = need.loaded_bytes if graphics else need.training_bytes
     ours = session.folder is not None
-    # A Ray of our own has no other work: the CPUs are the caller's to count.
+    # A Ray started here runs nothing else, so CPUs are not counted.
     ask = {"memory": memory, "num_cpus": 0 if ours else config.engine.threads}
     words = [f"{human_bytes(memory)} of memory (the base and the largest cohort)"]
     if graphics:
@@ -212,10 +213,10 @@ def placement(
         words.append("a GPU")
     if not ours:
         words.append(f"{ask['num_cpus']} CPUs (engine.threads)")
-    # The main process holds a base too; what it will take beyond what it has taken is not free.
-    held = need.training_bytes if here else need.loaded_bytes
-    own = max(0, held - psutil.Process().memory_info().rss) if ours else 0
-    room = sum(_places(node, ask, own) for node in nodes)
+    # This process loads a base too: subtract what it has yet to allocate.
+    expected = need.training_bytes if here else need.loaded_bytes
+    reserved = max(0, expected - psutil.Process().memory_info().rss) if ours else 0
+    room = sum(_places(node, ask, reserved) for node in nodes)
     if room < workers:
         where = "this machine" if ours else "the Ray cluster"
         room += here
@@ -227,10 +228,10 @@ def placement(
     return ask
 
 
-def _places(node: Mapping[str, float], ask: Mapping[str, int], own: int) -> int:
+def _places(node: Mapping[str, float], ask: Mapping[str, int], reserved: int) -> int:
     """How many workers a node has room for."""
     names = {"memory": "memory", "num_cpus": "CPU", "num_gpus": "GPU"}
-    free = {**node, "memory": node.get("memory", 0) - own}
+    free = {**node, "memory": node.get("memory", 0) - reserved}
     return max(0, min(int(free.get(names[key], 0) // n) for key, n in ask.items() if n))
 
 

@@ -1,11 +1,9 @@
-"""The verdict of an experiment: what was expected, what was seen, and by how much they differ.
+"""The verdict of an experiment: expected and measured figures, and how far they differ.
 
-    is            |seen - expected| <= tolerance
-    at least      seen >= expected - tolerance
-    at most       seen <= expected + tolerance
-    more than     seen > expected - tolerance
-
-A sentence is made of the numbers alone, so it turns when they do.
+is            |seen - expected| <= tolerance
+at least      seen >= expected - tolerance
+at most       seen <= expected + tolerance
+more than     seen > expected - tolerance
 """
 
 from __future__ import annotations
@@ -23,10 +21,9 @@ SENSES = ("is", "at least", "at most", "more than")
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One expected figure beside the one that was seen; where either is missing it never holds.
+    """An expected figure and the measured one; fails where either is not finite.
 
-    ``any_scale``: true of a small run too; other figures are those of scale 1 and are printed
-    below it without a judgement.
+    ``any_scale``: also judged below scale 1; other figures are only printed there.
     """
 
     claim: str
@@ -42,7 +39,7 @@ class Check:
 
     @property
     def short(self) -> float:
-        """How far ``seen`` is on the wrong side of ``expected``; 0 on the right one."""
+        """By how much ``seen`` violates ``expected``; 0 where it does not, inf if not finite."""
         if not math.isfinite(self.seen) or not math.isfinite(self.expected):
             return math.inf
         over = self.seen - self.expected
@@ -78,15 +75,17 @@ class Check:
 
 
 def print_verdict(checks: Sequence[Check], console: Console, *, scale: float) -> int:
-    """Print every sentence and their sum; 1 where a judged figure does not hold, else 0."""
+    """Print every sentence and a summary; returns 1 if a judged figure does not hold, else 0."""
     console.print("\nVerdict", style="italic")
     for check in checks:
         console.print(f"  {check.sentence(scale)}", soft_wrap=True)
     judged = [check for check in checks if check.judged(scale)]
     failed = [check for check in judged if not check.holds]
-    untold = len(checks) - len(judged)
+    not_judged = len(checks) - len(judged)
     parts = [f"{len(judged) - len(failed)} of {len(judged)} expected figures hold"] * bool(judged)
-    parts += [f"{untold} expected figures are those of scale 1 and were not judged"] * bool(untold)
+    parts += [f"{not_judged} expected figures are those of scale 1 and were not judged"] * bool(
+        not_judged
+    )
     console.print(f"{'; '.join(parts)}.", soft_wrap=True)
     return 1 if failed else 0
 

@@ -1,9 +1,9 @@
-"""``flexlora reproduce flexlora-1613``: the federation of the paper's size, on data of one's own.
+"""``flexlora reproduce flexlora-1613``: the federation of the paper's size, on the user's data.
 
 ``scenarios/flexlora-1613.toml``: 1,613 clients of one Natural Instructions task each, ranks dealt
 as in the paper's heavy-tail-light (arXiv 2402.11505, section 4); at least 80 of them a round, also
-where the base is too short for the rows of some. The run must complete, lose no
-client, learn, and not grow in memory with the rounds. A broken run is resumed from its checkpoint.
+where the base is too short for the rows of some. The run must complete, lose no client, lower the
+loss, and not grow in memory over the rounds. An interrupted run is resumed from its checkpoint.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ LEFT_OUT = "left out"
 
 
 def flexlora_1613(request: Request) -> int:
-    """One run per seed, its figures, and the verdict on each.
+    """One run per seed, and the verdict on its figures.
 
     Raises:
-        UserError: no data folder, or a key that the experiment decides.
+        UserError: no data folder, or a key that the experiment sets.
     """
     if not request.given.get("data.path"):
         raise UserError(
@@ -49,19 +49,19 @@ def flexlora_1613(request: Request) -> int:
             "give it with --set data.path=DIR."
         )
     request.refuse_taken(["seed"])
-    kept, checks = request.results(), []
+    results, checks = request.results(), []
     for seed in request.seeds:
         config = config_of(request, seed)
-        if not kept.has(request.name, seed):
-            kept.add(request.name, seed, _run(request, config, request.out / "runs" / str(seed)))
-        (row,) = kept.of_seeds([seed])
+        if not results.has(request.name, seed):
+            results.add(request.name, seed, _run(request, config, request.out / "runs" / str(seed)))
+        (row,) = results.of_seeds([seed])
         checks += checks_of(row, clients=config.clients.count or CLIENTS)
-    request.console.print(f"Numbers: {kept.file}", soft_wrap=True)
+    request.console.print(f"Numbers: {results.file}", soft_wrap=True)
     return print_verdict(checks, request.console, scale=request.scale)
 
 
 def config_of(request: Request, seed: int) -> Config:
-    """The scenario at this scale, with what was given."""
+    """The scenario at this scale, with the values of ``--set``."""
     scenario = Config.resolve(file=SCENARIO)
     sizes = request.sizes(rounds=scenario.num_server_rounds, clients=CLIENTS)
     least = {"min-train-clients": scaled(A_ROUND, request.scale)}
@@ -69,7 +69,7 @@ def config_of(request: Request, seed: int) -> Config:
 
 
 def _run(request: Request, config: Config, out: Path) -> dict[str, object]:
-    """Begin the run, or go on with the same one after its last whole round."""
+    """Start the run, or resume an unfinished one of the same configuration."""
     notes = request.out / f"memory-{out.name}.jsonl"
     with Witness(request.console, notes) as witness:
         if _unfinished(out, config):
@@ -81,22 +81,22 @@ def _run(request: Request, config: Config, out: Path) -> dict[str, object]:
 
 
 def _unfinished(out: Path, config: Config) -> bool:
-    """Whether ``out`` holds a run of this very configuration with a whole round behind it.
+    """Whether ``out`` holds a checkpoint of a run of this configuration.
 
-    ``engine.*`` is how it is run, which the machine has a say in, and not what is run.
+    ``engine.*`` may differ: it depends on the machine and does not change the results.
     """
     if not RunFolder.is_run(out) or not (out / "checkpoint" / "current.json").is_file():
         return False
     begun = RunFolder.open(out)[1]
-    own = [key for key in config.flat() if key != "out" and not key.startswith("engine.")]
+    compared = [key for key in config.flat() if key != "out" and not key.startswith("engine.")]
     before, now = begun.flat(), config.flat()
-    return all(before.get(key) == now[key] for key in own)
+    return all(before.get(key) == now[key] for key in compared)
 
 
 class Witness(TerminalObserver):
-    """Also holds the roster and notes the resident set after each round.
+    """Also records the roster, and the resident set size after each round.
 
-    ``notes``: a file, since it outlives the process, as the run does.
+    ``notes``: a file, so that a resumed run has the sizes of its earlier rounds.
     """
 
     def __init__(self, console: Console, notes: Path) -> None:
@@ -122,7 +122,7 @@ class Witness(TerminalObserver):
 
 
 def figures_of(run: RunFolder, witness: Witness) -> dict[str, object]:
-    """What the verdict needs, from the run folder and from who watched."""
+    """The figures that ``checks_of`` reads, from the run folder and the observer."""
     roster, config = witness.roster, RunFolder.open(run.path)[1]
     share = round(config.fraction_train * len(roster.members))
     rows = run.metrics()
@@ -133,12 +133,12 @@ def figures_of(run: RunFolder, witness: Witness) -> dict[str, object]:
     losses = [row["eval_loss"] for row in rows if row.get("eval_loss") is not None]
     return {
         "rounds": len(trained),
-        "rounds request": config.num_server_rounds,
+        "rounds requested": config.num_server_rounds,
         "clients": len(roster.members),
         "left out": len(roster.left_out),
         "left out in clients.csv": len(named),
         "without train rows": causes.get("no train rows", 0),
-        "clients a round request": max(config.min_train_clients, share),
+        "clients a round requested": max(config.min_train_clients, share),
         "clients a round": [row["clients_ok"] for row in trained],
         "loss of the base": losses[0] if losses else None,
         "loss": losses[-1] if len(losses) > 1 else None,
@@ -154,14 +154,14 @@ def checks_of(row: Mapping, *, clients: int) -> list[Check]:
     named, without = row["left out in clients.csv"], row["without train rows"]
     fewest = min(row["clients a round"], default=0)
     counts = (
-        ("rounds completed", row["rounds request"], row["rounds"]),
+        ("rounds completed", row["rounds requested"], row["rounds"]),
         ("clients known", clients, known),
         ("clients left out with their cause in clients.csv", row["left out"], named),
-        ("updates counted in the round with fewest", row["clients a round request"], fewest),
+        ("updates counted in the round with fewest", row["clients a round requested"], fewest),
     )
     checks = [
-        Check(claim=f"{who}: {what}", expected=request, seen=seen, any_scale=True)
-        for what, request, seen in counts
+        Check(claim=f"{who}: {what}", expected=expected, seen=seen, any_scale=True)
+        for what, expected, seen in counts
     ]
     fallen = (row["loss of the base"] or math.nan) - (row["loss"] or math.nan)
     return [
@@ -188,7 +188,7 @@ def checks_of(row: Mapping, *, clients: int) -> list[Check]:
 
 
 def _growth(resident: list[int]) -> float:
-    """The mean of the last half over the mean of the first; round 1 makes what all others use."""
+    """The mean of the last half over the mean of the first, without round 1."""
     later = resident[1:]
     half = len(later) // 2
     if not half:

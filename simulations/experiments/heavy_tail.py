@@ -1,10 +1,11 @@
-"""``flexlora reproduce heavy-tail``: which part of the gap between weak and strong a rule closes.
+"""``flexlora reproduce heavy-tail``: which part of the gap between weak and strong a method closes.
 
     closed = mean(weak - loss) / mean(weak - strong)        over the seeds
 
-Everybody at the weakest rank is 0, everybody at the strongest 1. Two distributions: the paper's
-heavy-tail-light (80 % of the clients at rank 8, the others at 30, at 30 and 200, at 200), its ranks
-an eighth for the tiny base, so 1, 4, 4 and 25, 25; and 2, 8 and 16 for 80, 10 and 10 %.
+0 is the loss with all clients at the weakest rank, 1 with all at the strongest. Two distributions:
+the paper's heavy-tail-light (80 % of the clients at rank 8, the others at 30, at 30 and 200, at
+200), with its ranks divided by 8 for the tiny base (1, 4, 4 and 25, 25); and ranks 2, 8 and 16 for
+80, 10 and 10 % of the clients.
 """
 
 from __future__ import annotations
@@ -42,10 +43,10 @@ METHODS = {
     "aligned": RATES,
     "carried": RATES,
 }
-# The standard error of a difference of two rules over three seeds is 0.05 to 0.33 of the gap.
+# The standard error of a difference of two methods over three seeds is 0.05 to 0.33 of the gap.
 TOLERANCE = 0.25
-# Which rule closes how much of the gap more than which, by records/methods.json ("" is 0, what
-# everybody at the weakest rank reaches): three seeds at 2/8/16.
+# By how much of the gap the first method is ahead of the second in records/methods.json, three
+# seeds at 2/8/16; "" is all clients at the weakest rank, which closes 0.
 EXPECTED = {
     ("carried", "aligned"): 0.27,
     ("aligned", ""): 0.24,
@@ -76,24 +77,24 @@ VARIANTS = _variants()
 
 
 def heavy_tail(request: Request) -> int:
-    """The tables of both distributions, and whether the expected order is the order seen."""
+    """Print the tables of both distributions and the verdict on the order of the methods."""
     rows = run_table(request, VARIANTS)
     checks = [check for part in PARTS for check in order_checks(rows, part)]
     return print_verdict(checks, request.console, scale=request.scale)
 
 
 def order_checks(rows: Sequence[Mapping], part: str) -> list[Check]:
-    """One check per pair of ``EXPECTED``, on what each rule closes of the gap.
+    """One check per pair of ``EXPECTED``, on the part of the gap that each method closes.
 
-    Where a distance was measured before, it is expected to the tolerance; it depends on the
-    distribution, so elsewhere being ahead at all is. A pair that stood closer together than the
-    tolerance can only be found not to be the other way round. Without a gap to close a share of it
-    means nothing.
+    On the distribution of methods.json the difference measured there is expected, less the
+    tolerance. Differences depend on the distribution, so on the other one the first method only
+    has to be ahead. A pair that differed by less than the tolerance is only checked not to be
+    reversed by more than it. Without a gap the differences are NaN.
     """
     closed = {"": 0.0}
     for method in METHODS:
-        own = [row for row in rows if row["variant"] == f"{method}, {part}" and "gap closed" in row]
-        values = [float(row["gap closed"]) for row in own]
+        title = f"{method}, {part}"
+        values = [r["gap closed"] for r in rows if r["variant"] == title and "gap closed" in r]
         closed[method] = statistics.fmean(values) if values else float("nan")
     gap = _gap_check(rows, part)
     checks = [gap]
@@ -104,7 +105,7 @@ def order_checks(rows: Sequence[Mapping], part: str) -> list[Check]:
 
 
 def _order_check(part: str, better: str, worse: str, seen: float) -> Check:
-    """``better`` is ahead of ``worse``, or not behind it; "ahead" asks for more than nothing."""
+    """``better`` is ahead of ``worse`` by more than 0, or is not behind it by the tolerance."""
     weak, before = f"everybody at rank {PARTS[part][1]}", EXPECTED[better, worse]
     measured = part == BEFORE
     first, second = better or weak, worse or weak
@@ -125,12 +126,12 @@ def _order_check(part: str, better: str, worse: str, seen: float) -> Check:
 
 
 def _gap_check(rows: Sequence[Mapping], part: str) -> Check:
-    """There is a gap to close."""
+    """The loss gap between both ends is at least 0.03."""
     losses = {}
     for end, rank in ((WEAK, PARTS[part][1]), (STRONG, PARTS[part][2])):
         title = f"everybody at rank {rank}, {part}"
-        own = [float(row["loss"]) for row in rows if row["variant"] == title]
-        losses[end] = statistics.fmean(own) if own else float("nan")
+        values = [float(row["loss"]) for row in rows if row["variant"] == title]
+        losses[end] = statistics.fmean(values) if values else float("nan")
     return Check(
         claim=f"{part}: the gap in loss between everybody weak and everybody strong",
         expected=0.03,

@@ -1,8 +1,8 @@
 """``flexlora reproduce NAME``: named experiments with their expected figures and a verdict.
 
-Each keeps its numbers in ``results.json`` as they come, so that a broken series goes on.
-``--scale`` is a factor on clients, rounds and seeds: expected figures are those of scale 1, and a
-smaller run judges only what is true at any size.
+Each writes its results to ``results.json`` after every run, so that an interrupted one resumes.
+``--scale`` is a factor on clients, rounds and seeds. Expected figures are those of scale 1; a
+smaller run judges only those that hold at any scale.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["EXPERIMENTS", "Experiment", "list_experiments", "reproduce", "table_
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """What ``flexlora reproduce`` lists, and how it is run; ``run`` returns the exit status.
+    """One entry of ``flexlora reproduce``; ``run`` returns the exit status.
 
     ``minutes``: at scale 1 on two cores.
     """
@@ -121,7 +121,7 @@ def reproduce(
 
 
 def list_experiments() -> int:
-    """Each experiment with what it is, its cost and what is expected of it."""
+    """Print each experiment with its minutes and expected figures."""
     console = make_console()
     console.print("name            minutes  what it measures; what is expected", style="bold")
     for name, experiment in EXPERIMENTS.items():

@@ -19,7 +19,7 @@ __all__ = ["SEEDS", "Request", "scaled"]
 SEEDS = 3
 SMALLEST, LARGEST = 0.01, 10.0
 CLIENTS, ROUNDS = "clients.count", "num-server-rounds"
-# Fewer would leave a tier of a tenth of the clients without anybody, or a series without a course.
+# Below these a tier of a tenth of the clients would be empty, or there is no change over rounds.
 FEWEST_CLIENTS, FEWEST_ROUNDS = 10, 2
 
 
@@ -30,7 +30,7 @@ def scaled(count: int, scale: float, *, least: int = 1) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One call of ``flexlora reproduce``; ``scale`` 1 is what is documented.
+    """One call of ``flexlora reproduce``; the documented figures are those of ``scale`` 1.
 
     Raises:
         UserError: no seeds, or a scale that is not a number from 0.01 to 10.
@@ -57,29 +57,29 @@ class Request:
 
     @property
     def seeds(self) -> list[int]:
-        """The seeds of the table: as many as were request for, else three times the scale."""
+        """The seeds of the table: ``num_seeds``, by default three times the scale."""
         count = self.num_seeds or scaled(SEEDS, self.scale)
         return list(range(self.first_seed, self.first_seed + count))
 
     def results(self) -> ResultsFile:
-        """The numbers that an earlier call with the same request left in ``out``."""
+        """The results of earlier calls with the same request in ``out``."""
         return ResultsFile.read(
             self.out / "results.json", self.name, dict(self.given), scale=self.scale
         )
 
     def refuse_taken(self, taken: Sequence[str]) -> None:
-        """Raises ``UserError`` for a ``--set`` of a key that the experiment decides itself."""
-        if own := sorted(set(taken) & set(self.given)):
+        """Raises ``UserError`` for a ``--set`` of a key that the experiment sets."""
+        if refused := sorted(set(taken) & set(self.given)):
             raise UserError(
-                f"{own[0]} is set by the experiment '{self.name}' itself; leave it out."
+                f"{refused[0]} is set by the experiment '{self.name}' itself; leave it out."
             )
 
     def sizes(
         self, *, rounds: int, clients: int = 0, least: int = FEWEST_CLIENTS
     ) -> dict[str, object]:
-        """Rounds and clients at this scale; what was given with ``--set`` is not scaled.
+        """Rounds and clients at this scale; values given with ``--set`` are not scaled.
 
-        ``clients`` is how many the data makes at scale 1; 0 where unknown: all stay.
+        ``clients``: the number at scale 1; 0 (unknown) leaves all clients of the data.
         """
         sizes: dict[str, object] = {ROUNDS: scaled(rounds, self.scale, least=FEWEST_ROUNDS)}
         if clients and self.scale != 1.0:
@@ -87,7 +87,7 @@ class Request:
         return {key: value for key, value in sizes.items() if key not in self.given}
 
     def default_sizes(self) -> dict[str, object]:
-        """The default federation at this scale; the clients of data of one's own all stay."""
+        """The default federation at this scale; clients of the user's data are not scaled."""
         own_data = any(self.given.get(key) for key in ("data.path", "data.name"))
         rounds = Config().flat()[ROUNDS]
         return self.sizes(rounds=rounds, clients=0 if own_data else EMBEDDED_CLIENTS)

@@ -1,4 +1,4 @@
-"""The numbers of an experiment on disk: kept after every run, so that a broken series goes on."""
+"""``results.json`` of an experiment, written after every run so that it can be resumed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["ResultsFile"]
 
 @dataclass(kw_only=True)
 class ResultsFile:
-    """``results.json``: rows by variant and seed, and what each variant's trials came to."""
+    """The rows by variant and seed, and the losses and the choice of each variant's trials."""
 
     file: Path
     experiment: str
@@ -28,21 +28,21 @@ class ResultsFile:
     def read(
         cls, file: Path, experiment: str, given: Mapping[str, object], *, scale: float = 1.0
     ) -> ResultsFile:
-        """What an earlier call left, or nothing yet.
+        """The results of an earlier call, empty without a file.
 
         Raises:
-            UserError: it is another experiment's, was made with other ``--set`` or at another
-                ``--scale``, or is damaged.
+            UserError: the file is damaged, of another experiment, or made with other ``--set`` or
+                another ``--scale``.
         """
         results = cls(file=file, experiment=experiment, given=dict(given), scale=scale)
         if not file.is_file():
             return results
         try:
-            kept = json.loads(file.read_text(encoding="utf-8"))
-            words = kept["experiment"], kept["set"], kept.get("scale", 1.0)
-            same = words == (experiment, dict(given), scale)
-            results.rows = list(kept["rows"])
-            results.trials = dict(kept.get("trials", {}))
+            saved = json.loads(file.read_text(encoding="utf-8"))
+            made_with = saved["experiment"], saved["set"], saved.get("scale", 1.0)
+            same = made_with == (experiment, dict(given), scale)
+            results.rows = list(saved["rows"])
+            results.trials = dict(saved.get("trials", {}))
         except (ValueError, KeyError, TypeError):
             raise UserError(f"'{file}' is damaged; remove it or give another --out.") from None
         if not same:
@@ -55,7 +55,7 @@ class ResultsFile:
         return any((row["variant"], row["seed"]) == (variant, seed) for row in self.rows)
 
     def of_seeds(self, seeds: Sequence[int]) -> list[dict]:
-        """The rows of these seeds; those of an earlier call with more of them stay in the file."""
+        """The rows of these seeds; the file may hold more."""
         return [row for row in self.rows if row["seed"] in seeds]
 
     def add(self, variant: str, seed: int, scores: Mapping[str, object]) -> None:
@@ -63,24 +63,24 @@ class ResultsFile:
         self._write()
 
     def chosen(self, variant: str) -> dict[str, object]:
-        """The best trial of a variant; nothing where there was no choice."""
+        """The best trial of a variant; empty where no trials were run."""
         return dict(self.trials[variant]["chosen"]) if variant in self.trials else {}
 
     def choose(
         self, variant: str, trials: Sequence[Mapping[str, object]], losses: Sequence[float]
     ) -> None:
-        """Keep all trials and the one with the lowest loss."""
+        """Record all trials and choose the one with the lowest loss."""
         best = min(range(len(losses)), key=lambda i: losses[i])
         tried = [{**trial, "loss": loss} for trial, loss in zip(trials, losses, strict=True)]
         self.trials[variant] = {"chosen": dict(trials[best]), "tried": tried}
         self._write()
 
     def _write(self) -> None:
-        kept = {
+        values = {
             "experiment": self.experiment,
             "set": self.given,
             "scale": self.scale,
             "trials": self.trials,
             "rows": self.rows,
         }
-        write_atomically(self.file, (json.dumps(kept, indent=1) + "\n").encode())
+        write_atomically(self.file, (json.dumps(values, indent=1) + "\n").encode())

@@ -1,10 +1,10 @@
-"""``flexlora simulate --seeds N``: one configuration under N seeds, and how far they agree.
+"""``flexlora simulate --seeds N``: one configuration under N seeds, with mean and deviation.
 
     OUT/seed-S      a run folder per seed: seed, seed + 1, ...
     OUT/seeds.json  the configuration, a row per finished seed, mean and sample deviation
 
-A row is written when its run is whole. A broken series goes on where it stopped: a seed with a row
-is not run again, one with a checkpoint is resumed, any other begins anew.
+A row is written when its run is complete. Resuming an interrupted series skips the seeds with a
+row, resumes those with a checkpoint and starts the others.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from flexlora.wire.files import write_atomically
 
 __all__ = ["SeedSeries", "is_series", "resume_series", "run_series", "scores_of", "summary_of"]
 
-NOT_SHARED = ("seed", "out")  # what the seeds of a series do not have in common
+NOT_SHARED = ("seed", "out")  # keys that differ between the runs of a series
 
 
 def is_series(out: str | Path) -> bool:
@@ -39,11 +39,11 @@ def is_series(out: str | Path) -> bool:
 def run_series(
     config: Config, out: Path, *, seeds: int, console: Console, overwrite: bool = False
 ) -> int:
-    """Run ``config`` under ``seeds`` seeds, or whatever of that is not done in ``out`` yet.
+    """Run ``config`` under ``seeds`` seeds, except those already done in ``out``.
 
     Raises:
-        UserError: fewer than two seeds, a folder in use by something else, a series there with
-            another configuration or first seed.
+        UserError: fewer than two seeds, a folder in use, a series there with another
+            configuration or first seed.
     """
     if seeds < 2:
         raise UserError(f"--seeds is {seeds}, expected at least 2; leave it out for a single run.")
@@ -58,17 +58,17 @@ def run_series(
         series.forget()
     else:
         series = series.continuing(SeedSeries.read(out))
-    return series.go_on(console)
+    return series.run(console)
 
 
 def resume_series(out: Path, *, console: Console) -> int:
-    """Go on with the series in ``out``, with its own configuration and number of seeds."""
-    return SeedSeries.read(out).go_on(console)
+    """Resume the series in ``out`` with its stored configuration and number of seeds."""
+    return SeedSeries.read(out).run(console)
 
 
 @dataclass(kw_only=True)
 class SeedSeries:
-    """``seeds.json``: what is run, and the scores of the seeds that are done."""
+    """``seeds.json``: the configuration, the seeds and the scores of those that are done."""
 
     out: Path
     config: dict[str, object]
@@ -90,39 +90,39 @@ class SeedSeries:
         """
         file = out / SERIES_FILE
         try:
-            kept = json.loads(file.read_text(encoding="utf-8"))
+            stored = json.loads(file.read_text(encoding="utf-8"))
             return cls(
                 out=out,
-                config=dict(kept["config"]),
-                first_seed=int(kept["first_seed"]),
-                seeds=int(kept["seeds"]),
-                rows={int(row["seed"]): dict(row["scores"]) for row in kept["rows"]},
+                config=dict(stored["config"]),
+                first_seed=int(stored["first_seed"]),
+                seeds=int(stored["seeds"]),
+                rows={int(row["seed"]): dict(row["scores"]) for row in stored["rows"]},
             )
         except (OSError, ValueError, KeyError, TypeError):
             raise UserError(f"'{file}' is damaged; remove it or give another --out.") from None
 
-    def continuing(self, kept: SeedSeries) -> SeedSeries:
-        """This series with what ``kept``, the one on disk, has done of it.
+    def continuing(self, stored: SeedSeries) -> SeedSeries:
+        """This series with the finished rows of ``stored``, the one on disk.
 
         Raises:
-            UserError: ``kept`` is another series. One of which nothing was run is replaced.
+            UserError: ``stored`` is another series; one without a run is replaced.
         """
         if not any(RunFolder.is_run(folder) for folder in self.out.glob("seed-*")):
             return self
-        mine, theirs = dict(self.config), dict(kept.config)
+        mine, theirs = dict(self.config), dict(stored.config)
         if not mine["engine.threads"]:  # all of this machine's: fixed when the series began
             mine["engine.threads"] = theirs.get("engine.threads")
-        mine["seed"], theirs["seed"] = self.first_seed, kept.first_seed
+        mine["seed"], theirs["seed"] = self.first_seed, stored.first_seed
         for key in dict.fromkeys((*mine, *theirs)):
             if mine.get(key) != theirs.get(key):
                 raise UserError(
                     f"'{self.out}' holds a series with {key} = {theirs.get(key)!r}, this one has "
                     f"{mine.get(key)!r}; give another --out, or --overwrite."
                 )
-        return replace(self, config=kept.config, rows=kept.rows)
+        return replace(self, config=stored.config, rows=stored.rows)
 
     def forget(self) -> None:
-        """Nothing of an older series in this folder is resumed; its runs are replaced in turn."""
+        """Remove the checkpoints of an older series, so that its runs are replaced, not resumed."""
         for index in self.out.glob("seed-*/checkpoint/current.json"):
             index.unlink()
 
@@ -130,8 +130,8 @@ class SeedSeries:
     def wanted(self) -> range:
         return range(self.first_seed, self.first_seed + self.seeds)
 
-    def go_on(self, console: Console) -> int:
-        """Run what is left, print the table, leave ``seeds.json``."""
+    def run(self, console: Console) -> int:
+        """Run the seeds that are not done, print the table, write ``seeds.json``."""
         threads = resolved(Config.of(self.config)).engine.threads
         self.config["engine.threads"] = threads
         self._write()
@@ -140,14 +140,14 @@ class SeedSeries:
                 console.print(f"Seed {seed} ({number} of {self.seeds}): done before.")
                 continue
             console.print(f"Seed {seed} ({number} of {self.seeds})", style="bold")
-            self._run(seed, console)
+            self._run_seed(seed, console)
             console.print()
         for line in self._table(console.width):
             console.print(line, soft_wrap=True)
         console.print(f"\nNumbers: {self.out / SERIES_FILE}", soft_wrap=True)
         return 0
 
-    def _run(self, seed: int, console: Console) -> None:
+    def _run_seed(self, seed: int, console: Console) -> None:
         folder = self.out / f"seed-{seed}"
         config = Config.of({**self.config, "seed": seed})
         begun = RunFolder.is_run(folder) and (folder / "checkpoint" / "current.json").is_file()
@@ -159,34 +159,34 @@ class SeedSeries:
         return [(seed, self.rows[seed]) for seed in self.wanted if seed in self.rows]
 
     def _table(self, width: int) -> list[str]:
-        """A row per metric: mean, deviation, and every seed's own."""
+        """A row per metric: mean, deviation and the value of every seed."""
         done = self._done()
         summary = summary_of([scores for _, scores in done])
         header = ["", "mean", "deviation", *(f"seed {seed}" for seed, _ in done)]
         rows = []
         for key, found in summary.items():
-            own = [format_metric(_unprefixed(key), scores.get(key)) for _, scores in done]
+            values = [format_metric(_unprefixed(key), scores.get(key)) for _, scores in done]
             shown = (
                 format_metric(_unprefixed(key), found[which]) for which in ("mean", "deviation")
             )
-            rows.append([_title(key), *shown, *own])
+            rows.append([_title(key), *shown, *values])
         return [*text_table(header, rows, width=width, words=(True,))]
 
     def _write(self) -> None:
-        kept = {
+        stored = {
             "config": self.config,
             "first_seed": self.first_seed,
             "seeds": self.seeds,
             "rows": [{"seed": seed, "scores": self.rows[seed]} for seed in sorted(self.rows)],
             "summary": summary_of([scores for _, scores in self._done()]),
         }
-        text = json.dumps(kept, indent=1) + "\n"
+        text = json.dumps(stored, indent=1) + "\n"
         write_atomically(self.out / SERIES_FILE, text.encode())
 
 
 def scores_of(run: RunRecords) -> dict[str, float]:
     """A run's scores: those of the base, scores of the last round, sums over its rounds."""
-    keys = [*SCORES, *(f"{key}/{own}" for key in SCORES for own in run.rank_classes)]
+    keys = [*SCORES, *(f"{key}/{name}" for key in SCORES for name in run.rank_classes)]
     keys += [f"{key}/personal" for key in SCORES]
     found = {f"base/{key}": run.base(key) for key in SCORES} | {key: run.last(key) for key in keys}
     scores = {key: point[1] for key, point in found.items() if point is not None}
@@ -213,8 +213,8 @@ def _unprefixed(key: str) -> str:
 
 def _title(key: str) -> str:
     """``loss``, ``loss of the base``, ``loss, rank_8``."""
-    name, _, own = _unprefixed(key).partition("/")
+    name, _, rank_class = _unprefixed(key).partition("/")
     title = {**SCORES, **TOTALS}[name]
     if key.startswith("base/"):
         return f"{title} of the base"
-    return f"{title}, {own}" if own else title
+    return f"{title}, {rank_class}" if rank_class else title

@@ -1,12 +1,12 @@
 """Energy in the tail of ``G`` while clients train, round by round, in a real run.
 
-The tail of a module is what ``G`` holds above the rank of the weakest class. After every round the
+The tail of a module is ``G`` beyond the rank of the weakest class. After every round the
 state is read from the run's own checkpoint:
 
     share     |tail(G_t)|^2 / |G_t|^2, all modules together
-    kept      <tail(G_{t-1}), G_t> / |tail(G_{t-1})|^2: what the round left of the last one's tail
+    kept      <tail(G_{t-1}), G_t> / |tail(G_{t-1})|^2: the part of the previous tail retained
     law       sum_j c_j S_j^2 / sum_j S_j^2 over that tail, c_j the share of the round's rows that
-              clients of rank >= j sent: what the published form would keep without training
+              clients of rank >= j sent: what the published form retains without training
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class TailObserver(Observer):
 def weakest(classes: Mapping[str, RankClass], change: GlobalChange) -> dict[str, int]:
     """The smallest rank that any class trains, by module."""
     ranks = [rank_class.ranks(change.shapes) for rank_class in set(classes.values())]
-    return {name: min(own[name] for own in ranks) for name in change}
+    return {name: min(by_module[name] for by_module in ranks) for name in change}
 
 
 def tail_share(change: GlobalChange, weak: Mapping[str, int]) -> float:
@@ -63,9 +63,9 @@ def tail_share(change: GlobalChange, weak: Mapping[str, int]) -> float:
 
 
 def kept_of_tail(last: GlobalChange, change: GlobalChange, weak: Mapping[str, int]) -> float | None:
-    """``<tail(last), change> / |tail(last)|^2``: 1 where the tail is as it was, 0 where it is gone.
+    """``<tail(last), change> / |tail(last)|^2``: 1 where the tail is unchanged, 0 where it is lost.
 
-    Learning in the tail's own directions counts too, so it may be above 1; None without a tail.
+    Training along the tail's directions counts too, so it may exceed 1; None without a tail.
     """
     shared = energy = 0.0
     for name, svd in last.items():
@@ -78,13 +78,13 @@ def kept_of_tail(last: GlobalChange, change: GlobalChange, weak: Mapping[str, in
 def kept_by_law(
     last: GlobalChange, weak: Mapping[str, int], weights: Mapping[RankClass, int]
 ) -> float | None:
-    """The same for a round of the published form in which these classes' rows came untrained."""
+    """The same for a round of the published form with untrained updates of these classes."""
     kept = energy = 0.0
     rows = sum(weights.values())
     for name, svd in last.items():
         for j, value in enumerate(_tail(svd, weak[name]).S.double().tolist(), weak[name] + 1):
-            ranks = ((kind.rank_of(name, *svd.shape), own) for kind, own in weights.items())
-            kept += value**2 * sum(own for rank, own in ranks if rank >= j) / rows
+            ranks = ((kind.rank_of(name, *svd.shape), count) for kind, count in weights.items())
+            kept += value**2 * sum(count for rank, count in ranks if rank >= j) / rows
             energy += value**2
     return kept / energy if energy > 0 else None
 

@@ -1,4 +1,4 @@
-"""How a variant is run: a federation, the base as it is, or each client by itself."""
+"""Run a variant: a federation, the untrained base, or each client alone."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Runner = Callable[[Config, Path], Mapping[str, object]]
 
 
 def _federated(config: Config, out: Path) -> dict[str, float]:
-    """Exact match per rank class, and the mean over clients at their own class's rank."""
+    """Exact match per rank class, and the mean over clients at the rank of their class."""
     strategy = simulate(config, out, overwrite=True)
     rounds = RunFolder(out).metrics()
     last = rounds[-1]
@@ -46,7 +46,7 @@ def _base(config: Config, out: Path) -> dict[str, float]:
 
 
 def _alone(config: Config, out: Path) -> dict[str, float]:
-    """Every client trains by itself for as many steps as all rounds together have, at its own rank.
+    """Every client trains alone, at its rank, for as many steps as all rounds together have.
 
     Scored on the test rows of all clients, as the other variants are, and averaged over clients.
     """
@@ -55,7 +55,7 @@ def _alone(config: Config, out: Path) -> dict[str, float]:
     classes = rank_policy_of(config).assign(worker.client_ids)
     by_class: dict[str, list[float]] = {}
     for client_id, adapter in _train_alone(worker, config, classes).items():
-        score = held_out_scores(worker, {"own": adapter})["own"]
+        score = held_out_scores(worker, {client_id: adapter})[client_id]
         value = score.exact_match / score.generated
         by_class.setdefault(classes[client_id].name, []).append(value)
     scores = {name: statistics.fmean(values) for name, values in by_class.items()}
@@ -89,7 +89,7 @@ def _train_alone(
 
 
 def _tail(config: Config, out: Path) -> dict[str, object]:
-    """What became of the tail of ``G``, by round, and the loss of the last."""
+    """The tail metrics of ``G`` by round, and the last eval loss."""
     observer = TailObserver(out)
     simulate(config, out, observer=observer, overwrite=True)
     return {"loss": RunFolder(out).metrics()[-1]["eval_loss"], "rounds": observer.rounds}

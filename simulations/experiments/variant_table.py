@@ -20,7 +20,7 @@ __all__ = ["refuse_taken", "run_table", "run_variants", "summary_table", "with_g
 
 MEASURED = {"eval.split": "test", "eval.max-examples": 0, "eval.every": 0, "eval.generate": "ends"}
 TRIED = {"eval.split": "validation", "eval.every": 0, "eval.generate": "never", "seed": 1000}
-TRIALS_FROM = 0.5  # the scale below which nothing is tried out
+TRIALS_FROM = 0.5  # below this scale no trials are run
 
 Scores = Mapping[str, Any]
 
@@ -28,10 +28,10 @@ Scores = Mapping[str, Any]
 def run_variants(
     request: Request, variants: Sequence[Variant], measured: Mapping = MEASURED
 ) -> ResultsFile:
-    """Run every variant on every seed, except those that ``results.json`` has already.
+    """Run every variant on every seed, except those already in ``results.json``.
 
     Raises:
-        UserError: ``--set`` of a key that a variant decides, or numbers of another series in
+        UserError: ``--set`` of a key that a variant sets, or results of another experiment in
             ``out``.
     """
     refuse_taken(request, variants)
@@ -47,28 +47,27 @@ def run_variants(
 
 
 def refuse_taken(request: Request, variants: Sequence[Variant]) -> None:
-    """Raises ``UserError`` for a ``--set`` of a key that a variant decides."""
+    """Raises ``UserError`` for a ``--set`` of a key that a variant sets."""
     taken = [key for variant in variants for key in variant.changes]
     request.refuse_taken([*taken, "seed", "eval.generate"])
 
 
 def run_table(request: Request, variants: Sequence[Variant]) -> list[dict]:
-    """``run_variants``, and a table per part; the rows, each with the gap it closes."""
+    """Run the variants, print a table per part; returns the rows with ``gap closed`` added."""
     results = run_variants(request, variants)
     rows = with_gap_closed(variants, results.of_seeds(request.seeds))
     for part in dict.fromkeys(variant.part for variant in variants):
         # Within a part's table the titles need not repeat its name.
         titles = {v.title: v.title.removesuffix(f", {part}") for v in variants if v.part == part}
-        own = [row for row in rows if row["variant"] in titles]
-        own = [{**row, "variant": titles[row["variant"]]} for row in own]
+        shown = [{**r, "variant": titles[r["variant"]]} for r in rows if r["variant"] in titles]
         request.console.print()
-        request.console.print(summary_table(list(titles.values()), own, part))
+        request.console.print(summary_table(list(titles.values()), shown, part))
     request.console.print(f"Numbers: {results.file}", soft_wrap=True)
     return rows
 
 
 def _choose_trial(request: Request, results: ResultsFile, variant: Variant) -> None:
-    """Run the trials of a variant on half of the rounds and record the best, unless it is there."""
+    """Run a variant's trials for half of the rounds and record the best; once only."""
     if results.chosen(variant.title):
         return
     losses = []
@@ -106,15 +105,14 @@ def _config(
 
 
 def with_gap_closed(variants: Sequence[Variant], rows: Sequence[Scores]) -> list[dict]:
-    """Each row with what its seed adds to the part of the gap in loss that its variant closes.
+    """The rows with ``gap closed``: the part of the loss gap that the variant closes on that seed.
 
         closed = mean(weak - loss) / mean(weak - strong)
 
-    A row holds ``(weak - loss) / mean(weak - strong)``: its own seed's numerator over the mean gap
-    of all seeds that have both ends. The mean of a variant's rows is the ratio of means, which a
-    seed with hardly a gap cannot turn over as it can a mean of ratios. Their deviation is that of
-    ``weak - loss`` over seeds in units of the mean gap: at the strong end, how the gap itself
-    varies.
+    A row holds ``(weak - loss) / mean(weak - strong)``: the numerator of its seed over the mean
+    gap of all seeds that have both ends. The mean over a variant's rows is a ratio of means, which
+    a seed with a very small gap cannot dominate as it does a mean of ratios. The deviation is that
+    of ``weak - loss`` over seeds, in units of the mean gap.
     """
     part = {variant.title: variant.part for variant in variants}
     end = {variant.title: variant.end for variant in variants if variant.end}
@@ -124,28 +122,17 @@ def with_gap_closed(variants: Sequence[Variant], rows: Sequence[Scores]) -> list
         if row["variant"] in end
     }
     gaps: dict[str, list[float]] = {}
-    for (own, kind, seed), weak in ends.items():
-        if kind == WEAK and (own, STRONG, seed) in ends:
-            gaps.setdefault(own, []).append(weak - ends[own, STRONG, seed])
+    for (name, kind, seed), weak in ends.items():
+        if kind == WEAK and (name, STRONG, seed) in ends:
+            gaps.setdefault(name, []).append(weak - ends[name, STRONG, seed])
     result = []
     for row in rows:
-        own, seed = part.get(row["variant"], ""), row["seed"]
-        gap = statistics.fmean(gaps.get(own, [0.0]))
+        name, seed = part.get(row["variant"], ""), row["seed"]
+        gap = statistics.fmean(gaps.get(name, [0.0]))
         result.append(dict(row))
-        if "loss" in row and gap and {(own, WEAK, seed), (own, STRONG, seed)} <= ends.keys():
-            result[-1]["gap closed"] = (ends[own, WEAK, seed] - row["loss"]) / gap
+        if "loss" in row and gap and {(name, WEAK, seed), (name, STRONG, seed)} <= ends.keys():
+            result[-1]["gap closed"] = (ends[name, WEAK, seed] - row["loss"]) / gap
     return result
-
-
-def _print_part(
-    request: Request, variants: Sequence[Variant], rows: Sequence[Scores], part: str
-) -> None:
-    """The table of one part, whose name the titles need not repeat there."""
-    short = {variant.title: variant.title.removesuffix(f", {part}") for variant in variants}
-    rows = [{**row, "variant": short[row["variant"]]} for row in rows if row["variant"] in short]
-    titles = list(short.values())
-    request.console.print()
-    request.console.print(summary_table(titles, rows, part))
 
 
 def summary_table(titles: Sequence[str], rows: Sequence[Scores], part: str = "") -> Table:
@@ -160,8 +147,9 @@ def summary_table(titles: Sequence[str], rows: Sequence[Scores], part: str = "")
     for key in keys:
         table.add_column(key, justify="right", no_wrap=True)
     for title in titles:
-        own = [row for row in rows if row["variant"] == title]
-        table.add_row(title, *(_cell(key, [r[key] for r in own if key in r]) for key in keys))
+        of_title = [row for row in rows if row["variant"] == title]
+        cells = (_cell(key, [row[key] for row in of_title if key in row]) for key in keys)
+        table.add_row(title, *cells)
     return table
 
 
@@ -175,7 +163,7 @@ def _columns(rows: Sequence[Scores]) -> list[str]:
 
 
 def _cell(key: str, values: Sequence[float]) -> str:
-    """``mean±deviation``; megabytes without, since they hardly differ between seeds."""
+    """``mean±deviation``; megabytes without deviation, since they hardly vary over seeds."""
     if not values:
         return ""
     mean = statistics.fmean(values)

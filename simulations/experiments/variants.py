@@ -13,14 +13,14 @@ WEAK, STRONG = "weak", "strong"
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One row of the table: a title, and what differs from the default configuration.
+    """One row of the table: a title and changes of the default configuration.
 
-    Of its ``trials`` the one with the lowest validation loss after half of the rounds, on a seed of
-    its own, is run on the seeds of the table; below half the scale the middle one is run untried.
+    Of its ``trials`` the one with the lowest validation loss after half of the rounds, on a
+    separate seed, is run on the seeds of the table; below scale 0.5 the middle one is run.
 
     Args:
-        part: the table that has the variant, where an experiment has several.
-        end: ``weak`` and ``strong`` are the ends of the gap that the others close a share of.
+        part: the table of the variant, where an experiment prints several.
+        end: ``weak`` or ``strong`` for the two ends of the gap.
     """
 
     title: str
@@ -32,18 +32,16 @@ class Variant:
 
 
 def fixed(rank: int, **changes: object) -> dict[str, object]:
-    """Everybody at one rank."""
+    """All clients at one rank."""
     return {"ranks.policy": "fixed", "ranks.fixed": rank, **changes}
 
 
-# Four clients in five are weak: which part of the gap between everybody weak and everybody strong
-# does a method close?
+# Four clients in five train at the weakest rank.
 SKEW: Changes = {"ranks.tiers": "2,8,16", "ranks.shares": "0.8,0.1,0.1"}
-# As many trials for each: a method with a server rate tries three of them, the others three
-# learning rates of their clients.
+# Three trials each: of the server rate where the method has one, else of the learning rate.
 RATES = tuple({"method.server-learning-rate": rate} for rate in (1.0, 2.0, 3.0))
 STEPS = tuple({"train.learning-rate": rate} for rate in (5e-3, 1e-2, 2e-2))
-# The same for a pretrained base, which wants smaller steps: six trials each.
+# Six trials each with smaller steps, for a pretrained base.
 GENTLE_RATES = tuple(
     {"train.learning-rate": rate, "method.server-learning-rate": server}
     for rate in (1e-3, 2e-3, 5e-3)
@@ -54,7 +52,7 @@ POOLED: Changes = {"data.partition": "iid", "clients.count": 1, "fraction-train"
 
 
 def method_variants(rates: tuple[Changes, ...], steps: tuple[Changes, ...]) -> tuple[Variant, ...]:
-    """Every method, with as many trials for each."""
+    """One variant per method, the base and both ends of the gap."""
 
     def skewed(
         title: str,
@@ -63,8 +61,8 @@ def method_variants(rates: tuple[Changes, ...], steps: tuple[Changes, ...]) -> t
         changes: Changes | None = None,
         end: str = "",
     ) -> Variant:
-        own = {"method.name": method, **SKEW, **(changes or {})}
-        return Variant(title=title, changes=own, trials=trials, end=end)
+        changes = {"method.name": method, **SKEW, **(changes or {})}
+        return Variant(title=title, changes=changes, trials=trials, end=end)
 
     return (
         Variant(title="the base, untrained", kind="base"),

@@ -103,7 +103,7 @@ class Diurnal:
 
     def changes_at(self, client_id: str, seconds: float) -> float:
         if self.swing == 0:
-            return math.inf  # everybody is there at every time
+            return math.inf  # every client is online at every time
         return state_at((w for w in self._windows(client_id, seconds) if w[0] < w[1]), seconds)[1]
 
     def _windows(self, client_id: str, seconds: float) -> Iterator[tuple[float, float]]:
@@ -133,7 +133,7 @@ class Markov:
     """Exponential times online and offline, with means that leave a client online for ``share``.
 
     The first state is drawn from the stationary law. A client's changes are made in order, as far
-    as a question reaches, and kept: 8 bytes each.
+    as the queries reach, and cached: 8 bytes each.
     """
 
     def __init__(self, *, share: float, online_seconds: float, seed: int) -> None:

@@ -88,7 +88,7 @@ class Price:
         return max(0.0, seconds - self.latency_seconds) / arriving
 
     def joules_until(self, seconds: float) -> float:
-        """What was spent up to ``seconds`` after the start."""
+        """Energy spent up to ``seconds`` after the start."""
         down = min(max(seconds, 0.0), self.download_seconds)
         train = min(max(seconds - self.download_seconds, 0.0), self.train_seconds)
         rest = seconds - self.download_seconds - self.train_seconds
@@ -151,7 +151,7 @@ class Clock:
             effort.looks,
         )
         if own is not None:
-            # All that the client was sent lies frozen beside its own factors.
+            # The received factors are frozen beside the personal ones.
             carried += self._numbers(self.shape, rank_class)
             kind = RankClass.of(own.rank)
             seconds += self._train_seconds(
@@ -204,8 +204,8 @@ class Clock:
         if self.shape is self.trained_shape:
             return 1.0, 1.0
         ours, theirs = (self._numbers(x, rank_class) for x in (self.shape, self.trained_shape))
-        held, tiny = (self._carried(x, rank_class) for x in (self.shape, self.trained_shape))
-        return (ours + held) / (theirs + tiny), ours / theirs
+        carried, tiny = (self._carried(x, rank_class) for x in (self.shape, self.trained_shape))
+        return (ours + carried) / (theirs + tiny), ours / theirs
 
     def _numbers(self, shape: ModelShape, rank_class: RankClass) -> int:
         return adapter_numbers(shape, rank_class, self.plan.target_modules)

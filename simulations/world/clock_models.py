@@ -1,4 +1,4 @@
-"""Public models whose cost a clock can count without asking anybody: sizes of their config.json.
+"""Public models whose sizes (of their config.json) are known here, so that no download is needed.
 
 ``population.clock-model`` takes one of these hub names, and opens no connection for it, or whatever
 ``flexlora plan --model`` takes.

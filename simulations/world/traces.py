@@ -10,8 +10,8 @@ The trace begins anew after its last end, of any client, so that clients keep th
 one another; an interval that ends there and one that starts at 0 are one. Intervals of a client
 that overlap are one, too.
 
-A trace names this run's clients, or it names none of them: recordings of real devices have numbers
-of their own. Then the clients, sorted, are given the trace's, sorted, one by one and again from
+A trace names this run's clients, or it names none of them: recordings have other ids.
+Then the clients, sorted, are given the trace's, sorted, one by one and again from
 the first. Naming some of the clients and not all is a mistake, and refused.
 """
 
@@ -54,9 +54,9 @@ class Trace:
     """
 
     def __init__(self, intervals: Mapping[str, Intervals], client_ids: Sequence[str]) -> None:
-        self.period = max(end for own in intervals.values() for _, end in own)
+        self.period = max(end for of_client in intervals.values() for _, end in of_client)
         named = _named(intervals, sorted(client_ids))
-        self._merged = {name: _merged(own) for name, own in intervals.items()}
+        self._merged = {name: _merged(of_client) for name, of_client in intervals.items()}
         self._of = {client_id: self._merged[name] for client_id, name in named.items()}
 
     def online(self, client_id: str, seconds: float) -> bool:
@@ -100,10 +100,10 @@ def _named(intervals: Mapping[str, Intervals], ordered: Sequence[str]) -> dict[s
     return {client_id: names[k % len(names)] for k, client_id in enumerate(ordered)}
 
 
-def _merged(own: Intervals) -> Intervals:
+def _merged(intervals: Intervals) -> Intervals:
     """In order, and those that overlap or touch as one."""
     merged: Intervals = []
-    for start, end in sorted(own):
+    for start, end in sorted(intervals):
         if merged and start <= merged[-1][1]:
             merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
         else:

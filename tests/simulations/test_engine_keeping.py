@@ -158,7 +158,7 @@ class Held(Observer):
         self.grids, self.messages, self.payloads, self.trips = grids, [], [], []
 
     def round_finished(self, metrics):
-        held = self.grids[-1]._held.values()
+        held = self.grids[-1]._unanswered.values()
         self.messages.append(len(held))
         records = [r for h in held for r in h.message.content.array_records.values()]
         self.payloads.append(len({id(record) for record in records}))

@@ -149,7 +149,7 @@ def test_a_seed_without_a_checkpoint_begins_anew(two, tmp_path, spied):
     left = kept(out)
     left["rows"] = left["rows"][:1]
     (out / "seeds.json").write_text(json.dumps(left))
-    assert SeedSeries.read(out).go_on(make_console()) == 0
+    assert SeedSeries.read(out).run(make_console()) == 0
     assert spied == [("seed-5", 5, False)]
     assert adapter_bytes(out / "seed-5") == adapter_bytes(two / "seed-5")
 
