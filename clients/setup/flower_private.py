@@ -1,6 +1,6 @@
 """Flower's private names behind the doctor's node checks. When Flower moves, check each line here.
 
-Names (``tests/clients/test_flower_private.py`` fails where one is gone):
+Names (``tests/clients/test_client_flower_private.py`` fails where one is gone):
 
     ActivateNodeRequest          a SuperNode's first request; fields ``public_key``,
                                  ``heartbeat_interval``

@@ -315,7 +315,7 @@ def test_a_reply_counts_once_and_one_to_nothing_never(honest, caplog):
     """``aggregate_train`` is public: replies may reach it without any of our exchange."""
     grid = FaultyGrid(people(3))
     strategy = run(grid, settings(num_server_rounds=1, server__resends=0), rows=[])
-    fresh = type(strategy)(strategy.settings, state=no_change(strategy.roster.shapes))
+    fresh = type(strategy)(strategy.config, state=no_change(strategy.roster.shapes))
     fresh.meet(grid)
     messages = fresh.configure_train(1, None, None, grid)
     replies = [reply_of(grid, message) for message in messages]
