@@ -1,6 +1,7 @@
 """Flower's names that are not in its documented API, as the server and the simulations use them.
 
-``tests/server/test_server_flower_private.py`` checks each one as it is used here. When Flower moves:
+``tests/server/test_server_flower_private.py`` checks each one as it is used here. When Flower
+moves:
 
     ErrorCode           the numbers 3, 4, 5 and 8, and that a lost node or message still gets one
     ObjectPushError     what ``Grid.push_messages`` raises when an upload of records breaks off
