@@ -120,7 +120,6 @@ def test_a_simulation_runs_with_it(tmp_path):
 GUIDE = ROOT / "CONTRIBUTING.md"
 
 
-@pytest.mark.skipif(not GUIDE.exists(), reason="the guide is not in this tree")
 def test_the_example_is_the_one_of_the_guide():
     blocks = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.S)
     assert EXAMPLE in blocks
