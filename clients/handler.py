@@ -18,9 +18,9 @@ from flexlora.clients.messages import (
     encode_evaluate_result,
     encode_train_result,
 )
-from flexlora.clients.trainer.owner_config import ONE_CLIENT
+from flexlora.clients.trainer.owner_config import ONE_CLIENT, of_run
 from flexlora.clients.worker import Worker, failed_training, worker_for
-from flexlora.config.resolve import Config, of_flower
+from flexlora.config.resolve import Config
 from flexlora.errors import UserError, one_line
 from flexlora.training.personal_store import PersonalStore
 from flexlora.training.uplink import Uplink, add_note
@@ -46,16 +46,15 @@ def worker_of(context: Context) -> tuple[Worker, str]:
     is one client with all rows there, named by ``client-id``; ``model-path`` and ``quantization``
     replace the run's.
     """
-    config, node = Config.of(of_flower(context.run_config)), context.node_config
+    values, node = of_run(context.run_config), context.node_config
     if "model-path" in node:
-        config = config.with_values({"model.name": str(node["model-path"])})
+        values["model.name"] = str(node["model-path"])
     if "quantization" in node:
-        kind = str(node["quantization"])
-        config = config.with_values({"model.quantization": kind, "clients.quantization": ""})
+        values |= {"model.quantization": str(node["quantization"]), "clients.quantization": ""}
     if "data-path" in node:
         name = str(node.get("client-id", f"node_{context.node_id}"))
-        own = {"data.path": str(node["data-path"]), **ONE_CLIENT}
-        worker = worker_for(config.with_values(own))
+        values |= {"data.path": str(node["data-path"]), **ONE_CLIENT}
+        worker = worker_for(Config.of(values))
         worker.data.rename(name)
         return worker, name
     if "partition-id" not in node:
@@ -63,7 +62,7 @@ def worker_of(context: Context) -> tuple[Worker, str]:
             "the node has neither data-path nor partition-id in its node config; "
             'start it with --node-config \'data-path="..." client-id="..."\'.'
         )
-    worker = worker_for(config)
+    worker = worker_for(Config.of(values))
     partition = int(node["partition-id"])
     client_id = worker.client_at(partition)
     if client_id is None:

@@ -21,6 +21,7 @@ import tomli_w
 from typer import Argument, Option
 
 import flexlora
+from flexlora.commands.options import PATH
 from flexlora.config.resolve import flower_table
 from flexlora.deploy.certificates import Issued, alternative_names, make_authority, make_server
 from flexlora.deploy.folder import SECRET, File, check_free, fill_tree, write_folder
@@ -64,7 +65,9 @@ class Listening:
 
 
 def server_init(
-    folder: Annotated[str, Argument(metavar="DIR", help="folder to make, not there yet")],
+    folder: Annotated[
+        str, Argument(metavar="DIR", click_type=PATH, help="folder to make, not there yet")
+    ],
     host: Annotated[
         list[str] | None, Option(metavar="NAME", help="how nodes reach this machine (repeatable)")
     ] = None,

@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 
 from flexlora.clients.worker import Worker, worker_for
+from flexlora.config.paths import expanded
 from flexlora.config.resolve import Config, resolved
 from flexlora.errors import UserError, one_line
 from flexlora.report import write_report
@@ -74,7 +75,7 @@ def simulate(
     Raises:
         UserError: any mistake in the configuration, or a folder in use.
     """
-    config, out = resolved(config), Path(out)
+    config, out = resolved(config), Path(expanded(str(out)))
     if not go_on:
         RunFolder.check_free(out, overwrite=overwrite)
     check_config(config)

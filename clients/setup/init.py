@@ -20,6 +20,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 import flexlora
+from flexlora.commands.options import PATH
 from flexlora.data.rows import Row
 from flexlora.data.sources import load_folder
 from flexlora.deploy.certificates import Authorities, read_authorities
@@ -54,13 +55,15 @@ class CheckedInit:
 
 
 def client_init(
-    folder: Annotated[str, Argument(metavar="DIR", help="folder to make, not there yet")],
+    folder: Annotated[
+        str, Argument(metavar="DIR", click_type=PATH, help="folder to make, not there yet")
+    ],
     superlink: Annotated[str, Option(metavar="HOST:PORT", help="the server")],
     root_certificates: Annotated[
-        str, Option(metavar="CA.crt", help="ca.crt of the server's folder")
+        str, Option(metavar="CA.crt", click_type=PATH, help="ca.crt of the server's folder")
     ],
-    data: Annotated[str, Option(metavar="DIR", help="this node's data folder")],
-    model: Annotated[str, Option(help="folder or hub name")] = "embedded",
+    data: Annotated[str, Option(metavar="DIR", click_type=PATH, help="this node's data folder")],
+    model: Annotated[str, Option(click_type=PATH, help="folder or hub name")] = "embedded",
     client_id: Annotated[str, Option(metavar="NAME", help="this node's name")] = "",
     device: Annotated[str, Option(help="auto, cpu or cuda")] = "auto",
     quantization: Annotated[str, Option(help="none, 8bit or nf4 (default: what fits)")] = "",
@@ -85,7 +88,7 @@ def client_init(
     path = check_free(folder)
     plain(path, "the folder")
     _check_socket(path)
-    data_path = Path(data).expanduser().resolve()
+    data_path = Path(data).resolve()
     rows = _rows(data_path)
     plain(data_path, "--data")
     name, is_local = _model(model)
@@ -153,7 +156,7 @@ def _model(name: str) -> tuple[str, bool]:
     """
     if name == "embedded":
         return name, True
-    path = Path(name).expanduser()
+    path = Path(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"--model folder '{name}' has no config.json; is it a model folder?")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Option
 
 from flexlora.clients.trainer import sockets
+from flexlora.commands.options import PATH
 from flexlora.errors import UserError
 from flexlora.units import human_bytes, parse_bytes
 
@@ -28,19 +29,21 @@ __all__ = ["health", "serve"]
 ABORTED = 1
 SAME_SIGNAL_SECONDS = 1.0  # some senders signal a process and then its group
 
-Socket = Annotated[str, Option(metavar="PATH", help="Unix socket that the trainer listens on")]
+Socket = Annotated[str, Option(metavar="PATH", click_type=PATH, help="Unix socket of the trainer")]
 
 
 def serve(
-    model: Annotated[str, Option(help="folder, hub name, embedded")],
-    data: Annotated[str, Option(metavar="DIR", help="this node's data folder")],
+    model: Annotated[str, Option(click_type=PATH, help="folder, hub name, embedded")],
+    data: Annotated[str, Option(metavar="DIR", click_type=PATH, help="this node's data folder")],
     socket: Socket = "",
     group: Annotated[str, Option(help="group that may open the socket too")] = "",
     client_id: Annotated[str, Option(metavar="NAME", help="this node's name")] = "",
     quantization: Annotated[str, Option(help="none, 8bit or nf4")] = "none",
     device: Annotated[str, Option(help="auto, cpu or cuda")] = "auto",
     memory_limit: Annotated[str, Option(metavar="SIZE", help="bytes to use, like 6GiB")] = "",
-    state: Annotated[str, Option(metavar="DIR", help="folder of the finished replies")] = "",
+    state: Annotated[
+        str, Option(metavar="DIR", click_type=PATH, help="folder of the finished replies")
+    ] = "",
     keep: Annotated[str, Option(metavar="SIZE", help="bytes of them at most")] = "2GiB",
     keep_hours: Annotated[float, Option(help="hours to keep them")] = 24.0,
     max_request: Annotated[str, Option(metavar="SIZE", help="largest request")] = "2GiB",
@@ -83,7 +86,7 @@ def serve(
         )
         limit = _enforced(memory_limit, owner.config, log)
         replies = ReplyStore(
-            Path(state).expanduser() if state else default_folder(),
+            Path(state) if state else default_folder(),
             max_bytes=parse_bytes(keep, "--keep"),
             max_seconds=keep_hours * 3600,
         )
@@ -139,7 +142,7 @@ def health(socket: Socket = "") -> int:
 
 
 def _socket(given: str) -> Path:
-    return Path(os.path.abspath(Path(given).expanduser())) if given else sockets.default_socket()
+    return Path(os.path.abspath(given)) if given else sockets.default_socket()
 
 
 def _checked_socket(given: str, group: str) -> Path:

@@ -17,7 +17,7 @@ from typing import Any
 from flexlora.config.resolve import KEYS, Config, of_flower
 from flexlora.errors import UserError
 
-__all__ = ["ONE_CLIENT", "OwnerConfig", "data_digest", "is_owner_key", "job_config"]
+__all__ = ["ONE_CLIENT", "OwnerConfig", "data_digest", "is_owner_key", "job_config", "of_run"]
 
 # One client that has all rows of its folder.
 ONE_CLIENT = {
@@ -26,7 +26,7 @@ ONE_CLIENT = {
     "clients.count": 1,
     "clients.quantization": "",
 }
-# Keys of the run that name a file or an address: a trainer ignores them.
+# Keys of the run that name a file or an address on the server: a node ignores them.
 _IGNORED = (
     "out",
     "resume",
@@ -97,14 +97,18 @@ class OwnerConfig:
         return self.client_id or node_name or f"node_{node_id}"
 
 
+def of_run(run: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of Flower's run config that a node reads."""
+    return {key: value for key, value in of_flower(run).items() if key not in _IGNORED}
+
+
 def job_config(owner: Config, run: Mapping[str, Any]) -> Config:
     """The run's configuration with the owner's keys put over it.
 
     Raises:
         UserError: a key that this FlexLoRA does not know, or a value out of its range.
     """
-    given = of_flower(run)
-    taken = {key: given[key] for key in given if key not in _IGNORED and not is_owner_key(key)}
+    taken = {key: value for key, value in of_run(run).items() if not is_owner_key(key)}
     owned = {key: value for key, value in owner.flat().items() if is_owner_key(key)}
     return Config.of({**taken, **owned})
 
@@ -114,7 +118,7 @@ def data_digest(folder: str) -> str:
     if not folder:
         return ""
     found = []
-    for path in sorted(Path(folder).expanduser().glob("*.jsonl*")):
+    for path in sorted(Path(folder).glob("*.jsonl*")):
         seen = path.stat()
         found.append([path.name, seen.st_size, seen.st_mtime_ns])
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()

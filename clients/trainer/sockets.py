@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from flexlora.config.paths import expanded
 from flexlora.errors import UserError
 
 __all__ = [
@@ -55,7 +56,7 @@ def trainer_socket(node_config: Mapping[str, object]) -> Path | None:
         given = os.environ.get(VARIABLE) or None
     if given is None:
         return None
-    path = Path(str(given))
+    path = Path(expanded(str(given)))
     if not path.is_absolute():
         raise UserError(f"{NODE_KEY} is '{given}', expected an absolute path.")
     return path

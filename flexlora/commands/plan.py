@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from typer import Option
 
 from flexlora.aggregation.engine.options import CARRIED_RANK
+from flexlora.commands.options import PATH
 from flexlora.config.sections import Train
 from flexlora.errors import UserError, nearest
 from flexlora.planning.devices import DEVICES, Device, find_device, this_machine
@@ -29,7 +30,7 @@ ROWS = Train().per_device_train_batch_size
 
 
 def plan(
-    model: Annotated[str, Option(help="folder, hub name, embedded")],
+    model: Annotated[str, Option(click_type=PATH, help="folder, hub name, embedded")],
     memory: Annotated[str, Option(metavar="SIZE", help="bytes to use, like 8GiB")] = "",
     device: Annotated[str, Option(metavar="NAME", help="a known card or board")] = "",
     table: Annotated[bool, Option("--table", help="the plan of every known device")] = False,

@@ -6,14 +6,19 @@ from typing import Annotated
 
 from typer import Argument, Option
 
+from flexlora.commands.options import PATH
 from flexlora.commands.train import ConfigFile, Sets
 
 __all__ = ["compare", "doctor", "evaluate", "export", "report", "watch"]
 
 
 def evaluate(
-    target: Annotated[str, Argument(metavar="ADAPTER_OR_RUN", help="a PEFT or a run folder")],
-    data: Annotated[str, Option(metavar="DIR", help="data folder (default: the run's)")] = "",
+    target: Annotated[
+        str, Argument(metavar="ADAPTER_OR_RUN", click_type=PATH, help="a PEFT or a run folder")
+    ],
+    data: Annotated[
+        str, Option(metavar="DIR", click_type=PATH, help="data folder (default: the run's)")
+    ] = "",
     config_file: ConfigFile = None,
     sets: Sets = None,
 ) -> int:
@@ -23,7 +28,9 @@ def evaluate(
 
 
 def report(
-    target: Annotated[str, Argument(metavar="RUN", help="a run folder, finished or not")],
+    target: Annotated[
+        str, Argument(metavar="RUN", click_type=PATH, help="a run folder, finished or not")
+    ],
 ) -> None:
     from flexlora.report import write_report
 
@@ -31,7 +38,9 @@ def report(
 
 
 def watch(
-    target: Annotated[str, Argument(metavar="[RUN]", help="(default: the newest)")] = "",
+    target: Annotated[
+        str, Argument(metavar="[RUN]", click_type=PATH, help="(default: the newest)")
+    ] = "",
     once: Annotated[bool, Option("--once", help="print one picture and end")] = False,
 ) -> int:
     from flexlora.report.console import make_console
@@ -41,8 +50,12 @@ def watch(
 
 
 def compare(
-    targets: Annotated[list[str], Argument(metavar="RUN...", help="two run folders or more")],
-    out: Annotated[str, Option(metavar="FILE.html", help="write a page with the figures")] = "",
+    targets: Annotated[
+        list[str], Argument(metavar="RUN...", click_type=PATH, help="two run folders or more")
+    ],
+    out: Annotated[
+        str, Option(metavar="FILE.html", click_type=PATH, help="write a page with the figures")
+    ] = "",
 ) -> int:
     from flexlora.report import compare
     from flexlora.report.console import make_console
@@ -51,9 +64,9 @@ def compare(
 
 
 def export(
-    target: Annotated[str, Argument(metavar="RUN", help="a run folder")],
+    target: Annotated[str, Argument(metavar="RUN", click_type=PATH, help="a run folder")],
     rank: Annotated[int, Option(help="rank of the adapter")],
-    out: Annotated[str, Option(metavar="DIR", help="folder to write")],
+    out: Annotated[str, Option(metavar="DIR", click_type=PATH, help="folder to write")],
     format: Annotated[str, Option(help="peft or merged")] = "peft",
 ) -> None:
     from flexlora.simulations.inspection import export_run
@@ -65,9 +78,15 @@ def doctor(
     superlink: Annotated[
         list[str] | None, Option(metavar="HOST:PORT", help="try to reach it (repeatable)")
     ] = None,
-    root_certificates: Annotated[str, Option(help="who signed the SuperLink's certificate")] = "",
-    node_key: Annotated[str, Option(help="this node's private key: is it registered?")] = "",
-    trainer_socket: Annotated[str, Option(help="ask the resident trainer how it is")] = "",
+    root_certificates: Annotated[
+        str, Option(click_type=PATH, help="who signed the SuperLink's certificate")
+    ] = "",
+    node_key: Annotated[
+        str, Option(click_type=PATH, help="this node's private key: is it registered?")
+    ] = "",
+    trainer_socket: Annotated[
+        str, Option(click_type=PATH, help="ask the resident trainer how it is")
+    ] = "",
     format: Annotated[str, Option(help="text or json")] = "text",
 ) -> int:
     from flexlora.clients.setup.superlink_checks import node_checks

@@ -9,13 +9,15 @@ from typing import Annotated
 from typer import Argument, Option
 
 from flexlora.aggregation.engine.options import choices
+from flexlora.commands.options import PATH
 from flexlora.config.resolve import Config, all_keys
 from flexlora.errors import UserError
 
 __all__ = ["ConfigFile", "Sets", "reproduce", "simulate", "tune"]
 
 ConfigFile = Annotated[
-    str | None, Option("--config", metavar="FILE", help="TOML file of configuration keys")
+    str | None,
+    Option("--config", metavar="FILE", click_type=PATH, help="TOML file of configuration keys"),
 ]
 Sets = Annotated[
     list[str] | None, Option("--set", metavar="KEY=VALUE", help="set one key (repeatable)")
@@ -25,8 +27,12 @@ Sets = Annotated[
 def simulate(
     config_file: ConfigFile = None,
     sets: Sets = None,
-    out: Annotated[str, Option(metavar="DIR", help="run folder (default: runs/DATE-TIME)")] = "",
-    resume: Annotated[str, Option(metavar="DIR", help="go on with the run in DIR")] = "",
+    out: Annotated[
+        str, Option(metavar="DIR", click_type=PATH, help="run folder (default: runs/DATE-TIME)")
+    ] = "",
+    resume: Annotated[
+        str, Option(metavar="DIR", click_type=PATH, help="go on with the run in DIR")
+    ] = "",
     overwrite: Annotated[bool, Option("--overwrite", help="replace a run in --out")] = False,
     seeds: Annotated[int | None, Option(metavar="N", help="N seeds: mean and deviation")] = None,
     keys: Annotated[bool, Option("--help-config", help="list all keys and defaults")] = False,
@@ -97,7 +103,9 @@ def _print_keys() -> None:
 def tune(
     config_file: ConfigFile = None,
     sets: Sets = None,
-    out: Annotated[str, Option(metavar="FILE.toml", help="write the configuration chosen")] = "",
+    out: Annotated[
+        str, Option(metavar="FILE.toml", click_type=PATH, help="write the configuration chosen")
+    ] = "",
 ) -> int:
     from flexlora.simulations.tune import tune
 
@@ -109,7 +117,9 @@ def reproduce(
     scale: Annotated[float, Option(help="times the documented size")] = 1.0,
     seeds: Annotated[int | None, Option(help="how many seeds (default: 3 times --scale)")] = None,
     first_seed: Annotated[int, Option(help="the first")] = 0,
-    out: Annotated[str, Option(metavar="DIR", help="folder (default: runs/NAME)")] = "",
+    out: Annotated[
+        str, Option(metavar="DIR", click_type=PATH, help="folder (default: runs/NAME)")
+    ] = "",
     sets: Sets = None,
 ) -> int:
     from flexlora.simulations.experiments.reproduce import list_experiments, reproduce

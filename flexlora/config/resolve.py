@@ -21,6 +21,7 @@ from pydantic.fields import FieldInfo
 from flexlora.aggregation import METHODS, method_class, method_options
 from flexlora.aggregation.engine.options import MethodOptions, Options, in_a_sentence, kebab_case
 from flexlora.config import sections
+from flexlora.config.paths import read_text
 from flexlora.errors import UserError, nearest
 
 __all__ = [
@@ -254,11 +255,9 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     """Dotted keys of a TOML file.
 
     Raises:
-        UserError: the file is missing or is not TOML.
+        UserError: the file is missing, is not TOML, or its text is not UTF-8.
     """
     try:
-        return flatten(tomllib.loads(Path(path).read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise UserError(f"configuration file '{path}' does not exist.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        return flatten(tomllib.loads(read_text(path, "configuration file")))
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise UserError(f"configuration file '{path}' cannot be read: {error}.") from None

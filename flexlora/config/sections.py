@@ -6,9 +6,12 @@ the entry points takes a section, or plain values of it.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator
 
 from flexlora.aggregation.engine.options import Options, choices, option
+from flexlora.config.paths import expanded
 
 __all__ = [
     "QUANTIZATIONS",
@@ -19,6 +22,7 @@ __all__ = [
     "Eval",
     "Lora",
     "Model",
+    "PathKey",
     "Personal",
     "Population",
     "Ranks",
@@ -40,6 +44,7 @@ RankPolicyName = Literal[
     "file",
     "memory",
 ]
+PathKey = Annotated[str, AfterValidator(expanded)]  # a key that takes a path
 QUANTIZATIONS: tuple[str, ...] = choices(Quantization)
 RANK_POLICIES: tuple[str, ...] = choices(RankPolicyName)
 
@@ -53,8 +58,10 @@ class Run(Options):
         0.34, "share of the clients that train in a round", ge=0.0, le=1.0
     )
     min_train_clients: int = option(1, "train at least this many clients a round", ge=1)
-    resume: str = option("", "run folder that `flwr run` goes on with (as its `out`)")
-    out: str = option("", "run folder of `flwr run` (default: runs/RUN_ID where the server runs)")
+    resume: PathKey = option("", "run folder that `flwr run` goes on with (as its `out`)")
+    out: PathKey = option(
+        "", "run folder of `flwr run` (default: runs/RUN_ID where the server runs)"
+    )
 
 
 class Clients(Options):
@@ -74,7 +81,7 @@ class Ranks(Options):
     tiers: str = option("2,4,8,16", "the ranks under ranks.policy=tiers")
     shares: str = option("0.5,0.25,0.15,0.1", "share of the clients per tier (or 'equal')")
     scale: float = option(1.0, "factor on the ranks of ranks.policy=paper:...", ge=1e-06)
-    file: str = option("", "ranks by client id under ranks.policy=file (.csv or .toml)")
+    file: PathKey = option("", "ranks by client id under ranks.policy=file (.csv or .toml)")
 
 
 class Lora(Options):
@@ -91,7 +98,7 @@ class Lora(Options):
 class Model(Options):
     """The base model."""
 
-    name: str = option("embedded", "local folder or hub name of the base model")
+    name: PathKey = option("embedded", "local folder or hub name of the base model")
     quantization: Quantization = option("none", "how the base is held")
     outlier_threshold: float = option(
         0.0, "8bit: larger inputs are multiplied in 16 bits, one client at a time (0: none)", ge=0.0
@@ -105,7 +112,7 @@ class Model(Options):
 class Data(Options):
     """The source of the rows and their partition over clients."""
 
-    path: str = option("", "folder of train, validation and test .jsonl[.gz] files")
+    path: PathKey = option("", "folder of train, validation and test .jsonl[.gz] files")
     tasks: str = option("default", "built-in families: default, all, or names with commas")
     name: str = option("", "hub data set (needs the datasets package)")
     partition: Literal["client", "task", "iid", "dirichlet"] = option("client", "rows to clients")
@@ -196,12 +203,12 @@ class Population(Options):
     )
     online_share: float = option(0.6, "mean share of clients online", ge=0.01, le=1.0)
     online_hours: float = option(2.0, "mean time online (markov)", ge=0.01)
-    trace: str = option("", "CSV of client_id,start_seconds,end_seconds (trace)")
+    trace: PathKey = option("", "CSV of client_id,start_seconds,end_seconds (trace)")
     dropout: float = option(0.0, "chance that a client leaves while it trains", ge=0.0, le=1.0)
     straggler_share: float = option(0.0, "share of slow trainings", ge=0.0, le=1.0)
     straggler_slowdown: float = option(3.0, "how many times slower they are", ge=1.0)
     examples: str = option("", "train rows per client, as '100' or 'lognormal:60:1.0' (empty: all)")
-    clock_model: str = option(
+    clock_model: PathKey = option(
         "", "model folder or hub name whose cost the clock counts (empty: model.name)"
     )
 

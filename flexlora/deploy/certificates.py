@@ -163,7 +163,7 @@ def read_authorities(path: Path) -> Authorities:
             the certificates (one that signed itself counts).
     """
     try:
-        data = path.expanduser().read_bytes()
+        data = path.read_bytes()
     except OSError as error:
         problem = (
             f"cannot be read: {error.strerror or error}; copy ca.crt from the server's folder."

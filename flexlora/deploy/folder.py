@@ -38,7 +38,7 @@ def check_free(folder: str | Path) -> Path:
     Raises:
         UserError: it is a file, or holds something.
     """
-    path = Path(folder).expanduser().resolve()
+    path = Path(folder).resolve()
     if path.exists() and not path.is_dir():
         raise UserError(f"'{folder}' is a file, expected a folder to make; give another name.")
     if path.is_dir() and any(path.iterdir()):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from flexlora.config.paths import resolve_name
+from flexlora.config.paths import expanded, resolve_name
 from flexlora.errors import UserError
 from flexlora.planning.architectures import shape_from_config
 from flexlora.planning.shapes import ModelShape
@@ -30,7 +30,7 @@ def read_shape(name: str) -> ModelShape:
 
 
 def _config_file(name: str) -> Path:
-    file = Path(name).expanduser()
+    file = Path(expanded(name))
     if file.suffix == ".json" and file.is_file():
         return file
     source = resolve_name(name)

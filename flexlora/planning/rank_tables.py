@@ -25,6 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from flexlora.config.paths import read_text
 from flexlora.errors import UserError, nearest
 from flexlora.lora.ranks import RankClass
 
@@ -42,16 +43,13 @@ def read_rank_table(path: str) -> dict[str, RankClass]:
     """
     if not path:
         raise UserError("ranks.policy is 'file' and ranks.file is empty, expected a .csv or .toml.")
-    file = Path(path).expanduser()
-    if file.suffix not in (".csv", ".toml"):
+    suffix = Path(path).suffix
+    if suffix not in (".csv", ".toml"):
         raise UserError(f"ranks.file is '{path}', expected a file that ends in .csv or .toml.")
-    read = _read_csv if file.suffix == ".csv" else _read_toml
+    read, text = _read_csv if suffix == ".csv" else _read_toml, read_text(path, "ranks.file")
     try:
-        text = file.read_text(encoding="utf-8")
         entries = list(read(path, text))
-    except FileNotFoundError:
-        raise UserError(f"ranks.file '{path}' does not exist.") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, csv.Error) as error:
+    except (tomllib.TOMLDecodeError, RecursionError, csv.Error) as error:
         raise UserError(f"ranks.file '{path}' cannot be read: {error}.") from None
     table: dict[str, RankClass] = {}
     for client_id, fields in entries:

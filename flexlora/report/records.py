@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from flexlora.config.paths import expanded
 from flexlora.config.resolve import KEYS, read_toml
 from flexlora.errors import UserError
 from flexlora.runs.metrics_file import missing_files, read_rounds
@@ -131,7 +132,7 @@ def read_run(path: str | Path) -> RunRecords:
     Raises:
         UserError: it is a series of seeds or no run folder, or a file is damaged.
     """
-    path = Path(path)
+    path = Path(expanded(str(path)))
     if (path / SERIES_FILE).is_file():
         runs = sorted((folder.name for folder in path.glob("seed-*")), key=_natural)
         named = f", such as {path / runs[0]}" if runs else ""

@@ -31,6 +31,7 @@ import tomli_w
 from safetensors import SafetensorError
 
 from flexlora.aggregation.engine.state import State
+from flexlora.config.paths import expanded
 from flexlora.config.resolve import Config, of_older, read_toml
 from flexlora.errors import UserError
 from flexlora.lora.ranks import RankClass
@@ -55,7 +56,7 @@ class RunFolder:
     """One run on disk. A round's rows are appended when it is done, before its checkpoint."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = Path(expanded(str(path)))
 
     @classmethod
     def create(cls, path: str | Path, config: Config, *, overwrite: bool = False) -> RunFolder:

@@ -273,7 +273,7 @@ def _file_bytes(name: str) -> int:
     """Bytes of the weights in a model's folder or in the hub's cache; 0 where they are not yet."""
     from huggingface_hub import snapshot_download
 
-    folder = EMBEDDED if name == "embedded" else Path(name).expanduser()
+    folder = EMBEDDED if name == "embedded" else Path(name)
     if not folder.is_dir():
         try:
             folder = Path(snapshot_download(name, local_files_only=True))

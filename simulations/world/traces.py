@@ -20,8 +20,8 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 
+from flexlora.config.paths import read_text
 from flexlora.errors import UserError, nearest
 
 __all__ = ["Trace", "read_trace", "state_at"]
@@ -123,8 +123,8 @@ def read_trace(path: str) -> dict[str, Intervals]:
             "population.availability is 'trace' and population.trace is empty, expected a CSV file "
             f"with the columns {', '.join(COLUMNS)}."
         )
+    lines = read_text(path, "population.trace").splitlines()
     try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8-sig").splitlines()
         reader = csv.DictReader(lines, skipinitialspace=True)
         if missing := [name for name in COLUMNS if name not in (reader.fieldnames or ())]:
             raise UserError(
@@ -135,9 +135,7 @@ def read_trace(path: str) -> dict[str, Intervals]:
         for row in reader:
             where = f"population.trace '{path}' line {reader.line_num}"
             intervals.setdefault((row["client_id"] or "").strip(), []).append(_interval(where, row))
-    except FileNotFoundError:
-        raise UserError(f"population.trace '{path}' does not exist.") from None
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except csv.Error as error:
         raise UserError(f"population.trace '{path}' cannot be read: {error}.") from None
     if not intervals:
         raise UserError(f"population.trace '{path}' has no rows, expected one for each interval.")

@@ -74,6 +74,8 @@ def in_a_sentence(error: ValidationError, model: type[Options], prefix: str = ""
     if known:
         listing = ", ".join(choice or "nothing" for choice in known)
         return f"{key} is {value!r}, expected one of {listing}.{nearest(str(value), known)}"
+    if first["type"] == "value_error":  # a validator's own sentence
+        return f"{key} {bound['error']}"
     if first["type"] == "finite_number":
         return f"{key} is {value}, expected a finite number."
     for limit, words in (("ge", "at least"), ("le", "at most"), ("gt", "more than")):
