@@ -22,6 +22,7 @@ from flexlora.errors import UserError, nearest, one_line
 from flexlora.evaluation.evaluate import evaluate
 from flexlora.planning.probing import device_name, free_bytes, probe, require, require_optimizer
 from flexlora.planning.shares import deal_quantizations, parse_quantization_shares
+from flexlora.runs.sources import Sources
 from flexlora.seeds import derive_seed
 from flexlora.training.local import TrainSettings, train
 from flexlora.training.models import BaseModel, load_base, pick_device
@@ -114,6 +115,11 @@ class Worker:
                 device=config.engine.device,
             )
         return bases
+
+    def sources(self) -> Sources:
+        """The base and the rows, to compare with those of another day."""
+        tokens, rows = self.data.tokens_digest(), self.data.digests()
+        return Sources(base=self.base.fingerprint, rows=rows, tokens=tokens)
 
     @property
     def slots(self) -> SlotModel:

@@ -1,17 +1,24 @@
-"""The two errors that have a reader: a person who mistyped, and a server that met a bad update."""
+"""The errors that have a reader: a person who mistyped, a script, a server with a bad update."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["UpdateRefused", "UserError", "nearest", "one_line"]
+__all__ = ["RunFailed", "UpdateRefused", "UserError", "nearest", "one_line"]
 
 
 class UserError(ValueError):
     """A person's mistake, told in one sentence: what arrived, what was expected, what to do.
 
     The command line prints the sentence and exits with status 2, without a traceback.
+    """
+
+
+class RunFailed(RuntimeError):
+    """A run that came to its end and trained nothing, with the cause in one sentence.
+
+    The command line prints the sentence and exits with status 1; Flower marks such a run as failed.
     """
 
 

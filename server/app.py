@@ -15,9 +15,12 @@ from flwr.serverapp import Grid, ServerApp
 
 from flexlora.aggregation.engine.state import State
 from flexlora.config.resolve import Config, of_flower, resolved
+from flexlora.errors import RunFailed
 from flexlora.lora.peft_folder import save_adapter
 from flexlora.runs.folder import RunFolder
 from flexlora.runs.lock import exclusive_lock
+from flexlora.runs.sources import Sources, check_same, write_origin
+from flexlora.runs.verdict import nobody_trained
 from flexlora.server.observing.observed import observed
 from flexlora.server.observing.observer import LogObserver, Observer
 from flexlora.server.resuming import destination_of, settle
@@ -27,6 +30,7 @@ from flexlora.training.models import resolve_name
 
 __all__ = ["app", "federate", "write_adapters"]
 
+LOG = logging.getLogger(__name__)
 app = ServerApp()
 
 
@@ -44,6 +48,7 @@ def main(grid: Grid, context: Context) -> None:
         overwrite=to.overwrite,
         resume=to.resume,
         run_id=context.run_id,
+        allow_changed=to.allow_changed,
     )
 
 
@@ -56,37 +61,62 @@ def federate(
     overwrite: bool = False,
     resume: bool = False,
     run_id: int | None = None,
+    sources: Sources | None = None,
+    allow_changed: bool = False,
+    flag: str = "allow-changed=true",
 ) -> FlexLoRAStrategy:
     """Run the rounds over ``grid`` into the folder ``out``, made once a client can train.
 
-    Whatever ends the rounds, the adapters of the last one that was written whole are written.
-    ``run_id`` is Flower's, which marks the folder (``resuming.py``).
+    Whatever ends the rounds, the adapters of the last one that was written whole are written,
+    unless all are over and nobody was trained.
+
+    Args:
+        run_id: Flower's, which marks the folder (``resuming.py``).
+        sources: the base and the rows, where the caller has them; default: the nodes' base.
+        allow_changed: resume although the sources are others than in the checkpoint; ``flag`` is
+            what a person gives for that.
 
     Raises:
         UserError: settings that contradict each other, too few nodes, no client that can train, a
-            folder in use, nothing to resume.
+            folder in use, nothing to resume, other sources than before.
+        RunFailed: no client was trained in any round.
     """
     check_config(config)
     state, classes = RunFolder(out).load_checkpoint() if resume else (None, None)
     with ExitStack() as held, observed(out, config, observer, resumed=resume) as watcher:
         strategy = FlexLoRAStrategy(config, observer=watcher, state=state, rank_classes=classes)
         strategy.meet(grid)
+        strategy.sources = sources or Sources(base=strategy.roster.fingerprint)
         if state is None:
             strategy.run = RunFolder.create(out, config, overwrite=overwrite)
             held.enter_context(exclusive_lock(out))
         else:
             held.enter_context(exclusive_lock(out))
             strategy.run = RunFolder(out)
+            changed = check_same(
+                strategy.run.sources(),
+                strategy.sources,
+                run=str(out),
+                model=config.model.name,
+                allowed=allow_changed,
+                flag=flag,
+            )
+            if changed:
+                LOG.warning(changed)
             strategy.run.rewind(state.round)
             strategy.restore(strategy.run.load_notes(), grid)
         if run_id is not None:
             strategy.origin = settle(strategy.run, config, run_id)
+        untrained = ""
         try:
             strategy.start(grid)
+            untrained = nobody_trained(strategy.run)
         finally:
-            if strategy.closed is not None:
+            if strategy.closed is not None and not untrained:
                 with strategy.run.writing("the adapters"):
                     write_adapters(strategy, strategy.closed, config, strategy.run)
+        if untrained:
+            raise RunFailed(untrained)
     return strategy
 
 
@@ -109,3 +139,4 @@ def write_adapters(
             base=base,
             fan_in_fan_out=strategy.roster.fan_in_fan_out,
         )
+        write_origin(run.path / "adapters" / name, strategy.roster.fingerprint)

@@ -32,6 +32,7 @@ class Destination:
     config: Config
     resume: bool = False
     overwrite: bool = False
+    allow_changed: bool = False
 
 
 def destination_of(config: Config, run_id: int) -> Destination:
@@ -65,15 +66,16 @@ def _resumed(config: Config) -> Destination:
                 f"resumed; give {_whole(run.path)} as the only --run-config."
             )
     run.load_checkpoint()  # raises before any node is queried
-    config = config.with_values({"resume": "", "out": ""})
-    return Destination(folder=run.path, config=config, resume=True)
+    allowed = config.allow_changed
+    config = config.with_values({"resume": "", "out": "", "allow-changed": False})
+    return Destination(folder=run.path, config=config, resume=True, allow_changed=allowed)
 
 
 def _may_differ(key: str, value: object, saved: object) -> bool:
     """Keys that no client reads, and a larger number of rounds."""
     if key == "num-server-rounds":
         return int(str(value)) >= int(str(saved))
-    return key in ("out", "resume") or key.startswith("server.")
+    return key in ("out", "resume", "allow-changed") or key.startswith("server.")
 
 
 def _whole(folder: Path) -> str:

@@ -19,13 +19,18 @@ def check_config(config: Config) -> None:
     """Refuse keys that do not go together, before anything heavy is loaded.
 
     Raises:
-        UserError: ``resume`` outside of ``flwr run``, a wire that the method cannot use, ranks or
-            shares that cannot be, a carried rank in a table that the method does not read.
+        UserError: a key of ``flwr run`` alone, a wire that the method cannot use, ranks or shares
+            that cannot be, a carried rank in a table that the method does not read.
     """
     if config.resume:
         raise UserError(
             f"resume is '{config.resume}', which is for `flwr run`; with `flexlora "
             "simulate` use --resume DIR."
+        )
+    if config.allow_changed:
+        raise UserError(
+            "allow-changed is true, which is for `flwr run` with resume; with `flexlora simulate` "
+            "use --resume DIR --allow-changed."
         )
     method = config.method.name
     feedback = getattr(config.method, "error_feedback", False)

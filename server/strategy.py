@@ -30,6 +30,7 @@ from flexlora.lora.adapters import Adapter
 from flexlora.lora.ranks import RankClass
 from flexlora.runs.folder import RunFolder
 from flexlora.runs.outcomes import Outcome
+from flexlora.runs.sources import Sources
 from flexlora.server.members.membership import Membership
 from flexlora.server.members.roster import Member, Roster
 from flexlora.server.members.sampling import History
@@ -85,6 +86,7 @@ class FlexLoRAStrategy(Strategy):
         self.method = make_method(config.method.name, config.method)
         self.closed = state  # the state of the last round that was written whole
         self.origin = ""  # Flower's id of the first run in this folder
+        self.sources: Sources | None = None  # default: the base of the roster
         self.num_rounds = config.num_server_rounds
         self.membership = Membership(config, rank_classes or {})
         self.selector = Selector(config)
@@ -296,7 +298,9 @@ class FlexLoRAStrategy(Strategy):
             evaluations = evaluation_rows(server_round, self._eval_results)
             self.run.append_round(values, cells, evaluations)
             waited = self.late.write(self.run)
+            sources = self.sources or Sources(base=self.roster.fingerprint)
             notes = {"history": history.to_dict(), "under_way": waited, **clock_state(clock)}
+            notes["sources"] = sources.to_dict()
             members = self.roster.members.items()
             classes = {client_id: member.rank_class for client_id, member in members}
             self.run.save_checkpoint(self.run.checkpoint, self.state, classes, notes)

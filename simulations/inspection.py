@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from rich.table import Table
 
-from flexlora.clients.worker import worker_for
+from flexlora.clients.worker import Worker, worker_for
 from flexlora.config.resolve import Config, resolved
 from flexlora.errors import UserError, nearest
 from flexlora.evaluation.evaluate import BASE
@@ -17,15 +19,23 @@ from flexlora.lora.adapters import Adapter
 from flexlora.lora.peft_folder import load_adapter, save_adapter
 from flexlora.report.console import make_console
 from flexlora.runs.folder import RunFolder
+from flexlora.runs.sources import Sources, check_same, read_origin, write_origin
 from flexlora.server.strategy import FlexLoRAStrategy
 from flexlora.simulations.scoring import held_out_scores
-from flexlora.training.models import load_base, resolve_name
+from flexlora.training.models import BaseModel, load_base, resolve_name
 
 __all__ = ["evaluate_target", "export_run"]
 
+_DEALING = ("seed", "population.examples")  # beside data.* and clients.*: who holds which rows
+
 
 def evaluate_target(
-    target: str, *, data: str | None = None, file: str | None = None, sets: tuple[str, ...] = ()
+    target: str,
+    *,
+    data: str | None = None,
+    file: str | None = None,
+    sets: tuple[str, ...] = (),
+    allow_changed: bool = False,
 ) -> int:
     """Print loss, exact match and ROUGE-L of a run's rank classes, or of one PEFT folder.
 
@@ -33,9 +43,11 @@ def evaluate_target(
     other) of all clients.
 
     Raises:
-        UserError: neither a run nor a PEFT folder, or data and model that do not fit it.
+        UserError: neither a run nor a PEFT folder, data and model that do not fit it, or another
+            base or other rows than it was trained on (unless ``allow_changed``).
     """
-    adapters, values = _adapters_of(Path(target))
+    found = _target(Path(target))
+    adapters, values = found.adapters, dict(found.values)
     values |= {"eval.split": "test", "eval.max-examples": 0}
     # Nothing is trained here, perhaps on another machine than the one that did.
     values |= {"train.optim": "adamw_torch", "model.attn-implementation": "auto"}
@@ -44,7 +56,9 @@ def evaluate_target(
         values |= {"data.path": data, "data.name": "", "data.partition": "iid", "clients.count": 1}
         values |= {"clients.quantization": ""}
     values |= Config.given(file=file, sets=sets)
-    worker = worker_for(resolved(Config.of(values)))
+    config = resolved(Config.of(values))
+    worker = worker_for(config)
+    _check_sources(found, config, worker, target, allow_changed)
     scores = held_out_scores(worker, {}) | held_out_scores(worker, adapters)
     table = Table(box=None, pad_edge=False)
     for column in ("adapter", "loss", "exact match", "ROUGE-L", "rows"):
@@ -61,32 +75,74 @@ def evaluate_target(
     return 0
 
 
-def _adapters_of(path: Path) -> tuple[dict[str, Adapter], dict[str, object]]:
-    """Adapters by name, and the configuration that they were made under."""
+@dataclass(frozen=True, kw_only=True)
+class _Target:
+    """Adapters by name, the configuration and the sources that they were trained with."""
+
+    adapters: dict[str, Adapter]
+    values: dict[str, object]
+    sources: Sources | None
+
+
+def _target(path: Path) -> _Target:
     if RunFolder.is_run(path):
         run, config = RunFolder.open(path)
         state, classes = run.load_checkpoint()
         used = {r.name: r for r in sorted(classes.values(), key=lambda r: (r.rank, r.name))}
-        strategy = FlexLoRAStrategy(config)
-        return strategy.served(state, used), config.flat()
+        served = FlexLoRAStrategy(config).served(state, used)
+        return _Target(adapters=served, values=config.flat(), sources=run.sources())
     if not path.is_dir():
         raise UserError(f"'{path}' does not exist, expected a run folder or a PEFT folder.")
     adapter, name = load_adapter(path), path.resolve().name
-    name = f"{name} (adapter)" if name == BASE else name
-    home = path.resolve().parent.parent
+    adapters = {f"{name} (adapter)" if name == BASE else name: adapter}
+    origin, home = read_origin(path), path.resolve().parent.parent
     if path.resolve().parent.name == "adapters" and RunFolder.is_run(home):
-        return {name: adapter}, RunFolder.open(home)[1].flat()
-    config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
-    base = config.get("base_model_name_or_path") or "embedded"
-    return {name: adapter}, {"model.name": base, "lora.target-modules": ",".join(adapter)}
+        run, config = RunFolder.open(home)
+        return _Target(adapters=adapters, values=config.flat(), sources=run.sources() or origin)
+    stored = _peft_config(path)
+    base = str(stored.get("base_model_name_or_path") or "embedded")
+    values: dict[str, object] = {"model.name": base, "lora.target-modules": ",".join(adapter)}
+    return _Target(adapters=adapters, values=values, sources=origin)
 
 
-def export_run(target: str, *, rank: int, kind: str, out: str) -> None:
+def _check_sources(
+    found: _Target, config: Config, worker: Worker, name: str, allow_changed: bool
+) -> None:
+    """Compare the base and, where they are the run's own, the rows that are evaluated."""
+    now, rows = config.flat(), dict[str, str]()
+    dealt = [key for key in now if key.startswith(("data.", "clients.")) or key in _DEALING]
+    if all(found.values.get(key) == now[key] for key in dealt):
+        rows[config.eval.split] = worker.data.digests()[config.eval.split]
+    told = check_same(
+        found.sources,
+        Sources(base=worker.base.fingerprint, rows=rows),
+        run=name,
+        model=config.model.name,
+        allowed=allow_changed,
+        flag="--allow-changed",
+    )
+    if told:
+        print(f"flexlora: {told}", file=sys.stderr)
+
+
+def _peft_config(folder: Path) -> dict:
+    """``adapter_config.json``, which ``load_adapter`` has read once."""
+    file = folder / "adapter_config.json"
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"'{file}' cannot be read: {error}.") from None
+    if not isinstance(found, dict):
+        raise UserError(f"'{file}' holds {type(found).__name__}, expected an object of keys.")
+    return found
+
+
+def export_run(target: str, *, rank: int, kind: str, out: str, allow_changed: bool = False) -> None:
     """Write ``T_rank(G)`` of a run as a PEFT folder, or the base with it merged in.
 
     Raises:
         UserError: an unknown format, a rank below 1, a folder in use, or a merge into another base
-            than the adapter was trained on.
+            than the adapter was trained on (unless ``allow_changed`` and not quantized).
     """
     formats = ("peft", "merged")
     if kind not in formats:
@@ -111,9 +167,22 @@ def export_run(target: str, *, rank: int, kind: str, out: str) -> None:
             rank, config.lora.alpha, rslora=config.lora.rslora, seed=config.seed
         )
         save_adapter(adapter, folder, base=base, fan_in_fan_out=_fan_in_fan_out(run))
+        if (sources := run.sources()) is not None:
+            write_origin(folder, sources.base)
     else:
+        loaded = load_base(config.model.name, dtype=config.model.dtype, device="cpu", fresh=True)
+        told = check_same(
+            run.sources(),
+            Sources(base=loaded.fingerprint),
+            run=target,
+            model=config.model.name,
+            allowed=allow_changed,
+            flag="--allow-changed",
+        )
+        if told:
+            print(f"flexlora: {told}", file=sys.stderr)
         _save_merged(
-            config, {n: svd.truncate(rank).to_dense() for n, svd in change.items()}, folder
+            loaded, {n: svd.truncate(rank).to_dense() for n, svd in change.items()}, folder
         )
     kept = change.total_energy_kept(dict.fromkeys(change, rank))
     text = f"{folder}: rank {rank} of round {state.round}, {100 * kept:.2f} % of the energy."
@@ -122,14 +191,14 @@ def export_run(target: str, *, rank: int, kind: str, out: str) -> None:
 
 def _fan_in_fan_out(run: RunFolder) -> bool:
     """As the run's own adapters say it; they are there unless the run was killed."""
-    file = run.path / "adapters" / "global" / "adapter_config.json"
-    return file.is_file() and bool(json.loads(file.read_text(encoding="utf-8"))["fan_in_fan_out"])
+    folder = run.path / "adapters" / "global"
+    there = (folder / "adapter_config.json").is_file()
+    return there and bool(_peft_config(folder).get("fan_in_fan_out", False))
 
 
 @torch.no_grad()
-def _save_merged(config: Config, deltas: Mapping[str, torch.Tensor], folder: Path) -> None:
+def _save_merged(base: BaseModel, deltas: Mapping[str, torch.Tensor], folder: Path) -> None:
     """``W + T_rank(G)`` in every target, written by transformers as safetensors."""
-    base = load_base(config.model.name, dtype=config.model.dtype, device="cpu", fresh=True)
     for name, delta in deltas.items():
         linear = base.model.get_submodule(name)
         turned = delta.T if type(linear).__name__ == "Conv1D" else delta

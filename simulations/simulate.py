@@ -11,7 +11,7 @@ from rich.console import Console
 from flexlora.clients.worker import Worker, worker_for
 from flexlora.config.paths import expanded
 from flexlora.config.resolve import Config, resolved
-from flexlora.errors import UserError, one_line
+from flexlora.errors import RunFailed, UserError, one_line
 from flexlora.report import write_report
 from flexlora.runs.folder import RunFolder
 from flexlora.runs.lock import check_idle
@@ -20,7 +20,7 @@ from flexlora.server.observing.observer import Observer
 from flexlora.server.settings import check_config
 from flexlora.server.strategy import FlexLoRAStrategy
 from flexlora.simulations.engine.cohorts import limits_of, resolved_limits
-from flexlora.simulations.engine.grid import InProcessGrid
+from flexlora.simulations.engine.grid import InProcessGrid, rounds_kept
 from flexlora.simulations.engine.pool import Pool, make_pool
 from flexlora.simulations.terminal import TerminalObserver
 from flexlora.simulations.world.populations import Population
@@ -31,7 +31,13 @@ __all__ = ["make_grid", "resume", "run_in_terminal", "simulate"]
 
 
 def run_in_terminal(
-    config: Config, out: Path, *, console: Console, overwrite: bool = False, go_on: bool = False
+    config: Config,
+    out: Path,
+    *,
+    console: Console,
+    overwrite: bool = False,
+    go_on: bool = False,
+    allow_changed: bool = False,
 ) -> None:
     """Run ``config`` into ``out`` with a table per round, a summary and ``report.html``.
 
@@ -39,14 +45,19 @@ def run_in_terminal(
 
     Raises:
         UserError: see ``simulate`` and ``resume``.
+        RunFailed: nobody was trained; the page is written first.
     """
     if go_on:
         _, config = RunFolder.open(out)
+    failed: RunFailed | None = None
     with TerminalObserver(console, personal_rank=config.personal.rank) as observer:
-        if go_on:
-            resume(out, observer=observer)
-        else:
-            simulate(config, out, observer=observer, overwrite=overwrite)
+        try:
+            if go_on:
+                resume(out, observer=observer, allow_changed=allow_changed)
+            else:
+                simulate(config, out, observer=observer, overwrite=overwrite)
+        except RunFailed as error:
+            failed = error
     observer.summary(RunFolder(out).metrics())
     try:
         page = write_report(out)
@@ -57,6 +68,8 @@ def run_in_terminal(
         )
     else:
         console.print(f"\nReport: {page}", soft_wrap=True)
+    if failed is not None:
+        raise failed
 
 
 def simulate(
@@ -66,14 +79,16 @@ def simulate(
     observer: Observer | None = None,
     overwrite: bool = False,
     go_on: bool = False,
+    allow_changed: bool = False,
 ) -> FlexLoRAStrategy:
     """Run ``config`` into the folder ``out``; settings, model and data are checked first.
 
     With ``go_on`` the run in ``out``, whose configuration this is, continues after its last
-    complete round.
+    complete round, with ``allow_changed`` also on another base or other rows.
 
     Raises:
         UserError: any mistake in the configuration, or a folder in use.
+        RunFailed: no client was trained in any round.
     """
     config, out = resolved(config), Path(expanded(str(out)))
     if not go_on:
@@ -86,19 +101,37 @@ def simulate(
         worker = worker_for(config)
         _check_enough(config, len(worker.client_ids))
         config = resolved_limits(config, worker)
-        grid = make_grid(config, worker, pool, PersonalStore(out / "personal"))
-        return federate(grid, config, out, observer=observer, overwrite=overwrite, resume=go_on)
+        kept = rounds_kept(config.server.late_rounds)
+        personal = PersonalStore(out / "personal", rounds_kept=kept)
+        grid = make_grid(config, worker, pool, personal)
+        return federate(
+            grid,
+            config,
+            out,
+            observer=observer,
+            overwrite=overwrite,
+            resume=go_on,
+            sources=worker.sources(),
+            allow_changed=allow_changed,
+            flag="--allow-changed",
+        )
     finally:
         if pool is not None:
             pool.close()
 
 
-def resume(out: str | Path, *, observer: Observer | None = None) -> FlexLoRAStrategy:
-    """Continue the run in ``out`` after its last complete round, with its own configuration."""
+def resume(
+    out: str | Path, *, observer: Observer | None = None, allow_changed: bool = False
+) -> FlexLoRAStrategy:
+    """Continue the run in ``out`` after its last complete round, with its own configuration.
+
+    Raises:
+        UserError: nothing to go on with, or another base or other rows than the run's.
+    """
     run, config = RunFolder.open(out)
     check_idle(run.path)
     run.load_checkpoint()  # refused before the base is loaded
-    return simulate(config, run.path, observer=observer, go_on=True)
+    return simulate(config, run.path, observer=observer, go_on=True, allow_changed=allow_changed)
 
 
 def _check_enough(config: Config, count: int) -> None:

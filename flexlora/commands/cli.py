@@ -16,7 +16,7 @@ from typing import get_type_hints
 import click
 import typer
 
-from flexlora.errors import UserError, nearest
+from flexlora.errors import RunFailed, UserError, nearest
 
 __all__ = ["main", "parse"]
 
@@ -63,7 +63,7 @@ GROUPS = {"client": CLIENT, "server": SERVER}
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status is 0, 2 for a person's mistake, 130 after Ctrl-C.
 
-    1 is a command's own: the machine or a reproduced figure is not as expected.
+    1 is a command's own: nobody was trained, the machine or a reproduced figure is not as expected.
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
@@ -82,6 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"flexlora: {error}", file=sys.stderr)
         return 2
+    except RunFailed as error:
+        print(f"flexlora: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt as error:
         text = f"\nflexlora: {error}" if str(error) else "flexlora: interrupted."
         print(text, file=sys.stderr)

@@ -11,6 +11,10 @@ from flexlora.commands.train import ConfigFile, Sets
 
 __all__ = ["compare", "doctor", "evaluate", "export", "report", "watch"]
 
+AllowChanged = Annotated[
+    bool, Option("--allow-changed", help="although the base or the rows are others than the run's")
+]
+
 
 def evaluate(
     target: Annotated[
@@ -21,10 +25,17 @@ def evaluate(
     ] = "",
     config_file: ConfigFile = None,
     sets: Sets = None,
+    allow_changed: AllowChanged = False,
 ) -> int:
     from flexlora.simulations.inspection import evaluate_target
 
-    return evaluate_target(target, data=data or None, file=config_file, sets=tuple(sets or ()))
+    return evaluate_target(
+        target,
+        data=data or None,
+        file=config_file,
+        sets=tuple(sets or ()),
+        allow_changed=allow_changed,
+    )
 
 
 def report(
@@ -68,10 +79,11 @@ def export(
     rank: Annotated[int, Option(help="rank of the adapter")],
     out: Annotated[str, Option(metavar="DIR", click_type=PATH, help="folder to write")],
     format: Annotated[str, Option(help="peft or merged")] = "peft",
+    allow_changed: AllowChanged = False,
 ) -> None:
     from flexlora.simulations.inspection import export_run
 
-    export_run(target, rank=rank, kind=format, out=out)
+    export_run(target, rank=rank, kind=format, out=out, allow_changed=allow_changed)
 
 
 def doctor(

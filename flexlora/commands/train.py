@@ -35,6 +35,9 @@ def simulate(
     ] = "",
     overwrite: Annotated[bool, Option("--overwrite", help="replace a run in --out")] = False,
     seeds: Annotated[int | None, Option(metavar="N", help="N seeds: mean and deviation")] = None,
+    allow_changed: Annotated[
+        bool, Option("--allow-changed", help="resume on another base or other rows")
+    ] = False,
     keys: Annotated[bool, Option("--help-config", help="list all keys and defaults")] = False,
 ) -> int:
     if keys:
@@ -45,10 +48,12 @@ def simulate(
             "--resume goes on with the run's own configuration; "
             "it takes no --config, --set, --out, --overwrite or --seeds."
         )
+    if allow_changed and not resume:
+        raise UserError("--allow-changed is for a run that goes on; give --resume DIR too.")
     config = Config.resolve(file=config_file, sets=sets or ())
     folder = Path(resume or out or config.out or time.strftime("runs/%Y%m%d-%H%M%S"))
     if seeds is not None or (resume and (folder / "seeds.json").is_file()):
-        return _simulate_seeds(config, folder, None if resume else seeds, overwrite)
+        return _simulate_seeds(config, folder, None if resume else seeds, overwrite, allow_changed)
     from flexlora.runs.folder import RunFolder
 
     if not resume:
@@ -59,7 +64,14 @@ def simulate(
 
     console = make_console()
     try:
-        run_in_terminal(config, folder, console=console, overwrite=overwrite, go_on=bool(resume))
+        run_in_terminal(
+            config,
+            folder,
+            console=console,
+            overwrite=overwrite,
+            go_on=bool(resume),
+            allow_changed=allow_changed,
+        )
     except KeyboardInterrupt:
         done = [row["round"] for row in RunFolder(folder).metrics()]
         if not done:
@@ -73,7 +85,9 @@ def simulate(
     return 0
 
 
-def _simulate_seeds(config: Config, folder: Path, seeds: int | None, overwrite: bool) -> int:
+def _simulate_seeds(
+    config: Config, folder: Path, seeds: int | None, overwrite: bool, allow_changed: bool
+) -> int:
     """Run ``seeds`` seeds, or go on with the series in ``folder`` where it is None."""
     from flexlora.report.console import make_console
     from flexlora.simulations.experiments.seed_series import is_series, resume_series, run_series
@@ -81,7 +95,7 @@ def _simulate_seeds(config: Config, folder: Path, seeds: int | None, overwrite: 
     console = make_console()
     try:
         if seeds is None:
-            return resume_series(folder, console=console)
+            return resume_series(folder, console=console, allow_changed=allow_changed)
         return run_series(config, folder, seeds=seeds, console=console, overwrite=overwrite)
     except KeyboardInterrupt:
         if not is_series(folder):

@@ -59,6 +59,9 @@ class Run(Options):
     )
     min_train_clients: int = option(1, "train at least this many clients a round", ge=1)
     resume: PathKey = option("", "run folder that `flwr run` goes on with (as its `out`)")
+    allow_changed: bool = option(
+        False, "`flwr run` goes on with `resume` though the nodes' base is another"
+    )
     out: PathKey = option(
         "", "run folder of `flwr run` (default: runs/RUN_ID where the server runs)"
     )

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from flexlora.data.collation import Example, encode_rows
+from flexlora.data.digests import ids_digest, rows_digests
 from flexlora.data.partitions import partition
 from flexlora.data.rows import Row
 from flexlora.data.sources import load_embedded, load_folder, load_hub
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["ClientData", "client_rows"]
 
 EMBEDDED_CLIENTS = 24
+PROBED = 32  # clients whose first row is in the digest of tokens
 
 
 def client_rows(
@@ -87,6 +89,15 @@ class ClientData:
     def num_dropped(self, client_id: str, split: str) -> int:
         """How many rows of one split do not fit with their answer."""
         return self._encode(client_id, split)[1]
+
+    def digests(self) -> dict[str, str]:
+        """The digest of every split over all clients."""
+        return rows_digests(self._rows)
+
+    def tokens_digest(self) -> str:
+        """Over the ids of the first train row of a few clients: the template and the tokenizer."""
+        firsts = (self.examples(client_id, "train")[:1] for client_id in self.client_ids[:PROBED])
+        return ids_digest(example for rows in firsts for example in rows)
 
     def _encode(self, client_id: str, split: str) -> tuple[list[Example], int]:
         key = (client_id, split)

@@ -23,6 +23,8 @@ from flexlora.wire.files import write_atomically
 
 __all__ = ["load_checkpoint", "load_notes", "save_checkpoint"]
 
+FORMAT = 1  # of current.json; what named none (0) is the same without the notes' "sources"
+
 
 def save_checkpoint(
     folder: Path,
@@ -42,6 +44,7 @@ def save_checkpoint(
     file = f"round-{state.round:06d}.safetensors"
     write_atomically(folder / file, data)
     index = {
+        "format": FORMAT,
         "file": file,
         "sha256": hashlib.sha256(data).hexdigest(),
         "round": state.round,
@@ -61,28 +64,50 @@ def load_checkpoint(folder: Path) -> tuple[State, dict[str, RankClass]]:
     """The last whole state and the rank class of each client.
 
     Raises:
-        UserError: there is none, or its digest is wrong.
+        UserError: there is none, a newer FlexLoRA has written it, or its digest is wrong.
     """
     index_file = folder / "current.json"
     if not index_file.is_file():
         raise UserError(f"'{folder}' holds no checkpoint; no round of this run was finished.")
     try:
         index = json.loads(index_file.read_text(encoding="utf-8"))
+        _check_format(folder, index.get("format", 0))
         path = folder / index["file"]
         data = path.read_bytes() if path.is_file() else b""
         if hashlib.sha256(data).hexdigest() != index["sha256"]:
             raise ValueError(path)
         return _decode(index, load(data))
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(
             f"the checkpoint in '{folder}' is damaged: it does not hold the bytes once written."
         ) from None
 
 
+def _check_format(folder: Path, found: Any) -> None:
+    if type(found) is not int or found < 0:
+        raise ValueError(found)
+    if found > FORMAT:
+        raise UserError(
+            f"the checkpoint in '{folder}' has format {found}, and this FlexLoRA reads up to "
+            f"{FORMAT}; use the FlexLoRA that wrote it (environment.json says which), or a newer."
+        )
+
+
 def load_notes(folder: Path) -> dict[str, Any]:
-    """The notes of the last checkpoint; ``load_checkpoint`` verifies it."""
-    index = json.loads((folder / "current.json").read_text(encoding="utf-8"))
-    return dict(index.get("notes", {}))
+    """The notes of the last checkpoint; ``load_checkpoint`` verifies it.
+
+    Raises:
+        UserError: they are damaged.
+    """
+    try:
+        index = json.loads((folder / "current.json").read_text(encoding="utf-8"))
+        return dict(index.get("notes", {}))
+    except (OSError, ValueError, TypeError, AttributeError):
+        raise UserError(
+            f"the checkpoint in '{folder}' is damaged: its notes are unreadable."
+        ) from None
 
 
 def _decode(

@@ -39,6 +39,7 @@ from flexlora.runs.checkpoints import load_checkpoint, load_notes, save_checkpoi
 from flexlora.runs.live_state import LIVE_FILE
 from flexlora.runs.lock import check_idle
 from flexlora.runs.metrics_file import missing_files, read_rounds
+from flexlora.runs.sources import Sources
 from flexlora.wire.files import write_atomically
 
 __all__ = ["CLIENT_COLUMNS", "RunFolder"]
@@ -143,6 +144,24 @@ class RunFolder:
         """
         return read_rounds(self.path / "metrics.jsonl")
 
+    def client_rows(self) -> list[dict[str, str]]:
+        """The complete rows of ``clients.csv``."""
+        return self._rows("clients.csv")
+
+    def _rows(self, name: str) -> list[dict[str, str]]:
+        try:
+            text = (self.path / name).read_bytes().decode("utf-8", errors="replace")
+            rows = list(csv.DictReader(io.StringIO(text, newline="")))
+        except FileNotFoundError:
+            return []
+        except (OSError, csv.Error) as error:
+            raise UserError(f"'{self.path / name}' cannot be read as a table: {error}.") from None
+        return [
+            row
+            for row in rows
+            if (row.get("round") or "x").isdigit() and not {None} & {*row, *row.values()}
+        ]
+
     def rewind(self, last_round: int) -> None:
         """Delete rows after ``last_round``, left by a crash between a round and its checkpoint.
 
@@ -154,15 +173,11 @@ class RunFolder:
         with self.writing("what is left of an unfinished round"):
             write_atomically(self.path / "metrics.jsonl", lines.encode())
             for name, columns in _TABLES.items():
-                file = self.path / name
-                if not file.is_file():
+                if not (self.path / name).is_file():
                     continue
-                with file.open(encoding="utf-8", newline="") as handle:
-                    rows = [r for r in csv.DictReader(handle) if (r["round"] or "x").isdigit()]
-                whole = [
-                    r for r in rows if int(r["round"]) <= last_round and None not in r.values()
-                ]
-                write_atomically(file, _csv_text(columns, whole, header=True).encode())
+                rows = [row for row in self._rows(name) if int(row["round"]) <= last_round]
+                text = _csv_text(columns, rows, header=True)
+                write_atomically(self.path / name, text.encode())
 
     def save_checkpoint(
         self,
@@ -198,6 +213,11 @@ class RunFolder:
     def load_notes(self) -> dict:
         """The notes of the last checkpoint."""
         return load_notes(self.checkpoint)
+
+    def sources(self) -> Sources | None:
+        """The base and the rows of the last checkpoint; None if an older version wrote it."""
+        stored = self.load_notes().get("sources")
+        return Sources.from_dict(stored) if isinstance(stored, Mapping) else None
 
     def load_checkpoint(self) -> tuple[State, dict[str, RankClass]]:
         """The server's state and the rank class of each client."""

@@ -1,8 +1,8 @@
 """Stores a client's private factors between its rounds.
 
-One safetensors file per client and round, written atomically. The last two rounds of each client
-are stored, so that a repeated round starts from the same factors. Callers attach before a job and
-store after it:
+One safetensors file per client and round, written atomically. The last rounds of each client are
+stored (two by default), so that a repeated round starts from the same factors. Callers attach
+before a job and store after it:
 
     jobs = store.attach(jobs);  results = worker.train(jobs);  store.keep(results, jobs)
     results = worker.evaluate(store.attach_eval(jobs))
@@ -29,7 +29,7 @@ from flexlora.wire.jobs import EvalJob, TrainJob, TrainResult
 
 __all__ = ["PersonalStore", "StoredFactors"]
 
-ROUNDS_KEPT = 2
+ROUNDS_KEPT = 2  # the round before, and the one that may be repeated
 _FILE = re.compile(r"round-(\d+)\.safetensors")
 
 
@@ -52,11 +52,18 @@ class PersonalStore:
     """Factors by client and round, in ``folder``, or in memory where that is None.
 
     A folder belongs to one run: rounds are counted from 1 in each run. It is created with the first
-    file. ``what`` names the factors in error messages.
+    file. ``what`` names the factors in error messages. ``rounds_kept`` is how many of a client's
+    rounds are stored: one more than may be repeated.
     """
 
-    def __init__(self, folder: Path | None = None, *, what: str = "personal factors") -> None:
-        self.folder, self.what = folder, what
+    def __init__(
+        self,
+        folder: Path | None = None,
+        *,
+        what: str = "personal factors",
+        rounds_kept: int = ROUNDS_KEPT,
+    ) -> None:
+        self.folder, self.what, self.rounds_kept = folder, what, rounds_kept
         self._in_memory: dict[str, dict[int, StoredFactors]] = {}
 
     def attach(self, jobs: Sequence[TrainJob]) -> list[TrainJob]:
@@ -125,14 +132,14 @@ class PersonalStore:
         return [int(found[1]) for name in names if (found := _FILE.fullmatch(name))]
 
     def put(self, stored: StoredFactors) -> None:
-        """Store ``stored`` and delete all but the client's last two rounds."""
+        """Store ``stored`` and delete all but the client's last ``rounds_kept`` rounds."""
         if self.folder is None:
             self._in_memory.setdefault(stored.client_id, {})[stored.server_round] = stored
         else:
             # Learned from private rows: readable by this user alone.
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             write_atomically(self._path(stored.client_id, stored.server_round), _bytes(stored))
-        for at in sorted(self._rounds(stored.client_id))[:-ROUNDS_KEPT]:
+        for at in sorted(self._rounds(stored.client_id))[: -self.rounds_kept]:
             if self.folder is None:
                 del self._in_memory[stored.client_id][at]
             else:

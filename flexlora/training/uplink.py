@@ -1,8 +1,8 @@
 """Prepares factors for the upload; int8 rounding errors are added to the next upload.
 
 The error of an upload has a few times the rank of the factors (``wire/feedback.py``). It is stored
-for the last two rounds of each client, so that a round repeated after a crash or a lost reply sends
-the same bytes.
+for the last rounds of each client, so that a round repeated after a crash or a lost reply sends the
+same bytes.
 """
 
 from __future__ import annotations
@@ -89,4 +89,6 @@ def add_note(result: TrainResult, note: str) -> TrainResult:
 def feedback_store(personal: PersonalStore) -> PersonalStore:
     """The store of rounding errors, in a folder inside that of the personal factors."""
     folder = personal.folder and personal.folder / "feedback"
-    return PersonalStore(folder, what="factors kept for the next upload")
+    return PersonalStore(
+        folder, what="factors kept for the next upload", rounds_kept=personal.rounds_kept
+    )

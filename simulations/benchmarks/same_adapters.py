@@ -3,7 +3,8 @@
     python -m flexlora.simulations.benchmarks.same_adapters BEFORE AFTER [--before-set KEY=VALUE]
 
 ``BEFORE`` and ``AFTER`` are commits (checked out beside the repository for as long as this runs) or
-folders. Each simulation runs in both; the digest is over the bytes of everything in ``adapters/``.
+folders. Each simulation runs in both; the digest is over the bytes of PEFT's files in
+``adapters/``.
 Exit status 1 if a digest differs or a run fails.
 """
 
@@ -86,7 +87,7 @@ def _tree(name: str) -> Iterator[Path]:
 
 
 def _digest(tree: Path, case: str, sets: Sequence[str], known: Path | None) -> str:
-    """Sha256 over the files of ``adapters/`` in the order of their names, or ``failed``."""
+    """Sha256 over PEFT's files in ``adapters/`` in the order of their names, or ``failed``."""
     key = _key(tree, case, sets)
     kept = json.loads(known.read_text()) if known and known.exists() else {}
     if key and key in kept:
@@ -103,7 +104,7 @@ def _digest(tree: Path, case: str, sets: Sequence[str], known: Path | None) -> s
             return "failed"
         digest = hashlib.sha256()
         adapters = Path(folder) / "run" / "adapters"
-        for file in sorted(path for path in adapters.rglob("*") if path.is_file()):
+        for file in sorted(path for path in adapters.rglob("adapter_*") if path.is_file()):
             digest.update(str(file.relative_to(adapters)).encode() + b"\0")
             digest.update(file.read_bytes().replace(str(tree).encode(), b"TREE"))  # the base's path
     if known and key:

@@ -5,7 +5,8 @@ round are packed into cohorts (``cohorts.py``) and handed to a pool (``pool.py``
 several through Ray. With a world (``world.py``) replies arrive when their clients would send them.
 
 A client that stays to the end of its training stores its personal factors, whichever cohort it was
-in and whether or not the server takes its answer.
+in and whether or not the server takes its answer. The stores keep what a client had before the
+oldest round that a resumed run may send again.
 """
 
 from __future__ import annotations
@@ -40,9 +41,14 @@ from flexlora.training.personal_store import PersonalStore
 from flexlora.training.uplink import Uplink, feedback_store
 from flexlora.wire.jobs import Capability, EvalJob, EvalResult, TrainJob, TrainResult
 
-__all__ = ["InProcessGrid"]
+__all__ = ["InProcessGrid", "rounds_kept"]
 
 EVALUATED_TOGETHER = 32  # clients; a constant, so that scores do not depend on the workers
+
+
+def rounds_kept(late_rounds: int) -> int:
+    """The open round, those that replies may still come from, and the one before them."""
+    return late_rounds + 2
 
 
 @dataclass(kw_only=True)
@@ -67,6 +73,7 @@ class InProcessGrid(Grid):
     """Nodes 1 to N are the worker's clients in order; all of them have registered beforehand."""
 
     in_process = True  # seconds of training are this machine's, not a client's
+    sends_again = True  # replies are functions of what is sent: see late_messages.py
 
     def __init__(
         self,
@@ -81,7 +88,7 @@ class InProcessGrid(Grid):
     ) -> None:
         self.worker, self.limits, self.wire_dtype = worker, limits, wire_dtype
         self.pool, self.clock, self.late_rounds = pool or LocalPool(worker), world, late_rounds
-        self.personal = personal or PersonalStore()
+        self.personal = personal or PersonalStore(rounds_kept=rounds_kept(late_rounds))
         self.feedback = feedback_store(self.personal)
         self._clients = dict(enumerate(worker.client_ids, start=1))
         self._unanswered: dict[str, _Unanswered] = {}
@@ -89,11 +96,6 @@ class InProcessGrid(Grid):
         self._met = False
         self._run = Run.create_empty(run_id=1)
         act_as_server(run_id=1)
-
-    @property
-    def sends_again(self) -> bool:
-        """Whether a round can be sent again: its clients store nothing between rounds."""
-        return self.worker.personal is None and self.wire_dtype != "int8"
 
     def set_run(self, run: Run) -> None:
         self._run = run

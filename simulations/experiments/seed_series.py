@@ -28,6 +28,7 @@ from flexlora.wire.files import write_atomically
 
 __all__ = ["SeedSeries", "is_series", "resume_series", "run_series", "scores_of", "summary_of"]
 
+FORMAT = 1  # of seeds.json; the first version named none
 NOT_SHARED = ("seed", "out")  # keys that differ between the runs of a series
 
 
@@ -61,9 +62,9 @@ def run_series(
     return series.run(console)
 
 
-def resume_series(out: Path, *, console: Console) -> int:
+def resume_series(out: Path, *, console: Console, allow_changed: bool = False) -> int:
     """Resume the series in ``out`` with its stored configuration and number of seeds."""
-    return SeedSeries.read(out).run(console)
+    return SeedSeries.read(out).run(console, allow_changed=allow_changed)
 
 
 @dataclass(kw_only=True)
@@ -91,6 +92,11 @@ class SeedSeries:
         file = out / SERIES_FILE
         try:
             stored = json.loads(file.read_text(encoding="utf-8"))
+            if stored.get("format", FORMAT) != FORMAT:
+                raise UserError(
+                    f"'{file}' has format {stored['format']}, this FlexLoRA reads {FORMAT}; use "
+                    "the FlexLoRA that wrote it."
+                )
             return cls(
                 out=out,
                 config=dict(stored["config"]),
@@ -98,7 +104,9 @@ class SeedSeries:
                 seeds=int(stored["seeds"]),
                 rows={int(row["seed"]): dict(row["scores"]) for row in stored["rows"]},
             )
-        except (OSError, ValueError, KeyError, TypeError):
+        except UserError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"'{file}' is damaged; remove it or give another --out.") from None
 
     def continuing(self, stored: SeedSeries) -> SeedSeries:
@@ -130,7 +138,7 @@ class SeedSeries:
     def wanted(self) -> range:
         return range(self.first_seed, self.first_seed + self.seeds)
 
-    def run(self, console: Console) -> int:
+    def run(self, console: Console, *, allow_changed: bool = False) -> int:
         """Run the seeds that are not done, print the table, write ``seeds.json``."""
         threads = resolved(Config.of(self.config)).engine.threads
         self.config["engine.threads"] = threads
@@ -140,18 +148,25 @@ class SeedSeries:
                 console.print(f"Seed {seed} ({number} of {self.seeds}): done before.")
                 continue
             console.print(f"Seed {seed} ({number} of {self.seeds})", style="bold")
-            self._run_seed(seed, console)
+            self._run_seed(seed, console, allow_changed)
             console.print()
         for line in self._table(console.width):
             console.print(line, soft_wrap=True)
         console.print(f"\nNumbers: {self.out / SERIES_FILE}", soft_wrap=True)
         return 0
 
-    def _run_seed(self, seed: int, console: Console) -> None:
+    def _run_seed(self, seed: int, console: Console, allow_changed: bool) -> None:
         folder = self.out / f"seed-{seed}"
         config = Config.of({**self.config, "seed": seed})
         begun = RunFolder.is_run(folder) and (folder / "checkpoint" / "current.json").is_file()
-        run_in_terminal(config, folder, console=console, overwrite=True, go_on=begun)
+        run_in_terminal(
+            config,
+            folder,
+            console=console,
+            overwrite=True,
+            go_on=begun,
+            allow_changed=allow_changed,
+        )
         self.rows[seed] = scores_of(read_run(folder))
         self._write()
 
@@ -174,6 +189,7 @@ class SeedSeries:
 
     def _write(self) -> None:
         stored = {
+            "format": FORMAT,
             "config": self.config,
             "first_seed": self.first_seed,
             "seeds": self.seeds,

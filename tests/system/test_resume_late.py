@@ -102,17 +102,56 @@ def test_only_rounds_that_are_waited_for_lie_beside_the_checkpoint(tmp_path):
     assert sent_rounds(stopped(dropped, tmp_path / "none", server_round=4)) == []
 
 
-@pytest.mark.parametrize(
-    "keeping",
-    [{"personal__rank": 2, "personal__max_steps": 1}, {"wire__dtype": "int8"}],
-    ids=["personal factors", "error feedback"],
-)
-def test_where_clients_keep_something_from_round_to_round_nothing_is_sent_twice(keeping, tmp_path):
-    """What they kept has moved on since; the limit is told in server/README.md."""
-    folder = stopped(SLOW.with_values(of_names(**keeping)), tmp_path / "run")
-    assert sent_rounds(folder) == [] and RunFolder(folder).load_notes()["under_way"] == {}
+KEEPING = {
+    "personal factors": {"personal__rank": 2, "personal__max_steps": 1, "eval__every": 1},
+    "error feedback": {"wire__dtype": "int8"},
+    "both, two rounds late": {
+        "wire__dtype": "int8",
+        "personal__rank": 2,
+        "personal__max_steps": 1,
+        "population__straggler_slowdown": 3.5,
+        "server__late_rounds": 2,
+    },
+    "busy": {  # asked again while still training: late replies of two rounds on their way
+        "wire__dtype": "int8",
+        "personal__rank": 2,
+        "personal__max_steps": 1,
+        "population__straggler_slowdown": 5.0,
+        "server__late_rounds": 3,
+        "num_server_rounds": 5,
+    },
+}
+
+
+def stored(folder):
+    """The bytes of everything that the clients keep to themselves."""
+    files = (path for path in (folder / "personal").rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize("keeping", KEEPING)
+def test_nor_is_anything_lost_where_clients_keep_something(keeping, tmp_path):
+    """Personal factors and rounding errors are those of the round that is sent again."""
+    config = SLOW.with_values(of_names(**KEEPING[keeping]))
+    simulate(config, tmp_path / "whole")
+    late = [int(row["round"]) for row in late_rows(tmp_path / "whole")]
+    assert max(late) >= 3
+    event = "round_finished" if keeping == "error feedback" else "replied"
+    folder = stopped(config, tmp_path / "run", event, 2 if event == "round_finished" else 3)
+    assert sent_rounds(folder)
     resume(folder)
-    assert [row["round"] for row in rounds(folder)] == [0, 1, 2, 3, 4]
+    assert_same_run(folder, tmp_path / "whole")
+    assert stored(folder) == stored(tmp_path / "whole") != {}
+
+
+def test_a_store_of_two_rounds_would_forget_what_a_late_client_had(tmp_path, monkeypatch):
+    """The control: one round too few in the stores, and the resumed run is another one."""
+    config = SLOW.with_values(of_names(**KEEPING["both, two rounds late"]))
+    simulate(config, tmp_path / "whole")
+    monkeypatch.setattr("flexlora.simulations.simulate.rounds_kept", lambda late_rounds: 1)
+    folder = stopped(config, tmp_path / "run", "replied", 4)
+    resume(folder)
+    assert adapter_bytes(folder) != adapter_bytes(tmp_path / "whole")
 
 
 def test_a_deployment_writes_nothing_of_what_is_on_its_way(tmp_path):
