@@ -160,16 +160,17 @@ class Worker:
         """
         shapes = self.slots.shapes
         kernels = probe(self.base.device) if probed else None
-        examples = self.data.examples(client_id, "train")
-        dropped = self.data.num_dropped(client_id, "train")
+        count = self.data.count(client_id, "train")
         cause = ""
-        if not examples:
-            why = f"all {dropped} are too long for train.max-length" if dropped else "it holds none"
+        if not count.examples:
+            why = "it holds none"
+            if count.dropped:
+                why = f"all {count.dropped} are too long for train.max-length"
             cause = f"no train rows: {why}"
         return Capability(
             client_id=client_id,
-            num_examples=len(examples),
-            num_dropped=dropped,
+            num_examples=count.examples,
+            num_dropped=count.dropped,
             version=flexlora.__version__,
             fingerprint=self.base.fingerprint,
             quantization=self.quantization_of(client_id),

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from flexlora.data.clients import RowCount
 from flexlora.lora.ranks import RankClass
 from flexlora.report.formats import format_counts, metric_format
 from flexlora.runs.outcomes import Outcome
@@ -76,7 +77,8 @@ class TerminalObserver(Observer):
         self.console.print(table)
         dropped = sum(m.capability.num_dropped for m in roster.members.values())
         if dropped:
-            self.console.print(f"{dropped} train rows are too long for train.max-length: left out.")
+            rows = sum(m.capability.num_examples for m in roster.members.values())
+            self.console.print(f"{RowCount(examples=rows, dropped=dropped)}.")
         if roster.left_out:
             causes = Counter(cause.split(":")[0] for cause in roster.left_out.values())
             spelled = ", ".join(f"{count} with {cause}" for cause, count in causes.items())

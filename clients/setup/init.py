@@ -47,7 +47,7 @@ class CheckedInit:
     superlink: SuperLink
     authorities: Authorities
     data: Path
-    num_examples: int
+    train_rows: str
     model: str
     is_local: bool
     client_id: str
@@ -92,26 +92,28 @@ def client_init(
     rows = _rows(data_path)
     plain(data_path, "--data")
     name, is_local = _model(model)
+
+    from flexlora.clients.setup.machine_plan import count_train_rows, plan_machine  # loads torch
+
+    count = count_train_rows(rows, model=model)
     node = CheckedInit(
         folder=path,
         superlink=address,
         authorities=authorities,
         data=data_path,
-        num_examples=len(rows),
+        train_rows=str(count),
         model=name,
         is_local=is_local,
         client_id=_client_id(client_id, rows),
         port=port,
     )
 
-    from flexlora.clients.setup.machine_plan import plan_machine  # loads torch
-
     plan = plan_machine(
         model=model,
         device=device,
         quantization=quantization,
         memory_limit=memory_limit,
-        num_examples=node.num_examples,
+        num_examples=count.examples,
     )
     keys = make_node_keys(node.client_id)
     values = _values(node) | plan.values()
@@ -126,6 +128,7 @@ def client_init(
         File(path="keys/superexec.secret", content=make_secret(), mode=SECRET),
     ]
     write_folder(node.folder, files, empty=EMPTY)
+    print(f"{node.data}: {node.train_rows}.")
     print(f"{node.folder} is ready; follow {node.folder}/README.md.")
     print(f"Bring {node.folder}/keys/node.pub to the server's owner: it lets this node in.")
 
@@ -197,7 +200,7 @@ def _values(node: CheckedInit) -> dict[str, str]:
         "superlink": str(node.superlink),
         "port": str(node.port),
         "data": str(node.data),
-        "num_examples": str(node.num_examples),
+        "train_rows": node.train_rows,
         "model": node.model,
         "client_id": node.client_id,
         "expires": f"{ends:%Y-%m-%d}",

@@ -6,17 +6,22 @@ less, and takes a smaller one only where a larger trained rank fits with it (``p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from flexlora.config.sections import Model, Train
+from flexlora.config.sections import Data, Model, Train
+from flexlora.data.clients import RowCount, count_rows
+from flexlora.data.rows import Row
+from flexlora.errors import UserError
 from flexlora.planning.devices import CPU_RUNTIME, CUDA_RUNTIME
 from flexlora.planning.model_config import read_shape
 from flexlora.planning.planner import Choice, Request, make_plan, needed_bytes
 from flexlora.planning.probing import Probe, device_name, free_bytes, probe, require
-from flexlora.training.models import pick_device
+from flexlora.planning.shapes import ModelShape
+from flexlora.training.models import load_tokenizer, pick_device
 from flexlora.units import human_bytes, parse_bytes
 
-__all__ = ["MachinePlan", "plan_machine"]
+__all__ = ["MachinePlan", "count_train_rows", "plan_machine"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +59,26 @@ class MachinePlan:
                 "with the margin"
             ),
         }
+
+
+def count_train_rows(rows: Sequence[Row], *, model: str) -> RowCount:
+    """How many rows a run of the default length would train on: what the trainer reports too.
+
+    Raises:
+        UserError: a model whose tokenizer cannot be read, or none of the rows fits.
+    """
+    tokenizer, length = load_tokenizer(model), _max_length(read_shape(model))
+    count = count_rows(rows, tokenizer=tokenizer, template=Data().template, max_length=length)
+    if not count.examples:
+        raise UserError(
+            f"--data: none of the {count.dropped} train rows fits in {length} tokens with its "
+            "answer, so nothing can be trained here; shorten the answers."
+        )
+    return count
+
+
+def _max_length(shape: ModelShape) -> int:
+    return min(Train().max_length, shape.max_positions)
 
 
 def plan_machine(
@@ -94,10 +119,9 @@ def _plan(
     model: str, seen: Probe, on_card: bool, memory: int, quantization: str, num_examples: int
 ) -> Choice:
     shape = read_shape(model)
-    length = Train().max_length
     request = Request(
         memory_bytes=memory,
-        max_length=min(length, shape.max_positions),
+        max_length=_max_length(shape),
         num_examples=num_examples,
         quantization=quantization,
         bfloat16="bf16" in seen.runs,

@@ -172,7 +172,7 @@ def _ready(trainer: ResidentTrainer, path: Path) -> str:
     config = trainer.owner.config
     return (
         f"ready on {path}: {config.model.name} ({config.model.quantization}) on "
-        f"{trainer.device}, {trainer.num_examples} train rows, kernels "
+        f"{trainer.device}, {trainer.rows}, kernels "
         f"{', '.join(trainer.kernels.runs) or 'none'}"
     )
 

@@ -89,7 +89,8 @@ class ResidentTrainer:
             raise UserError(f"nothing can be trained here: {first.cause}.")
         # Later workers measure their free memory with the base already loaded.
         self.free_bytes = min(first.free_bytes, self.limit_bytes or first.free_bytes)
-        self.fingerprint, self.num_examples = worker.base.fingerprint, first.num_examples
+        self.fingerprint = worker.base.fingerprint
+        self.rows = worker.data.count(first.client_id, "train")
         self.device, self.kernels = device_name(worker.base.device), probe(worker.base.device)
 
     def check(self, call: Call) -> str:

@@ -6,7 +6,8 @@ only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from flexlora.data.collation import Example, encode_rows
@@ -19,10 +20,41 @@ from flexlora.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["ClientData", "client_rows"]
+__all__ = ["ClientData", "RowCount", "client_rows", "count_rows"]
 
 EMBEDDED_CLIENTS = 24
 PROBED = 32  # clients whose first row is in the digest of tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowCount:
+    """How many rows are trained on, and how many do not fit ``max_length`` tokens (0: unknown)."""
+
+    examples: int
+    dropped: int
+    max_length: int = 0
+
+    def __str__(self) -> str:
+        text = f"{self.examples} row{'' if self.examples == 1 else 's'} to train on"
+        if not self.dropped:
+            return text
+        fit = "does not fit" if self.dropped == 1 else "do not fit"
+        limit = f"{self.max_length} tokens" if self.max_length else "train.max-length"
+        return f"{text}; {self.dropped} {fit} in {limit}"
+
+
+def count_rows(
+    rows: Sequence[Row], *, tokenizer: PreTrainedTokenizerBase, template: str, max_length: int
+) -> RowCount:
+    """The rows that training would use, counted by encoding them as it does.
+
+    Raises:
+        UserError: see ``encode_rows``.
+    """
+    data = ClientData(
+        {"": {"train": list(rows)}}, tokenizer=tokenizer, template=template, max_length=max_length
+    )
+    return data.count("", "train")
 
 
 def client_rows(
@@ -82,13 +114,14 @@ class ClientData:
         (only,) = self._rows.values()
         self._rows = {client_id: only}
 
+    def count(self, client_id: str, split: str) -> RowCount:
+        """The number of rows of one split, after the length limit."""
+        examples, dropped = self._encode(client_id, split)
+        return RowCount(examples=len(examples), dropped=dropped, max_length=self._max_length)
+
     def examples(self, client_id: str, split: str) -> list[Example]:
         """The rows of one split that fit ``max_length``, in order."""
         return self._encode(client_id, split)[0]
-
-    def num_dropped(self, client_id: str, split: str) -> int:
-        """How many rows of one split do not fit with their answer."""
-        return self._encode(client_id, split)[1]
 
     def digests(self) -> dict[str, str]:
         """The digest of every split over all clients."""

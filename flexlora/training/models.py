@@ -22,7 +22,7 @@ import torch
 from flexlora.config.paths import resolve_name
 from flexlora.errors import UserError
 
-__all__ = ["BaseModel", "load_base", "pick_device", "resolve_name"]
+__all__ = ["BaseModel", "load_base", "load_tokenizer", "pick_device", "resolve_name"]
 
 _loaded: dict[tuple[str, ...], BaseModel] = {}
 
@@ -87,6 +87,24 @@ def load_base(
     if key not in _loaded:
         _loaded[key] = _load(source, name, dtype, quantization, threshold, attention, where)
     return _loaded[key]
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of the base of that name, without its weights.
+
+    Raises:
+        UserError: it does not exist or cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    source = resolve_name(name)
+    try:
+        return AutoTokenizer.from_pretrained(
+            source, local_files_only=Path(source).is_dir(), trust_remote_code=False
+        )
+    except Exception as error:  # a damaged file may raise any error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"the tokenizer of '{name}' cannot be loaded: {reason}") from error
 
 
 def _check_attention(attention: str, dtype: str, device: torch.device) -> None:
