@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from flexlora.aggregation.engine.starts import Factoring
+from flexlora.config.base_config import base_config
+from flexlora.config.paths import resolve_name
 from flexlora.config.resolve import Config
 from flexlora.errors import UserError
 from flexlora.planning.memory_ranks import run_plan
@@ -19,8 +23,9 @@ def check_config(config: Config) -> None:
     """Refuse keys that do not go together, before anything heavy is loaded.
 
     Raises:
-        UserError: a key of ``flwr run`` alone, a wire that the method cannot use, ranks or shares
-            that cannot be, a carried rank in a table that the method does not read.
+        UserError: a key of ``flwr run`` alone, a base that its config.json rules out, a wire
+            that the method cannot use, ranks or shares that cannot be, a carried rank in a table
+            that the method does not read.
     """
     if config.resume:
         raise UserError(
@@ -32,6 +37,8 @@ def check_config(config: Config) -> None:
             "allow-changed is true, which is for `flwr run` with resume; with `flexlora simulate` "
             "use --resume DIR --allow-changed."
         )
+    if Path(resolve_name(config.model.name)).is_dir():  # a hub model is the nodes' to fetch
+        base_config(config.model.name)
     method = config.method.name
     feedback = getattr(config.method, "error_feedback", False)
     check_wire(config.wire.dtype, method, error_feedback=feedback)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from flexlora.data.collation import Example, collate_prompts
+from flexlora.training.base_model import text_config
 from flexlora.training.slots import SlotModel
 
 __all__ = ["generate_answers", "passes"]
@@ -42,7 +43,7 @@ def generate_answers(
     pad_token_id: int,
 ) -> list[list[str]]:
     """Greedy answers ``[K][rows]`` of slot k to the prompts ``examples[k]``, no special tokens."""
-    longest = getattr(slots.model.config, "max_position_embeddings", None)
+    longest = getattr(text_config(slots.model.config), "max_position_embeddings", None)
     answers = [[""] * len(rows) for rows in examples]
     for room, chosen in _by_room(examples, max_new_tokens, longest):
         config = _greedy(slots.model, tokenizer, room, pad_token_id)

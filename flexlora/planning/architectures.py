@@ -31,8 +31,8 @@ def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
     """The shape of a ``config.json``.
 
     Raises:
-        UserError: an unknown architecture, a mixture of experts, an image model, a quantized
-            checkpoint, or a missing key.
+        UserError: an unknown architecture, a mixture of experts, an image model, or a missing
+            key.
     """
     model_type = str(config.get("model_type", ""))
     _refuse(config, model_type)
@@ -55,12 +55,6 @@ def _refuse(config: Mapping[str, Any], model_type: str) -> None:
         raise UserError(
             f"config.json has model_type '{model_type}', expected one of "
             f"{', '.join(FAMILIES)}.{nearest(model_type, FAMILIES)}"
-        )
-    if config.get("quantization_config"):
-        kind = config["quantization_config"].get("quant_method", "unknown")
-        raise UserError(
-            f"this checkpoint is quantized already ({kind}); expected float weights, which "
-            "FlexLoRA quantizes itself where a card is small."
         )
 
 

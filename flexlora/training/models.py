@@ -1,8 +1,9 @@
 """The frozen base model, loaded once per process, and its tokenizer.
 
 ``embedded`` is the tiny base of the package; any other name is a local folder or a hub name, read
-as safetensors only, never as a pickle. Weights are bfloat16, float32 or float64, 8-bit (LLM.int8(),
-arXiv 2208.07339), or as NF4 with double quantization (QLoRA, arXiv 2305.14314).
+as safetensors only, never as a pickle, and never with code of its own. Weights are bfloat16,
+float32 or float64, 8-bit (LLM.int8(), arXiv 2208.07339), or as NF4 with double quantization (QLoRA,
+arXiv 2305.14314).
 
 Attention runs as configured; ``auto`` is torch's fused ``sdpa`` where the model has it, else
 ``eager``, which stores scores ``[heads, T, T]``.
@@ -10,42 +11,31 @@ Attention runs as configured; ``auto`` is torch's fused ``sdpa`` where the model
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
+import logging
 import os
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from flexlora.config.base_config import base_config, config_file
 from flexlora.config.paths import resolve_name
-from flexlora.errors import UserError
+from flexlora.errors import UserError, nearest
+from flexlora.training.base_model import BaseModel
+from flexlora.training.causality import check_causal
+from flexlora.training.checkpoint import check_loaded, listed, open_checkpoint
+from flexlora.training.fingerprint import fingerprint
+from flexlora.training.tokenizer import load_tokenizer
 
 __all__ = ["BaseModel", "load_base", "load_tokenizer", "pick_device", "resolve_name"]
 
+LOG = logging.getLogger(__name__)
+
 _loaded: dict[tuple[str, ...], BaseModel] = {}
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class BaseModel:
-    """A frozen causal language model in evaluation mode, its tokenizer and its fingerprint."""
-
-    name: str
-    model: Any
-    tokenizer: Any
-    fingerprint: str
-    device: torch.device
-
-    @property
-    def pad_token_id(self) -> int:
-        """The tokenizer's padding id, or 0 where it has none (masked out either way)."""
-        return self.tokenizer.pad_token_id or 0
-
-    @property
-    def max_positions(self) -> int | None:
-        """The longest sequence the model was built for, where its config says so."""
-        return getattr(self.model.config, "max_position_embeddings", None)
 
 
 def pick_device(name: str) -> torch.device:
@@ -135,81 +125,130 @@ def _load(
     attention: str,
     device: torch.device,
 ) -> BaseModel:
-    import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    """Every check that a file can fail comes before the weights are read.
 
-    logging = transformers.utils.logging
-    logging.disable_progress_bar()
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # errors become one sentence below
-    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "use_safetensors": True}
+    The model is what its files hold, and causal; the fingerprint is of the files.
+    """
+    config = base_config(name)
+    folder = config_file(name).parent
+    local = Path(source).is_dir()
+    where = {"local_files_only": True} if local else {"revision": folder.name}
+    stored = open_checkpoint(folder, name) if local else None
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
     if attention != "auto":
         options["attn_implementation"] = attention
-    if quantization != "none":
-        chosen = _bitsandbytes_options(quantization, dtype, outlier_threshold)
-        options["quantization_config"] = transformers.BitsAndBytesConfig(**chosen)
-        options["device_map"] = {"": device}
-    local = Path(source).is_dir()
+    with _silence():
+        if quantization != "none":
+            options |= _quantized(quantization, dtype, outlier_threshold, device)
+        _check_architecture(config, source, name, where)
+        tokenizer = load_tokenizer(source, name, **where)
+        model, info = _read(source, name, attention, options | where)
+        ignored = check_loaded(model, info, name)
+        if quantization == "none":
+            model.to(device)
+        model.requires_grad_(False).eval()
+        check_causal(model, name)
+    if ignored:
+        LOG.warning("model '%s': %s are of no use for text and were ignored", name, listed(ignored))
+    stored = (stored or open_checkpoint(folder, name)).without(ignored)
+    return BaseModel(
+        name=name,
+        model=model,
+        tokenizer=tokenizer,
+        fingerprint=fingerprint(model, stored),
+        device=device,
+    )
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """transformers' own lines and bars are off: an error is one sentence of ours."""
+    from transformers.utils import logging as of_transformers
+
+    of_transformers.disable_progress_bar()
+    verbosity = of_transformers.get_verbosity()
+    of_transformers.set_verbosity(logging.CRITICAL)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
-        model: Any = AutoModelForCausalLM.from_pretrained(source, local_files_only=local, **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        of_transformers.set_verbosity(verbosity)
+
+
+def _check_architecture(
+    config: Mapping[str, Any], source: str, name: str, where: Mapping[str, Any]
+) -> None:
+    """Refuse what transformers has no causal language model for, and an adapter beside the base.
+
+    Raises:
+        UserError: either of them.
+    """
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.utils import find_adapter_config_file
+
+    model_type = config["model_type"]
+    if model_type not in CONFIG_MAPPING:
+        raise UserError(
+            f"model '{name}' has the model_type '{model_type}' in its config.json, which the "
+            "transformers installed here does not have; update transformers, or correct the name."
+            + nearest(model_type, CONFIG_MAPPING.keys())
+        )
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        parts = " and text together" if "text_config" in config else ""
+        raise UserError(
+            f"model '{name}' is a '{model_type}'{parts}, for which transformers has no causal "
+            "language model; expected a model that continues text."
+        )
+    if find_adapter_config_file(source, **where) is not None:  # base_config has seen a folder's
+        raise UserError(
+            f"hub model '{name}' holds an adapter (adapter_config.json); expected a base alone: "
+            "give the base that the adapter is for, or copy the base's files into a folder."
+        )
+
+
+def _read(source: str, name: str, attention: str, options: Mapping[str, Any]) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        auto: Any = AutoModelForCausalLM  # its type does not know output_loading_info
+        model, info = auto.from_pretrained(
+            source,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # check_loaded refuses them, by name
+            **options,
+        )
     except Exception as error:  # a damaged file may raise any error
         if attention != "auto" and "does not support" in str(error):
             raise UserError(
                 f"model.attn-implementation is '{attention}', which model '{name}' cannot run; "
                 "use 'auto'."
             ) from error
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        more = lines[:2] if lines and lines[0].endswith(":") else lines[:1]
+        reason = " ".join(more) or type(error).__name__
         raise UserError(f"model '{name}' cannot be loaded: {reason}") from error
-    finally:
-        logging.set_verbosity(verbosity)
-    if quantization == "none":
-        model.to(device)
-    model.requires_grad_(False).eval()
-    return BaseModel(
-        name=name,
-        model=model,
-        tokenizer=tokenizer,
-        fingerprint=_fingerprint(model),
-        device=device,
-    )
+    return model, info
 
 
-def _bitsandbytes_options(
-    quantization: str, dtype: str, outlier_threshold: float
+def _quantized(
+    quantization: str, dtype: str, outlier_threshold: float, device: torch.device
 ) -> dict[str, Any]:
-    if quantization == "8bit":
-        return {"load_in_8bit": True, "llm_int8_threshold": outlier_threshold}
-    return {
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": True,
-        "bnb_4bit_compute_dtype": getattr(torch, dtype),
-    }
+    """Options with which transformers rounds the weights while it loads them."""
+    from transformers import BitsAndBytesConfig
 
-
-def _fingerprint(model: Any) -> str:
-    """SHA-256 over the shapes of the model and its unquantized weights as bfloat16 samples.
-
-    Different bases have different fingerprints; one base as float32, bfloat16 or NF4 has the same,
-    since embeddings and norms are not quantized. At most 4096 numbers of a tensor are read, so it
-    takes milliseconds for billions of weights.
-    """
-    sha = hashlib.sha256(f"{model.config.model_type}|{model.config.vocab_size}".encode())
-    for name, tensor in sorted(model.named_parameters()):
-        if not name.endswith("weight") or linear_like(model, name):
-            continue
-        flat = tensor.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 4096)].to("cpu", torch.bfloat16).contiguous()
-        sha.update(f"{name}|{tuple(tensor.shape)}|".encode())
-        sha.update(sample.view(torch.uint8).numpy().tobytes())
-    return sha.hexdigest()[:32]
-
-
-def linear_like(model: Any, parameter: str) -> bool:
-    """Whether a parameter belongs to a linear, the kind that quantization replaces."""
-    owner = model.get_submodule(parameter.rpartition(".")[0])
-    return type(owner).__name__.startswith(("Linear", "Conv1D"))
+    chosen: dict[str, Any] = {"load_in_8bit": True, "llm_int8_threshold": outlier_threshold}
+    if quantization != "8bit":
+        chosen = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": getattr(torch, dtype),
+        }
+    return {"quantization_config": BitsAndBytesConfig(**chosen), "device_map": {"": device}}
 
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -343,7 +343,6 @@ BASE = {
         ({"model_type": "qwen3_moe"}, "mixture of experts"),
         ({"model_type": "lama"}, r"'lama', expected one of .* Did you mean 'llama'\?"),
         ({"model_type": "gemma3", "text_config": {}}, "images and text"),
-        ({"quantization_config": {"quant_method": "gptq"}}, r"quantized already \(gptq\)"),
         ({"hidden_size": None}, "hidden_size None, expected a whole number"),
         ({"num_hidden_layers": 0}, "num_hidden_layers 0, expected"),
         ({"hidden_act": "slu"}, r"activation 'slu', expected .* Did you mean 'silu'\?"),
