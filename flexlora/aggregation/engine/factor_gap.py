@@ -22,7 +22,7 @@ PROBES = 32
 
 
 class FactorGap:
-    """Sums of a round weighted by examples, independent of the sums that the method uses."""
+    """Sums of a round weighted by examples, apart from the sums that the method uses."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, int]], sent: Mapping[str, Start]) -> None:
         self._sums = Sums(Needs(products=True, factors=True), shapes, sent)

@@ -71,6 +71,9 @@ class OpenRound:
         if update.key in self._skipped:
             raise UpdateRefused(f"client {update.client_id}: this round went on without it.")
         self.sums.check(update)
+        if update.discount == 0.0:  # in no denominator either: the round is the one without it
+            self.skip(update.key)
+            return
         self._seen.add(update.key)
         self._places.setdefault(update.key, self._place(update))
         self._waiting.put(update)

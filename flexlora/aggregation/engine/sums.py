@@ -7,7 +7,9 @@
     bands           per band of rank: mean of the products over the clients that reach it
     band_changes    the same of the products less the starts
 
-Client k has weight ``w_k / sum_j w_j``, ``w_k = needs.weight(update)``: by default its examples.
+Client k has weight ``d_k w_k / sum_j d_j w_j``: ``w_k = needs.weight(update)`` is the method's, by
+default the examples, and ``d_k`` the discount of a late update, 1 for others. ``Sums.add`` applies
+it, so that no method can forget it.
 """
 
 from __future__ import annotations
@@ -28,13 +30,16 @@ __all__ = ["Needs", "Sums", "drawn_rows"]
 
 
 def by_examples(update: Update) -> float:
-    """FedAvg's weight: the number of examples, discounted where the update is late."""
-    return update.weight
+    """FedAvg's weight: the number of examples."""
+    return float(update.num_examples)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """Which sums the engine accumulates for a method, and the weight of an update in them."""
+    """Which sums the engine accumulates for a method, and the weight of an update in them.
+
+    ``weight`` knows nothing of lateness: the engine multiplies it by the update's discount.
+    """
 
     products: bool = False
     starts: bool = False
@@ -81,8 +86,9 @@ class Sums:
             )
 
     def add(self, update: Update) -> None:
-        """Accumulate one update in every sum of ``needs``."""
-        needs, weight, start = self.needs, self.needs.weight(update), self._start_of(update)
+        """Accumulate one update in every sum of ``needs``, at the discounted weight."""
+        needs, start = self.needs, self._start_of(update)
+        weight = update.discount * needs.weight(update)
         if needs.products:
             self._products.add(update.adapter, weight)
         if needs.starts:
