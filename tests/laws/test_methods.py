@@ -28,6 +28,7 @@ from one_round import (
     same_bits,
 )
 
+
 def from_change(change, server_round=3):
     return State(round=server_round, change=change)
 
