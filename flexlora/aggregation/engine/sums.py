@@ -17,6 +17,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
+
 from flexlora.aggregation.engine.band_sums import BandSums
 from flexlora.aggregation.engine.factor_sums import FactorSums
 from flexlora.aggregation.engine.product_sums import ProductSums, factors_term
@@ -58,15 +60,21 @@ class Needs:
 class Sums:
     """Sums over the updates of a round; each property is one of those in ``Needs``.
 
-    ``sent`` maps the name of a rank class to the start that its clients decoded.
+    ``sent`` maps the name of a rank class to the start that its clients decoded. The sums are made
+    on ``device``, that of the state and of ``sent``; updates may be anywhere.
     """
 
     def __init__(
-        self, needs: Needs, shapes: Mapping[str, tuple[int, int]], sent: Mapping[str, Start]
+        self,
+        needs: Needs,
+        shapes: Mapping[str, tuple[int, int]],
+        sent: Mapping[str, Start],
+        device: torch.device | str = "cpu",
     ) -> None:
         self.needs, self.shapes, self.sent = needs, dict(shapes), sent
+        self._device = torch.device(device)
         self._products = ProductSums(shapes)
-        self._factors, self._bands = FactorSums(shapes), BandSums(shapes, sent)
+        self._factors, self._bands = FactorSums(shapes, device), BandSums(shapes, sent)
         self._start_weights, self._total = dict.fromkeys(sent, 0.0), 0.0
 
     def check(self, update: Update) -> None:
@@ -88,19 +96,25 @@ class Sums:
     def add(self, update: Update) -> None:
         """Accumulate one update in every sum of ``needs``, at the discounted weight."""
         needs, start = self.needs, self._start_of(update)
-        weight = update.discount * needs.weight(update)
+        weight, adapter = update.discount * needs.weight(update), self._moved(update.adapter)
         if needs.products:
-            self._products.add(update.adapter, weight)
+            self._products.add(adapter, weight)
         if needs.starts:
             self._total += weight
             if update.rank_class in self._start_weights:
                 self._start_weights[update.rank_class] += weight
         if needs.factors:
-            self._factors.add(update.adapter, weight, drawn_rows(update, self.sent))
+            self._factors.add(adapter, weight, drawn_rows(update, self.sent))
         if needs.factor_changes:
-            self._factors.add(update.adapter, weight, minus=start)
+            self._factors.add(adapter, weight, minus=start)
         if needs.bands or needs.band_changes:
-            self._bands.add(update.adapter, weight, minus=start if needs.band_changes else None)
+            self._bands.add(adapter, weight, minus=start if needs.band_changes else None)
+
+    def _moved(self, adapter: Adapter) -> Adapter:
+        """The adapter where the sums are: itself where it is there."""
+        tensors = (tensor for f in adapter.values() for tensor in (f.lora_A, f.lora_B))
+        there = all(tensor.device == self._device for tensor in tensors)
+        return adapter if there else adapter.to(self._device)
 
     def _start_of(self, update: Update) -> Adapter | None:
         start = self.sent.get(update.rank_class)
