@@ -1,11 +1,12 @@
 """HetLoRA (Cho et al., EMNLP 2024, arXiv 2401.06432): norm weights and self-pruning.
 
-    w_k = |s_k B_k A_k|_F / sum_j |s_j B_j A_j|_F        over all modules of client k together
+    w_k = d_k |s_k B_k A_k|_F / sum_j d_j |s_j B_j A_j|_F     over all modules of client k together
     A <- sum_k w_k pad(A_k),    B <- sum_k w_k pad(s_k B_k)
 
 A client of rank r is sent the first r rows and columns. It adds ``penalty * |B_tail|_F |A_tail|_F``
 to its loss, over the terms from ``factor * rank`` on, and drops these terms when that product of
-norms has shrunk in training; it then stays at its lower rank. The number of examples plays no part.
+norms has shrunk in training; it then stays at its lower rank. The number of examples plays no part;
+``d_k`` is the discount of a late update (1 for others), which the engine applies.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ def _chosen_columns(state: State, rank_class: RankClass, factoring: Factoring) -
         draws = generator(factoring.seed, "columns", state.round, name)
         columns = torch.randperm(in_features, generator=draws)[:rank]
         lora_A = svd.Vh.new_zeros(rank, in_features)
-        lora_A[torch.arange(rank), columns] = 1.0
+        lora_A[torch.arange(rank, device=lora_A.device), columns.to(lora_A.device)] = 1.0
         modules[name] = LoRAFactors(
             lora_A=lora_A, lora_B=svd.U.new_zeros(out_features, rank), alpha=float(rank)
         )

@@ -159,8 +159,11 @@ def decompose(
     matrices of one shape are done as one batch: the same call gives the same bits.
 
     Raises:
-        ValueError: a rank below 1 or a tolerance that is not positive.
+        ValueError: a rank below 1, a tolerance that is not positive, or a ``dtype`` of half
+            precision, whose rounding would be cut off as if it were the matrix's rank.
     """
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"dtype is {dtype}, expected torch.float32 or torch.float64.")
     if max_rank < 1 or not tolerance > 0:
         raise ValueError(
             f"max_rank is {max_rank} and tolerance {tolerance}, expected at least 1 and above 0."
@@ -252,7 +255,7 @@ def _solve_zero(
     batch: Sequence[MatrixSum], route: str, *, rank: int, dtype: torch.dtype, tolerance: float
 ) -> list[Solved]:
     return [
-        Solved(svd=FactoredSVD.zero(*matrix.shape, dtype), energy=0.0, route=route)
+        Solved(svd=FactoredSVD.zero(*matrix.shape, dtype, matrix.device), energy=0.0, route=route)
         for matrix in batch
     ]
 

@@ -27,7 +27,8 @@ class LoRAFactors:
     """``lora_A [rank, in_features]`` and ``lora_B [out_features, rank]`` of one module.
 
     Raises:
-        ValueError: shapes that do not share a rank, a rank of 0, an alpha that is not positive.
+        ValueError: shapes that do not share a rank, a rank of 0, a dtype that is not floating
+            point, an alpha that is not positive.
     """
 
     lora_A: Tensor
@@ -44,6 +45,10 @@ class LoRAFactors:
             )
         if shape_A[0] == 0:
             raise ValueError("the rank is 0, expected at least 1.")
+        for label in ("lora_A", "lora_B"):
+            dtype = getattr(self, label).dtype
+            if not dtype.is_floating_point:
+                raise ValueError(f"{label} is {dtype}, expected a floating-point dtype.")
         if not (math.isfinite(self.alpha) and self.alpha > 0):
             raise ValueError(f"alpha is {self.alpha}, expected a positive number.")
 
@@ -73,7 +78,7 @@ class LoRAFactors:
 
     def terms(self, indices: Sequence[int]) -> LoRAFactors:
         """The rank-one terms at ``indices``, with unchanged scaling."""
-        rows = torch.as_tensor(list(indices), dtype=torch.long)
+        rows = torch.tensor(list(indices), dtype=torch.long, device=self.lora_A.device)
         rank = len(rows)
         return replace(
             self,

@@ -27,6 +27,7 @@ class ClientRow:
     cause: str = ""
     note: str = ""
     late: bool = False
+    discount: float = 1.0
     rank_class: str = ""
     rank: int | None = None
     quantization: str = ""

@@ -156,7 +156,7 @@ class ReplyHandler:
         row.late, row.cause = True, "; ".join(filter(None, (prefix, row.cause)))
         weight = self._weight(late)
         if row.outcome is Outcome.OK and weight < 1.0:
-            row.note = f"its examples count {weight:g} times"
+            row.discount, row.note = weight, f"it counts {weight:g} times"
         if late.spent is not None:
             row.simulated_seconds = late.spent.seconds
         self._record(row)
@@ -249,7 +249,7 @@ class ReplyHandler:
         return update
 
     def _discounted(self, update: Update, late: LateMessage) -> Update:
-        """The update of an earlier round, whose examples count less.
+        """The update of an earlier round, which counts less.
 
         Raises:
             UpdateRefused: this round trains something else, or late updates have no weight.

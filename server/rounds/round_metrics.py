@@ -49,10 +49,14 @@ class RoundMetrics:
             history.learn(row.client_id, self.server_round, row.train_loss, seconds)
 
     def totals(self) -> dict[str, float]:
-        """Counts, bytes, and the mean training loss of the updates summed, weighted by examples."""
+        """Counts, bytes, and the mean training loss of the updates summed.
+
+        Weighted by examples; those of a late update are discounted as its update is.
+        """
         counted = [row for row in self.rows if row.outcome is Outcome.OK]
-        examples = sum(row.num_examples or 0 for row in counted)
-        loss = sum(row.train_loss * (row.num_examples or 0) for row in counted)
+        weights = [row.discount * (row.num_examples or 0) for row in counted]
+        examples = sum(weights)
+        loss = sum(row.train_loss * weight for row, weight in zip(counted, weights, strict=True))
         return {
             "train_loss": loss / examples if examples else math.nan,
             "clients_ok": len(counted),

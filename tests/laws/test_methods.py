@@ -18,7 +18,7 @@ from flexlora.aggregation.engine.state import State
 from flexlora.aggregation.engine.sums import Needs
 from flexlora.errors import UserError
 from flexlora.lora.ranks import RankClass
-from law_checks import CHECKS, LAWS, check_zero_training
+from law_checks import CHECKS, LAWS, VARIANTS, check_zero_training, variant
 from one_round import (
     SHAPES,
     OneRound,
@@ -27,21 +27,6 @@ from one_round import (
     next_state,
     same_bits,
 )
-
-FEEDBACK = {"error_feedback": True}
-VARIANTS = {name: (name, {}) for name in sorted(METHODS)} | {
-    "carried few": ("carried", {"carried_rank": 4}),
-    "fed-plora few terms": ("fed-plora", {"carried_rank": 4}),
-    "flexlora feedback": ("flexlora", FEEDBACK),
-    "florist feedback": ("florist", FEEDBACK),
-    "raflora feedback": ("raflora", FEEDBACK),
-    "slora without sparse rounds": ("slora", {"sparse_rounds": 0}),
-}
-
-
-def variant(label):
-    name, options = VARIANTS[label]
-    return make_method(name, **options)
 
 
 def from_change(change, server_round=3):

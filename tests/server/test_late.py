@@ -1,5 +1,6 @@
 """Updates that come after their round has closed: what they started from is what is subtracted."""
 
+import itertools
 from collections import Counter
 from dataclasses import replace
 
@@ -18,6 +19,9 @@ from flexlora.aggregation.engine.starts import Factoring
 from flexlora.aggregation.engine.state import GlobalChange, State
 from flexlora.aggregation.engine.updates import Update
 from flexlora.lora.ranks import RankClass
+from flexlora.runs.outcomes import Outcome
+from flexlora.server.rounds.client_rows import ClientRow
+from flexlora.server.rounds.round_metrics import RoundMetrics
 from flexlora.simulations.engine.cohorts import CohortLimits
 from flexlora.simulations.engine.grid import InProcessGrid
 
@@ -165,13 +169,13 @@ def test_a_discount_scales_the_late_updates_share_and_nothing_else(name):
         assert reference.relative_error(got, dense(1.0, module)) > 0.01
 
 
-def late_run(weight, *, fate=LATE, rounds_late=1):
+def late_run(weight, *, fate=LATE, rounds_late=1, **options):
     """Three clients, one of which answers round 1 in a later round."""
     slow = {(t, "client_0"): [Fate(seconds=20.0)] for t in range(2, rounds_late + 1)}
     slow[rounds_late + 1, "client_0"] = [Fate(seconds=30.0)]
     grid, rows = FaultyGrid(people(3), {(1, "client_1"): [fate], **slow}), []
     changes = {"num_server_rounds": rounds_late + 1, "server__late_rounds": rounds_late}
-    config = settings(**changes, server__resends=0, server__late_weight=weight)
+    config = settings(**changes, server__resends=0, server__late_weight=weight, **options)
     strategy = faulty_run(grid, config, rows=rows)
     late = [row for row in rows if row["cause"].startswith("late")]
     return strategy.state, late[0] if late else None
@@ -180,9 +184,9 @@ def late_run(weight, *, fate=LATE, rounds_late=1):
 @pytest.mark.parametrize(
     ("weight", "rounds_late", "seconds", "note"),
     [
-        (0.5, 1, 105.0, "; its examples count 0.5 times"),
+        (0.5, 1, 105.0, "; it counts 0.5 times"),
         (1.0, 1, 105.0, ""),
-        (0.5, 2, 125.0, "; its examples count 0.25 times"),
+        (0.5, 2, 125.0, "; it counts 0.25 times"),
     ],
 )
 def test_a_late_updates_row_says_what_it_counts(weight, rounds_late, seconds, note):
@@ -199,6 +203,31 @@ def test_at_weight_zero_it_is_dropped_with_its_cause_and_the_round_is_the_round_
     assert same_bytes(dropped, without)
     assert not same_bytes(dropped, late_run(0.5)[0])
     assert not same_bytes(late_run(0.5)[0], late_run(1.0)[0])
+
+
+@pytest.mark.parametrize("method", ["hetlora", "rbla", "raflora", "fedit"])
+def test_the_weight_reaches_the_sum_of_methods_that_weigh_in_ways_of_their_own(method):
+    """HetLoRA, which weighs by norms, once wrote the note and summed as if it were 1."""
+    runs = [late_run(weight, method__name=method)[0] for weight in (1.0, 0.01, 0.0)]
+    assert not any(same_bytes(*pair) for pair in itertools.combinations(runs, 2))
+
+
+def test_the_training_loss_of_a_round_discounts_a_late_update_as_its_sum_does():
+    rows = [
+        ClientRow(round=2, client_id="a", outcome=Outcome.OK, num_examples=30, train_loss=1.0),
+        ClientRow(
+            round=2,
+            client_id="b",
+            outcome=Outcome.OK,
+            num_examples=40,
+            train_loss=3.0,
+            late=True,
+            discount=0.25,
+        ),
+    ]
+    metrics = RoundMetrics(server_round=2, measured=True)
+    metrics.rows.extend(rows)
+    assert metrics.totals()["train_loss"] == pytest.approx((30 * 1.0 + 10 * 3.0) / 40)
 
 
 @pytest.mark.parametrize("method", ["rolora", "slora"])

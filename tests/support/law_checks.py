@@ -1,4 +1,7 @@
-"""The laws of ``engine/method.py`` as checks: ``AssertionError`` for a method that breaks one."""
+"""All methods with their variants; the laws of ``engine/method.py`` as checks.
+
+A check is an ``AssertionError`` for a method that breaks its law.
+"""
 
 import itertools
 from dataclasses import replace
@@ -6,10 +9,27 @@ from dataclasses import replace
 import torch
 
 import reference
+from flexlora.aggregation import METHODS, make_method
 from flexlora.aggregation.engine.method import Law
 from one_round import CLASSES, SHAPES, OneRound, distance, next_state, no_change, same_bits
 
 LAWS = [text for name, text in vars(Law).items() if name.isupper()]
+
+
+FEEDBACK = {"error_feedback": True}
+VARIANTS = {name: (name, {}) for name in sorted(METHODS)} | {
+    "carried few": ("carried", {"carried_rank": 4}),
+    "fed-plora few terms": ("fed-plora", {"carried_rank": 4}),
+    "flexlora feedback": ("flexlora", FEEDBACK),
+    "florist feedback": ("florist", FEEDBACK),
+    "raflora feedback": ("raflora", FEEDBACK),
+    "slora without sparse rounds": ("slora", {"sparse_rounds": 0}),
+}
+
+
+def variant(label):
+    name, options = VARIANTS[label]
+    return make_method(name, **options)
 
 
 def check_order(method):

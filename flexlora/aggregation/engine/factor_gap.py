@@ -22,10 +22,15 @@ PROBES = 32
 
 
 class FactorGap:
-    """Sums of a round weighted by examples, independent of the sums that the method uses."""
+    """Sums of a round weighted by examples, apart from the sums that the method uses."""
 
-    def __init__(self, shapes: Mapping[str, tuple[int, int]], sent: Mapping[str, Start]) -> None:
-        self._sums = Sums(Needs(products=True, factors=True), shapes, sent)
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[int, int]],
+        sent: Mapping[str, Start],
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self._sums = Sums(Needs(products=True, factors=True), shapes, sent, device)
 
     def add(self, update: Update) -> None:
         self._sums.add(update)
@@ -36,9 +41,9 @@ class FactorGap:
         for name, product in self._sums.products.items():
             in_features = product.shape[1]
             draws = torch.rand(in_features, PROBES, generator=generator(0, "probes", name))
-            probes = torch.where(draws < 0.5, -1.0, 1.0).double()
-            mean = product.apply(probes)
             A, B = self._sums.factors.mean(name)
+            probes = torch.where(draws < 0.5, -1.0, 1.0).to(A)
+            mean = product.apply(probes)
             gap, size = float((B @ (A @ probes) - mean).norm()), float(mean.norm())
             reports[name] = {"factor_gap": gap / size if size > 0 else 0.0}
         self._sums.clear()

@@ -21,16 +21,17 @@ Pair = tuple[Tensor, Tensor]
 class FactorSums:
     """``sum_k w_k A_k [R, in]``, ``sum_k w_k s_k B_k [out, R]``, and the weight of each row.
 
-    Float64; R grows to the largest rank that was added.
+    Float64, on ``device``, where the factors are; R grows to the largest rank that was added.
     """
 
-    def __init__(self, shapes: Mapping[str, tuple[int, int]]) -> None:
+    def __init__(
+        self, shapes: Mapping[str, tuple[int, int]], device: torch.device | str = "cpu"
+    ) -> None:
         self.total = 0.0
-        self._A = {
-            n: torch.zeros(0, fan_in, dtype=torch.float64) for n, (_, fan_in) in shapes.items()
-        }
-        self._B = {n: torch.zeros(out, 0, dtype=torch.float64) for n, (out, _) in shapes.items()}
-        self._weight = {n: torch.zeros(0, dtype=torch.float64) for n in shapes}
+        none = torch.zeros(0, dtype=torch.float64, device=device)
+        self._A = {name: none.new_zeros(0, fan_in) for name, (_, fan_in) in shapes.items()}
+        self._B = {name: none.new_zeros(out, 0) for name, (out, _) in shapes.items()}
+        self._weight = dict.fromkeys(shapes, none)
 
     def add(
         self,
@@ -45,10 +46,9 @@ class FactorSums:
         """
         self.total += weight
         for name, trained in factors.items():
-            at = torch.as_tensor(
-                list(rows[name] if rows else range(trained.rank)), dtype=torch.long
-            )
-            self._grow(name, int(at.max()) + 1)
+            own = list(rows[name] if rows else range(trained.rank))
+            self._grow(name, max(own) + 1)
+            at = torch.tensor(own, device=self._A[name].device)
             A, B = trained.lora_A.double(), trained.scaling * trained.lora_B.double()
             if minus is not None:
                 A = A - minus[name].lora_A.double()

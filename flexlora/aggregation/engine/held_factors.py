@@ -41,7 +41,7 @@ def _first(state: State, name: str, rank: int, factoring: Factoring) -> LoRAFact
     svd = state.change[name]
     out_features, in_features = svd.shape
     rows = live_rows(rank, in_features, generator(factoring.seed, "live", name))
-    lora_A, lora_B = rows.to(svd.Vh.dtype), svd.U.new_zeros(out_features, rank)
+    lora_A, lora_B = rows.to(svd.Vh), svd.U.new_zeros(out_features, rank)
     factors = LoRAFactors(
         lora_A=lora_A, lora_B=lora_B, alpha=factoring.alpha, rslora=factoring.rslora
     )

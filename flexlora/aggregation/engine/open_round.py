@@ -45,8 +45,9 @@ class OpenRound:
         waiting_bytes: int = WAITING_BYTES,
     ) -> None:
         self.method, self.state, self.sent = method, state, sent
-        self.sums = Sums(method.needs, state.change.shapes, sent)
-        self._gap = FactorGap(state.change.shapes, sent) if factor_gap else None
+        shapes, device = state.change.shapes, state.device
+        self.sums = Sums(method.needs, shapes, sent, device)
+        self._gap = FactorGap(shapes, sent, device) if factor_gap else None
         self._sums = (self.sums,) if self._gap is None else (self.sums, self._gap)
         self._places = {
             client_id: (False, sent[name].rank_class.rank if name in sent else 0, client_id)
@@ -71,6 +72,9 @@ class OpenRound:
         if update.key in self._skipped:
             raise UpdateRefused(f"client {update.client_id}: this round went on without it.")
         self.sums.check(update)
+        if update.discount == 0.0:  # in no denominator either: the round is the one without it
+            self.skip(update.key)
+            return
         self._seen.add(update.key)
         self._places.setdefault(update.key, self._place(update))
         self._waiting.put(update)

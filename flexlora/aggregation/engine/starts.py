@@ -147,7 +147,7 @@ def fresh(state: State, rank_class: RankClass, factoring: Factoring) -> Adapter:
     """
     shapes = state.change.shapes
     seed = derive_seed(factoring.seed, "fresh", state.round)
-    return GlobalChange.zero(shapes, state.dtype).adapter(
+    return GlobalChange.zero(shapes, state.dtype, state.device).adapter(
         rank_class.ranks(shapes), factoring.alpha, rslora=factoring.rslora, seed=seed
     )
 

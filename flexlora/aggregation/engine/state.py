@@ -29,10 +29,14 @@ class GlobalChange(Mapping[str, FactoredSVD]):
 
     @classmethod
     def zero(
-        cls, shapes: Mapping[str, tuple[int, int]], dtype: torch.dtype = torch.float32
+        cls,
+        shapes: Mapping[str, tuple[int, int]],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
     ) -> GlobalChange:
         """The zero change; ``shapes`` maps a module name to ``(out_features, in_features)``."""
-        return cls({name: FactoredSVD.zero(*shape, dtype) for name, shape in shapes.items()})
+        svds = {name: FactoredSVD.zero(*shape, dtype, device) for name, shape in shapes.items()}
+        return cls(svds)
 
     def __getitem__(self, name: str) -> FactoredSVD:
         if name not in self._modules:
@@ -78,7 +82,8 @@ class GlobalChange(Mapping[str, FactoredSVD]):
         """
         missing = total = 0.0
         for name, svd in self.items():
-            factors, left = adapter[name], svd.U.double() * svd.S.double()
+            factors = adapter[name].map(lambda t, device=svd.U.device: t.to(device))
+            left = svd.U.double() * svd.S.double()
             whole = inner_product(left, svd.Vh, left, svd.Vh)
             B = factors.scaling * factors.lora_B.double()
             cross = inner_product(left, svd.Vh, B, factors.lora_A)
@@ -103,7 +108,8 @@ class GlobalChange(Mapping[str, FactoredSVD]):
 
         Where ``G`` has fewer directions than the rank, the rest is random rows in ``lora_A`` and
         zero columns in ``lora_B``: with zeros in both, both gradients would stay zero. The random
-        rows are nested across ranks.
+        rows are nested across ranks. The factors have the dtype of ``G`` (float32 or float64,
+        whatever the clients sent) and are where it is.
         """
         ranks = rank if isinstance(rank, Mapping) else dict.fromkeys(self, rank)
         return Adapter(
@@ -142,8 +148,13 @@ class State:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype in which ``G`` is stored."""
+        """The dtype in which ``G`` is stored: float32 or float64."""
         return next(iter(self.change.values())).U.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where ``G`` is and the sums of a round are made; updates are moved there."""
+        return next(iter(self.change.values())).U.device
 
     def unchanged(self) -> State:
         """The state after a round that added no update."""
@@ -170,7 +181,7 @@ def _factors(
     top = svd.truncate(rank)
     out_features, in_features = svd.shape
     lora_B = svd.U.new_zeros(out_features, rank)
-    lora_A = live_rows(rank, in_features, rows).to(svd.Vh.dtype)
+    lora_A = live_rows(rank, in_features, rows).to(svd.Vh)
     factors = LoRAFactors(lora_A=lora_A, lora_B=lora_B, alpha=alpha, rslora=rslora)
     lora_B[:, : top.rank] = (top.U.double() * top.S.double() / factors.scaling).to(lora_B.dtype)
     lora_A[: top.rank] = top.Vh.to(lora_A.dtype)

@@ -7,13 +7,17 @@
     bands           per band of rank: mean of the products over the clients that reach it
     band_changes    the same of the products less the starts
 
-Client k has weight ``w_k / sum_j w_j``, ``w_k = needs.weight(update)``: by default its examples.
+Client k has weight ``d_k w_k / sum_j d_j w_j``: ``w_k = needs.weight(update)`` is the method's, by
+default the examples, and ``d_k`` the discount of a late update, 1 for others. ``Sums.add`` applies
+it, so that no method can forget it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+
+import torch
 
 from flexlora.aggregation.engine.band_sums import BandSums
 from flexlora.aggregation.engine.factor_sums import FactorSums
@@ -28,13 +32,16 @@ __all__ = ["Needs", "Sums", "drawn_rows"]
 
 
 def by_examples(update: Update) -> float:
-    """FedAvg's weight: the number of examples, discounted where the update is late."""
-    return update.weight
+    """FedAvg's weight: the number of examples."""
+    return float(update.num_examples)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """Which sums the engine accumulates for a method, and the weight of an update in them."""
+    """Which sums the engine accumulates for a method, and the weight of an update in them.
+
+    ``weight`` knows nothing of lateness: the engine multiplies it by the update's discount.
+    """
 
     products: bool = False
     starts: bool = False
@@ -53,15 +60,21 @@ class Needs:
 class Sums:
     """Sums over the updates of a round; each property is one of those in ``Needs``.
 
-    ``sent`` maps the name of a rank class to the start that its clients decoded.
+    ``sent`` maps the name of a rank class to the start that its clients decoded. The sums are made
+    on ``device``, that of the state and of ``sent``; updates may be anywhere.
     """
 
     def __init__(
-        self, needs: Needs, shapes: Mapping[str, tuple[int, int]], sent: Mapping[str, Start]
+        self,
+        needs: Needs,
+        shapes: Mapping[str, tuple[int, int]],
+        sent: Mapping[str, Start],
+        device: torch.device | str = "cpu",
     ) -> None:
         self.needs, self.shapes, self.sent = needs, dict(shapes), sent
+        self._device = torch.device(device)
         self._products = ProductSums(shapes)
-        self._factors, self._bands = FactorSums(shapes), BandSums(shapes, sent)
+        self._factors, self._bands = FactorSums(shapes, device), BandSums(shapes, sent)
         self._start_weights, self._total = dict.fromkeys(sent, 0.0), 0.0
 
     def check(self, update: Update) -> None:
@@ -81,20 +94,27 @@ class Sums:
             )
 
     def add(self, update: Update) -> None:
-        """Accumulate one update in every sum of ``needs``."""
-        needs, weight, start = self.needs, self.needs.weight(update), self._start_of(update)
+        """Accumulate one update in every sum of ``needs``, at the discounted weight."""
+        needs, start = self.needs, self._start_of(update)
+        weight, adapter = update.discount * needs.weight(update), self._moved(update.adapter)
         if needs.products:
-            self._products.add(update.adapter, weight)
+            self._products.add(adapter, weight)
         if needs.starts:
             self._total += weight
             if update.rank_class in self._start_weights:
                 self._start_weights[update.rank_class] += weight
         if needs.factors:
-            self._factors.add(update.adapter, weight, drawn_rows(update, self.sent))
+            self._factors.add(adapter, weight, drawn_rows(update, self.sent))
         if needs.factor_changes:
-            self._factors.add(update.adapter, weight, minus=start)
+            self._factors.add(adapter, weight, minus=start)
         if needs.bands or needs.band_changes:
-            self._bands.add(update.adapter, weight, minus=start if needs.band_changes else None)
+            self._bands.add(adapter, weight, minus=start if needs.band_changes else None)
+
+    def _moved(self, adapter: Adapter) -> Adapter:
+        """The adapter where the sums are: itself where it is there."""
+        tensors = (tensor for f in adapter.values() for tensor in (f.lora_A, f.lora_B))
+        there = all(tensor.device == self._device for tensor in tensors)
+        return adapter if there else adapter.to(self._device)
 
     def _start_of(self, update: Update) -> Adapter | None:
         start = self.sent.get(update.rank_class)

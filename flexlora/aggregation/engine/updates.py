@@ -21,8 +21,11 @@ class Update:
     """A client's reply: trained factors, number of examples, and which start it trained from.
 
     ``rank_class`` is the name of that start and ``digest`` its content. A ``late`` update belongs
-    to an earlier round (``base_round``); its examples count ``discount`` times, so that ``p_k = d_k
-    n_k / sum_j d_j n_j``.
+    to an earlier round (``base_round``). Whatever weight the method gives an update, it counts
+    ``discount`` times that in all sums (``sums.py``).
+
+    Raises:
+        ValueError: a discount outside 0 to 1.
     """
 
     client_id: str
@@ -34,10 +37,9 @@ class Update:
     late: bool = False
     discount: float = 1.0
 
-    @property
-    def weight(self) -> float:
-        """``d_k n_k``, the number of examples times the discount."""
-        return self.discount * self.num_examples
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.discount <= 1.0:
+            raise ValueError(f"discount is {self.discount}, expected 0 to 1.")
 
     @property
     def key(self) -> str:
