@@ -25,7 +25,34 @@ from flexlora.algebra.sketch import GradientSketch
 from flexlora.lora.adapters import LoRAFactors
 from flexlora.seeds import derive_seed
 
-__all__ = ["DropoutStream", "LoRALinear", "SlotFactors", "low_rank_cost"]
+__all__ = ["DropoutStream", "LoRALinear", "PassShape", "SlotFactors", "low_rank_cost"]
+
+
+@dataclass(kw_only=True)
+class PassShape:
+    """Rows and width of the batch ``[rows, width]`` in the model, known to all of its layers.
+
+    0 rows: a layer that is called outside a pass of its model.
+    """
+
+    rows: int = 0
+    width: int = 0
+
+    def check(self, name: str, x: Tensor, num_slots: int) -> None:
+        """Refuse inputs whose rows are not those of the batch, slot by slot.
+
+        Raises:
+            ValueError: neither ``[rows, ...]`` nor ``[rows * width, ...]``, or rows that the
+                slots do not share equally.
+        """
+        rows = self.rows or x.shape[0]
+        if x.shape[0] in (rows, rows * self.width) and rows % num_slots == 0:
+            return
+        raise ValueError(
+            f"module '{name}': its input has shape {tuple(x.shape)}, expected {rows} rows, or "
+            f"{rows * self.width} tokens, in the order of {num_slots} slots. Does the model sort "
+            "or drop tokens before it? Leave it out of lora.target-modules."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,9 +195,21 @@ class LoRALinear(nn.Module):
         self.dropout = 0.0
         self.streams: tuple[DropoutStream | None, ...] = ()
         self.sketch: GradientSketch | None = None
+        self.pass_shape = PassShape()
         self.training = base.training
 
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight; models read its dtype. ``trial_pass`` finds those that multiply it."""
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
+
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        if self.num_slots:
+            self.pass_shape.check(self.name, x, self.num_slots)
         if self._one_product(x):
             return self._sketched(self._slot_linear(x), x)
         out = self.base(x, *args, **kwargs) if self.merged is None else self._merged(x)

@@ -256,7 +256,8 @@ class _Cohort:
 def answer_losses(slots: SlotModel, batch: Batch) -> list[Tensor]:
     """Cross entropy of every answer token, slot by slot: K tensors ``[answer tokens]``.
 
-    Only answer positions go through the output layer where the model takes ``logits_to_keep``.
+    Only answer positions go through the output layer where the model takes ``logits_to_keep``,
+    unless a target lies behind that choice, where rows could not be told apart.
     Padding is on the right, outside causal attention, so no attention mask is needed and the fast
     causal kernels run. The losses are float32 at least.
     """
@@ -264,11 +265,9 @@ def answer_losses(slots: SlotModel, batch: Batch) -> list[Tensor]:
     labels = batch.labels.to(device)[:, 1:]
     wanted = labels != -100
     keep = nn.functional.pad(wanted, (0, 1))
-    logits = slots.model(
-        input_ids=batch.input_ids.to(device),
-        use_cache=False,
-        logits_to_keep=keep,
-    ).logits
+    options = {} if slots.targets.whole_logits else {"logits_to_keep": keep}
+    input_ids = batch.input_ids.to(device)
+    logits = slots.model(input_ids=input_ids, use_cache=False, **options).logits
     if logits.dim() == 3:
         logits = logits[keep]
     losses = nn.functional.cross_entropy(

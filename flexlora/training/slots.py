@@ -8,7 +8,6 @@ operations on a matrix, independent of the number of modules.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,71 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from flexlora.algebra.sketch import GradientSketch, top_rows
-from flexlora.errors import UserError, nearest
 from flexlora.lora.adapters import Adapter, LoRAFactors, zero_factors
 from flexlora.training.blockwise import Live, live_numbers
-from flexlora.training.layers import DropoutStream, LoRALinear, SlotFactors
+from flexlora.training.layers import DropoutStream, LoRALinear, PassShape, SlotFactors
+from flexlora.training.targets import choose_targets, find_targets
 
 __all__ = ["SlotModel", "find_targets", "kept_rank", "slot_model"]
 
 _SLOTS = "_flexlora_slots"  # the attribute of a model that has its SlotModel
-
-
-def linear_shape(module: Any) -> tuple[int, int] | None:
-    """``(out_features, in_features)`` of a linear of any supported kind, None for other modules."""
-    if isinstance(module, nn.Linear):  # bitsandbytes' quantized linears among them
-        return module.out_features, module.in_features
-    if type(module).__name__ == "Conv1D":
-        in_features, out_features = module.weight.shape
-        return out_features, in_features
-    return None
-
-
-def find_targets(model: nn.Module, target_modules: str) -> dict[str, tuple[int, int]]:
-    """The linears that get LoRA, ``{name: (out_features, in_features)}``, as PEFT would pick them.
-
-    ``all-linear`` is every linear but the output layer, which is never a target; names separated by
-    commas match a whole name or its end after a dot; anything else is a regular expression that
-    matches a whole name.
-
-    Raises:
-        UserError: nothing matches, or the expression cannot be read.
-    """
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    linears = {
-        name: shape
-        for name, module in model.named_modules()
-        if (shape := linear_shape(module)) is not None and module is not head
-    }
-    if target_modules == "all-linear" and linears:
-        return linears
-    items = [item.strip() for item in target_modules.split(",")]
-    by_item = {item: [n for n in linears if n == item or n.endswith(f".{item}")] for item in items}
-    unmatched = [item for item in items if not by_item[item]]
-    if not unmatched:
-        return {n: linears[n] for n in linears if any(n in names for names in by_item.values())}
-    found = _by_expression(linears, target_modules) if len(unmatched) == len(items) else {}
-    if not found:
-        leaves = sorted({name.rpartition(".")[2] for name in linears})
-        odd = target_modules if len(unmatched) == len(items) else unmatched[0]
-        raise UserError(
-            f"lora.target-modules is '{odd}', which matches no linear module of the model, "
-            f"expected 'all-linear' or some of {', '.join(leaves) or 'none'}."
-            f"{nearest(odd.rpartition('.')[2], leaves)}"
-        )
-    return found
-
-
-def _by_expression(
-    linears: dict[str, tuple[int, int]], expression: str
-) -> dict[str, tuple[int, int]]:
-    try:
-        return {n: shape for n, shape in linears.items() if re.fullmatch(expression, n)}
-    except re.error as error:
-        raise UserError(
-            f"lora.target-modules is '{expression}', which is neither a list of names nor a "
-            f"regular expression: {error}."
-        ) from None
 
 
 class SlotModel:
@@ -91,8 +33,11 @@ class SlotModel:
     def __init__(self, model: Any, target_modules: str = "all-linear") -> None:
         self.model, self.target_modules = model, target_modules
         _keep_unpacked(model)
-        self.shapes = find_targets(model, target_modules)
+        self.targets = choose_targets(model, target_modules)
+        self.shapes = self.targets.shapes
         self.layers: dict[str, LoRALinear] = {}
+        self.pass_shape = PassShape()
+        self._watch = _watched(model, self.pass_shape)
         self.num_slots = 0
         self.parameters = self.gradients = torch.empty(0, 0)
         self._leaves: list[Tensor] = []
@@ -101,6 +46,7 @@ class SlotModel:
         for name, (out_features, in_features) in self.shapes.items():
             base = model.get_submodule(name)
             layer = LoRALinear(base, name=name, in_features=in_features, out_features=out_features)
+            layer.pass_shape = self.pass_shape
             _replace(model, name, layer)
             self.layers[name] = layer
 
@@ -109,6 +55,7 @@ class SlotModel:
         for name, layer in self.layers.items():
             _replace(self.model, name, layer.base)
         self.layers = {}
+        self._watch.remove()
         if getattr(self.model, _SLOTS, None) is self:
             delattr(self.model, _SLOTS)
 
@@ -322,6 +269,18 @@ def _keep_unpacked(model: Any) -> None:
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
             module.support_avx512bf16_for_cpu = False
+
+
+def _watched(model: nn.Module, shape: PassShape) -> Any:
+    """Write the rows and width of every pass of ``model`` into ``shape``; a removable hook."""
+
+    def begin(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        named = (kwargs.get(name) for name in ("input_ids", "inputs_embeds"))
+        tokens = next((x for x in (*named, *args) if isinstance(x, Tensor)), None)
+        known = tokens is not None and tokens.dim() > 1
+        shape.rows, shape.width = tuple(tokens.shape[:2]) if known else (0, 0)
+
+    return model.register_forward_pre_hook(begin, with_kwargs=True)
 
 
 def slot_model(model: Any, target_modules: str) -> SlotModel:
