@@ -63,6 +63,6 @@ def enforce(config: Config, limit_bytes: int) -> str:
             f"--memory-limit is {limit_bytes:,} bytes, but the card has {total:,}; give less, or "
             "leave it out."
         )
-    share = (limit_bytes - CUDA_RUNTIME) / total
-    torch.cuda.set_per_process_memory_fraction(max(0.0, share), device)
+    share = max(0.0, (limit_bytes - CUDA_RUNTIME) / total)
+    torch.cuda.set_per_process_memory_fraction(share, device)
     return f"memory limit: torch may take {share:.0%} of the card, the rest is CUDA's own"

@@ -100,6 +100,7 @@ def check_cuda() -> Finding:
     import torch
 
     from flexlora.planning.probing import device_name, free_bytes, probe
+    from flexlora.training.models import pick_device
 
     if not torch.cuda.is_available():
         if shutil.which("nvidia-smi"):
@@ -108,7 +109,7 @@ def check_cuda() -> Finding:
                 "pip install --force-reinstall torch (a CUDA build)",
             )
         return ok("no NVIDIA card: training runs on the CPU")
-    device = torch.device("cuda")
+    device = pick_device("cuda")
     error = probe(device).error("bf16")
     if error:
         return warning(f"a bfloat16 product fails: {error}", "set model.dtype=float32")

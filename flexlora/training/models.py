@@ -39,7 +39,9 @@ _loaded: dict[tuple[str, ...], BaseModel] = {}
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto`` is CUDA where there is one.
+    """``cpu`` or ``cuda:0``; ``auto`` is CUDA where there is one.
+
+    The index is named, since some of torch's functions refuse a CUDA device without one.
 
     Raises:
         UserError: ``cuda`` where there is none.
@@ -47,7 +49,7 @@ def pick_device(name: str) -> torch.device:
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
         raise UserError("engine.device is 'cuda' but torch sees no CUDA device; use 'cpu'.")
-    return torch.device("cuda" if available and name != "cpu" else "cpu")
+    return torch.device("cuda", 0) if available and name != "cpu" else torch.device("cpu")
 
 
 def load_base(

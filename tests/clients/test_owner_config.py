@@ -10,6 +10,7 @@ import stat
 import pytest
 import torch
 
+from cuda_like import cuda_like
 from flexlora.clients.trainer import memory_limit
 from flexlora.clients.trainer.owner_config import OwnerConfig, is_owner_key, job_config
 from flexlora.clients.trainer.sockets import check_folder, check_free, connection_error
@@ -118,7 +119,7 @@ def test_a_model_that_does_not_fit_the_memory_limit_is_the_planners_sentence():
         memory_limit.smallest_plan(wide.config, 6 * 2**30)
 
 
-def test_the_limit_is_told_to_servers_and_enforced_where_torch_can(tmp_path, monkeypatch):
+def test_the_limit_is_told_to_servers_and_enforced_where_torch_can(tmp_path):
     with resident(write_rows(tmp_path / "d"), tmp_path / "k", limit_bytes=123_456_789) as made:
         reply = made.ask(query_message(), run_config())
         again = made.ask(query_message(), run_config(seed=3))
@@ -127,14 +128,11 @@ def test_the_limit_is_told_to_servers_and_enforced_where_torch_can(tmp_path, mon
     assert "nothing enforces it" in memory_limit.enforce(
         config.with_values({"engine.device": "cpu"}), 2**30
     )
-    shares = []
-    card = type("Card", (), {"total_memory": 16 * 2**30})
-    monkeypatch.setattr(memory_limit, "pick_device", lambda name: torch.device("cuda"))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
-    monkeypatch.setattr(
-        torch.cuda, "set_per_process_memory_fraction", lambda share, device: shares.append(share)
-    )
-    assert "47% of the card" in memory_limit.enforce(config, 8 * 2**30)
-    assert shares == [7.5 / 16]
-    with pytest.raises(UserError, match="bytes, but the card has"):
-        memory_limit.enforce(config, 17 * 2**30)
+    with cuda_like(total_bytes=16 * 2**30) as card:
+        assert "47% of the card" in memory_limit.enforce(config, 8 * 2**30)
+        assert card.fraction == 7.5 / 16
+        assert "0% of the card" in memory_limit.enforce(config, 2**20)
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            torch.zeros(1, device="cuda")
+        with pytest.raises(UserError, match="bytes, but the card has"):
+            memory_limit.enforce(config, 17 * 2**30)
