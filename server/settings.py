@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from flexlora.aggregation.engine.starts import Factoring
 from flexlora.config.resolve import Config
+from flexlora.data.chat import parse_date
 from flexlora.errors import UserError
 from flexlora.planning.memory_ranks import run_plan
 from flexlora.planning.rank_policies import RankPolicy
@@ -19,7 +20,7 @@ def check_config(config: Config) -> None:
     """Refuse keys that do not go together, before anything heavy is loaded.
 
     Raises:
-        UserError: ``resume`` outside of ``flwr run``, a wire that the method cannot use, ranks or
+        UserError: ``resume`` outside of ``flwr run``, a template date that is none, a wire that the method cannot use, ranks or
             shares that cannot be, a carried rank in a table that the method does not read.
     """
     if config.resume:
@@ -27,6 +28,7 @@ def check_config(config: Config) -> None:
             f"resume is '{config.resume}', which is for `flwr run`; with `flexlora "
             "simulate` use --resume DIR."
         )
+    parse_date(config.data.template_date)
     method = config.method.name
     feedback = getattr(config.method, "error_feedback", False)
     check_wire(config.wire.dtype, method, error_feedback=feedback)

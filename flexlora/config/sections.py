@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Literal
 
 from flexlora.aggregation.engine.options import Options, choices, option
+from flexlora.data.chat import DEFAULT_DATE
 
 __all__ = [
     "QUANTIZATIONS",
@@ -111,6 +112,7 @@ class Data(Options):
     partition: Literal["client", "task", "iid", "dirichlet"] = option("client", "rows to clients")
     dirichlet_alpha: float = option(0.5, "concentration of the Dirichlet partition", ge=1e-06)
     template: str = option("auto", "prompt template (auto, plain, alpaca, chat)")
+    template_date: str = option(DEFAULT_DATE, "the day of chat templates that read the clock")
 
 
 class Train(Options):

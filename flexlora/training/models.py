@@ -39,8 +39,14 @@ class BaseModel:
 
     @property
     def pad_token_id(self) -> int:
-        """The tokenizer's padding id, or 0 where it has none (masked out either way)."""
-        return self.tokenizer.pad_token_id or 0
+        """The tokenizer's padding id, or 0 where the model embeds none (masked out either way)."""
+        pad = self.tokenizer.pad_token_id
+        return pad if pad is not None and 0 <= pad < self.vocabulary else 0
+
+    @property
+    def vocabulary(self) -> int:
+        """How many token ids the model embeds; a tokenizer may have more."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
 
     @property
     def max_positions(self) -> int | None:
