@@ -20,8 +20,9 @@ def check_config(config: Config) -> None:
     """Refuse keys that do not go together, before anything heavy is loaded.
 
     Raises:
-        UserError: ``resume`` outside of ``flwr run``, a template date that is none, a wire that the method cannot use, ranks or
-            shares that cannot be, a carried rank in a table that the method does not read.
+        UserError: ``resume`` outside of ``flwr run``, a template date that is none, a wire that the
+            method cannot use, ranks or shares that cannot be, a carried rank in a table that the
+            method does not read.
     """
     if config.resume:
         raise UserError(

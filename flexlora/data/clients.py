@@ -6,6 +6,7 @@ only.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -88,6 +89,11 @@ class ClientData:
     @property
     def client_ids(self) -> list[str]:
         return list(self._rows)
+
+    def foreign_layouts(self) -> Counter[str]:
+        """How many rows were read from keys that are not ours, by these keys."""
+        splits = (rows for of_client in self._rows.values() for rows in of_client.values())
+        return Counter(row.layout for rows in splits for row in rows if row.layout)
 
     def rename(self, client_id: str) -> None:
         """Name the only client of a node that trains on its whole data folder."""

@@ -38,7 +38,7 @@ def check_vocabulary(
     if outside:
         names = ", ".join(repr(tokenizer.convert_ids_to_tokens(i)) for i in sorted(outside)[:3])
         raise UserError(
-            f"{who}: the tokenizer writes {names} (id {min(outside)}), but the model embeds the ids "
+            f"{who}: the tokenizer writes {names} (id {min(outside)}), but the model embeds ids "
             f"below {vocabulary} only; resize the model's embedding, or take the token out of the "
             "rows or the template."
         )

@@ -97,17 +97,21 @@ def _answer(
         )
     per_slot = batch.input_ids.shape[0] // len(rows)
     new = output[:, batch.input_ids.shape[1] :].cpu()
-    cuts = {*(config.eos_token_id or []), *_outside_text(tokenizer)}
+    ends, never = set(config.eos_token_id or []), _outside_text(tokenizer)
     return [
-        _decoded([_until(new[k * per_slot + i], cuts) for i in range(len(of_slot))], tokenizer)
-        for k, of_slot in enumerate(rows)
+        _decoded([_answer_of(new[k * per_slot + i], ends, never) for i in range(n)], tokenizer)
+        for k, n in enumerate(map(len, rows))
     ]
 
 
-def _until(ids: Tensor, cuts: set[int]) -> Tensor:
-    """The tokens before the first of ``cuts``; generation pads a row until all have ended."""
-    ends = torch.isin(ids, torch.tensor(sorted(cuts), dtype=ids.dtype)).nonzero()
-    return ids[: int(ends[0])] if len(ends) else ids
+def _answer_of(ids: Tensor, ends: set[int], never: set[int]) -> Tensor:
+    """The tokens before the first of ``ends`` without those of ``never``.
+
+    Generation pads a row until all have ended.
+    """
+    found = torch.isin(ids, torch.tensor(sorted(ends), dtype=ids.dtype)).nonzero()
+    ids = ids[: int(found[0])] if len(found) else ids
+    return ids[~torch.isin(ids, torch.tensor(sorted(never), dtype=ids.dtype))]
 
 
 def _outside_text(tokenizer: Any) -> set[int]:
@@ -131,7 +135,7 @@ def _decoded(rows: list[Tensor], tokenizer: Any) -> list[str]:
 def _greedy(
     model: Any, tokenizer: Any, max_new_tokens: int, pad_token_id: int, learned: set[int]
 ) -> Any:
-    """A greedy ``GenerationConfig`` that stops at ``learned``, and at tokenizer's and model's eos."""
+    """A greedy ``GenerationConfig`` that stops at ``learned`` and the eos of tokenizer and model."""
     from transformers import GenerationConfig
 
     named = model.generation_config.eos_token_id
