@@ -36,7 +36,12 @@ _SPEAKERS = {
     "system": "system",
 }
 METADATA = frozenset(
-    ["id", "idx", "index", "uid", "uuid", "hash", "source", "url", "link", "license", "author", "dataset", "split", "language", "lang", "model", "version", "date", "timestamp", "created", "created_at", "updated_at", "type", "tags", "metadata", "meta", "difficulty", "score", "rating", "quality", "weight"]
+    [
+        *("id", "idx", "index", "uid", "uuid", "hash", "source", "url", "link", "license"),
+        *("author", "dataset", "split", "language", "lang", "model", "version", "date"),
+        *("timestamp", "created", "created_at", "updated_at", "type", "tags", "metadata", "meta"),
+        *("difficulty", "score", "rating", "quality", "weight"),
+    ]
 )
 # False says that the answer is a bad one.
 _VERDICTS = ("label", "kto_tag")

@@ -135,7 +135,7 @@ def _decoded(rows: list[Tensor], tokenizer: Any) -> list[str]:
 def _greedy(
     model: Any, tokenizer: Any, max_new_tokens: int, pad_token_id: int, learned: set[int]
 ) -> Any:
-    """A greedy ``GenerationConfig`` that stops at ``learned`` and the eos of tokenizer and model."""
+    """A greedy configuration that stops at ``learned`` and the eos of tokenizer or model."""
     from transformers import GenerationConfig
 
     named = model.generation_config.eos_token_id

@@ -126,11 +126,9 @@ def with_template(tokenizer, template):
     return tokenizer
 
 
-def encoded(tokenizer, template, row, **options):
+def encoded(tokenizer, chat, row, **options):
     options = {"template": "auto", "max_length": 999} | options
-    (example,), dropped = encode_rows(
-        [row], tokenizer=with_template(tokenizer, template), **options
-    )
+    (example,), dropped = encode_rows([row], tokenizer=with_template(tokenizer, chat), **options)
     assert dropped == 0
     return example
 
