@@ -84,6 +84,8 @@ class Worker:
             tokenizer=self.base.tokenizer,
             template=config.data.template,
             max_length=min(config.train.max_length, longest or config.train.max_length),
+            date=config.data.template_date,
+            vocabulary=self.base.vocab_size,
         )
         self.settings = TrainSettings(
             **dict(config.train), seed=config.seed, lora_dropout=config.lora.dropout

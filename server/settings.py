@@ -8,6 +8,7 @@ from flexlora.aggregation.engine.starts import Factoring
 from flexlora.config.base_config import base_config
 from flexlora.config.paths import resolve_name
 from flexlora.config.resolve import Config
+from flexlora.data.chat import parse_date
 from flexlora.errors import UserError
 from flexlora.planning.memory_ranks import run_plan
 from flexlora.planning.rank_policies import RankPolicy
@@ -23,9 +24,9 @@ def check_config(config: Config) -> None:
     """Refuse keys that do not go together, before anything heavy is loaded.
 
     Raises:
-        UserError: a key of ``flwr run`` alone, a base that its config.json rules out, a wire
-            that the method cannot use, ranks or shares that cannot be, a carried rank in a table
-            that the method does not read.
+        UserError: a key of ``flwr run`` alone, a template date that is none, a base that its
+            config.json rules out, a wire that the method cannot use, ranks or shares that cannot
+            be, a carried rank in a table that the method does not read.
     """
     if config.resume:
         raise UserError(
@@ -39,6 +40,7 @@ def check_config(config: Config) -> None:
         )
     if Path(resolve_name(config.model.name)).is_dir():  # a hub model is the nodes' to fetch
         base_config(config.model.name)
+    parse_date(config.data.template_date)
     method = config.method.name
     feedback = getattr(config.method, "error_feedback", False)
     check_wire(config.wire.dtype, method, error_feedback=feedback)

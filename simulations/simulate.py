@@ -99,6 +99,8 @@ def simulate(
     pool = make_pool(config) if several else None  # other processes load while this one does
     try:
         worker = worker_for(config)
+        if observer is not None:
+            observer.read(worker.data.foreign_layouts())
         _check_enough(config, len(worker.client_ids))
         config = resolved_limits(config, worker)
         kept = rounds_kept(config.server.late_rounds)

@@ -55,6 +55,11 @@ class TerminalObserver(Observer):
         self.loading.stop()
         self.progress.stop()
 
+    def read(self, layouts: Mapping[str, int]) -> None:
+        """Which keys the rows were read from, where these are not our own."""
+        for keys, count in layouts.items():
+            self.console.print(f"{count} rows were read from {keys}.")
+
     def met(self, roster: Roster) -> None:
         """The rank table: what each class trains, module by module where a cap or pattern bites."""
         self.loading.stop()

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from flexlora.config.paths import resolve_name
 from flexlora.config.sections import Data, Model, Train
 from flexlora.data.clients import RowCount, count_rows
 from flexlora.data.rows import Row
@@ -18,7 +20,8 @@ from flexlora.planning.model_config import read_shape
 from flexlora.planning.planner import Choice, Request, make_plan, needed_bytes
 from flexlora.planning.probing import Probe, device_name, free_bytes, probe, require
 from flexlora.planning.shapes import ModelShape
-from flexlora.training.models import load_tokenizer, pick_device
+from flexlora.training.models import pick_device
+from flexlora.training.tokenizer import load_tokenizer
 from flexlora.units import human_bytes, parse_bytes
 
 __all__ = ["MachinePlan", "count_train_rows", "plan_machine"]
@@ -67,7 +70,8 @@ def count_train_rows(rows: Sequence[Row], *, model: str) -> RowCount:
     Raises:
         UserError: a model whose tokenizer cannot be read, or none of the rows fits.
     """
-    tokenizer, length = load_tokenizer(model), _max_length(read_shape(model))
+    source, length = resolve_name(model), _max_length(read_shape(model))
+    tokenizer = load_tokenizer(source, model, local_files_only=Path(source).is_dir())
     count = count_rows(rows, tokenizer=tokenizer, template=Data().template, max_length=length)
     if not count.examples:
         raise UserError(

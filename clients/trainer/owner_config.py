@@ -41,7 +41,8 @@ _IGNORED = (
 def is_owner_key(key: str) -> bool:
     """Whether the node's owner sets this key, and not the run."""
     owners = key.startswith(("model.", "data.", "clients."))
-    return (owners and key != "data.template") or key in ("engine.device", "engine.threads")
+    shared = ("data.template", "data.template-date")  # all clients train on the same prompts
+    return (owners and key not in shared) or key in ("engine.device", "engine.threads")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from pydantic import AfterValidator
 
 from flexlora.aggregation.engine.options import Options, choices, option
 from flexlora.config.paths import expanded
+from flexlora.data.chat import DEFAULT_DATE
 
 __all__ = [
     "QUANTIZATIONS",
@@ -121,6 +122,7 @@ class Data(Options):
     partition: Literal["client", "task", "iid", "dirichlet"] = option("client", "rows to clients")
     dirichlet_alpha: float = option(0.5, "concentration of the Dirichlet partition", ge=1e-06)
     template: str = option("auto", "prompt template (auto, plain, alpaca, chat)")
+    template_date: str = option(DEFAULT_DATE, "the day of chat templates that read the clock")
 
 
 class Train(Options):

@@ -6,15 +6,19 @@ only.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from flexlora.data.chat import DEFAULT_DATE
 from flexlora.data.collation import Example, encode_rows
 from flexlora.data.digests import ids_digest, rows_digests
+from flexlora.data.encoding import layout_of
 from flexlora.data.partitions import partition
 from flexlora.data.rows import Row
 from flexlora.data.sources import load_embedded, load_folder, load_hub
+from flexlora.data.vocabulary import check_vocabulary, max_token_id
 from flexlora.errors import UserError
 
 if TYPE_CHECKING:
@@ -91,7 +95,15 @@ def client_rows(
 
 
 class ClientData:
-    """Encoded rows by client and split."""
+    """Encoded rows by client and split, checked before the first is encoded.
+
+    ``vocabulary`` is the number of token ids that the model embeds (None: not checked), ``date``
+    the day of chat templates that read the clock.
+
+    Raises:
+        UserError: a template that cannot be rendered, a row that the chat template would lose some
+            of, a token that the model does not know.
+    """
 
     def __init__(
         self,
@@ -100,14 +112,22 @@ class ClientData:
         tokenizer: PreTrainedTokenizerBase,
         template: str,
         max_length: int,
+        date: str = DEFAULT_DATE,
+        vocabulary: int | None = None,
     ) -> None:
         self._rows, self._tokenizer = rows, tokenizer
-        self._template, self._max_length = template, max_length
+        self._template, self._max_length, self._date = template, max_length, date
         self._encoded: dict[tuple[str, str], tuple[list[Example], int]] = {}
+        self._check(vocabulary)
 
     @property
     def client_ids(self) -> list[str]:
         return list(self._rows)
+
+    def foreign_layouts(self) -> Counter[str]:
+        """How many rows were read from keys that are not ours, by these keys."""
+        splits = (rows for of_client in self._rows.values() for rows in of_client.values())
+        return Counter(row.layout for rows in splits for row in rows if row.layout)
 
     def rename(self, client_id: str) -> None:
         """Name the only client of a node that trains on its whole data folder."""
@@ -132,6 +152,19 @@ class ClientData:
         firsts = (self.examples(client_id, "train")[:1] for client_id in self.client_ids[:PROBED])
         return ids_digest(example for rows in firsts for example in rows)
 
+    def _check(self, vocabulary: int | None) -> None:
+        layout_of(self._tokenizer, self._template, self._date).check(
+            row for splits in self._rows.values() for rows in splits.values() for row in rows
+        )
+        if vocabulary is None or max_token_id(self._tokenizer) < vocabulary:
+            return
+        for client_id, splits in self._rows.items():
+            for split in splits:
+                who = f"client '{client_id}', {split} rows"
+                check_vocabulary(
+                    self.examples(client_id, split), vocabulary, self._tokenizer, who=who
+                )
+
     def _encode(self, client_id: str, split: str) -> tuple[list[Example], int]:
         key = (client_id, split)
         if key not in self._encoded:
@@ -140,5 +173,6 @@ class ClientData:
                 tokenizer=self._tokenizer,
                 template=self._template,
                 max_length=self._max_length,
+                date=self._date,
             )
         return self._encoded[key]

@@ -1,9 +1,9 @@
 """Rows as tokens, and K slots of tokens as one batch.
 
-    input_ids = [bos] + ids(prompt) + ids(answer) + [eos]      bos, eos where the tokenizer has them
+    input_ids = ids(prompt) + ids(answer) + [end]      end: the template's end of turn, else eos
 
-Prompt and answer are tokenised separately, so generation starts from exactly the prompt ids of
-training, without merges across the boundary. The loss is on the answer and its eos only.
+No token lies across the boundary (``encoding.py``), so generation starts from exactly the prompt
+ids of training. The loss is on the answer and its end only.
 
 If a prompt is too long for ``max_length``, its input text is shortened from the end by tokens, to
 at least one, and rendered again. The instruction, the turns of a conversation and the answer are
@@ -22,8 +22,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from flexlora.data.chat import DEFAULT_DATE
+from flexlora.data.encoding import TextEncoder, layout_of, unmarked
 from flexlora.data.rows import Row
-from flexlora.data.templates import render, resolve_template
+from flexlora.data.templates import Layout
 from flexlora.errors import UserError
 from flexlora.seeds import numpy_generator
 
@@ -45,17 +47,21 @@ IGNORE_INDEX = -100  # the label that torch's cross entropy ignores
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One encoded row: prompt ids ``input_ids[:prompt_length]``, then answer and eos."""
+    """One encoded row: prompt ids ``input_ids[:prompt_length]``, then the answer and its end.
+
+    ``ends`` are the ids at which a generated answer stops, beside those of tokenizer and model.
+    """
 
     input_ids: tuple[int, ...]
     prompt_length: int
     prompt: str
     answer: str
     task: str | None = None
+    ends: tuple[int, ...] = ()
 
     @property
     def answer_tokens(self) -> int:
-        """Tokens that the loss is on: answer and eos."""
+        """Tokens that the loss is on: the answer and its end."""
         return len(self.input_ids) - self.prompt_length
 
 
@@ -75,7 +81,12 @@ class Batch:
 
 
 def encode_rows(
-    rows: Sequence[Row], *, tokenizer: PreTrainedTokenizerBase, template: str, max_length: int
+    rows: Sequence[Row],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    max_length: int,
+    date: str = DEFAULT_DATE,
 ) -> tuple[list[Example], int]:
     """The rows that fit, in order, and the number of dropped rows.
 
@@ -84,7 +95,8 @@ def encode_rows(
     Raises:
         UserError: as ``templates.render``, or a ``max_length`` below 1.
     """
-    examples = [e for e in _encode(rows, tokenizer, template, max_length) if e is not None]
+    encoded = _encode(rows, tokenizer, template, max_length, date)
+    examples = [example for example in encoded if example is not None]
     return examples, len(rows) - len(examples)
 
 
@@ -171,93 +183,74 @@ def _stack(slots: list[list[tuple]], pad_token_id: int, *, left: bool) -> Batch:
 
 
 def _encode(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, template: str, max_length: int
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    max_length: int,
+    date: str,
 ) -> list[Example | None]:
     if max_length < 1:
         raise UserError(f"train.max-length is {max_length}, expected at least 1; raise it.")
-    template = resolve_template(template, tokenizer)
-    texts = [render(row, template=template, tokenizer=tokenizer) for row in rows]
-    prompts = [prompt for prompt, _ in texts]
-    prompt_ids = _prompt_ids(prompts, tokenizer)
-    answer_ids = _answer_ids([answer for _, answer in texts], tokenizer)
+    layout = layout_of(tokenizer, template, date)
+    encoder = TextEncoder(tokenizer, layout)
+    guarded = [encoder.guarded(row) for row in rows]
+    marked = [ours is not row for ours, row in zip(guarded, rows, strict=True)]
+    texts = [layout.render(row) for row in guarded]
+    answer_ids = encoder.answer_ids(texts, marked)
     budgets = [max_length - len(ids) for ids in answer_ids]
-    too_long = [
-        i for i, row in enumerate(rows) if len(prompt_ids[i]) > budgets[i] > 0 and row.input
-    ]
-    _cut_inputs(too_long, rows, prompts, prompt_ids, budgets, tokenizer, template)
+    prompts = _Prompts(guarded, marked, [text.prompt for text in texts], layout, encoder)
+    prompts.cut(budgets)
     return [
         Example(
-            input_ids=(*prompt_ids[i], *answer_ids[i]),
-            prompt_length=len(prompt_ids[i]),
-            prompt=prompts[i],
-            answer=row.output,
-            task=row.task,
+            input_ids=(*prompts.ids[i], *answer_ids[i]),
+            prompt_length=len(prompts.ids[i]),
+            prompt=unmarked(prompts.texts[i]) if marked[i] else prompts.texts[i],
+            answer=unmarked(text.answer) if marked[i] else text.answer,
+            task=rows[i].task,
+            ends=tuple(encoder.ends(text)),
         )
         # An answer without any token has no loss.
-        if answer_ids[i] and len(prompt_ids[i]) <= budgets[i]
+        if answer_ids[i] and len(prompts.ids[i]) <= budgets[i]
         else None
-        for i, row in enumerate(rows)
+        for i, text in enumerate(texts)
     ]
 
 
-def _cut_inputs(
-    indices: list[int],
-    rows: Sequence[Row],
-    prompts: list[str],
-    prompt_ids: list[list[int]],
-    budgets: Sequence[int],
-    tokenizer: PreTrainedTokenizerBase,
-    template: str,
-) -> None:
-    """Shorten the inputs of the prompts at ``indices`` until the prompts fit, where possible.
+class _Prompts:
+    """The prompts of ``rows`` as texts and ids."""
 
-    In each iteration an input is shortened by the number of excess tokens and all new prompts are
-    tokenised together, until each fits or has one token of input left. Cutting inside a word can
-    change the number of its tokens, so that usually takes one or two iterations.
-    """
-    ends = dict(zip(indices, _token_ends([rows[i].input for i in indices], tokenizer), strict=True))
-    lengths = {i: len(ends[i]) for i in indices}
-    while indices := [i for i in indices if len(prompt_ids[i]) > budgets[i] and lengths[i] > 1]:
-        for i in indices:
-            lengths[i] = max(1, lengths[i] - (len(prompt_ids[i]) - budgets[i]))
-            row = replace(rows[i], input=rows[i].input[: ends[i][lengths[i] - 1]])
-            prompts[i], _ = render(row, template=template, tokenizer=tokenizer)
-        new_ids = _prompt_ids([prompts[i] for i in indices], tokenizer)
-        for i, ids in zip(indices, new_ids, strict=True):
-            prompt_ids[i] = ids
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        marked: Sequence[bool],
+        texts: list[str],
+        layout: Layout,
+        encoder: TextEncoder,
+    ) -> None:
+        self._rows, self._marked, self._layout, self._encoder = rows, marked, layout, encoder
+        self.texts, self.ids = texts, encoder.prompt_ids(texts, marked)
 
+    def cut(self, budgets: Sequence[int]) -> None:
+        """Shorten inputs until the prompts fit their budgets, where possible.
 
-def _token_ends(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """End offsets of the tokens of each text; of its characters for a slow tokenizer."""
-    if not tokenizer.is_fast or not texts:
-        return [list(range(1, len(text) + 1)) for text in texts]
-    offsets = _tokenize(texts, tokenizer, return_offsets_mapping=True)["offset_mapping"]
-    return [[end for _, end in spans] for spans in offsets]
-
-
-def _prompt_ids(prompts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """The ids of each prompt, with one bos in front where the tokenizer has one."""
-    bos = tokenizer.bos_token_id
-    ids = _tokenize(prompts, tokenizer)["input_ids"]
-    # A chat template may have added bos to the text.
-    return [row if bos is None or row[:1] == [bos] else [bos, *row] for row in ids]
-
-
-def _answer_ids(answers: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """The ids of each answer with eos, if the tokenizer has one; empty for an empty answer."""
-    eos = tokenizer.eos_token_id
-    ids = _tokenize(answers, tokenizer)["input_ids"]
-    return [[*row, eos] if row and eos is not None else row for row in ids]
-
-
-def _tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase, **options: bool) -> dict:
-    """Token ids of the texts without special tokens, which the callers add."""
-    if not texts:
-        return {"input_ids": []}
-    return tokenizer(
-        texts,
-        add_special_tokens=False,
-        return_attention_mask=False,
-        verbose=False,  # "longer than the maximum": max_length is checked here
-        **options,
-    )
+        In each iteration an input is shortened by the number of excess tokens and all new prompts
+        are tokenised together, until each fits or has one token of input left. Cutting inside a
+        word can change the number of its tokens, so that usually takes one or two iterations.
+        """
+        long = [
+            i for i, row in enumerate(self._rows) if len(self.ids[i]) > budgets[i] > 0 and row.input
+        ]
+        ends = dict(
+            zip(long, self._encoder.token_ends([self._rows[i].input for i in long]), strict=True)
+        )
+        lengths = {i: len(ends[i]) for i in long}
+        while long := [i for i in long if len(self.ids[i]) > budgets[i] and lengths[i] > 1]:
+            for i in long:
+                lengths[i] = max(1, lengths[i] - (len(self.ids[i]) - budgets[i]))
+                row = replace(self._rows[i], input=self._rows[i].input[: ends[i][lengths[i] - 1]])
+                self.texts[i] = self._layout.render(row).prompt
+            new = self._encoder.prompt_ids(
+                [self.texts[i] for i in long], [self._marked[i] for i in long]
+            )
+            for i, ids in zip(long, new, strict=True):
+                self.ids[i] = ids

@@ -1,25 +1,25 @@
 """One row of federated text, validated when it is read.
 
-Two shapes are accepted, as JSON objects:
+Two shapes are accepted, as JSON objects, and what ``layouts.py`` turns into them:
 
     {"instruction"?, "input"?, "output", "client"?, "task"?, "category"?}
     {"messages": [{"role", "content"}, ...], "client"?, "task"?, "category"?}
 
 In a chat row the last message is the assistant's and is what the model learns. ``null`` means
-absent. Other keys are ignored unless one resembles a missing key: training without inputs because
-their key was ``"inputs"`` would not show in the loss.
+absent. A key that is not read is refused where it resembles a missing one, or holds text that the
+model would not see.
 """
 
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from flexlora.data.layouts import ROLES, in_our_layout, refuse_lost
 from flexlora.errors import UserError, nearest
 
 __all__ = ["ROLES", "Row", "parse_row"]
 
-ROLES = ("system", "user", "assistant")
 _TEXT_KEYS = ("instruction", "input", "output")
 _LABEL_KEYS = ("client", "task", "category")
 _KEYS = (*_TEXT_KEYS, *_LABEL_KEYS, "messages")
@@ -39,6 +39,7 @@ class Row:
     task: str | None = None
     category: str | None = None
     messages: tuple[tuple[str, str], ...] | None = None  # (role, content), the assistant's last
+    layout: str = field(default="", compare=False)  # the keys it was read from, if not ours
 
 
 def parse_row(obj: object, where: str) -> Row:
@@ -58,33 +59,39 @@ def parse_row(obj: object, where: str) -> Row:
     present = {key: value for key, value in obj.items() if value is not None}
     _refuse_misspelt(present, where)
     labels = {key: _label(present[key], key, where) for key in _LABEL_KEYS if key in present}
+    rest = {key: value for key, value in present.items() if key not in _LABEL_KEYS}
     if "messages" in present:
-        messages = _messages(present, where)
-        return Row(output=messages[-1][1], messages=messages, **labels)
-    if "output" not in present:
+        _refuse_both(present, where)
+    read, layout = in_our_layout(rest, where)
+    if "messages" in read:
+        messages = _messages(read["messages"], where)
+        return Row(output=messages[-1][1], messages=messages, layout=layout, **labels)
+    if "output" not in read:
         found = ", ".join(repr(key) for key in present) or "nothing"
         raise UserError(
             f"{where}: the row has no output (it has {found}); give it an 'output' text, "
             "or 'messages' that end with the assistant's."
         )
-    texts = {key: _text(present[key], f"'{key}'", where) for key in _TEXT_KEYS if key in present}
+    texts = {key: _text(value, f"'{key}'", where) for key, value in read.items()}
     if not texts["output"].strip():
         raise UserError(
             f"{where}: 'output' is empty, expected the text to learn; fill it in or take "
             "the row out."
         )
-    return Row(**texts, **labels, messages=None)
+    return Row(**texts, **labels, messages=None, layout=layout)
 
 
-def _messages(present: dict, where: str) -> tuple[tuple[str, str], ...]:
-    """The checked turns of a chat row: at least one, then the assistant's answer."""
+def _refuse_both(present: dict, where: str) -> None:
     clash = [key for key in _TEXT_KEYS if key in present]
     if clash:
         raise UserError(
             f"{where}: the row has both 'messages' and '{clash[0]}', expected one shape; "
             "move the text into the messages or take one of them out."
         )
-    turns = present["messages"]
+
+
+def _messages(turns: object, where: str) -> tuple[tuple[str, str], ...]:
+    """The checked turns of a chat row: at least one, then the assistant's answer."""
     if not isinstance(turns, list):
         raise UserError(
             f"{where}: 'messages' is {_kind(turns)}, expected a list of "
@@ -97,6 +104,11 @@ def _messages(present: dict, where: str) -> tuple[tuple[str, str], ...]:
             f"{where}: 'messages' has the roles {roles}, expected at least one turn and then "
             "the assistant's with text, since the last message is what the model learns."
         )
+    if turns[-1].get("weight") == 0:  # as in OpenAI's files: not to be learned
+        raise UserError(
+            f"{where}: the last message has the weight 0, but it is what the model learns; end the "
+            "row at an answer to learn."
+        )
     return messages
 
 
@@ -107,14 +119,29 @@ def _message(turn: object, number: int, where: str) -> tuple[str, str]:
             f'{where}: message {number} is not of the form {{"role": "...", "content": "..."}}; '
             "rename its keys to these two."
         )
-    role = turn["role"]
+    role = "system" if turn["role"] == "developer" else turn["role"]
     if role not in ROLES:
         hint = nearest(role, ROLES) if isinstance(role, str) else ""
         raise UserError(
             f"{where}: message {number} has the role {role!r}, expected one of "
             f"{', '.join(ROLES)}.{hint}"
         )
-    return role, _text(turn["content"], f"the content of message {number}", where)
+    refuse_lost(turn, {"role", "content"}, [], f"{where}: message {number}")
+    return role, _content(turn["content"], f"the content of message {number}", where)
+
+
+def _content(value: object, name: str, where: str) -> str:
+    """Text, or the text of a list of parts ``{"type": "text", "text": ...}``."""
+    if not isinstance(value, list):
+        return _text(value, name, where)
+    for part in value:
+        if not isinstance(part, dict) or part.get("type") != "text":
+            kind = part.get("type") if isinstance(part, dict) else _kind(part)
+            raise UserError(
+                f"{where}: {name} has a part of type {kind!r}, expected parts of type 'text' only; "
+                "the model is trained on text."
+            )
+    return "".join(_text(part.get("text"), name, where) for part in value)
 
 
 def _text(value: object, name: str, where: str) -> str:

@@ -134,12 +134,18 @@ def _read(file: Path) -> Iterator[Row]:
 def _decoded(line: bytes, where: str) -> str:
     try:
         # Any line may have a byte-order mark: files may have been concatenated.
-        return line.decode().lstrip("\ufeff").strip()
+        text = line.decode().lstrip("\ufeff").strip()
     except UnicodeDecodeError as error:
         raise UserError(
             f"{where}: byte {error.start + 1} is not UTF-8, expected UTF-8 text; save the file "
             "with that encoding."
         ) from None
+    if "\0" in text:
+        raise UserError(
+            f"{where}: found null bytes, as in UTF-16, expected UTF-8 text; save the file with "
+            "that encoding."
+        )
+    return text
 
 
 def _json(text: str, where: str) -> object:

@@ -1,27 +1,32 @@
-"""A row as text: a prompt and the answer to learn.
+"""A row as text: a prompt, and the answer to learn.
 
-    plain    instruction, input and "Answer: " on three lines, without empty ones
+    plain    instruction, input and "Answer:" on three lines, without empty ones
     alpaca   the Stanford Alpaca layout, in its forms with and without an input
-    chat     the tokenizer's own chat template, with its generation prompt
+    chat     the tokenizer's own chat template, with its generation prompt (``chat.py``)
     auto     chat where the tokenizer has a chat template, else plain
 
 Both kinds of row work with every layout. An instruction row is one user message under a chat
 template. A chat row is an instruction under the other two: the system text and the question, or
 for a longer conversation turns labelled by role.
+
+A space between prompt and answer belongs to the answer ("Answer:" + " blue"): tokenizers merge it
+with the word after it, and at the end of a prompt it would be a token that no text has there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from flexlora.data.chat import DEFAULT_DATE, ChatTemplate, parse_date
 from flexlora.data.rows import Row
 from flexlora.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["TEMPLATES", "render", "resolve_template"]
+__all__ = ["TEMPLATES", "Layout", "Rendered", "render", "resolve_template"]
 
 TEMPLATES = ("auto", "plain", "alpaca", "chat")
 
@@ -36,8 +41,74 @@ _ALPACA = (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Rendered:
+    """A row as text: ``prompt + separator + answer + closing``, then the end of the turn.
+
+    ``context`` is the end of the prompt as far as it is the same for all rows of a kind, and
+    ``end`` the token that ends the answer (None: the tokenizer's eos).
+    """
+
+    prompt: str
+    separator: str
+    answer: str
+    closing: str = ""
+    context: str
+    end: str | None = None
+
+    @property
+    def learned(self) -> str:
+        """What the model learns after the prompt, without the token that ends it."""
+        return self.separator + self.answer + self.closing
+
+
+class Layout:
+    """``data.template`` for one tokenizer; ``name`` is ``plain``, ``alpaca`` or ``chat``.
+
+    Raises:
+        UserError: as ``resolve_template`` and ``ChatTemplate``, or a date that is none.
+    """
+
+    def __init__(
+        self, template: str, tokenizer: PreTrainedTokenizerBase, date: str = DEFAULT_DATE
+    ) -> None:
+        parse_date(date)
+        self.name = resolve_template(template, tokenizer)
+        self.chat = ChatTemplate(tokenizer, date) if self.name == "chat" else None
+
+    def render(self, row: Row) -> Rendered:
+        """The row as text.
+
+        Raises:
+            UserError: the chat template refuses the row or would lose some of it.
+        """
+        if self.chat is not None:
+            return _chat(row, self.chat)
+        instruction = row.instruction if row.messages is None else _as_instruction(row.messages)
+        if self.name == "alpaca":
+            layout = _ALPACA_WITH_INPUT if row.input else _ALPACA
+            prompt = layout.format(instruction=instruction, input=row.input)
+            return Rendered(
+                prompt=prompt, separator="", answer=row.output, context="### Response:\n"
+            )
+        lines = [f"{text}\n" for text in (instruction, row.input) if text]
+        prompt = "".join(lines) + "Answer:"
+        return Rendered(prompt=prompt, separator=" ", answer=row.output, context="Answer:")
+
+    def check(self, rows: Iterable[Row]) -> None:
+        """Refuse rows that cannot be rendered, without rendering them.
+
+        Raises:
+            UserError: as ``render`` for a row's roles and the form of its answer.
+        """
+        if self.chat is not None:
+            for row in rows:
+                shape = self.chat.shape(tuple(role for role, _ in _turns(row)))
+                self.chat.continued(row.output, shape)
+
+
 def render(row: Row, *, template: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """``(prompt, answer)``; the prompt is the same string in training and in generation.
+    """``(prompt, learned)``; the prompt is the same string in training and in generation.
 
     A chat template may write special tokens (bos among them) into the prompt as text.
 
@@ -45,15 +116,8 @@ def render(row: Row, *, template: str, tokenizer: PreTrainedTokenizerBase) -> tu
         UserError: an unknown template, ``chat`` without a chat template, or a conversation that
             the chat template refuses.
     """
-    name = resolve_template(template, tokenizer)
-    if name == "chat":
-        return _chat_prompt(row, tokenizer), row.output
-    instruction = row.instruction if row.messages is None else _as_instruction(row.messages)
-    if name == "alpaca":
-        layout = _ALPACA_WITH_INPUT if row.input else _ALPACA
-        return layout.format(instruction=instruction, input=row.input), row.output
-    lines = [f"{text}\n" for text in (instruction, row.input) if text]
-    return "".join(lines) + "Answer: ", row.output
+    rendered = Layout(template, tokenizer).render(row)
+    return rendered.prompt, rendered.learned
 
 
 def resolve_template(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -78,26 +142,25 @@ def resolve_template(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
     return template
 
 
-def _chat_prompt(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
-    """All turns before the answer, with the template's generation prompt."""
-    from jinja2 import TemplateError
+def _chat(row: Row, chat: ChatTemplate) -> Rendered:
+    turns = _turns(row)
+    shape = chat.shape(tuple(role for role, _ in turns))
+    lead, separator, answer = chat.continued(row.output, shape)
+    return Rendered(
+        prompt=chat.prompt(turns) + lead,
+        separator=separator,
+        answer=answer,
+        closing=shape.closing,
+        context=shape.after_turn + lead,
+        end=shape.end,
+    )
 
-    if row.messages is None:
-        content = "\n".join(text for text in (row.instruction, row.input) if text)
-        turns: Sequence[tuple[str, str]] = [("user", content)]
-    else:
-        turns = row.messages[:-1]
-    messages = [{"role": role, "content": content} for role, content in turns]
-    try:
-        return str(
-            tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        )
-    except TemplateError as error:
-        roles = ", ".join(role for role, _ in turns)
-        raise UserError(
-            f"The tokenizer's chat template refuses a row with the roles {roles} before its "
-            f"answer ({error}); change the row or use data.template 'plain'."
-        ) from error
+
+def _turns(row: Row) -> Sequence[tuple[str, str]]:
+    """All turns before the answer."""
+    if row.messages is not None:
+        return row.messages[:-1]
+    return [("user", "\n".join(text for text in (row.instruction, row.input) if text))]
 
 
 def _as_instruction(messages: tuple[tuple[str, str], ...]) -> str:

@@ -1,8 +1,12 @@
 """Greedy generation from prompts, many rows and slots in one pass.
 
 Rows are padded on the left. An answer does not depend on the other rows of its pass: prompts near
-the model's last position only share passes with prompts of equal length, and tokens after a row's
-end of sequence are removed.
+the model's last position only share passes with prompts of equal length, and what follows a row's
+end is removed. Generation stops where the answers that were learned end (``Example.ends``), at the
+tokenizer's eos and at the ends that the model's own configuration names.
+
+An answer is decoded as it stands: special tokens such as ``<think>`` and the spaces before
+punctuation may be part of it.
 """
 
 from __future__ import annotations
@@ -42,11 +46,12 @@ def generate_answers(
     batch_size: int,
     pad_token_id: int,
 ) -> list[list[str]]:
-    """Greedy answers ``[K][rows]`` of slot k to the prompts ``examples[k]``, no special tokens."""
+    """Greedy answers ``[K][rows]`` of slot k to the prompts ``examples[k]``, up to their end."""
+    learned = {end for rows in examples for row in rows for end in row.ends}
     longest = getattr(text_config(slots.model.config), "max_position_embeddings", None)
     answers = [[""] * len(rows) for rows in examples]
     for room, chosen in _by_room(examples, max_new_tokens, longest):
-        config = _greedy(slots.model, tokenizer, room, pad_token_id)
+        config = _greedy(slots.model, tokenizer, room, pad_token_id, learned)
         lengths = [[examples[k][i].prompt_length for i in ids] for k, ids in enumerate(chosen)]
         for picked in passes(lengths, batch_size):
             indices = [[chosen[k][i] for i in ids] for k, ids in enumerate(picked)]
@@ -93,32 +98,50 @@ def _answer(
         )
     per_slot = batch.input_ids.shape[0] // len(rows)
     new = output[:, batch.input_ids.shape[1] :].cpu()
+    ends, never = set(config.eos_token_id or []), _outside_text(tokenizer)
     return [
-        [
-            text.strip()
-            for text in tokenizer.batch_decode(
-                [_until_end(new[k * per_slot + i], config) for i in range(len(of_slot))],
-                skip_special_tokens=True,
-            )
-        ]
-        if of_slot
-        else []
-        for k, of_slot in enumerate(rows)
+        _decoded([_answer_of(new[k * per_slot + i], ends, never) for i in range(n)], tokenizer)
+        for k, n in enumerate(map(len, rows))
     ]
 
 
-def _until_end(ids: Tensor, config: Any) -> Tensor:
-    """The tokens before the first end of sequence; generation pads a row until all have ended."""
-    ends = torch.isin(ids, torch.tensor(config.eos_token_id or [], dtype=ids.dtype)).nonzero()
-    return ids[: int(ends[0])] if len(ends) else ids
+def _answer_of(ids: Tensor, ends: set[int], never: set[int]) -> Tensor:
+    """The tokens before the first of ``ends`` without those of ``never``.
+
+    Generation pads a row until all have ended.
+    """
+    found = torch.isin(ids, torch.tensor(sorted(ends), dtype=ids.dtype)).nonzero()
+    ids = ids[: int(found[0])] if len(found) else ids
+    return ids[~torch.isin(ids, torch.tensor(sorted(never), dtype=ids.dtype))]
 
 
-def _greedy(model: Any, tokenizer: Any, max_new_tokens: int, pad_token_id: int) -> Any:
-    """A greedy ``GenerationConfig`` that stops at the tokenizer's eos and at those of the model."""
+def _outside_text(tokenizer: Any) -> set[int]:
+    """The tokenizer's own padding and bos, which no answer holds."""
+    names = ("pad_token_id", "bos_token_id")
+    return {getattr(tokenizer, name, None) for name in names} - {None}
+
+
+def _decoded(rows: list[Tensor], tokenizer: Any) -> list[str]:
+    """The text of each row, every token and every space of it, without white space at its ends."""
+    if not rows:
+        return []
+    cleans = getattr(tokenizer, "clean_up_tokenization_spaces", False)
+    tokenizer.clean_up_tokenization_spaces = False  # "yes , it is ." is not "yes, it is."
+    try:
+        return [text.strip() for text in tokenizer.batch_decode(rows, skip_special_tokens=False)]
+    finally:
+        tokenizer.clean_up_tokenization_spaces = cleans
+
+
+def _greedy(
+    model: Any, tokenizer: Any, max_new_tokens: int, pad_token_id: int, learned: set[int]
+) -> Any:
+    """A greedy configuration that stops at ``learned`` and the eos of tokenizer or model."""
     from transformers import GenerationConfig
 
     named = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}
+    named = named if isinstance(named, list) else [named]
+    ends = {tokenizer.eos_token_id, *named, *learned} - {None}
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,

@@ -29,7 +29,7 @@ class BaseModel:
     @property
     def vocab_size(self) -> int:
         """Rows of the embedding table: a row of tokens holds ids below this."""
-        return int(self.model.get_input_embeddings().num_embeddings)
+        return int(self.model.get_input_embeddings().weight.shape[0])
 
     @property
     def pad_token_id(self) -> int:

@@ -31,7 +31,7 @@ from flexlora.training.checkpoint import check_loaded, listed, open_checkpoint
 from flexlora.training.fingerprint import fingerprint
 from flexlora.training.tokenizer import load_tokenizer
 
-__all__ = ["BaseModel", "load_base", "load_tokenizer", "pick_device", "resolve_name"]
+__all__ = ["BaseModel", "load_base", "pick_device", "resolve_name"]
 
 LOG = logging.getLogger(__name__)
 
@@ -79,24 +79,6 @@ def load_base(
     if key not in _loaded:
         _loaded[key] = _load(source, name, dtype, quantization, threshold, attention, where)
     return _loaded[key]
-
-
-def load_tokenizer(name: str) -> Any:
-    """The tokenizer of the base of that name, without its weights.
-
-    Raises:
-        UserError: it does not exist or cannot be read.
-    """
-    from transformers import AutoTokenizer
-
-    source = resolve_name(name)
-    try:
-        return AutoTokenizer.from_pretrained(
-            source, local_files_only=Path(source).is_dir(), trust_remote_code=False
-        )
-    except Exception as error:  # a damaged file may raise any error
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"the tokenizer of '{name}' cannot be loaded: {reason}") from error
 
 
 def _check_attention(attention: str, dtype: str, device: torch.device) -> None:

@@ -24,6 +24,9 @@ class Observer:
     became of a client is its ``outcome``.
     """
 
+    def read(self, layouts: Mapping[str, int]) -> None:
+        """A simulation's rows that were read from keys of other tools: how many, by these keys."""
+
     def met(self, roster: Roster) -> None:
         """The members, their rank classes and who was left out; again when they change."""
 
@@ -97,6 +100,9 @@ class Observers(Observer):
     def __init__(self, ours: Sequence[Observer], caller: Observer | None = None) -> None:
         self.ours, self.caller = tuple(ours), caller or Observer()
         self._logged: set[int] = set()
+
+    def read(self, layouts: Mapping[str, int]) -> None:
+        self._pass_on("read", layouts)
 
     def met(self, roster: Roster) -> None:
         self._pass_on("met", roster)

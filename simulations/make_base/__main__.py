@@ -167,7 +167,7 @@ def provenance(out: Path, plan: PretrainingPlan, model: LlamaForCausalLM, second
     """The folder's README: what was run, on what, and the digests of what it wrote."""
     digests = "\n".join(
         f"    {hashlib.sha256((out / name).read_bytes()).hexdigest()}  {name}"
-        for name in ("model.safetensors", "tokenizer.json", "config.json")
+        for name in ("model.safetensors", "tokenizer.json", "chat_template.jinja", "config.json")
     )
     return f"""# The embedded base
 
@@ -180,9 +180,9 @@ seed {plan.seed}, {plan.max_steps:,} steps of {plan.batch_size} documents, {plan
 {seconds / 60:.0f} minutes, torch {torch.__version__} on {platform.machine()} under Python
 {platform.python_version()}. The corpus: `simulations/make_base/corpus.py` (generic skills, half of
 the wordings of the known task families on their train instances, plain sentences; nothing of the
-held-out families). The loss curve: `simulations/make_base/loss.csv`. The prompt is the 'plain'
-template of `flexlora/data/templates.py`. Vocabulary: bytes and the words of running text, so that
-what a task works on is spelled letter by letter.
+held-out families). The loss curve: `simulations/make_base/loss.csv`. The prompt is the
+tokenizer's own chat template: instruction, input and "Answer: ", after bos. Vocabulary: bytes and
+the words of running text, so that what a task works on is spelled letter by letter.
 
 Two whole runs on one kind of machine, hours apart, gave the same bytes (2026-11-21: 38 and 24
 minutes); another machine may round differently. The shipped files' digests (sha256):

@@ -3,7 +3,7 @@
 Three parts: (1) generic skills, instructions about letters, words, lists and numbers that belong to
 no task family; (2) the known families, in half of their wordings and on train instances only;
 (3) plain sentences, some with a question. Held-out families are not imported: they cannot leak.
-A document is ``(prompt, answer)`` in the 'plain' template of ``flexlora.data.templates``.
+A document is ``(prompt, answer)`` in the chat template of the base's tokenizer, without bos.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SENTENCE_SHARE = 0.08
 
 
 def plain_prompt(instruction: str, text: str) -> str:
-    """The 'plain' template up to the answer; equal to ``templates.render`` (a test compares)."""
+    """An instruction row up to the answer; equal to the tokenizer's template (a test compares)."""
     lines = [line for line in (instruction, text) if line]
     return "\n".join([*lines, "Answer: "])
 

@@ -4,6 +4,9 @@ A word is one token only after a space or with a capital, as in an instruction. 
 (``sebota``, ``4072``) stands at the start of a line or after a comma, in small letters: it is
 spelled letter by letter, so that reversing or encoding it is possible at all. Other text falls back
 to bytes, so nothing is ever unknown.
+
+The chat template writes what the base was pretrained on, bos and the space after "Answer:" among it
+(``corpus.plain_prompt``). The tokenizer puts bos before any other text too.
 """
 
 from __future__ import annotations
@@ -12,12 +15,12 @@ import itertools
 import re
 from collections import Counter
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from flexlora.simulations.make_base.corpus import documents
 
-__all__ = ["SPECIAL_TOKENS", "VOCABULARY_SIZE", "train_tokenizer"]
+__all__ = ["CHAT_TEMPLATE", "SPECIAL_TOKENS", "VOCABULARY_SIZE", "train_tokenizer"]
 
 SPECIAL_TOKENS = {
     "pad_token": "<pad>",
@@ -27,6 +30,29 @@ SPECIAL_TOKENS = {
 }
 VOCABULARY_SIZE = 640
 FEWEST_OCCURRENCES = 10
+# The system's lines, the question's (or of a longer conversation the turns', labelled by role), and
+# "Answer: " with the answer behind it.
+CHAT_TEMPLATE = """\
+{%- set answered = messages[-1]['role'] == 'assistant' and not add_generation_prompt -%}
+{%- set before = messages[:-1] if answered else messages -%}
+{%- set turns = before | rejectattr('role', 'equalto', 'system') | list -%}
+{{- bos_token -}}
+{%- for message in before if message['role'] == 'system' and message['content'] -%}
+{{- message['content'] + '\\n' -}}
+{%- endfor -%}
+{%- for message in turns -%}
+{%- if turns | length > 1 -%}
+{{- message['role'] | capitalize + ': ' + message['content'] + '\\n' -}}
+{%- elif message['content'] -%}
+{{- message['content'] + '\\n' -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if answered -%}
+{{- 'Answer: ' + messages[-1]['content'] + eos_token -}}
+{%- elif add_generation_prompt -%}
+{{- 'Answer: ' -}}
+{%- endif -%}
+"""
 _WORD = re.compile(r" [A-Za-z]{2,}|\b[A-Z][a-z]+")
 
 
@@ -59,8 +85,15 @@ def train_tokenizer(seed: int, num_documents: int, max_length: int) -> PreTraine
     )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
+    bos = SPECIAL_TOKENS["bos_token"]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A",
+        pair=f"{bos} $A {bos} $B",
+        special_tokens=[(bos, vocab[bos])],
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
+        chat_template=CHAT_TEMPLATE,
         model_max_length=max_length,
         clean_up_tokenization_spaces=False,
         padding_side="right",

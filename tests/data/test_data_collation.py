@@ -114,6 +114,14 @@ def ids(tokenizer, text):
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+def learned_ids(tokenizer, row, template="auto"):
+    """The ids of the answer behind its prompt, from the ids of both; alone if they merge."""
+    prompt, learned = render(row, template=template, tokenizer=tokenizer)
+    head, whole = ids(tokenizer, prompt), ids(tokenizer, prompt + learned)
+    after = whole[len(head) :] if whole[: len(head)] == head else ids(tokenizer, learned)
+    return after + ([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])
+
+
 def encode(rows, tokenizer, max_length=10_000, template="auto"):
     return encode_rows(rows, tokenizer=tokenizer, template=template, max_length=max_length)
 
@@ -139,28 +147,26 @@ DIALOGUE = Row(output="No.", messages=CONVERSATION.messages[1:])
 @pytest.mark.parametrize(
     ("row", "template", "prompt"),
     [
-        (FULL, "plain", "Say which colour.\nIt is red.\nAnswer: "),
-        (Row(input="It is red.", output="red"), "plain", "It is red.\nAnswer: "),
-        (Row(instruction="Say red.", output="red"), "plain", "Say red.\nAnswer: "),
-        (Row(output="red"), "plain", "Answer: "),
-        (CONVERSATION, "plain", "Be brief.\nUser: Red?\nAssistant: Yes.\nUser: Blue?\nAnswer: "),
+        (FULL, "plain", "Say which colour.\nIt is red.\nAnswer:"),
+        (Row(input="It is red.", output="red"), "plain", "It is red.\nAnswer:"),
+        (Row(instruction="Say red.", output="red"), "plain", "Say red.\nAnswer:"),
+        (Row(output="red"), "plain", "Answer:"),
+        (CONVERSATION, "plain", "Be brief.\nUser: Red?\nAssistant: Yes.\nUser: Blue?\nAnswer:"),
         (DIALOGUE, "chat", "[user] Red?\n[assistant] Yes.\n[user] Blue?\n[assistant] "),
         (FULL, "chat", "[user] Say which colour.\nIt is red.\n[assistant] "),
         (Row(instruction="Say {red}.", output="red"), "auto", "[user] Say {red}.\n[assistant] "),
     ],
 )
 def test_prompts_read_as_documented(tokenizers, row, template, prompt):
-    assert render(row, template=template, tokenizer=tokenizers["quiet_chat"]) == (
-        prompt,
-        row.output,
-    )
+    learned = f" {row.output}" if template == "plain" else row.output
+    assert render(row, template=template, tokenizer=tokenizers["quiet_chat"]) == (prompt, learned)
 
 
 def test_short_chat_under_plain_is_an_instruction(tokenizers):
     messages = (("system", "Be brief."), ("user", "Red?"), ("assistant", "Yes."))
     row = Row(output="Yes.", messages=messages)
     prompt, _ = render(row, template="auto", tokenizer=tokenizers["full"])
-    assert prompt == "Be brief.\nRed?\nAnswer: "
+    assert prompt == "Be brief.\nRed?\nAnswer:"
 
 
 def test_alpaca_has_two_forms(tokenizers):
@@ -188,9 +194,8 @@ def test_labels_cover_exactly_the_answer_and_eos(tokenizer):
     examples, dropped = encode(rows, tokenizer)
     assert dropped == 0
     labels = collate([examples], pad_token_id=tokenizer.pad_token_id or 0).labels
-    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for row, example, row_labels in zip(rows, examples, labels.tolist(), strict=True):
-        answer = ids(tokenizer, row.output) + eos
+        answer = learned_ids(tokenizer, row)
         start = example.prompt_length
         assert row_labels[start : start + len(answer)] == answer
         assert set(row_labels[:start] + row_labels[start + len(answer) :]) <= {IGNORE_INDEX}
@@ -209,15 +214,13 @@ def test_generation_sees_the_prompt_ids_of_training(tokenizer):
         assert (hidden == IGNORE_INDEX).all()
 
 
-def test_there_is_one_bos_where_the_tokenizer_has_one(tokenizer):
-    for example in encode(make_rows(), tokenizer)[0]:
-        if tokenizer.bos_token_id is None:
-            assert list(example.input_ids[: example.prompt_length]) == ids(
-                tokenizer, example.prompt
-            )
-        else:
-            assert example.input_ids[0] == tokenizer.bos_token_id
-            assert example.input_ids[1 : example.prompt_length].count(tokenizer.bos_token_id) == 0
+@pytest.mark.parametrize("template", ["auto", "plain", "alpaca"])
+def test_prompt_ids_are_the_tokenizers_own(tokenizer, template):
+    """A chat template writes all special tokens; elsewhere the tokenizer adds its own."""
+    chat = template == "auto" and tokenizer.chat_template is not None
+    for example in encode(make_rows(), tokenizer, template=template)[0]:
+        own = tokenizer(example.prompt, add_special_tokens=not chat)["input_ids"]
+        assert list(example.input_ids[: example.prompt_length]) == own
 
 
 def test_the_chat_template_of_this_test_writes_bos_itself(tokenizers):
@@ -229,7 +232,6 @@ def test_the_chat_template_of_this_test_writes_bos_itself(tokenizers):
 @pytest.mark.parametrize("template", ["auto", "plain", "alpaca"])
 def test_answers_and_instructions_are_never_cut(tokenizer, max_length, template):
     rows = make_rows()
-    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     kept = 0
     for row in rows:
         example = encode_row(row, tokenizer=tokenizer, template=template, max_length=max_length)
@@ -238,7 +240,8 @@ def test_answers_and_instructions_are_never_cut(tokenizer, max_length, template)
             continue
         kept += 1
         assert len(example.input_ids) <= max_length
-        assert list(example.input_ids[example.prompt_length :]) == ids(tokenizer, row.output) + eos
+        learned = learned_ids(tokenizer, row, template)
+        assert list(example.input_ids[example.prompt_length :]) == learned
         if example.prompt != whole:
             head, tail = whole.split(row.input, maxsplit=1)
             assert example.prompt.startswith(head) and example.prompt.endswith(tail)
@@ -250,18 +253,13 @@ def test_answers_and_instructions_are_never_cut(tokenizer, max_length, template)
 def test_only_rows_that_cannot_fit_are_dropped(tokenizer):
     """Against a search over every length of the input, one character at a time."""
     rows = make_rows(25, seed=1)[:-1]
-    eos = tokenizer.eos_token_id is not None
     for max_length in (20, 40, 60):
         for row in rows:
             lengths = {}
             for end in range(min(1, len(row.input)), len(row.input) + 1):
                 shorter = Row(instruction=row.instruction, input=row.input[:end], output=row.output)
                 prompt, _ = render(shorter, template="auto", tokenizer=tokenizer)
-                bos = tokenizer.bos_token or "<none>"
-                extra = tokenizer.bos_token_id is not None and not prompt.startswith(bos)
-                lengths[end] = (
-                    len(ids(tokenizer, prompt)) + extra + len(ids(tokenizer, row.output)) + eos
-                )
+                lengths[end] = len(ids(tokenizer, prompt)) + len(learned_ids(tokenizer, row))
             example = encode_row(row, tokenizer=tokenizer, template="auto", max_length=max_length)
             fits = [n for n in lengths.values() if n <= max_length]
             if example is None:

@@ -54,10 +54,10 @@ def test_whole_numbers_name_clients_as_text():
     assert parse_row({"output": "y", "client": 17, "task": 0}, "f line 1").client == "17"
 
 
-def test_other_keys_are_ignored_unless_they_look_misspelt():
-    assert parse_row({"output": "y", "id": 7, "source": "web"}, "f line 1") == Row(output="y")
-    with_both = {"output": "y", "input": "x", "inputs": "z"}
-    assert parse_row(with_both, "f line 1").input == "x"
+def test_keys_that_say_nothing_are_dropped():
+    told = {"id": 7, "source": "web", "prompt_id": "a1", "_id": "x", "meta": {"by": "me"}}
+    empty = {"system": "", "history": [], "tools": "[]"[:0], "images": [], "note": None, "n": 3}
+    assert parse_row({"output": "y", **told, **empty}, "f line 1") == Row(output="y")
 
 
 def chat(*turns):

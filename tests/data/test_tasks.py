@@ -10,6 +10,8 @@ from collections import Counter, defaultdict
 
 import pytest
 
+from flexlora.data.collation import encode_rows
+from flexlora.data.rows import Row
 from flexlora.data.tasks import (
     DEFAULT,
     FAMILIES,
@@ -182,12 +184,34 @@ def test_known_families_are_pretrained_on_train_instances_only(corpus):
     assert set(seen) == {family.name for family in KNOWN}
 
 
-def test_corpus_prompt_is_the_plain_template():
+def test_corpus_prompt_is_the_base_tokenizers_template():
     tokenizer = _tokenizer()
     for name in FAMILIES:
         row = generate_rows(name, "train", 1, 0)[0]
-        prompt, answer = render(row, template="plain", tokenizer=tokenizer)
-        assert (prompt, answer) == (plain_prompt(row.instruction, row.input), row.output)
+        prompt, answer = render(row, template="auto", tokenizer=tokenizer)
+        assert prompt == f"<s>{plain_prompt(row.instruction, row.input)}"
+        assert answer == row.output
+
+
+@pytest.mark.parametrize("system", [(), (("system", "Be brief."),)])
+@pytest.mark.parametrize("asked", ["Red?", ""])
+def test_the_base_is_trained_in_the_layout_it_was_pretrained_in(system, asked):
+    """Pretraining tokenises prompt and answer apart, between bos and eos."""
+    tokenizer, lines = _tokenizer(), [text for _, text in system]
+    short = (*system, ("user", asked), ("assistant", "no"))
+    long = (*system, ("user", "Red?"), ("assistant", "Yes."), ("user", asked), ("assistant", "no"))
+    spoken = ["User: Red?", "Assistant: Yes.", f"User: {asked}"]
+    for messages, turns in ((short, [asked] if asked else []), (long, spoken)):
+        (example,), _ = encode_rows(
+            [Row(output="no", messages=messages)],
+            tokenizer=tokenizer,
+            template="auto",
+            max_length=256,
+        )
+        prompt = "\n".join([*lines, *turns, "Answer: "])
+        ids = tokenizer([prompt, "no"], add_special_tokens=False)["input_ids"]
+        assert list(example.input_ids) == [1, *ids[0], *ids[1], 2]
+        assert tokenizer(prompt)["input_ids"] == [1, *ids[0]]
 
 
 def _tokenizer():
