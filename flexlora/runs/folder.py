@@ -6,7 +6,8 @@ clients.csv       per round and client: rank, loss before and after, bytes, seco
 evaluation.csv    per round and client: held-out loss and scores
 environment.json  versions, seed, commit, machine
 adapters/CLASS/   PEFT folders, one per rank class, and ``global``
-checkpoint/       the server's state after the last complete round (``checkpoints.py``)
+checkpoint/       the server's state after the last complete round (``checkpoints.py``), and what it
+                  was trained on (``sources.py``)
 live.json         progress and liveness of the writing process (``live_state.py``)
 """
 

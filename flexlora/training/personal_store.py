@@ -30,6 +30,7 @@ from flexlora.wire.jobs import EvalJob, TrainJob, TrainResult
 __all__ = ["PersonalStore", "StoredFactors"]
 
 ROUNDS_KEPT = 2  # the round before, and the one that may be repeated
+FORMAT = 1  # of a file
 _FILE = re.compile(r"round-(\d+)\.safetensors")
 
 
@@ -157,6 +158,7 @@ class PersonalStore:
 def _bytes(stored: StoredFactors) -> bytes:
     """A safetensors file; everything but the tensors is JSON in its header."""
     index = {
+        "format": FORMAT,
         "client_id": stored.client_id,
         "server_round": stored.server_round,
         "rank_class": stored.rank_class,
@@ -172,6 +174,8 @@ def _read(path: Path, client_id: str, what: str) -> StoredFactors:
             index: dict[str, Any] = json.loads((file.metadata() or {})["personal"])
             # Clone: alignment in memory decides which kernel runs, and so the last bit.
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+        if index.get("format", FORMAT) != FORMAT:  # the first version named none
+            raise ValueError(f"it has format {index['format']}, this FlexLoRA reads {FORMAT}")
         if index["client_id"] != client_id:
             raise ValueError(f"it belongs to client '{index['client_id']}'")
         modules = {
