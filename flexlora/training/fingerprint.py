@@ -59,7 +59,7 @@ def fingerprint(model: Any, checkpoint: Checkpoint) -> str:
     settings = {key: getattr(config, key, None) for key in SETTINGS}
     sha = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     digests, broken = {}, []
-    for file, names in checkpoint.by_file().items():
+    for file, names in _counted(model, checkpoint).by_file().items():
         for name, sample, finite in _samples(file, names):
             digests[_model_name(model, name)] = hashlib.sha256(sample).digest()
             if not finite:
@@ -78,6 +78,13 @@ def fingerprint(model: Any, checkpoint: Checkpoint) -> str:
     return sha.hexdigest()[:32]
 
 
+def _counted(model: Any, checkpoint: Checkpoint) -> Checkpoint:
+    """Without buffers that are computed and tensors that the model's class leaves out itself."""
+    left_out = [COMPUTED, *map(re.compile, model._keys_to_ignore_on_load_unexpected or ())]
+    names = [name for name in checkpoint.files if any(p.search(name) for p in left_out)]
+    return checkpoint.without(names)
+
+
 def _samples(file: Path, names: list[str]) -> Iterator[tuple[str, bytes, bool]]:
     """Name, shape and sample as bytes, and whether the sample is finite, of a file's tensors.
 
@@ -87,7 +94,7 @@ def _samples(file: Path, names: list[str]) -> Iterator[tuple[str, bytes, bool]]:
         size = int.from_bytes(opened.read(8), "little")
         header = json.loads(opened.read(size))
         for kind in sorted({header[name]["dtype"] for name in names}):
-            chosen = [n for n in names if header[n]["dtype"] == kind and not COMPUTED.search(n)]
+            chosen = [name for name in names if header[name]["dtype"] == kind]
             raw = [_sampled_bytes(opened, header[name], 8 + size) for name in chosen]
             yield from _as_bfloat16(kind, chosen, raw, header)
 
