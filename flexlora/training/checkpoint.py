@@ -134,7 +134,7 @@ def check_loaded(model: Any, info: Mapping[str, Any], name: str) -> list[str]:
         raise UserError(_missing(model, missing, unknown, name))
     if unknown:
         raise UserError(_unexpected(model, unknown, name))
-    if wrong := sorted(info["mismatched_keys"]):
+    if wrong := sorted([*info["mismatched_keys"], *_misshapen(model)]):
         tensor, stored, expected = wrong[0]
         raise UserError(
             f"model '{name}': '{tensor}' is {list(stored)} in the checkpoint, and its config.json "
@@ -145,6 +145,18 @@ def check_loaded(model: Any, info: Mapping[str, Any], name: str) -> list[str]:
     if empty := [n for n, p in model.named_parameters() if p.device.type == "meta"]:
         raise UserError(f"model '{name}': {listed(empty)} got no values; copy the model again.")
     return harmless
+
+
+def _misshapen(model: Any) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    """Quantized weights of another shape than their module's: transformers reports none."""
+    found: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
+    for name, module in model.named_modules():
+        if type(module).__name__ in ("Linear4bit", "Linear8bitLt"):
+            state = getattr(module.weight, "quant_state", None)  # 4 bits are packed
+            stored = tuple(module.weight.shape if state is None else state.shape)
+            if stored != (expected := (module.out_features, module.in_features)):
+                found.append((f"{name}.weight", stored, expected))
+    return found
 
 
 def _missing(model: Any, missing: list[str], unknown: list[str], name: str) -> str:

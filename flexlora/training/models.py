@@ -166,9 +166,9 @@ def _check_architecture(
     """Refuse what transformers has no causal language model for, and an adapter beside the base.
 
     Raises:
-        UserError: either of them.
+        UserError: either of them, or a config.json with values that cannot be.
     """
-    from transformers import CONFIG_MAPPING
+    from transformers import CONFIG_MAPPING, AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     from transformers.utils import find_adapter_config_file
 
@@ -180,11 +180,14 @@ def _check_architecture(
             + nearest(model_type, CONFIG_MAPPING.keys())
         )
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        parts = " and text together" if "text_config" in config else ""
         raise UserError(
-            f"model '{name}' is a '{model_type}'{parts}, for which transformers has no causal "
-            "language model; expected a model that continues text."
+            f"model '{name}' is a '{model_type}', for which transformers has no causal language "
+            "model; expected a model that continues text."
         )
+    try:
+        AutoConfig.from_pretrained(source, trust_remote_code=False, **where)
+    except Exception as error:  # each family checks its values in its own way
+        raise UserError(f"config.json of model '{name}' cannot be: {_reason(error)}") from error
     if find_adapter_config_file(source, **where) is not None:  # base_config has seen a folder's
         raise UserError(
             f"hub model '{name}' holds an adapter (adapter_config.json); expected a base alone: "
@@ -211,11 +214,15 @@ def _read(source: str, name: str, attention: str, options: Mapping[str, Any]) ->
                 f"model.attn-implementation is '{attention}', which model '{name}' cannot run; "
                 "use 'auto'."
             ) from error
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        more = lines[:2] if lines and lines[0].endswith(":") else lines[:1]
-        reason = " ".join(more) or type(error).__name__
-        raise UserError(f"model '{name}' cannot be loaded: {reason}") from error
+        raise UserError(f"model '{name}' cannot be loaded: {_reason(error)}") from error
     return model, info
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error, and the next where the first only announces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    more = lines[:2] if lines and lines[0].endswith(":") else lines[:1]
+    return " ".join(more) or type(error).__name__
 
 
 def _quantized(

@@ -336,7 +336,7 @@ def test_as_a_process_a_mistake_ends_with_status_2_and_one_line(tmp_path):
     other = broken_model(tmp_path / "model", "of an unknown kind")  # transformers warns of it too
     mistakes = {
         "unknown key 'sed'": ["simulate", "--set", "sed=1"],
-        "has model type `lama`": simulated(tmp_path, f"model.name={other}"),
+        "has the model_type 'lama'": simulated(tmp_path, f"model.name={other}"),
     }
     running = {sentence: command(*arguments) for sentence, arguments in mistakes.items()}
     for sentence, process in running.items():

@@ -33,7 +33,7 @@ REFUSED = {
     "an unnamed method": ({"quantization_config": {"bits": 4}}, r"\(an unknown method, "),
     "own code": (
         {"model_type": "my_llama", "auto_map": ONE_FILE},
-        r"'my_llama', which transformers does not .* \(modeling_x.py, named by auto_map.*never runs",
+        r"'my_llama', which transformers .* \(modeling_x.py, named by auto_map.*never runs",
     ),
     "code of another repository": (
         {"model_type": "lama", "auto_map": OTHER_REPO},
@@ -111,7 +111,7 @@ def test_a_config_json_that_cannot_be_read_is_refused_by_file(kind, tmp_path):
 
 def test_bytes_that_are_no_text_are_refused_by_file(tmp_path):
     (tmp_path / "config.json").write_bytes(b"\xff\xfe{\x00}\x00")
-    with pytest.raises(UserError, match="config.json' cannot be read as JSON"):
+    with pytest.raises(UserError, match="cannot be read as JSON"):
         base_config(str(tmp_path))
 
 
@@ -143,7 +143,7 @@ def test_a_folder_without_a_config_json_is_refused_by_what_it_holds(kind, tmp_pa
 
 def test_a_gguf_file_is_refused_as_such(tmp_path):
     (tmp_path / "m.gguf").write_text("")
-    with pytest.raises(UserError, match="a GGUF file; expected a folder with config.json"):
+    with pytest.raises(UserError, match="a GGUF file; expected a folder"):
         base_config(str(tmp_path / "m.gguf"))
 
 

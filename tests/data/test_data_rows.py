@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -188,6 +189,19 @@ def test_hub_rows_are_parsed_and_placed(monkeypatch):
     del loaded["train"]
     with pytest.raises(UserError, match="has the splits test, extra, expected 'train'"):
         load_hub("some/data")
+
+
+def test_a_data_sets_own_code_is_not_run_whatever_the_environment_says(monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_TRUST_REMOTE_CODE", "1")
+    seen = []
+
+    def load_dataset(name):
+        seen.append(os.environ["HF_DATASETS_TRUST_REMOTE_CODE"])
+        return {"train": [{"output": "a"}]}
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    load_hub("some/data")
+    assert seen == ["0"]
 
 
 def test_hub_failures_become_one_sentence(monkeypatch):

@@ -1,4 +1,4 @@
-"""Model folders as people have them, with one thing changed: copies of the embedded base, or tiny."""
+"""Model folders as people have them with one thing changed: the embedded base, or tiny ones."""
 
 from __future__ import annotations
 
