@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from flexlora.config.resolve import Config, resolved
 from flexlora.errors import UserError, nearest
 from flexlora.evaluation.evaluate import BASE
 from flexlora.lora.adapters import Adapter
+from flexlora.lora.peft_config import read_config, read_json_object
 from flexlora.lora.peft_folder import load_adapter, save_adapter
 from flexlora.report.console import make_console
 from flexlora.runs.folder import RunFolder
@@ -35,7 +35,8 @@ def evaluate_target(
     Raises:
         UserError: neither a run nor a PEFT folder, or data and model that do not fit it.
     """
-    adapters, values = _adapters_of(Path(target))
+    given = Config.given(file=file, sets=sets)
+    adapters, values = _adapters_of(Path(target), base_given="model.name" in given)
     values |= {"eval.split": "test", "eval.max-examples": 0}
     # Nothing is trained here, perhaps on another machine than the one that did.
     values |= {"train.optim": "adamw_torch", "model.attn-implementation": "auto"}
@@ -43,7 +44,7 @@ def evaluate_target(
         # Who holds which row does not matter here: all rows of the folder, as one client's.
         values |= {"data.path": data, "data.name": "", "data.partition": "iid", "clients.count": 1}
         values |= {"clients.quantization": ""}
-    values |= Config.given(file=file, sets=sets)
+    values |= given
     worker = worker_for(resolved(Config.of(values)))
     scores = held_out_scores(worker, {}) | held_out_scores(worker, adapters)
     table = Table(box=None, pad_edge=False)
@@ -61,8 +62,12 @@ def evaluate_target(
     return 0
 
 
-def _adapters_of(path: Path) -> tuple[dict[str, Adapter], dict[str, object]]:
-    """Adapters by name, and the configuration that they were made under."""
+def _adapters_of(path: Path, *, base_given: bool) -> tuple[dict[str, Adapter], dict[str, object]]:
+    """Adapters by name, and the configuration that they were made under.
+
+    Raises:
+        UserError: neither a run nor a PEFT folder, or a revision of the base that is not loaded.
+    """
     if RunFolder.is_run(path):
         run, config = RunFolder.open(path)
         state, classes = run.load_checkpoint()
@@ -76,8 +81,13 @@ def _adapters_of(path: Path) -> tuple[dict[str, Adapter], dict[str, object]]:
     home = path.resolve().parent.parent
     if path.resolve().parent.name == "adapters" and RunFolder.is_run(home):
         return {name: adapter}, RunFolder.open(home)[1].flat()
-    config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
-    base = config.get("base_model_name_or_path") or "embedded"
+    config = read_config(path / "adapter_config.json")
+    base = config.base or "embedded"
+    if config.revision not in ("", "main") and not base_given:
+        raise UserError(
+            f"'{path}' was made on revision '{config.revision}' of '{base}', which is not the one "
+            "that is loaded; download it and give its folder as --set model.name=FOLDER."
+        )
     return {name: adapter}, {"model.name": base, "lora.target-modules": ",".join(adapter)}
 
 
@@ -123,7 +133,7 @@ def export_run(target: str, *, rank: int, kind: str, out: str) -> None:
 def _fan_in_fan_out(run: RunFolder) -> bool:
     """As the run's own adapters say it; they are there unless the run was killed."""
     file = run.path / "adapters" / "global" / "adapter_config.json"
-    return file.is_file() and bool(json.loads(file.read_text(encoding="utf-8"))["fan_in_fan_out"])
+    return file.is_file() and bool(read_json_object(file).get("fan_in_fan_out"))
 
 
 @torch.no_grad()

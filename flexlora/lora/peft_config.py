@@ -234,8 +234,10 @@ class _Fields:
         layers = self._layers(names)
         if names is None or names == "all-linear":
             return lambda module: not excluded(module)
-        chosen = self.chosen_by("target_modules", names)
-        return lambda module: chosen(module) and not excluded(module) and layers(module)
+        chosen, whole = self.chosen_by("target_modules", names), frozenset(names)
+        return lambda module: (
+            not excluded(module) and chosen(module) and (module in whole or layers(module))
+        )
 
     def chosen_by(self, key: str, names: str | tuple[str, ...]) -> Callable[[str], bool]:
         if isinstance(names, str):
