@@ -23,6 +23,17 @@ from flexlora.wire.files import write_atomically
 
 __all__ = ["load_checkpoint", "load_notes", "save_checkpoint"]
 
+# What an index of other bytes than were written can end in.
+DAMAGE = (
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+    OSError,
+)
+
 
 def save_checkpoint(
     folder: Path,
@@ -73,16 +84,27 @@ def load_checkpoint(folder: Path) -> tuple[State, dict[str, RankClass]]:
         if hashlib.sha256(data).hexdigest() != index["sha256"]:
             raise ValueError(path)
         return _decode(index, load(data))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(
-            f"the checkpoint in '{folder}' is damaged: it does not hold the bytes once written."
-        ) from None
+    except DAMAGE:
+        raise _damaged(folder) from None
 
 
 def load_notes(folder: Path) -> dict[str, Any]:
-    """The notes of the last checkpoint; ``load_checkpoint`` verifies it."""
-    index = json.loads((folder / "current.json").read_text(encoding="utf-8"))
-    return dict(index.get("notes", {}))
+    """The notes of the last checkpoint; ``load_checkpoint`` verifies it.
+
+    Raises:
+        UserError: an index without notes.
+    """
+    try:
+        index = json.loads((folder / "current.json").read_text(encoding="utf-8"))
+        return dict(index.get("notes", {}))
+    except DAMAGE:
+        raise _damaged(folder) from None
+
+
+def _damaged(folder: Path) -> UserError:
+    return UserError(
+        f"the checkpoint in '{folder}' is damaged: it does not hold the bytes once written."
+    )
 
 
 def _decode(

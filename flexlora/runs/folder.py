@@ -156,11 +156,7 @@ class RunFolder:
                 file = self.path / name
                 if not file.is_file():
                     continue
-                with file.open(encoding="utf-8", newline="") as handle:
-                    rows = [r for r in csv.DictReader(handle) if (r["round"] or "x").isdigit()]
-                whole = [
-                    r for r in rows if int(r["round"]) <= last_round and None not in r.values()
-                ]
+                whole = [row for row in _whole_rows(file) if int(row["round"]) <= last_round]
                 write_atomically(file, _csv_text(columns, whole, header=True).encode())
 
     def save_checkpoint(
@@ -208,6 +204,23 @@ class RunFolder:
             return
         with file.open("a", encoding="utf-8", newline="") as handle:
             handle.write(_csv_text(_TABLES[name], rows, header=handle.tell() == 0))
+
+
+def _whole_rows(file: Path) -> list[dict[str, str]]:
+    """Rows with a round and all their cells.
+
+    Raises:
+        UserError: the file is no table of rounds.
+    """
+    try:
+        with file.open(encoding="utf-8", newline="") as handle:
+            rows = [row for row in csv.DictReader(handle) if None not in row.values()]
+        return [row for row in rows if row["round"].isdecimal() and len(row["round"]) < 10]
+    except (UnicodeDecodeError, csv.Error, KeyError):
+        raise UserError(
+            f"'{file}' is damaged, expected a table of rounds; put it back from a copy, or remove "
+            "it and go on without its rows."
+        ) from None
 
 
 def _csv_text(columns: Sequence[str], rows: Sequence[Mapping[str, object]], *, header: bool) -> str:

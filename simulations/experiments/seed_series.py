@@ -98,7 +98,7 @@ class SeedSeries:
                 seeds=int(stored["seeds"]),
                 rows={int(row["seed"]): dict(row["scores"]) for row in stored["rows"]},
             )
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError):
             raise UserError(f"'{file}' is damaged; remove it or give another --out.") from None
 
     def continuing(self, stored: SeedSeries) -> SeedSeries:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 import json
 import random
+import traceback
+from pathlib import Path
 
 from flexlora.errors import UserError
 
@@ -102,22 +104,27 @@ def mutations(data: bytes, count: int, seed: int = 0):
 def check_reader(file, read, *, count=200, seed=0, refusal=UserError):
     """``read()`` with ``file`` damaged ``count`` times; returns how often it was refused.
 
+    The file is then as it was. All that escaped is in the one error.
+
     Raises:
-        AssertionError: an exception other than ``refusal``, or one of several lines.
+        AssertionError: exceptions other than ``refusal``, or one of several lines.
     """
-    good, refused = file.read_bytes(), 0
+    good, refused, escaped = file.read_bytes(), 0, {}
     read()
-    for index, data in enumerate(mutations(good, count, seed)):
+    for data in mutations(good, count, seed):
         file.write_bytes(data)
         try:
             read()
         except refusal as error:
-            assert "\n" not in str(error), f"mutation {index}: {error}"
+            if "\n" in str(error):
+                escaped[f"several lines: {error!r}"[:200]] = data[:300]
             refused += 1
         except Exception as error:
-            escaped = f"{type(error).__name__}: {error}"
-            what = f"mutation {index} of {file.name}"
-            raise AssertionError(f"{what}: {escaped}\n{data[:400]!r}") from error
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{Path(place.filename).name}:{place.lineno}"
+            escaped[f"{type(error).__name__} at {where}: {error}"[:200]] = data[:300]
     file.write_bytes(good)
     read()
+    one = next(iter(escaped.values()), b"")
+    assert not escaped, f"{file.name}: {len(escaped)} escaped: {list(escaped)}, one of {one!r}"
     return refused
