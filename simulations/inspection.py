@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from flexlora.config.resolve import Config, resolved
 from flexlora.errors import UserError, nearest
 from flexlora.evaluation.evaluate import BASE
 from flexlora.lora.adapters import Adapter
+from flexlora.lora.peft_config import read_config, read_json_object
 from flexlora.lora.peft_folder import load_adapter, save_adapter
 from flexlora.report.console import make_console
 from flexlora.runs.folder import RunFolder
@@ -46,7 +46,8 @@ def evaluate_target(
         UserError: neither a run nor a PEFT folder, data and model that do not fit it, or another
             base or other rows than it was trained on (unless ``allow_changed``).
     """
-    found = _target(Path(target))
+    given = Config.given(file=file, sets=sets)
+    found = _target(Path(target), base_given="model.name" in given)
     adapters, values = found.adapters, dict(found.values)
     values |= {"eval.split": "test", "eval.max-examples": 0}
     # Nothing is trained here, perhaps on another machine than the one that did.
@@ -55,7 +56,7 @@ def evaluate_target(
         # Who holds which row does not matter here: all rows of the folder, as one client's.
         values |= {"data.path": data, "data.name": "", "data.partition": "iid", "clients.count": 1}
         values |= {"clients.quantization": ""}
-    values |= Config.given(file=file, sets=sets)
+    values |= given
     config = resolved(Config.of(values))
     worker = worker_for(config)
     _check_sources(found, config, worker, target, allow_changed)
@@ -84,7 +85,12 @@ class _Target:
     sources: Sources | None
 
 
-def _target(path: Path) -> _Target:
+def _target(path: Path, *, base_given: bool) -> _Target:
+    """The adapters behind a path.
+
+    Raises:
+        UserError: neither a run nor a PEFT folder, or a revision of the base that is not loaded.
+    """
     if RunFolder.is_run(path):
         run, config = RunFolder.open(path)
         state, classes = run.load_checkpoint()
@@ -99,8 +105,13 @@ def _target(path: Path) -> _Target:
     if path.resolve().parent.name == "adapters" and RunFolder.is_run(home):
         run, config = RunFolder.open(home)
         return _Target(adapters=adapters, values=config.flat(), sources=run.sources() or origin)
-    stored = _peft_config(path)
-    base = str(stored.get("base_model_name_or_path") or "embedded")
+    stored = read_config(path / "adapter_config.json")
+    base = stored.base or "embedded"
+    if stored.revision not in ("", "main") and not base_given:
+        raise UserError(
+            f"'{path}' was made on revision '{stored.revision}' of '{base}', which is not the one "
+            "that is loaded; download it and give its folder as --set model.name=FOLDER."
+        )
     values: dict[str, object] = {"model.name": base, "lora.target-modules": ",".join(adapter)}
     return _Target(adapters=adapters, values=values, sources=origin)
 
@@ -123,18 +134,6 @@ def _check_sources(
     )
     if told:
         print(f"flexlora: {told}", file=sys.stderr)
-
-
-def _peft_config(folder: Path) -> dict:
-    """``adapter_config.json``, which ``load_adapter`` has read once."""
-    file = folder / "adapter_config.json"
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"'{file}' cannot be read: {error}.") from None
-    if not isinstance(found, dict):
-        raise UserError(f"'{file}' holds {type(found).__name__}, expected an object of keys.")
-    return found
 
 
 def export_run(target: str, *, rank: int, kind: str, out: str, allow_changed: bool = False) -> None:
@@ -191,9 +190,8 @@ def export_run(target: str, *, rank: int, kind: str, out: str, allow_changed: bo
 
 def _fan_in_fan_out(run: RunFolder) -> bool:
     """As the run's own adapters say it; they are there unless the run was killed."""
-    folder = run.path / "adapters" / "global"
-    there = (folder / "adapter_config.json").is_file()
-    return there and bool(_peft_config(folder).get("fan_in_fan_out", False))
+    file = run.path / "adapters" / "global" / "adapter_config.json"
+    return file.is_file() and bool(read_json_object(file).get("fan_in_fan_out"))
 
 
 @torch.no_grad()

@@ -11,26 +11,19 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flexlora.errors import UserError
 from flexlora.lora.adapters import Adapter, LoRAFactors
+from flexlora.lora.peft_config import PeftConfig, matching, read_config, shown
 
 __all__ = ["load_adapter", "save_adapter"]
 
 _PREFIX = "base_model.model."
 _KEY = re.compile(r"(?P<name>.+)\.(?P<label>lora_[AB])(?:\.[^.]+)?\.weight")
-_UNSUPPORTED: dict[str, tuple[object, ...]] = {
-    "use_dora": (False, None),
-    "bias": ("none", None),
-    "modules_to_save": (None, []),
-    "lora_bias": (False, None),
-}
 
 
 def save_adapter(
@@ -83,14 +76,9 @@ def save_adapter(
 def _pattern_key(name: str, modules: Iterable[str]) -> str:
     """The name, anchored with ``^`` where it would also match another module's name in PEFT."""
     others = (other for other in modules if other != name)
-    if any(re.match(_matching(name), other) for other in others):
+    if any(re.match(matching(name), other) for other in others):
         return f"^{re.escape(name)}"
     return name
-
-
-def _matching(pattern: str) -> str:
-    """PEFT's rule: a key matches the whole name, or its end after a dot."""
-    return rf"(.*\.)?({pattern})$"
 
 
 def _whole(alpha: float) -> int | float:
@@ -102,77 +90,112 @@ def load_adapter(folder: str | Path) -> Adapter:
     """The adapter in a PEFT folder, float32.
 
     Raises:
-        UserError: no such folder or file, weights that only exist as a pickle, a kind of adapter
-            that is not plain LoRA, factors that do not pair up, or a rank other than the config's.
+        UserError: no such folder or file, weights that only exist as a pickle, a file that is
+            damaged, an adapter that is not plain LoRA over its base (``peft_config.py``), factors
+            that do not pair up or are not finite, a rank other than the config's, a module that it
+            does not target.
     """
     source = Path(folder)
     config_file, weights = source / "adapter_config.json", source / "adapter_model.safetensors"
-    if not config_file.is_file():
+    if not _is_file(config_file):
         raise UserError(f"'{folder}' has no adapter_config.json; is it a PEFT folder?")
-    if not weights.is_file():
-        pickled = (source / "adapter_model.bin").is_file()
+    if not _is_file(weights):
+        pickled = _is_file(source / "adapter_model.bin")
         hint = " It has a pickle, which is never opened; save it as safetensors." if pickled else ""
         raise UserError(f"'{folder}' has no adapter_model.safetensors.{hint}")
+    config = read_config(config_file)
+    modules = _modules(_pairs(weights), config, weights)
+    _check_named(config, modules, weights)
+    return Adapter(modules)
+
+
+def _is_file(path: Path) -> bool:
+    """False for a path that is too long or that may not be looked at, too."""
     try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def _pairs(weights: Path) -> dict[str, dict[str, Tensor]]:
+    """``lora_A`` and ``lora_B`` by module, float32.
+
+    Raises:
+        UserError: a file that cannot be read, another tensor, two for one factor, numbers that are
+            not finite floating-point ones.
+    """
+    try:
         tensors = load_file(weights)
-    except (json.JSONDecodeError, SafetensorError, UnicodeDecodeError) as error:
-        raise UserError(f"the adapter in '{folder}' cannot be read: {error}.") from None
-    _check_config(config, folder)
-    return _from_tensors(tensors, config, folder)
-
-
-def _check_config(config: Mapping[str, Any], folder: str | Path) -> None:
-    kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-    if kind != "LORA":
-        raise UserError(f"'{folder}' holds {kind}, expected a LORA adapter.")
-    missing = {"r", "lora_alpha"} - set(config)
-    if missing:
-        raise UserError(f"'{folder}': adapter_config.json lacks '{sorted(missing)[0]}'.")
-    for key, allowed in _UNSUPPORTED.items():
-        if key in config and config[key] not in allowed:
-            raise UserError(
-                f"'{folder}' has {key}={config[key]!r}, expected {allowed[0]!r}: "
-                "only plain LoRA factors can be aggregated."
-            )
-
-
-def _from_tensors(
-    tensors: Mapping[str, Tensor], config: Mapping[str, Any], folder: str | Path
-) -> Adapter:
+    except Exception as error:  # safetensors raises what it meets in the header, KeyError among it
+        cause = " ".join(str(error).split())[:120]
+        raise UserError(f"'{weights}' cannot be read as safetensors: {cause}.") from None
     pairs: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key.removeprefix(_PREFIX))
         if match is None:
-            raise UserError(f"'{folder}' holds '{key}', expected lora_A and lora_B weights only.")
-        pairs.setdefault(match["name"], {})[match["label"]] = tensor.to(torch.float32)
+            raise UserError(
+                f"'{weights}' holds {shown(key)}, expected lora_A and lora_B weights only."
+            )
+        pair = pairs.setdefault(match["name"], {})
+        if match["label"] in pair:
+            raise UserError(
+                f"'{weights}' holds {match['label']} of module {shown(match['name'])} twice, the "
+                f"second as {shown(key)}. Does it hold two adapters?"
+            )
+        pair[match["label"]] = _float32(tensor, key, weights)
+    if not pairs:
+        raise UserError(f"'{weights}' holds no LoRA weights.")
+    return pairs
+
+
+def _float32(tensor: Tensor, key: str, weights: Path) -> Tensor:
+    if not tensor.is_floating_point():
+        raise UserError(
+            f"'{weights}', {shown(key)}: {tensor.dtype}, expected a floating-point dtype."
+        )
+    tensor = tensor.to(torch.float32)
+    if not bool(torch.isfinite(tensor).all()):
+        raise UserError(f"'{weights}', {shown(key)}: holds NaN or infinity.")
+    return tensor
+
+
+def _modules(
+    pairs: Mapping[str, Mapping[str, Tensor]], config: PeftConfig, weights: Path
+) -> dict[str, LoRAFactors]:
     modules = {}
     for name, pair in pairs.items():
         if set(pair) != {"lora_A", "lora_B"}:
-            raise UserError(f"'{folder}', module '{name}': only {sorted(pair)[0]} is there.")
-        try:
-            factors = LoRAFactors(
-                **pair,
-                alpha=float(_pattern(config, "alpha_pattern", name, config["lora_alpha"])),
-                rslora=bool(config.get("use_rslora", False)),
-            )
-        except (KeyError, ValueError) as error:
-            raise UserError(f"'{folder}', module '{name}': {error}") from None
-        rank = int(_pattern(config, "rank_pattern", name, config["r"]))
-        if factors.rank != rank:
+            raise UserError(f"'{weights}', module {shown(name)}: only {sorted(pair)[0]} is there.")
+        if not config.targets(name):
             raise UserError(
-                f"'{folder}', module '{name}': lora_A has rank {factors.rank}, "
-                f"adapter_config.json says {rank}."
+                f"'{weights}' holds module {shown(name)}, which adapter_config.json does not "
+                "target; PEFT would leave it out."
+            )
+        alpha = config.alpha_of(name)
+        try:
+            factors = LoRAFactors(**pair, alpha=alpha, rslora=config.rslora)
+        except ValueError as error:
+            raise UserError(f"'{weights}', module {shown(name)}: {error}") from None
+        if factors.rank != config.rank_of(name):
+            raise UserError(
+                f"'{weights}', module {shown(name)}: lora_A has rank {factors.rank}, "
+                f"adapter_config.json says {config.rank_of(name)}."
             )
         modules[name] = factors
-    if not modules:
-        raise UserError(f"'{folder}' holds no LoRA weights.")
-    return Adapter(modules)
+    return modules
 
 
-def _pattern(config: Mapping[str, Any], key: str, name: str, default: Any) -> Any:
-    """The value of the first pattern that matches, the default where none does."""
-    for pattern, value in (config.get(key) or {}).items():
-        if re.match(_matching(pattern), name):
-            return value
-    return default
+def _check_named(config: PeftConfig, modules: Mapping[str, LoRAFactors], weights: Path) -> None:
+    """Refuse a file without the factors of a module that the config names by its full path.
+
+    Shorter names may be in lists that serve many models; a numbered one is one layer's.
+    """
+    for named in config.named_modules:
+        numbered = any(part.isdigit() for part in named.split("."))
+        if not numbered or named in modules or not config.targets(named):
+            continue
+        if not any(name.endswith(f".{named}") for name in modules):
+            raise UserError(
+                f"'{weights}' holds no factors of module {shown(named)}, which adapter_config.json "
+                "targets. Is the file whole?"
+            )

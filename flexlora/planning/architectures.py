@@ -98,12 +98,12 @@ class _Reader:
 
     def activation_tensors(self, *names: str, default: str) -> int:
         name = next((self.config[n] for n in names if self.config.get(n)), default)
-        if name not in ACTIVATION_TENSORS:
+        if str(name) not in ACTIVATION_TENSORS:
             raise UserError(
                 f"config.json ({self.model_type}) has the activation '{name}', expected one of "
                 f"{', '.join(ACTIVATION_TENSORS)}.{nearest(str(name), ACTIVATION_TENSORS)}"
             )
-        return ACTIVATION_TENSORS[name]
+        return ACTIVATION_TENSORS[str(name)]
 
 
 def _gated_family(

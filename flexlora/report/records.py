@@ -23,6 +23,12 @@ from flexlora.runs.metrics_file import missing_files, read_rounds
 __all__ = ["SERIES_FILE", "RunRecords", "finite", "read_run"]
 
 SERIES_FILE = "seeds.json"
+COLUMNS = {  # that pages and comparisons read
+    "clients.csv": (
+        *("round", "client_id", "rank_class", "quantization", "num_examples", "status", "cause"),
+    ),
+    "evaluation.csv": ("round", "client_id", "rank_class", "rows", "eval_loss"),
+}
 PERSONAL = "personal"  # a suffix of metrics (clients with personal factors), not a rank class
 
 
@@ -155,9 +161,13 @@ def read_run(path: str | Path) -> RunRecords:
 def _table(file: Path, last_round: int) -> Iterator[dict[str, str]]:
     """Complete rows of rounds up to ``last_round``."""
     try:
-        for row in csv.DictReader(io.StringIO(_text(file), newline="")):
-            whole = None not in row and None not in row.values()
-            if whole and row.get("round", "").isdigit() and int(row["round"]) <= last_round:
+        reader = csv.DictReader(io.StringIO(_text(file), newline=""))
+        header = reader.fieldnames or COLUMNS[file.name]
+        for missing in (name for name in COLUMNS[file.name] if name not in header):
+            raise UserError(f"'{file}' has no column '{missing}'; put it back from a copy.")
+        for row in reader:
+            whole, number = None not in row and None not in row.values(), row.get("round") or ""
+            if whole and number.isdecimal() and len(number) < 10 and int(number) <= last_round:
                 yield row
     except csv.Error as error:
         raise UserError(f"'{file}' cannot be read as a table: {error}.") from None

@@ -24,6 +24,16 @@ from flexlora.wire.files import write_atomically
 __all__ = ["load_checkpoint", "load_notes", "save_checkpoint"]
 
 FORMAT = 1  # of current.json; what named none (0) is the same without the notes' "sources"
+# What an index of other bytes than were written can end in.
+DAMAGE = (
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+    OSError,
+)
 
 
 def save_checkpoint(
@@ -79,10 +89,8 @@ def load_checkpoint(folder: Path) -> tuple[State, dict[str, RankClass]]:
         return _decode(index, load(data))
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise UserError(
-            f"the checkpoint in '{folder}' is damaged: it does not hold the bytes once written."
-        ) from None
+    except DAMAGE:
+        raise _damaged(folder) from None
 
 
 def _check_format(folder: Path, found: Any) -> None:
@@ -104,10 +112,14 @@ def load_notes(folder: Path) -> dict[str, Any]:
     try:
         index = json.loads((folder / "current.json").read_text(encoding="utf-8"))
         return dict(index.get("notes", {}))
-    except (OSError, ValueError, TypeError, AttributeError):
-        raise UserError(
-            f"the checkpoint in '{folder}' is damaged: its notes are unreadable."
-        ) from None
+    except DAMAGE:
+        raise _damaged(folder) from None
+
+
+def _damaged(folder: Path) -> UserError:
+    return UserError(
+        f"the checkpoint in '{folder}' is damaged: it does not hold the bytes once written."
+    )
 
 
 def _decode(

@@ -160,7 +160,7 @@ class RunFolder:
         return [
             row
             for row in rows
-            if (row.get("round") or "x").isdigit() and not {None} & {*row, *row.values()}
+            if _is_count(row.get("round") or "") and not {None} & {*row, *row.values()}
         ]
 
     def rewind(self, last_round: int) -> None:
@@ -290,3 +290,7 @@ def _commit() -> str | None:
     command = [git, "-C", str(here), "rev-parse", "HEAD"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
     return done.stdout.strip() or None
+
+
+def _is_count(text: str) -> bool:
+    return text.isdecimal() and len(text) < 10

@@ -106,7 +106,7 @@ class SeedSeries:
             )
         except UserError:
             raise
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
             raise UserError(f"'{file}' is damaged; remove it or give another --out.") from None
 
     def continuing(self, stored: SeedSeries) -> SeedSeries:

@@ -154,7 +154,7 @@ def test_another_kind_of_adapter_is_refused(tmp_path):
 
     config = IA3Config(target_modules=["k_proj"], feedforward_modules=[])
     get_peft_model(tiny_model("llama", dtype=torch.float32), config).save_pretrained(str(tmp_path))
-    with pytest.raises(UserError, match="holds IA3, expected a LORA adapter"):
+    with pytest.raises(UserError, match="has peft_type='IA3', expected 'LORA'"):
         load_adapter(tmp_path)
 
 
@@ -200,7 +200,7 @@ def test_a_pickle_is_never_opened(folder):
     [
         ({"r": 5}, "lora_A has rank 4, adapter_config.json says 5"),
         ({"rank_pattern": {"q": 3}}, "module 'attn.q': lora_A has rank 4, .* says 3"),
-        ({"lora_alpha": 0}, "alpha is 0.0, expected a positive number"),
+        ({"lora_alpha": 0}, "lora_alpha=0, expected a positive number"),
         ({"lora_alpha": "gone"}, "lora_alpha"),
         ({"r": "gone"}, "'r'"),
     ],
