@@ -1,7 +1,7 @@
 """One tiny pass of a base model: which of its linears can have a LoRA layer with slots.
 
 Three rows of five tokens go through the plain model, with the same arguments as a training pass.
-The loss is that of one answer token in the middle row, and its gradient with respect to every
+The loss is that of one answer token in the last row, and its gradient with respect to every
 linear's output and to the input embeddings says, by exact zeros and without a tolerance for chance:
 
     no gradient at all      the pass does not reach the linear: a vision tower, a projection whose
@@ -32,7 +32,7 @@ from flexlora.errors import UserError, one_line
 __all__ = ["Findings", "try_pass", "usual_tokens"]
 
 ROWS, TOKENS = 3, 5
-ROW, POSITION = 1, 2  # of the answer token whose loss is taken
+ROW, POSITION = 2, 2  # of the answer token whose loss is taken: any other order moves it
 KEEP = ((0, 1, 1, 0, 0), (0, 0, 1, 0, 0), (1, 1, 1, 1, 0))  # 7 answer tokens
 # What one pass of equal rows cannot show, found by comparing batches with single rows.
 UNEQUAL = {

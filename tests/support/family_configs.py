@@ -94,6 +94,8 @@ def _shrunk(values):
 # fmt: off
 EXCEPTIONS: dict[str, dict] = {
     "bert#encoder": {"is_decoder": False},
+    "electra#encoder": {"is_decoder": False},
+    "xlm-roberta#encoder": {"is_decoder": False},
     "bamba": {"attn_layer_indices": [1]},
     "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"]},
     "dots3_note": {"num_key_value_heads": 4},
