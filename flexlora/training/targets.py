@@ -158,7 +158,7 @@ def _by_expression(
 
 
 def _spelled(left_out: Mapping[str, str]) -> str:
-    """``12 of vision_tower (no text reaches them), ...``: causes with names, in model order."""
+    """``2 linears (dt_proj) are left out, as no text reaches them``, by cause in model order."""
     by_cause: dict[str, list[str]] = {}
     for name, cause in left_out.items():
         by_cause.setdefault(cause, []).append(name)
@@ -166,7 +166,9 @@ def _spelled(left_out: Mapping[str, str]) -> str:
     for cause, names in by_cause.items():
         leaves = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
         more = ", ..." if len(leaves) > 4 else ""
-        parts.append(f"{len(names)} linears ({', '.join(leaves[:4])}{more}), as {cause}")
+        count = f"{len(names)} linears" if len(names) > 1 else "1 linear"
+        are = "are" if len(names) > 1 else "is"
+        parts.append(f"{count} ({', '.join(leaves[:4])}{more}) {are} left out, as {cause}")
     return "; ".join(parts)
 
 
@@ -192,5 +194,5 @@ def _note(model: Any, linears: Mapping[str, tuple[int, int]], chosen: Targets) -
     share = sum(out * width for out, width in chosen.shapes.values()) / total
     causes = [FUSED] if fused else []
     if chosen.left_out:
-        causes.append(f"left out are {_spelled(chosen.left_out)}")
+        causes.append(_spelled(chosen.left_out))
     return f"lora covers {100 * share:.0f} % of the weights: {'; '.join(causes)}"

@@ -8,6 +8,7 @@ linear's output and to the input embeddings says, by exact zeros and without a t
                             weight other code multiplies itself, a choice of experts
     [rows, ...] not leading the rows are not slot-major: time first, tokens sorted by expert, or
                             answer tokens alone behind ``logits_to_keep``
+    another shape           a product in blocks, to which ``B A x`` cannot be added
     gradient in other rows  the rows affect each other, so would the clients of a cohort
     gradient at later       the model sees the tokens that it is asked to predict: an encoder
       tokens
@@ -59,12 +60,15 @@ class _Seen:
     odd: dict[str, str] = field(default_factory=dict)
     embedded: list[Tensor] = field(default_factory=list)
 
-    def linear(self, name: str, inputs: Any, output: Any) -> Any:
+    def linear(self, name: str, module: Any, inputs: Any, output: Any) -> Any:
         if not isinstance(output, Tensor):
             self.odd[name] = f"they return a {type(output).__name__}"
             return output
-        rows = inputs[0].shape[0] if inputs and isinstance(inputs[0], Tensor) else 0
-        if rows not in (ROWS, ROWS * TOKENS):
+        before = tuple(inputs[0].shape) if inputs and isinstance(inputs[0], Tensor) else (0,)
+        width = getattr(module, "out_features", output.shape[-1])
+        if output.shape != (*before[:-1], width):
+            self.odd[name] = "their code is more than a product with one matrix"
+        elif before[0] not in (ROWS, ROWS * TOKENS):
             self.odd[name] = "their inputs are not in the order of the rows"
         return self._leaf(output, self.outputs.setdefault(name, []))
 
@@ -116,7 +120,7 @@ def _run(model: Any, names: list[str], *, sliced: bool) -> tuple[_Seen, Tensor]:
 @contextmanager
 def _watching(model: Any, names: list[str], seen: _Seen) -> Iterator[None]:
     def hook(name: str) -> Any:
-        return lambda module, inputs, output: seen.linear(name, inputs, output)
+        return lambda module, inputs, output: seen.linear(name, module, inputs, output)
 
     hooks = [model.get_submodule(name).register_forward_hook(hook(name)) for name in names]
     embeddings = model.get_input_embeddings()

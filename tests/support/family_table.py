@@ -1,4 +1,7 @@
-"""Write ``docs/families.md``: ``python tests/support/family_table.py``, two minutes of one core."""
+"""Write ``docs/families.md``: ``python tests/support/family_table.py [NAME...]``.
+
+Two minutes of one core for all families; with names, only their lines are made again.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +33,8 @@ Every causal language model of transformers {version} at a size of two layers, c
 - **refused**: the sentence that `flexlora` ends with.
 - **not built**: the tiny model of this page cannot be made or run, with transformers' own error; nothing is claimed.
 
-Shares are those of the tiny models. The tests compare the dense families at every run, the rest in turns
-(`tests/training/test_families.py`).
+Shares are those of the tiny models. The tests compare the dense families at every run, the rest in turns by the
+day (`tests/training/test_families.py`).
 
 | family | | adapted linears | remark |
 |---|---|---|---|
@@ -51,7 +54,8 @@ def read_table():
     return {row.split("|")[1].strip(): row for row in rows}
 
 
-def main() -> None:
+def main(names: list[str]) -> None:
+    """Examine ``names``, or all families, and write the page."""
     warnings.simplefilter("ignore")
     sys.path[:0] = [str(SUPPORT), str(SUPPORT.parent)]
     import torch
@@ -62,16 +66,15 @@ def main() -> None:
 
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
-    found = {}
-    for name in families():
-        found[name] = examined(name)
-        print(row_of(name, found[name]), flush=True)
-    counted = Counter(one["verdict"] for one in found.values())
+    rows = read_table() if names else {}
+    for name in names or families():
+        rows[name] = row_of(name, examined(name))
+        print(rows[name], flush=True)
+    counted = Counter(row.split("|")[2].strip() for row in rows.values())
     counts = ", ".join(f"{count} are {verdict}" for verdict, count in counted.most_common())
-    head = HEAD.format(version=transformers.__version__, count=len(found), counts=counts)
-    rows = "\n".join(row_of(name, one) for name, one in found.items())
-    FILE.write_text(f"{head}{rows}\n", encoding="utf-8")
+    head = HEAD.format(version=transformers.__version__, count=len(rows), counts=counts)
+    FILE.write_text(head + "\n".join(rows.values()) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
