@@ -20,6 +20,7 @@ from flexlora.data.clients import ClientData, client_rows
 from flexlora.data.collation import Example
 from flexlora.errors import UserError, nearest, one_line
 from flexlora.evaluation.evaluate import evaluate
+from flexlora.evaluation.padding import takes_padding
 from flexlora.planning.probing import device_name, free_bytes, probe, require, require_optimizer
 from flexlora.planning.shares import deal_quantizations, parse_quantization_shares
 from flexlora.runs.sources import Sources
@@ -48,8 +49,9 @@ class Worker:
     """The base model, the clients' rows and the settings of one configuration.
 
     Raises:
-        UserError: a model or data that cannot be loaded, target modules that match nothing, a
-            quantization that this machine cannot run.
+        UserError: a model or data that cannot be loaded, a model that cannot be trained by rows or
+            cannot generate, target modules that match nothing, a quantization that this machine
+            cannot run.
     """
 
     def __init__(self, config: Config) -> None:
@@ -100,6 +102,8 @@ class Worker:
             )
         self._global_passes, self._personal_passes = TrainPasses(), TrainPasses()
         self.shapes = self.slots.shapes  # raises for targets that match nothing
+        if config.eval.generate != "never":
+            takes_padding(self.slots)  # raises for models that cannot generate
 
     def _load_bases(self, device: torch.device) -> dict[str, BaseModel]:
         """A base of every quantization in use, ``model.quantization`` first."""
@@ -184,6 +188,7 @@ class Worker:
             out_features=tuple(out for out, _ in shapes.values()),
             in_features=tuple(features for _, features in shapes.values()),
             fan_in_fan_out=self.slots.fan_in_fan_out,
+            coverage=self.slots.targets.note,
             cause=cause,
         )
 

@@ -80,6 +80,8 @@ class TerminalObserver(Observer):
             rows = sum(m.capability.num_examples for m in roster.members.values())
             table.add_row("personal", str(len(roster.members)), str(rows), spelled, "", "")
         self.console.print(table)
+        if roster.coverage:
+            self.console.print(f"{roster.coverage}.", soft_wrap=True, markup=False)
         dropped = sum(m.capability.num_dropped for m in roster.members.values())
         if dropped:
             rows = sum(m.capability.num_examples for m in roster.members.values())

@@ -127,7 +127,8 @@ def batch_plan(
 def collate(slots: Sequence[Sequence[Example]], *, pad_token_id: int) -> Batch:
     """The slots as one right-padded batch for training.
 
-    A dummy row attends to its first token only, so that its softmax is defined, and has no label.
+    A dummy row is a copy of another row without labels: rows of padding alone have no norm, whose
+    gradient is NaN in some models.
     Rows from ``k * b``, cut to T_k columns, are the batch of slot k alone.
     """
     rows = [[(e.input_ids, _labels(e)) for e in slot] for slot in slots]
@@ -135,10 +136,7 @@ def collate(slots: Sequence[Sequence[Example]], *, pad_token_id: int) -> Batch:
 
 
 def collate_prompts(slots: Sequence[Sequence[Example]], *, pad_token_id: int) -> Batch:
-    """The prompts, left-padded for generation, in the layout of ``collate``, without labels.
-
-    A dummy row attends to its last token only, from which generation continues.
-    """
+    """The prompts, left-padded for generation, in the layout of ``collate``, without labels."""
     prompts = [[e.input_ids[: e.prompt_length] for e in slot] for slot in slots]
     rows = [[(ids, (IGNORE_INDEX,) * len(ids)) for ids in slot] for slot in prompts]
     return _stack(rows, pad_token_id, left=True)
@@ -158,6 +156,8 @@ def _stack(slots: list[list[tuple]], pad_token_id: int, *, left: bool) -> Batch:
             f"cannot collate {len(slots)} slots without any example; leave out the step."
         )
     per_slot, width = max(rows_per_slot), max(lengths)
+    first = next(ids for slot in slots for ids, _ in slot)
+    dummy = (first, (IGNORE_INDEX,) * len(first))
     shape = (len(slots) * per_slot, width)
     input_ids = torch.full(shape, pad_token_id, dtype=torch.int64)
     attention_mask = torch.zeros(shape, dtype=torch.int64)
@@ -165,10 +165,7 @@ def _stack(slots: list[list[tuple]], pad_token_id: int, *, left: bool) -> Batch:
     for k, slot in enumerate(slots):
         for i in range(per_slot):
             row = k * per_slot + i
-            if i >= len(slot):
-                attention_mask[row, -1 if left else 0] = 1
-                continue
-            ids, row_labels = slot[i]
+            ids, row_labels = slot[i] if i < len(slot) else dummy
             span = slice(width - len(ids), width) if left else slice(0, len(ids))
             input_ids[row, span] = torch.tensor(ids)
             attention_mask[row, span] = 1

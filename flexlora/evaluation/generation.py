@@ -1,7 +1,8 @@
 """Greedy generation from prompts, many rows and slots in one pass.
 
 Rows are padded on the left. An answer does not depend on the other rows of its pass: prompts near
-the model's last position only share passes with prompts of equal length, and what follows a row's
+the model's last position only share passes with prompts of equal length, as do all prompts of a
+model that does not see which tokens are padding (RWKV, BART's decoder), and what follows a row's
 end is removed. Generation stops where the answers that were learned end (``Example.ends``), at the
 tokenizer's eos and at the ends that the model's own configuration names.
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from flexlora.data.collation import Example, collate_prompts
+from flexlora.evaluation.padding import takes_padding
 from flexlora.training.base_model import text_config
 from flexlora.training.slots import SlotModel
 
@@ -50,7 +52,8 @@ def generate_answers(
     learned = {end for rows in examples for row in rows for end in row.ends}
     longest = getattr(text_config(slots.model.config), "max_position_embeddings", None)
     answers = [[""] * len(rows) for rows in examples]
-    for room, chosen in _by_room(examples, max_new_tokens, longest):
+    padded = takes_padding(slots)
+    for room, chosen in _by_room(examples, max_new_tokens, longest, padded):
         config = _greedy(slots.model, tokenizer, room, pad_token_id, learned)
         lengths = [[examples[k][i].prompt_length for i in ids] for k, ids in enumerate(chosen)]
         for picked in passes(lengths, batch_size):
@@ -64,18 +67,23 @@ def generate_answers(
 
 
 def _by_room(
-    examples: Sequence[Sequence[Example]], max_new_tokens: int, longest: int | None
+    examples: Sequence[Sequence[Example]],
+    max_new_tokens: int,
+    longest: int | None,
+    padded: bool = True,
 ) -> Iterator[tuple[int, list[list[int]]]]:
     """Rows that may share passes, as ``(tokens to generate, row indices [K])``.
 
-    Rows with room for ``max_new_tokens`` form one group; the others one group for each prompt
-    length. A prompt of ``longest`` tokens or more is left out: its answer is empty.
+    Rows with room for ``max_new_tokens`` form one group; the others, and all rows of a model that
+    does not take ``padded`` prompts, one group for each prompt length. A prompt of ``longest``
+    tokens or more is left out: its answer is empty.
     """
     groups: dict[tuple[int, int], list[list[int]]] = {}
     for k, rows in enumerate(examples):
         for i, row in enumerate(rows):
             room = max_new_tokens if longest is None else longest - row.prompt_length
-            key = (max_new_tokens, 0) if room >= max_new_tokens else (room, row.prompt_length)
+            key = (min(room, max_new_tokens), row.prompt_length)
+            key = (max_new_tokens, 0) if padded and room >= max_new_tokens else key
             groups.setdefault(key, [[] for _ in examples])[k].append(i)
     for (room, _), chosen in sorted(groups.items(), reverse=True):
         if room > 0:

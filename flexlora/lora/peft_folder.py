@@ -19,6 +19,7 @@ from torch import Tensor
 from flexlora.errors import UserError
 from flexlora.lora.adapters import Adapter, LoRAFactors
 from flexlora.lora.peft_config import PeftConfig, matching, read_config, shown
+from flexlora.lora.peft_names import peft_cause
 
 __all__ = ["load_adapter", "save_adapter"]
 
@@ -35,8 +36,10 @@ def save_adapter(
     the modules that differ, by full name. ``fan_in_fan_out`` is for GPT-2's ``Conv1D``.
 
     Raises:
+        UserError: the folder ``base`` holds a model of whose modules PEFT would not load some.
         ValueError: modules that mix plain and rsLoRA scaling, which PEFT cannot express.
     """
+    _check_names(adapter, base)
     if len({factors.rslora for factors in adapter.values()}) > 1:
         raise ValueError("PEFT has one use_rslora for all modules; this adapter mixes both.")
     rank = Counter(factors.rank for factors in adapter.values()).most_common(1)[0][0]
@@ -71,6 +74,21 @@ def save_adapter(
     save_file(tensors, target / "adapter_model.safetensors", metadata={"format": "pt"})
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     (target / "adapter_config.json").write_text(text, encoding="utf-8")
+
+
+def _check_names(names: Iterable[str], base: str) -> None:
+    """Refuse names that PEFT would take for others in a base whose config.json is at hand."""
+    try:
+        config = json.loads((Path(base) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # a hub name, or a server without the model: its clients chose the modules
+    model_type = str(config.get("model_type", "")) if isinstance(config, dict) else ""
+    for name in names:
+        if cause := peft_cause(model_type, name):
+            raise UserError(
+                f"module '{name}' of '{base}' would be lost in PEFT ({cause}); "
+                "train with lora.target-modules=all-linear, which leaves it out."
+            )
 
 
 def _pattern_key(name: str, modules: Iterable[str]) -> str:

@@ -55,6 +55,10 @@ FORBIDDEN: dict[str, frozenset[str]] = dict.fromkeys(
 )
 
 
+# Loading renames ``mlp.shared_expert.``, which as an expression matches ``mlp.shared_experts``.
+RENAMED: dict[str, str] = {"laguna": ".mlp.shared_experts."}
+
+
 def peft_cause(model_type: str, name: str) -> str:
     """Why PEFT cannot load LoRA of module ``name``; empty where it can."""
     leaf = name.rpartition(".")[2]
@@ -62,6 +66,8 @@ def peft_cause(model_type: str, name: str) -> str:
         return "PEFT takes their names for the fused experts"
     if leaf in FORBIDDEN.get(model_type, ()):
         return f"PEFT refuses them in {model_type}"
+    if model_type in RENAMED and RENAMED[model_type] in name:
+        return "PEFT renames them when it loads"
     return ""
 
 

@@ -43,19 +43,42 @@ def _refuse(config: Mapping[str, Any], model_type: str) -> None:
     experts = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
     if "moe" in model_type or any((config.get(key) or 0) > 1 for key in experts):
         raise UserError(
-            f"'{model_type}' is a mixture of experts, which FlexLoRA does not train; "
-            f"expected a dense model of {', '.join(FAMILIES)}."
+            f"'{model_type}' is a mixture of experts: {_expert_coverage(config)}. Its memory "
+            f"cannot be planned, expected a dense model of {', '.join(FAMILIES)}; 'flexlora "
+            "simulate' trains it with ranks given by hand (ranks.policy=fixed)."
         )
     if "vision_config" in config or "text_config" in config:
         raise UserError(
-            f"'{model_type}' is a model of images and text; expected the config.json of a model "
-            f"of text alone, one of {', '.join(FAMILIES)}."
+            f"'{model_type}' is a model of images and text, of which LoRA covers the part that "
+            "text reaches; which part is not in config.json, so its memory cannot be planned. "
+            f"Expected the config.json of a model of text alone, one of {', '.join(FAMILIES)}."
         )
     if model_type not in FAMILIES:
         raise UserError(
             f"config.json has model_type '{model_type}', expected one of "
             f"{', '.join(FAMILIES)}.{nearest(model_type, FAMILIES)}"
         )
+
+
+# Mixtures whose layers all have attention of the usual kind, and experts of three matrices.
+_PLAIN_MIXTURES = ("mixtral", "olmoe", "qwen3_moe", "gpt_oss", "phimoe", "minimax_m2", "flex_olmo")
+
+
+def _expert_coverage(config: Mapping[str, Any]) -> str:
+    """The share of the weights that LoRA covers, where config.json tells it."""
+    reader = _Reader(config, str(config["model_type"]))
+    cause = "experts are fused parameters, which this version does not adapt"
+    if reader.model_type not in _PLAIN_MIXTURES or config.get("mlp_only_layers"):
+        return f"{cause}; config.json does not tell what share of the weights lora covers"
+    try:
+        sizes = reader.sizes()
+        experts = reader.size("num_local_experts", "num_experts")
+        inner = reader.size("moe_intermediate_size", default=sizes.inner)
+    except UserError:
+        return f"{cause}; config.json does not tell what share of the weights lora covers"
+    attention = 2 * sizes.hidden * sizes.head * (sizes.heads + sizes.key_heads)
+    total = attention + experts * sizes.hidden * (3 * inner + 1)  # a router's row per expert
+    return f"lora covers {100 * attention / total:.0f} % of the weights: {cause}"
 
 
 class _Sizes(NamedTuple):

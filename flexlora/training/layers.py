@@ -121,10 +121,10 @@ class SlotFactors:
 
 
 class _SlotLinear(torch.autograd.Function):
-    """``x_k (W_k + s_k B_k A_k)^T + bias`` of ``x [K * b, T, in]``, one product a slot.
+    """``x_k (W_k + s_k B_k A_k)^T + bias`` of ``x [K, b * T, in]``, one product a slot.
 
     Backward: ``dB = s (g^T x) A^T`` and ``dA = s B^T (g^T x)`` come from one ``[out, in]``
-    matrix per slot.
+    matrix per slot. The output is no view: a model may change it in place.
     """
 
     @staticmethod
@@ -139,30 +139,28 @@ class _SlotLinear(torch.autograd.Function):
     ) -> Tensor:
         K = A.shape[0]
         weights = torch.baddbmm(weight.expand(K, -1, -1), B * scaling, A)
-        by_slot = x.reshape(K, -1, x.shape[-1])
-        out = torch.bmm(by_slot, weights.mT)
+        out = torch.bmm(x, weights.mT)
         if bias is not None:
             out += bias
-        ctx.save_for_backward(by_slot, A, B, scaling, weights)
-        return out.view(*x.shape[:-1], -1)
+        ctx.save_for_backward(x, A, B, scaling, weights)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple:
-        by_slot, A, B, scaling, weights = ctx.saved_tensors
-        (gradient,) = gradients
+        x, A, B, scaling, weights = ctx.saved_tensors
+        (g,) = gradients
         to_x = to_A = to_B = None
-        g = gradient.reshape(weights.shape[0], -1, gradient.shape[-1])
         if ctx.needs_input_grad[0]:
-            to_x = torch.bmm(g, weights).view(*gradient.shape[:-1], -1)
+            to_x = torch.bmm(g, weights)
         if any(ctx.needs_input_grad[1:3]):
-            to_weight = torch.bmm(g.mT, by_slot).mul_(scaling)
+            to_weight = torch.bmm(g.mT, x).mul_(scaling)
             to_A = torch.bmm(B.mT, to_weight) if ctx.needs_input_grad[1] else None
             to_B = torch.bmm(to_weight, A.mT) if ctx.needs_input_grad[2] else None
         return to_x, to_A, to_B, None, None, None
 
 
 class _Sketched(torch.autograd.Function):
-    """The identity on ``out``; backward adds its gradient and ``x`` to the sketch.
+    """A copy of ``out``; backward adds its gradient and ``x`` to the sketch.
 
     ``x`` is saved by autograd, so checkpointing can drop and recompute it; a hook's closure would
     keep it in memory through the whole pass.
@@ -172,7 +170,7 @@ class _Sketched(torch.autograd.Function):
     def forward(ctx: Any, out: Tensor, x: Tensor, sketch: GradientSketch, num_slots: int) -> Tensor:
         ctx.save_for_backward(x)
         ctx.sketch, ctx.num_slots = sketch, num_slots
-        return out.view_as(out)
+        return out.clone()  # not a view: a model may change it in place
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple:
@@ -199,12 +197,12 @@ class LoRALinear(nn.Module):
         self.training = base.training
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self) -> Any:
         """The frozen weight; models read its dtype. ``trial_pass`` finds those that multiply it."""
         return self.base.weight
 
     @property
-    def bias(self) -> Tensor | None:
+    def bias(self) -> Any:
         return self.base.bias
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
@@ -254,7 +252,9 @@ class LoRALinear(nn.Module):
         count = min(self.num_slots, trained.A.shape[0])
         weight = self.slot_weights if self.slot_weights.shape[0] == 1 else self.slot_weights[:count]
         A, B, scaling = trained.A[:count], trained.B[:count], trained.scaling[:count]
-        return _SlotLinear.apply(x, A, B, scaling, weight, base.bias)
+        by_slot = x.reshape(count, -1, x.shape[-1])
+        out = _SlotLinear.apply(by_slot, A, B, scaling, weight, base.bias)
+        return out.view(*x.shape[:-1], -1)
 
     @torch.no_grad()
     def _frozen_weights(self) -> Tensor:

@@ -277,8 +277,7 @@ def _watched(model: nn.Module, shape: PassShape) -> Any:
     def begin(module: nn.Module, args: tuple, kwargs: dict) -> None:
         named = (kwargs.get(name) for name in ("input_ids", "inputs_embeds"))
         tokens = next((x for x in (*named, *args) if isinstance(x, Tensor)), None)
-        known = tokens is not None and tokens.dim() > 1
-        shape.rows, shape.width = tuple(tokens.shape[:2]) if known else (0, 0)
+        shape.rows, shape.width = (0, 0) if tokens is None else tokens.shape[:2]
 
     return model.register_forward_pre_hook(begin, with_kwargs=True)
 

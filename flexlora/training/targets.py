@@ -18,10 +18,9 @@ from flexlora.errors import UserError, nearest
 from flexlora.lora.peft_names import peft_cause, unaddressable
 from flexlora.training.trial_pass import Findings, try_pass
 
-__all__ = ["Targets", "choose_targets", "find_targets", "linear_shape"]
+__all__ = ["Targets", "choose_targets", "find_targets", "is_plain", "linear_shape"]
 
 FUSED = "experts are fused parameters, which this version does not adapt"
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 _FINDINGS = "_flexlora_findings"  # the attribute of a model that has its trial pass's
 
@@ -55,7 +54,7 @@ def linear_shape(module: Any) -> tuple[int, int] | None:
 
 
 def find_targets(model: nn.Module, target_modules: str) -> dict[str, tuple[int, int]]:
-    """The linears that get LoRA, ``{name: (out_features, in_features)}``; see ``choose_targets``."""
+    """The shapes of ``choose_targets``: ``{name: (out_features, in_features)}``."""
     return choose_targets(model, target_modules).shapes
 
 
@@ -115,8 +114,13 @@ def _wants_trial(model: Any) -> bool:
         return False  # not a language model of transformers
     if any(parameter.is_meta for parameter in model.parameters()):
         return False  # nothing is trained in it
-    plain = type(model).__module__.startswith("transformers.models.")
-    return not (plain and model.config.model_type in PLAIN)
+    return not is_plain(model)
+
+
+def is_plain(model: Any) -> bool:
+    """Whether the model is one of ``PLAIN``, in transformers' own code."""
+    known = type(model).__module__.startswith("transformers.models.")
+    return known and model.config.model_type in PLAIN
 
 
 def _matching(
@@ -154,7 +158,7 @@ def _by_expression(
 
 
 def _spelled(left_out: Mapping[str, str]) -> str:
-    """``12 of vision_tower (no text reaches them), ...``: causes with names, in model order."""
+    """``2 linears (dt_proj) are left out, as no text reaches them``, by cause in model order."""
     by_cause: dict[str, list[str]] = {}
     for name, cause in left_out.items():
         by_cause.setdefault(cause, []).append(name)
@@ -162,22 +166,25 @@ def _spelled(left_out: Mapping[str, str]) -> str:
     for cause, names in by_cause.items():
         leaves = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
         more = ", ..." if len(leaves) > 4 else ""
-        parts.append(f"{len(names)} linears ({', '.join(leaves[:4])}{more}), as {cause}")
+        count = f"{len(names)} linears" if len(names) > 1 else "1 linear"
+        are = "are" if len(names) > 1 else "is"
+        parts.append(f"{count} ({', '.join(leaves[:4])}{more}) {are} left out, as {cause}")
     return "; ".join(parts)
 
 
 def _note(model: Any, linears: Mapping[str, tuple[int, int]], chosen: Targets) -> str:
     """One line about what LoRA does not reach; empty where nothing is left out.
 
-    The share is of all matrices but the embeddings and the output layer.
+    The share is of all matrices but embeddings and the output layer.
     """
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     fused = others = 0
     for name, parameter in model.named_parameters():
         owner = model.get_submodule(name.rpartition(".")[0])
-        if parameter.dim() < 2 or owner in ends or linear_shape(owner) is not None:
+        known = linear_shape(owner) is not None or isinstance(owner, nn.Embedding)
+        if parameter.dim() < 2 or known or owner in ends:
             continue
-        if parameter.dim() == 3 and not isinstance(owner, _CONVOLUTIONS):
+        if parameter.dim() == 3 and "expert" in f"{name} {type(owner).__name__}".lower():
             fused += parameter.numel()
         else:
             others += parameter.numel()
@@ -187,5 +194,5 @@ def _note(model: Any, linears: Mapping[str, tuple[int, int]], chosen: Targets) -
     share = sum(out * width for out, width in chosen.shapes.values()) / total
     causes = [FUSED] if fused else []
     if chosen.left_out:
-        causes.append(f"left out are {_spelled(chosen.left_out)}")
+        causes.append(_spelled(chosen.left_out))
     return f"lora covers {100 * share:.0f} % of the weights: {'; '.join(causes)}"

@@ -1,13 +1,14 @@
 """One tiny pass of a base model: which of its linears can have a LoRA layer with slots.
 
 Three rows of five tokens go through the plain model, with the same arguments as a training pass.
-The loss is that of one answer token in the middle row, and its gradient with respect to every
+The loss is that of one answer token in the last row, and its gradient with respect to every
 linear's output and to the input embeddings says, by exact zeros and without a tolerance for chance:
 
     no gradient at all      the pass does not reach the linear: a vision tower, a projection whose
                             weight other code multiplies itself, a choice of experts
     [rows, ...] not leading the rows are not slot-major: time first, tokens sorted by expert, or
                             answer tokens alone behind ``logits_to_keep``
+    another shape           a product in blocks, to which ``B A x`` cannot be added
     gradient in other rows  the rows affect each other, so would the clients of a cohort
     gradient at later       the model sees the tokens that it is asked to predict: an encoder
       tokens
@@ -29,11 +30,17 @@ from torch import Tensor, nn
 
 from flexlora.errors import UserError, one_line
 
-__all__ = ["Findings", "try_pass"]
+__all__ = ["Findings", "try_pass", "usual_tokens"]
 
 ROWS, TOKENS = 3, 5
-ROW, POSITION = 1, 2  # of the answer token whose loss is taken
+ROW, POSITION = 2, 2  # of the answer token whose loss is taken: any other order moves it
 KEEP = ((0, 1, 1, 0, 0), (0, 0, 1, 0, 0), (1, 1, 1, 1, 0))  # 7 answer tokens
+# What one pass of equal rows cannot show, found by comparing batches with single rows.
+UNEQUAL = {
+    "cpmant": "its attention takes padding for text, so a row depends on the others' lengths",
+    "prophetnet": "its attention depends on the width of the batch, so rows affect each other",
+    "rwkv": "in transformers its generation mixes the rows of a batch",
+}
 UNREACHED = "no text reaches them"
 
 
@@ -53,12 +60,15 @@ class _Seen:
     odd: dict[str, str] = field(default_factory=dict)
     embedded: list[Tensor] = field(default_factory=list)
 
-    def linear(self, name: str, inputs: Any, output: Any) -> Any:
+    def linear(self, name: str, module: Any, inputs: Any, output: Any) -> Any:
         if not isinstance(output, Tensor):
             self.odd[name] = f"they return a {type(output).__name__}"
             return output
-        rows = inputs[0].shape[0] if inputs and isinstance(inputs[0], Tensor) else 0
-        if rows not in (ROWS, ROWS * TOKENS):
+        before = tuple(inputs[0].shape) if inputs and isinstance(inputs[0], Tensor) else (0,)
+        width = getattr(module, "out_features", output.shape[-1])
+        if output.shape != (*before[:-1], width):
+            self.odd[name] = "their code is more than a product with one matrix"
+        elif before[0] not in (ROWS, ROWS * TOKENS):
             self.odd[name] = "their inputs are not in the order of the rows"
         return self._leaf(output, self.outputs.setdefault(name, []))
 
@@ -70,16 +80,19 @@ class _Seen:
         if not output.requires_grad:  # it depends on no token, or is the first of all
             output = output.detach().requires_grad_()
         into.append(output)
-        return output.view_as(output)  # in-place changes must not reach what is recorded
+        return output.clone()  # in-place changes must not reach what is recorded
 
 
 def try_pass(model: Any, linears: Iterable[str]) -> Findings:
     """Run the pass; ``linears`` are the names of the modules to judge.
 
     Raises:
-        UserError: the pass fails, rows affect each other, or a token sees later ones.
+        UserError: the pass fails, rows affect each other, a token sees later ones, or a family
+            that is known to compute rows of unequal lengths otherwise.
     """
     names = list(linears)
+    if model.config.model_type in UNEQUAL:
+        raise _refused(model, UNEQUAL[model.config.model_type])
     seen, logits = _run(model, names, sliced=True)
     behind = [name for name in seen.odd if name in seen.outputs] if logits.dim() == 2 else []
     whole_logits = False
@@ -93,11 +106,12 @@ def try_pass(model: Any, linears: Iterable[str]) -> Findings:
 
 def _run(model: Any, names: list[str], *, sliced: bool) -> tuple[_Seen, Tensor]:
     seen, keep = _Seen(), torch.tensor(KEEP, dtype=torch.bool)
-    device = next(model.parameters()).device
+    device, ids = next(model.parameters()).device, usual_tokens(model, ROWS * TOKENS)
+    ids = ids.reshape(ROWS, TOKENS)
     options = {"logits_to_keep": keep.to(device)} if sliced else {}
     with _watching(model, names, seen), torch.enable_grad():
         try:
-            output = model(input_ids=_ids(model).to(device), use_cache=False, **options)
+            output = model(input_ids=ids.to(device), use_cache=False, **options)
             return seen, output.logits
         except Exception as error:  # whatever the model's code raises
             raise _refused(model, f"a pass of text alone fails ({one_line(error)})") from error
@@ -106,7 +120,7 @@ def _run(model: Any, names: list[str], *, sliced: bool) -> tuple[_Seen, Tensor]:
 @contextmanager
 def _watching(model: Any, names: list[str], seen: _Seen) -> Iterator[None]:
     def hook(name: str) -> Any:
-        return lambda module, inputs, output: seen.linear(name, inputs, output)
+        return lambda module, inputs, output: seen.linear(name, module, inputs, output)
 
     hooks = [model.get_submodule(name).register_forward_hook(hook(name)) for name in names]
     embeddings = model.get_input_embeddings()
@@ -120,14 +134,13 @@ def _watching(model: Any, names: list[str], seen: _Seen) -> Iterator[None]:
             handle.remove()
 
 
-def _ids(model: Any) -> Tensor:
-    """``[ROWS, TOKENS]`` different tokens, none of which the configuration names."""
+def usual_tokens(model: Any, count: int) -> Tensor:
+    """``[count]`` token ids, different where the vocabulary is not tiny, without special ones."""
     weight = getattr(model.get_input_embeddings(), "weight", None)
-    count = weight.shape[0] if weight is not None else int(model.config.vocab_size)
+    size = weight.shape[0] if weight is not None else int(model.config.vocab_size)
     special = set(_named_tokens(model.config.to_dict()))
-    usual = [i for i in range(count // 3, count) if i not in special] or list(range(count))
-    ids = [usual[k % len(usual)] for k in range(ROWS * TOKENS)]
-    return torch.tensor(ids).reshape(ROWS, TOKENS)
+    usual = [i for i in range(size // 3, size) if i not in special] or list(range(size))
+    return torch.tensor([usual[k % len(usual)] for k in range(count)])
 
 
 def _named_tokens(values: Mapping[str, Any]) -> Iterator[int]:
@@ -145,7 +158,7 @@ def _judged(model: Any, names: list[str], seen: _Seen, logits: Tensor) -> dict[s
         UserError: no linear is reached, rows affect each other, or a token sees later ones.
     """
     flat = [(name, tensor) for name, tensors in seen.outputs.items() for tensor in tensors]
-    gradients = _gradients(_loss(logits), [tensor for _, tensor in flat], seen.embedded)
+    gradients = _gradients(model, _loss(logits), [tensor for _, tensor in flat], seen.embedded)
     reached = set()
     odd = dict(seen.odd)
     for (name, _), gradient in zip(flat, gradients, strict=False):
@@ -168,11 +181,14 @@ def _loss(logits: Tensor) -> Tensor:
 
 
 def _gradients(
-    loss: Tensor, outputs: list[Tensor], embedded: list[Tensor]
+    model: Any, loss: Tensor, outputs: list[Tensor], embedded: list[Tensor]
 ) -> tuple[Tensor | None, ...]:
     if not loss.requires_grad:
         return (None,) * (len(outputs) + len(embedded))
-    return torch.autograd.grad(loss, [*outputs, *embedded], allow_unused=True)
+    try:
+        return torch.autograd.grad(loss, [*outputs, *embedded], allow_unused=True)
+    except Exception as error:  # whatever the model's code raises
+        raise _refused(model, f"its backward pass fails ({one_line(error)})") from error
 
 
 def _elsewhere(gradient: Tensor) -> bool:

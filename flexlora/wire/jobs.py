@@ -22,7 +22,8 @@ class Capability:
     """A client's description of itself, sent before round 1.
 
     ``runs`` are the kernels that ran on its device, ``absent`` those that failed, with the error;
-    ``free_bytes`` was free on the device before the base was loaded.
+    ``free_bytes`` was free on the device before the base was loaded. ``coverage`` says which
+    modules LoRA does not reach; empty where it reaches all.
     """
 
     client_id: str
@@ -39,6 +40,7 @@ class Capability:
     out_features: tuple[int, ...] = ()
     in_features: tuple[int, ...] = ()
     fan_in_fan_out: bool = False
+    coverage: str = ""
     cause: str = ""
 
     @property

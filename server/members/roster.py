@@ -38,6 +38,11 @@ class Roster:
     fan_in_fan_out: bool = False
 
     @property
+    def coverage(self) -> str:
+        """Which modules LoRA does not reach, as the members say it: they hold the same base."""
+        return next((m.capability.coverage for m in self.members.values()), "")
+
+    @property
     def fingerprint(self) -> str:
         """Of the base that all members hold."""
         return next((m.capability.fingerprint for m in self.members.values()), "")

@@ -65,6 +65,8 @@ class LogObserver(Observer):
             devices = ", ".join(sorted({m.capability.device for m in members}))
             line = "rank class %s: %d clients; base %s; on %s"
             self.logger.info(line, name, len(members), bases, devices)
+        if roster.coverage:
+            self.logger.warning("%s", roster.coverage)
         for client_id, cause in sorted(roster.left_out.items()):
             self.logger.warning("client %s left out: %s", client_id, cause)
 
