@@ -21,7 +21,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from flexlora.algebra.linalg import column_signs
 from flexlora.seeds import generator
 
 __all__ = ["GradientSketch", "sketch_size", "top_rows"]
@@ -82,17 +81,22 @@ class GradientSketch:
 
 
 def top_rows(sketch: Tensor, rank: int, fallback: Tensor) -> Tensor:
-    """The top ``rank`` right singular vectors of ``sketch [k, in]`` as rows ``[rank, in]``.
+    """The top ``rank`` right singular vectors of ``sketch [..., k, in]``, ``[..., rank, in]``.
 
     They are scaled to the mean length of random rows, so that a learning rate suits both.
-    Directions that the gradient does not have are taken from ``fallback``.
+    Directions that the gradient does not have are taken from ``fallback``. A batch gives the bits
+    of its matrices one by one on a CPU, whose LAPACK takes them so.
     """
     _, S, Vh = torch.linalg.svd(sketch.double(), full_matrices=False)
-    live = int((1e-6 * S[0] < S).sum()) if S.numel() and float(S[0]) > 0 else 0
-    rows = fallback.clone()
-    taken = min(rank, live)
+    taken = min(rank, S.shape[-1])
+    S, Vh = S[..., :taken], Vh[..., :taken, :]
+    live = ((S > 0) & (1e-6 * S[..., :1] < S))[..., None]
     # Signs that rounding does not turn; entries uniform in +-1/sqrt(in) give a row the squared
     # length 1/3 on average.
-    signed = Vh[:taken] * column_signs(Vh[:taken].T)[:, None]
-    rows[:taken] = (signed / 3.0**0.5).to(rows.dtype)
+    largest = Vh.gather(-1, Vh.abs().argmax(-1, keepdim=True))
+    signed = Vh * torch.where(largest < 0, -1.0, 1.0).to(Vh.dtype)
+    rows = fallback.clone()
+    rows[..., :taken, :] = torch.where(
+        live, (signed / 3.0**0.5).to(rows.dtype), rows[..., :taken, :]
+    )
     return rows

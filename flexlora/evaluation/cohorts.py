@@ -9,7 +9,7 @@ A plan depends on the jobs and their rows, not on the order of arrival.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from flexlora.data.collation import Example
 from flexlora.lora.adapters import Adapter
@@ -24,20 +24,13 @@ class EvalPlan:
 
     jobs: Sequence[EvalJob]
     examples: Sequence[Sequence[Example]]
-    _digests: dict[int, str] = field(default_factory=dict)
-
-    def _digest(self, adapter: Adapter) -> str:
-        """``adapter.digest()``, computed once per object."""
-        if id(adapter) not in self._digests:
-            self._digests[id(adapter)] = adapter.digest()
-        return self._digests[id(adapter)]
 
     def groups(self) -> Iterable[list[int]]:
         """Indices of jobs with rows, grouped by equal adapters and equal ``generate``."""
         groups: dict[tuple, list[int]] = {}
         for k in sorted(range(len(self.jobs)), key=lambda k: (self.jobs[k].client_id, k)):
             job = self.jobs[k]
-            digests = tuple((name, self._digest(a)) for name, a in job.adapters.items())
+            digests = tuple((name, a.digest()) for name, a in job.adapters.items())
             if self.examples[k]:
                 groups.setdefault((job.generate, digests), []).append(k)
         return groups.values()
@@ -67,7 +60,7 @@ class EvalPlan:
     def _sort_key(self, k: int) -> tuple:
         job, lengths = self.jobs[k], [len(row.input_ids) for row in self.examples[k]]
         carried = carried_adapter(job)
-        kind = (job.generate, "" if carried is None else self._digest(carried))
+        kind = (job.generate, "" if carried is None else carried.digest())
         return (*kind, len(lengths), max(lengths), job.client_id, k)
 
     def _fit(self, members: Sequence[int], batch_size: int) -> bool:

@@ -124,6 +124,7 @@ class Adapter(Mapping[str, LoRAFactors]):
                 kind = type(factors).__name__
                 raise ValueError(f"module '{name}' is a {kind}, expected LoRAFactors.")
         self._modules = {name: modules[name] for name in sorted(modules)}
+        self._digest: tuple[tuple[int, ...], str] = ((), "")
 
     def __getitem__(self, name: str) -> LoRAFactors:
         if name not in self._modules:
@@ -169,7 +170,16 @@ class Adapter(Mapping[str, LoRAFactors]):
         }
 
     def digest(self) -> str:
-        """SHA-256 over names, alphas, dtypes, shapes and bytes: equal only for the same adapter."""
+        """SHA-256 over names, alphas, dtypes, shapes and bytes: equal only for the same adapter.
+
+        Computed again only if a tensor was changed in place since.
+        """
+        versions = tuple(t._version for f in self.values() for t in (f.lora_A, f.lora_B))
+        if self._digest[0] != versions:
+            self._digest = versions, self._sha256()
+        return self._digest[1]
+
+    def _sha256(self) -> str:
         sha = hashlib.sha256()
         for name, factors in self.items():
             sha.update(f"{name}|{factors.alpha!r}|{factors.rslora}".encode())

@@ -11,6 +11,10 @@ and of one factor: the gradients of ``lora_A`` and ``lora_B`` differ in size. Th
 ``bnb.optim.AdamW8bit`` over the slot's factors, except that it stores tensors under 4,096 numbers
 in 32 bits: here all are in 8.
 
+A call takes all factors of a slot, since one costs 0.3 ms before its first number. A factor that
+ends inside a block is filled up with copies of its last number: they take every step with it, and
+the block's largest number is the same.
+
 Paged moments are in CUDA's managed memory, which the driver moves to the host when the GPU is full
 (QLoRA, arXiv 2305.14314, section 3).
 """
@@ -59,27 +63,43 @@ def live_numbers(leaves: Sequence[Tensor], labels: Sequence[str], ranks: Sequenc
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Part:
-    """Moments of up to ``CHUNK`` of a slot's numbers, at ``where`` in its row."""
+    """Moments of up to ``CHUNK`` of a slot's numbers, at ``where()`` in its row.
 
-    where: slice | Tensor
+    Block b has the numbers from ``starts[b]`` to ``lasts[b]``; without ``starts`` the blocks are
+    full and lie at ``span``. Both count without padding: ``positions`` are then those in the row.
+    """
+
+    span: slice
+    positions: Tensor | None
     first: Tensor
     second: Tensor
     first_scales: Tensor
     second_scales: Tensor
+    starts: Tensor | None = None
+    lasts: Tensor | None = None
+
+    def where(self) -> slice | Tensor:
+        """Indices in the row, computed at each use: they would be larger than the moments."""
+        if self.starts is None or self.lasts is None:
+            return self.span if self.positions is None else self.positions[self.span]
+        within = torch.arange(BLOCK, device=self.starts.device)
+        inside = torch.minimum(self.starts[:, None] + within, self.lasts[:, None]).flatten()
+        return inside if self.positions is None else self.positions[inside]
 
 
 def _blocks(size: int) -> int:
     return -(-size // BLOCK)
 
 
-def _runs(sizes: Sequence[int]) -> list[int]:
-    """Sizes of runs that one call can step: factors of whole blocks, then one of any size."""
-    runs = [0]
+def _edges(sizes: Sequence[int]) -> tuple[list[int], list[int]]:
+    """First and last number of every block, of factors that each begin one."""
+    starts, lasts, at = [], [], 0
     for size in sizes:
-        runs[-1] += size
-        if runs[-1] % BLOCK:
-            runs.append(0)
-    return [run for run in runs if run]
+        of_factor = range(at, at + size, BLOCK)
+        at += size
+        starts += of_factor
+        lasts += [min(start + BLOCK, at) - 1 for start in of_factor]
+    return starts, lasts
 
 
 class BlockwiseMoments:
@@ -94,7 +114,7 @@ class BlockwiseMoments:
         self.paged = paged
         self.signed = create_dynamic_map(signed=True).to(parameters.device)
         self.unsigned = create_dynamic_map(signed=False).to(parameters.device)
-        counts = [2 * sum(map(_blocks, _runs(slot.sizes))) for slot in live]
+        counts = [2 * sum(map(_blocks, slot.sizes)) for slot in live]
         ends = list(itertools.accumulate(counts))
         self._codes = self._allocate(BLOCK * sum(counts), parameters.device)
         self._scales = torch.zeros(sum(counts), device=parameters.device)
@@ -125,10 +145,11 @@ class BlockwiseMoments:
 
         for part in self._parts[row]:
             self._prefetch(part)
-            numbers = parameters[part.where]  # a view where ``where`` is a slice, else a copy
+            where = part.where()
+            numbers = parameters[where]  # a view where that is a slice, else a copy
             optimizer_update_8bit_blockwise(
                 "adam",
-                gradients[part.where],
+                gradients[where],
                 numbers,
                 part.first,
                 part.second,
@@ -144,8 +165,8 @@ class BlockwiseMoments:
                 absmax2=part.second_scales,
                 weight_decay=weight_decay,
             )
-            if isinstance(part.where, Tensor):
-                parameters[part.where] = numbers
+            if isinstance(where, Tensor):
+                parameters[where] = numbers
 
     def settle(self) -> None:
         """Wait for steps on managed memory, which torch treats as host memory."""
@@ -162,18 +183,26 @@ class BlockwiseMoments:
 
     def _split(self, live: Live, span: slice) -> Iterator[_Part]:
         """The parts of one slot; ``span`` are the blocks of its first, then its second moments."""
-        at, block, other = 0, span.start, (span.stop - span.start) // 2
-        for run in _runs(live.sizes):
-            for size in (min(CHUNK, run - done) for done in range(0, run, CHUNK)):
-                where, end = slice(at, at + size), block + _blocks(size)
-                yield _Part(
-                    where=where if live.positions is None else live.positions[where],
-                    first=self._coded(BLOCK * block, size),
-                    second=self._coded(BLOCK * (block + other), size),
-                    first_scales=self._scales[block:end],
-                    second_scales=self._scales[block + other : end + other],
-                )
-                at, block = at + size, end
+        size, device = sum(live.sizes), self._scales.device
+        full = not any(count % BLOCK for count in live.sizes[:-1])
+        edges = [] if full else [torch.tensor(side, device=device) for side in _edges(live.sizes)]
+        count = (span.stop - span.start) // 2
+        for at in range(0, count, CHUNK // BLOCK):
+            blocks = min(CHUNK // BLOCK, count - at)
+            inside = slice(BLOCK * at, min(BLOCK * (at + blocks), size))
+            numbers = inside.stop - inside.start if full else BLOCK * blocks
+            first, second = span.start + at, span.start + at + count
+            starts, lasts = (side[at : at + blocks] for side in edges) if edges else (None, None)
+            yield _Part(
+                span=inside,
+                positions=live.positions,
+                first=self._coded(BLOCK * first, numbers),
+                second=self._coded(BLOCK * second, numbers),
+                first_scales=self._scales[first : first + blocks],
+                second_scales=self._scales[second : second + blocks],
+                starts=starts,
+                lasts=lasts,
+            )
 
     def _coded(self, start: int, count: int) -> Tensor:
         """A slice of the codes, with the attributes by which bitsandbytes knows managed memory."""

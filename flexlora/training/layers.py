@@ -106,18 +106,37 @@ class SlotFactors:
         return torch.matmul(hidden * scaling, B.transpose(1, 2)).reshape(*x.shape[:-1], -1)
 
     @staticmethod
-    def stack(slots: Sequence[LoRAFactors], like: Tensor) -> SlotFactors:
-        """Frozen factors of K slots, zero-padded to their largest rank, on ``like``'s device."""
-        R = max(f.rank for f in slots)
-        A = like.new_zeros(len(slots), R, slots[0].in_features)
-        B = like.new_zeros(len(slots), slots[0].out_features, R)
-        for k, factors in enumerate(slots):
-            A[k, : factors.rank] = factors.lora_A.to(A)
-            B[k, :, : factors.rank] = factors.lora_B.to(B)
+    def stack(
+        slots: Sequence[LoRAFactors],
+        like: Tensor,
+        *,
+        lora_A: Tensor | None = None,
+        lora_B: Tensor | None = None,
+    ) -> SlotFactors:
+        """Factors of K slots, zero-padded to their largest rank, on ``like``'s device.
+
+        ``lora_A`` and ``lora_B`` are taken as they are where given, else copied and frozen.
+        """
+        K, R = len(slots), max(f.rank for f in slots)
+        shape_A, shape_B = (K, R, slots[0].in_features), (K, slots[0].out_features, R)
+        A = _padded([f.lora_A for f in slots], shape_A, like) if lora_A is None else lora_A
+        B = _padded([f.lora_B for f in slots], shape_B, like) if lora_B is None else lora_B
         wide = torch.promote_types(A.dtype, torch.float32)
         scaling = torch.tensor([f.scaling for f in slots], dtype=wide, device=A.device)
-        scaling = scaling[:, None, None]
-        return SlotFactors(A=A, B=B, scaling=scaling)
+        return SlotFactors(A=A, B=B, scaling=scaling[:, None, None])
+
+
+def fill(places: Tensor, factors: Sequence[Tensor]) -> None:
+    """Copy each slot's factor into the first rows and columns of ``places[k]``."""
+    for place, factor in zip(places, factors, strict=True):
+        place[: factor.shape[0], : factor.shape[1]] = factor
+
+
+def _padded(factors: Sequence[Tensor], shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """The factors of all slots on ``like``'s device, padded on the host: one copy, not K."""
+    host = torch.zeros(shape, dtype=like.dtype)
+    fill(host, factors)
+    return host.to(like.device)
 
 
 class _SlotLinear(torch.autograd.Function):

@@ -8,9 +8,10 @@ operations on a matrix, independent of the number of modules.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -19,11 +20,12 @@ from torch import Tensor, nn
 from flexlora.algebra.sketch import GradientSketch, top_rows
 from flexlora.lora.adapters import Adapter, LoRAFactors, zero_factors
 from flexlora.training.blockwise import Live, live_numbers
-from flexlora.training.layers import DropoutStream, LoRALinear, PassShape, SlotFactors
+from flexlora.training.layers import DropoutStream, LoRALinear, PassShape, SlotFactors, fill
 from flexlora.training.targets import choose_targets, find_targets
 
 __all__ = ["SlotModel", "find_targets", "kept_rank", "slot_model"]
 
+SVD_ENTRIES = 1 << 22  # numbers of the sketches that are decomposed in one call
 _SLOTS = "_flexlora_slots"  # the attribute of a model that has its SlotModel
 
 
@@ -41,7 +43,7 @@ class SlotModel:
         self.num_slots = 0
         self.parameters = self.gradients = torch.empty(0, 0)
         self._leaves: list[Tensor] = []
-        self._leaf_names: list[tuple[str, str]] = []  # module and factor of each leaf
+        self._spans: dict[tuple[str, str], slice] = {}  # of each module and factor in a row
         self._templates: list[Adapter] = []
         for name, (out_features, in_features) in self.shapes.items():
             base = model.get_submodule(name)
@@ -89,19 +91,15 @@ class SlotModel:
             self._check(adapter)
         self.clear()
         self.num_slots, self._templates = len(adapters), list(adapters)
-        views = self._allocate(trainable)
+        views, distinct = self._allocate(trainable), _once(carried or ())
         for name, layer in self.layers.items():
             layer.num_slots = self.num_slots
-            frozen = [a[name] if a is not None else None for a in _once(carried or ())]
+            frozen = [a[name] if a is not None else None for a in distinct]
             if any(factors is not None for factors in frozen):
                 whole = [f or zero_factors(self._templates[0][name]) for f in frozen]
                 if not (merge and len(whole) == 1 and layer.merge(whole[0])):
                     layer.carried = self._stack(name, whole, carried_dtype)
-            stacked = self._stack(name, [adapter[name] for adapter in adapters])
-            for label in trainable:
-                view = views[name, label].copy_(getattr(stacked, label[-1]))
-                setattr(stacked, label[-1], view.requires_grad_())
-            layer.trained = stacked
+            layer.trained = self._stack(name, [a[name] for a in adapters], views=views)
 
     def accumulate_gradients(self, loss: Tensor) -> None:
         """Add ``d loss / d parameters`` to ``gradients [K, P]``; padding gets exact zeros."""
@@ -110,38 +108,46 @@ class SlotModel:
         self.gradients += torch.cat([part.flatten(1) for part in parts], dim=1)
 
     def _allocate(self, trainable: Sequence[str]) -> dict[tuple[str, str], Tensor]:
-        """The flat buffers, and views by module and factor: ``[K, R, in]``, ``[K, out, R]``."""
-        K = self.num_slots
-        widths = []
+        """The flat buffers with the adapters' factors, and views of them that get gradients.
+
+        The views are by module and factor: ``[K, R, in]``, ``[K, out, R]``.
+        """
+        K, shapes = self.num_slots, {}
         for name, (out_features, in_features) in self.shapes.items():
             R = max(adapter[name].rank for adapter in self._templates)
-            shapes = {"lora_A": (R, in_features), "lora_B": (out_features, R)}
-            widths += [(name, label, shapes[label]) for label in trainable]
+            both = {"lora_A": (K, R, in_features), "lora_B": (K, out_features, R)}
+            shapes |= {(name, label): both[label] for label in trainable}
         dtype = next(iter(self._templates[0].values())).lora_A.dtype if K else torch.float32
-        total = sum(a * b for _, _, (a, b) in widths)
-        self.parameters = torch.zeros(K, total, dtype=dtype, device=self.device)
+        ends = list(accumulate(a * b for _, a, b in shapes.values()))
+        host = torch.zeros(K, ends[-1] if ends else 0, dtype=dtype)
+        for (name, label), shape, end in zip(shapes, shapes.values(), ends, strict=True):
+            self._spans[name, label] = slice(end - shape[1] * shape[2], end)
+            place = host[:, self._spans[name, label]].view(shape)
+            fill(place, [getattr(adapter[name], label) for adapter in self._templates])
+        self.parameters = host.to(self.device)  # one copy: tens of thousands of small ones are slow
         self.gradients = torch.zeros_like(self.parameters)
-        offset, views = 0, {}
-        for name, label, (a, b) in widths:
-            span = slice(offset, offset + a * b)
-            offset += a * b
-            self._leaves.append(self.parameters[:, span].view(K, a, b))
-            views[name, label] = self._leaves[-1]
-        self._leaf_names = list(views)
+        views = {k: self.parameters[:, s].view(shapes[k]) for k, s in self._spans.items()}
+        self._leaves = [view.requires_grad_() for view in views.values()]
         return views
 
     def live_numbers(self) -> list[Live]:
         """Each slot's numbers in ``parameters`` without padding; one object for equal ranks."""
-        names, labels = zip(*self._leaf_names, strict=True)
+        names, labels = zip(*self._spans, strict=True)
         ranks = [tuple(adapter[name].rank for name in names) for adapter in self._templates]
         inside = {r: live_numbers(self._leaves, labels, r) for r in dict.fromkeys(ranks)}
         return [inside[r] for r in ranks]
 
     def _stack(
-        self, name: str, slots: Sequence[LoRAFactors], dtype: torch.dtype | None = None
+        self,
+        name: str,
+        slots: Sequence[LoRAFactors],
+        dtype: torch.dtype | None = None,
+        views: Mapping[tuple[str, str], Tensor] | None = None,
     ) -> SlotFactors:
+        """The factors of one module, those in ``views`` as views."""
         like = torch.empty(0, dtype=dtype or slots[0].lora_A.dtype, device=self.device)
-        return SlotFactors.stack(slots, like)
+        held = {label: (views or {}).get((name, label)) for label in ("lora_A", "lora_B")}
+        return SlotFactors.stack(slots, like, **held)
 
     def tail_norms(self, kept_fraction: float) -> Tensor:
         """``sum over modules |B_tail|_F |A_tail|_F`` of each slot, ``[K]``, with gradients.
@@ -178,13 +184,17 @@ class SlotModel:
 
     def extract(self, slot: int) -> Adapter:
         """The factors of one slot as they are now, copied to the CPU, at the slot's own ranks."""
-        modules = {}
+        row, modules = self.parameters[slot].cpu(), {}
         for name, layer in self.layers.items():
-            template = self._templates[slot][name]
+            factors = self._templates[slot][name]
             assert layer.trained is not None
-            A = layer.trained.A[slot, : template.rank].detach().cpu().clone()
-            B = layer.trained.B[slot, :, : template.rank].detach().cpu().clone()
-            modules[name] = replace(template, lora_A=A, lora_B=B)
+            both = {}
+            for label, held in (("lora_A", layer.trained.A), ("lora_B", layer.trained.B)):
+                span = self._spans.get((name, label))
+                whole = held[slot].cpu() if span is None else row[span].view(held.shape[1:])
+                inside = whole[: factors.rank] if label == "lora_A" else whole[:, : factors.rank]
+                both[label] = inside.detach().clone()
+            modules[name] = replace(factors, **both)
         return Adapter(modules)
 
     @contextmanager
@@ -202,25 +212,33 @@ class SlotModel:
             )
         try:
             yield
-            for layer in self.layers.values():
-                self._align(layer)
+            self._align()
         finally:
             for layer in self.layers.values():
                 layer.sketch = None
 
     @torch.no_grad()
-    def _align(self, layer: LoRALinear) -> None:
-        assert layer.trained is not None and layer.sketch is not None
-        if layer.sketch.total is None:
-            return
-        for slot in range(self.num_slots):
-            rank, size = self._templates[slot][layer.name].rank, layer.sketch.sizes[slot]
-            rows = layer.trained.A[slot, :rank]
-            rows.copy_(top_rows(layer.sketch.total[slot, :size], rank, rows.cpu()))
+    def _align(self) -> None:
+        """The top rows of all sketches, those of equal shape and rank together."""
+        alike: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
+        for name, layer in self.layers.items():
+            assert layer.trained is not None and layer.sketch is not None
+            if layer.sketch.total is None:
+                continue
+            for slot, size in enumerate(layer.sketch.sizes):
+                sketch = layer.sketch.total[slot, :size]
+                rows = layer.trained.A[slot, : self._templates[slot][name].rank]
+                alike.setdefault((*sketch.shape, len(rows)), []).append((sketch, rows))
+        for (size, in_features, rank), pairs in alike.items():
+            count = max(1, SVD_ENTRIES // (size * in_features))
+            for at in range(0, len(pairs), count):
+                sketches, rows = map(torch.stack, zip(*pairs[at : at + count], strict=True))
+                for (_, old), new in zip(pairs[at:], top_rows(sketches, rank, rows), strict=False):
+                    old.copy_(new)
 
     def clear(self) -> None:
         """Remove all slots: the model is the frozen base."""
-        self.num_slots, self._templates, self._leaves = 0, [], []
+        self.num_slots, self._templates, self._leaves, self._spans = 0, [], [], {}
         self.parameters = self.gradients = torch.empty(0, 0)
         for layer in self.layers.values():
             layer.trained = layer.carried = layer.merged = layer.slot_weights = None

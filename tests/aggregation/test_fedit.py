@@ -241,7 +241,7 @@ def test_fed_plora_draws_terms_by_client_and_round_and_everybody_has_the_same_mo
         round_ = OneRound(method, current)
         for k, rank_class in enumerate(CLASSES * 2):
             shared, start = round_.sent[rank_class.name], round_.start(k)
-            terms = shared.drawn_terms(f"client_{k}", "mlp.up")
+            terms = shared.drawn_terms(f"client_{k}")["mlp.up"]
             assert len(terms) == rank_class.rank and terms == sorted(set(terms))
             drawn.append(tuple(terms))
             for name in THREE_SHAPES:
@@ -262,7 +262,7 @@ def test_terms_that_nobody_drew_stay_as_they_were_sent_and_can_still_train():
         sent = round_.sent["rank_2"]
         for name, factors in sent.trained.items():
             A, B = held_factors(state, name)
-            drawn = {t for k in (0, 3) for t in sent.drawn_terms(f"client_{k}", name)}
+            drawn = {t for k in (0, 3) for t in sent.drawn_terms(f"client_{k}")[name]}
             for term in set(range(factors.rank)) - drawn:
                 assert torch.equal(A[term], factors.lora_A[term]) and bool(A[term].any())
                 torch.testing.assert_close(
@@ -329,7 +329,7 @@ def test_the_factor_gap_puts_drawn_terms_where_they_belong():
     for placed in (True, False):
         factors = [update.adapter["mlp.up"] for update in updates]
         terms = [
-            round_.sent["rank_2"].drawn_terms(update.client_id, "mlp.up") if placed else None
+            round_.sent["rank_2"].drawn_terms(update.client_id)["mlp.up"] if placed else None
             for update in updates
         ]
         padded = [equations.padded(f, 12, t) for f, t in zip(factors, terms, strict=True)]

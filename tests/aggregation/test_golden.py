@@ -218,7 +218,7 @@ def reply(round_, update, k):
     """The update as the reference sees it; which terms were drawn is the start's own draw."""
     start = round_.start(k)
     shared = round_.sent[update.rank_class]
-    terms = {m: shared.drawn_terms(update.client_id, m) for m in SHAPES}
+    terms = {m: shared.drawn_terms(update.client_id)[m] for m in SHAPES}
     return Reply(
         adapter=update.adapter,
         num_examples=update.num_examples,

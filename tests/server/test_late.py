@@ -268,4 +268,4 @@ def test_a_late_update_of_drawn_terms_goes_to_the_terms_that_were_drawn(worker, 
     held = opened.close().extra
     for name in shapes:
         moved = held[f"lora_B/{name}"].abs().sum(0) > 0
-        assert moved.nonzero().flatten().tolist() == start.drawn_terms(VICTIM, name)
+        assert moved.nonzero().flatten().tolist() == start.drawn_terms(VICTIM)[name]

@@ -170,7 +170,7 @@ def test_drawn_and_carried_terms_are_all_that_was_sent(llama, beside):
     sent = drawing_job(slots.shapes, carried=more).start
     own = sent.for_client("c0")
     for name, factors in sent.trained.items():
-        drawn = sent.drawn_terms("c0", name)
+        drawn = sent.drawn_terms("c0")[name]
         assert len(drawn) == own.trained[name].rank == 2 and drawn == sorted(set(drawn))
         assert torch.equal(own.trained[name].lora_A, factors.lora_A[drawn])
         assert torch.equal(own.trained[name].lora_B, factors.lora_B[:, drawn])
@@ -194,7 +194,7 @@ def test_terms_are_drawn_anew_by_client_and_round_and_all_get_their_turn(llama):
     slots = SlotModel(llama)
     name = next(iter(slots.shapes))
     drawn = {
-        (client, at): tuple(drawing_job(slots.shapes, client, at).start.drawn_terms(client, name))
+        (client, at): tuple(drawing_job(slots.shapes, client, at).start.drawn_terms(client)[name])
         for client in ("a", "b", "c")
         for at in range(1, 9)
     }
@@ -202,7 +202,7 @@ def test_terms_are_drawn_anew_by_client_and_round_and_all_get_their_turn(llama):
     assert len({drawn[client, 1] for client in ("a", "b", "c")}) > 1
     assert {term for terms in drawn.values() for term in terms} == set(range(6))
     again = drawing_job(slots.shapes, "a", 1).start
-    assert tuple(again.drawn_terms("a", name)) == drawn["a", 1]
+    assert tuple(again.drawn_terms("a")[name]) == drawn["a", 1]
 
 
 def test_a_drawn_client_trains_its_terms_beside_the_others(llama):

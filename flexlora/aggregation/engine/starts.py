@@ -91,8 +91,8 @@ class Start:
         if not self.local.select:
             return self
         trained, carried = {}, {}
-        for name, factors in self.trained.items():
-            drawn = self.drawn_terms(client_id, name)
+        for name, drawn in self.drawn_terms(client_id).items():
+            factors = self.trained[name]
             rest = [term for term in range(factors.rank) if term not in set(drawn)]
             trained[name] = factors.terms(drawn)
             parts = [factors.terms(rest)] if rest else []
@@ -104,16 +104,18 @@ class Start:
         whole = Adapter(carried) if carried else None
         return replace(self, trained=Adapter(trained), carried=whole)
 
-    def drawn_terms(self, client_id: str, module: str) -> list[int]:
-        """Indices of the sent terms of a module that the client trains, ascending."""
-        factors = self.trained[module]
+    def drawn_terms(self, client_id: str) -> dict[str, list[int]]:
+        """Indices of the sent terms of every module that the client trains, ascending."""
+        ranks = {name: factors.rank for name, factors in self.trained.items()}
         if not self.local.select:
-            return list(range(factors.rank))
-        ranks = [factors.rank for factors in self.trained.values()]
+            return {name: list(range(rank)) for name, rank in ranks.items()}
         purpose = (self.local.select_seed, "select", self.base_round, client_id)
-        order = numpy_generator(*purpose).permutation(max(ranks)).tolist()
-        rank = self.rank_class.rank_of(module, factors.out_features, factors.in_features)
-        return sorted([term for term in order if term < factors.rank][:rank])
+        order = numpy_generator(*purpose).permutation(max(ranks.values())).tolist()
+        drawn = {}
+        for name, factors in self.trained.items():
+            rank = self.rank_class.rank_of(name, factors.out_features, factors.in_features)
+            drawn[name] = sorted([term for term in order if term < factors.rank][:rank])
+        return drawn
 
     def served(self) -> Adapter:
         """The whole change of this class's model: trained and carried factors side by side.

@@ -175,4 +175,5 @@ def drawn_rows(update: Update, sent: Mapping[str, Start]) -> dict[str, list[int]
     start = sent.get(update.rank_class)
     if start is None or not start.local.select:
         return None
-    return {name: start.drawn_terms(update.client_id, name) for name in update.adapter}
+    drawn = start.drawn_terms(update.client_id)
+    return {name: drawn[name] for name in update.adapter}
