@@ -47,6 +47,19 @@ def residual_form(G, clients, starts, module, server_learning_rate=1.0):
     return result
 
 
+def fedexp_rate(changes, num_examples):
+    """FedExP's server rate (arXiv 2301.09604), weighted; at most what orthogonal changes give.
+
+    ``changes``: one ``{module: dense change}`` per client.
+    """
+    flat = [torch.cat([change[name].flatten() for name in sorted(change)]) for change in changes]
+    shares = [n / sum(num_examples) for n in num_examples]
+    mean = sum(p * change for p, change in zip(shares, flat, strict=True))
+    squares = sum(p * float(change @ change) for p, change in zip(shares, flat, strict=True))
+    orthogonal = 1 / (2 * sum(p * p for p in shares))
+    return max(1.0, min(orthogonal, squares / (2 * float(mean @ mean))))
+
+
 def truncate(matrix, rank):
     """The best approximation of that rank, by LAPACK's dense SVD."""
     U, S, Vh = np.linalg.svd(matrix.double().numpy(), full_matrices=False)
