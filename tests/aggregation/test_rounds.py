@@ -263,19 +263,20 @@ def test_aggregate_takes_a_rank_above_both_sides_of_a_module_without_cutting_it(
 
 @pytest.mark.parametrize("name", ["residual", "fedex-lora", "ffa-lora"])
 def test_a_late_update_counts_as_what_it_changed_of_the_start_it_really_had(name):
-    """A start of the round before stands in ``sent`` under another name; of two the rate is 1."""
+    """A start of the round before stands in ``sent`` under another name."""
     method = make_method(name)
     first = OneRound(method)
     state = first.finish([first.update(k, 10 + k) for k in range(5)])
     round_ = OneRound(method, state)
     round_.sent["late"] = first.sent["rank_3"]
     late = replace(first.update(7, 50, rank_class="rank_3"), rank_class="late")
-    result = round_.finish([round_.update(0, 30), late]).change
+    after = round_.finish([round_.update(0, 30), late])
+    result, eta = after.change, after.server_learning_rate
     starts = [round_.sent["rank_2"].trained, first.sent["rank_3"].trained]
     clients = [(round_.update(0, 30).adapter, 30), (late.adapter, 50)]
     for module in SHAPES:
         G = state.change.delta_weight(module)
-        expected = reference.residual_form(G, clients, starts, module)
+        expected = reference.residual_form(G, clients, starts, module, eta)
         assert reference.relative_error(result.delta_weight(module), expected) < 1e-12
 
 

@@ -55,10 +55,12 @@ def test_the_default_rate_is_fedexp_s_over_all_modules(name):
     """From a trained state, over a wire that rounds: against the starts that were decoded."""
     method = make_method(name)
     round_ = OneRound(method, next_state(method), wire="bfloat16")
-    updates = [round_.update(k, 10 + 9 * k) for k in range(6)]
+    updates = [round_.update(k, 10 + 9 * k) for k in range(4)]
     starts = replies_of(round_, updates)
     expected = equations.rate_of_round(starts)
-    assert expected > 1.1 and rate_of(method, updates, round_) == pytest.approx(expected, rel=1e-9)
+    assert 1.1 < expected < 1.9 and rate_of(method, updates, round_) == pytest.approx(
+        expected, rel=1e-9
+    )
 
 
 @pytest.mark.parametrize("name", ADAPTIVE)
@@ -79,29 +81,33 @@ def test_clients_that_agree_get_rate_1(name):
     assert rate_of(name, updates, round_) == pytest.approx(1.0, abs=1e-12)
 
 
-@pytest.mark.parametrize("count", [1, 2, 8, 11])
-def test_clients_whose_changes_are_orthogonal_get_half_their_number(count):
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 11])
+def test_clients_whose_changes_are_orthogonal_get_half_their_number_up_to_2(count):
     adapters = [single_entry(k) for k in range(count)]
-    assert rate_of_changes(adapters, [3.0] * count) == pytest.approx(max(1.0, count / 2))
+    expected = min(2.0, max(1.0, count / 2))
+    assert rate_of_changes(adapters, [3.0] * count) == pytest.approx(expected)
 
 
-def test_changes_that_cancel_out_get_no_more_than_orthogonal_ones():
+def test_changes_that_cancel_out_are_not_blown_up():
     """FedExP's quotient has no bound there; the paper adds a constant to its denominator."""
     opposed = [single_entry(0, (-1.0) ** k) for k in range(8)]
-    assert rate_of_changes(opposed, [1.0] * 8) == 4.0
+    assert rate_of_changes(opposed, [1.0] * 8) == 2.0
     nearly = [single_entry(0, (-1.0) ** k * (1 + 1e-3 * k)) for k in range(8)]
-    assert rate_of_changes(nearly, [1.0] * 8) == 4.0
-    heavy = [100.0] + [1.0] * 7  # little more than one client
-    assert rate_of_changes([single_entry(k) for k in range(8)], heavy) == 1.0
-    untrained = [single_entry(0, 0.0)] * 8
-    assert rate_of_changes(untrained, [1.0] * 8) == 4.0
+    assert rate_of_changes(nearly, [1.0] * 8) == 2.0
+    assert rate_of_changes([single_entry(0, 0.0)] * 8, [1.0] * 8) == 2.0
+
+
+def test_a_client_with_nearly_all_examples_is_as_one_client():
+    adapters = [single_entry(k) for k in range(8)]
+    assert rate_of_changes(adapters, [100.0] + [1.0] * 7) == 1.0
+    assert rate_of_changes(adapters, [1.0] * 8) == 2.0
 
 
 def test_order_and_the_unit_of_the_weights_do_not_matter():
     adapters = [single_entry(k // 2, 1.0 + k) for k in range(6)]
     weights = [5.0, 1.0, 3.0, 2.0, 8.0, 4.0]
     rate = rate_of_changes(adapters, weights)
-    assert 1.0 < rate < 3.0
+    assert 1.0 < rate < 2.0
     assert rate_of_changes(adapters[::-1], weights[::-1]) == pytest.approx(rate, rel=1e-12)
     assert rate_of_changes(adapters, [1000 * w for w in weights]) == pytest.approx(rate, rel=1e-12)
 
@@ -109,7 +115,7 @@ def test_order_and_the_unit_of_the_weights_do_not_matter():
 @pytest.mark.parametrize("name", ADAPTIVE)
 def test_a_discount_counts_as_so_many_examples(name):
     round_ = OneRound(name, next_state(name))
-    updates = [round_.update(k, 40 + 8 * k) for k in range(5)]
+    updates = [round_.update(k, 40 + 8 * k) for k in range(4)]
     discounted = [*updates[:-1], replace(updates[-1], discount=0.25)]
     fewer = [*updates[:-1], replace(updates[-1], num_examples=updates[-1].num_examples // 4)]
     rate = rate_of(name, discounted, round_)
@@ -121,7 +127,7 @@ def test_a_discount_counts_as_so_many_examples(name):
 def test_a_number_is_that_number_and_the_rule_s_number_gives_the_rule_s_bits(name, optimizer):
     method = make_method(name, server_optimizer=optimizer)
     round_ = OneRound(method, next_state(method))
-    updates = [round_.update(k, 10 + 9 * k) for k in range(6)]
+    updates = [round_.update(k, 10 + 9 * k) for k in range(4)]
     by_rule = round_.finish(updates)
     rate = by_rule.server_learning_rate
     for given in (rate, 1.0):
