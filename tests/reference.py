@@ -47,6 +47,18 @@ def residual_form(G, clients, starts, module, server_learning_rate=1.0):
     return result
 
 
+def fedexp_rate(changes, num_examples):
+    """FedExP's server rate (arXiv 2301.09604), weighted by examples, from 1 to 2.
+
+    ``changes``: one ``{module: dense change}`` per client.
+    """
+    flat = [torch.cat([change[name].flatten() for name in sorted(change)]) for change in changes]
+    shares = [n / sum(num_examples) for n in num_examples]
+    mean = sum(p * change for p, change in zip(shares, flat, strict=True))
+    squares = sum(p * float(change @ change) for p, change in zip(shares, flat, strict=True))
+    return max(1.0, min(2.0, squares / (2 * float(mean @ mean))))
+
+
 def truncate(matrix, rank):
     """The best approximation of that rank, by LAPACK's dense SVD."""
     U, S, Vh = np.linalg.svd(matrix.double().numpy(), full_matrices=False)

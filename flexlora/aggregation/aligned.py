@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import Literal
 
 from flexlora.aggregation.engine.method import Law
-from flexlora.aggregation.engine.options import CARRIED_RANK, FastStepOptions, option
+from flexlora.aggregation.engine.options import CARRIED_RANK, AdaptiveStepOptions, option
 from flexlora.aggregation.engine.server_step import moved_by
 from flexlora.aggregation.engine.starts import Factoring, LocalPlan, Start, directions, fresh
 from flexlora.aggregation.engine.state import State
@@ -30,10 +30,10 @@ class Aligned:
 
     name = "aligned"
     laws = frozenset({Law.ORDER, Law.SCALE_OF_WEIGHTS, Law.ZERO_TRAINING, Law.AVERAGE_OF_PRODUCTS})
-    needs = Needs(products=True)
+    needs = Needs(products=True, norms=True)
     wire_space = "products"
 
-    class Options(FastStepOptions):
+    class Options(AdaptiveStepOptions):
         carried_rank: int = option(
             CARRIED_RANK, "rank of the frozen factors, where a class names no other", ge=1
         )
@@ -58,4 +58,4 @@ class Aligned:
         )
 
     def close(self, state: State, sums: Sums) -> State:
-        return moved_by(state, sums.products, self.options)
+        return moved_by(state, sums.products, self.options, norms=sums.norms)

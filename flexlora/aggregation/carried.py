@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from flexlora.aggregation.engine.options import CARRIED_RANK, FastStepOptions, option
+from flexlora.aggregation.engine.options import CARRIED_RANK, AdaptiveStepOptions, option
 from flexlora.aggregation.engine.server_step import moved_by
 from flexlora.aggregation.engine.starts import Factoring, Start, directions, truncated
 from flexlora.aggregation.engine.state import State
@@ -29,10 +29,10 @@ class Carried:
 
     name = "carried"
     laws = Residual.laws
-    needs = Needs(products=True, starts=True)
+    needs = Needs(products=True, starts=True, norms=True)
     wire_space = "products"
 
-    class Options(FastStepOptions):
+    class Options(AdaptiveStepOptions):
         carried_rank: int = option(
             CARRIED_RANK, "rank up to which G is sent, where a class names no other", ge=1
         )
@@ -55,4 +55,4 @@ class Carried:
         )
 
     def close(self, state: State, sums: Sums) -> State:
-        return moved_by(state, sums.products - sums.starts, self.options)
+        return moved_by(state, sums.products - sums.starts, self.options, norms=sums.norms)

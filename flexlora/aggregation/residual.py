@@ -11,7 +11,7 @@ a 16-bit one. A round without training changes nothing, so there is no rank coll
 from __future__ import annotations
 
 from flexlora.aggregation.engine.method import Law
-from flexlora.aggregation.engine.options import FastStepOptions
+from flexlora.aggregation.engine.options import AdaptiveStepOptions
 from flexlora.aggregation.engine.server_step import moved_by
 from flexlora.aggregation.engine.starts import Factoring, Start, truncated
 from flexlora.aggregation.engine.state import State
@@ -26,12 +26,12 @@ class Residual:
 
     name = "residual"
     laws = frozenset({Law.ORDER, Law.SCALE_OF_WEIGHTS, Law.ZERO_TRAINING, Law.AVERAGE_OF_PRODUCTS})
-    needs = Needs(products=True, starts=True)
+    needs = Needs(products=True, starts=True, norms=True)
     wire_space = "products"
 
-    Options = FastStepOptions
+    Options = AdaptiveStepOptions
 
-    def __init__(self, options: FastStepOptions) -> None:
+    def __init__(self, options: AdaptiveStepOptions) -> None:
         self.options = options
 
     def start(self, state: State, rank_class: RankClass, factoring: Factoring) -> Start:
@@ -39,4 +39,4 @@ class Residual:
         return Start(rank_class=rank_class, base_round=state.round, trained=trained)
 
     def close(self, state: State, sums: Sums) -> State:
-        return moved_by(state, sums.products - sums.starts, self.options)
+        return moved_by(state, sums.products - sums.starts, self.options, norms=sums.norms)

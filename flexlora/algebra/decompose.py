@@ -22,8 +22,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flexlora.algebra.gram import svd_by_gram
-from flexlora.algebra.linalg import FactoredSVD, finished_svd, stack_products, svds_of_products
+from flexlora.algebra.gram import squared_norm, svd_by_gram
+from flexlora.algebra.linalg import (
+    FactoredSVD,
+    finished_svd,
+    product_norm,
+    stack_products,
+    svds_of_products,
+)
 from flexlora.algebra.routes import Solved, choose_route, top_of_dense
 
 __all__ = ["Decomposition", "LazySums", "MatrixSum", "Term", "decompose", "dense_pays", "fold"]
@@ -94,6 +100,12 @@ class MatrixSum:
         for weight, left, right in self.terms:
             total += weight * (left.double() @ (right.double() @ probes))
         return total
+
+    def energy(self) -> float:
+        """``|M|_F^2`` in float64: from Gram matrices without a dense part, O((m + n) R^2)."""
+        if self.dense is not None:
+            return squared_norm(self.to_dense() if self.terms else self.dense)
+        return product_norm(*stack_products(self.terms)) ** 2 if self.terms else 0.0
 
     def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The sum formed in ``dtype`` (None: as ``fold`` would); never the caller's own tensor."""

@@ -96,8 +96,9 @@ class RoundMetrics:
 
 
 def class_metrics(state: State, served: Mapping[str, Adapter]) -> dict[str, float]:
-    """The energy of ``G`` in every rank class's adapter, the effective rank and the dropped energy.
+    """The energy of ``G`` in every rank class's adapter, its effective rank, the server's step.
 
+    ``server_learning_rate`` is left out of a round that added no update.
     ``factor_gap`` is ``|mean(sB) mean(A) - mean(sBA)| / |mean(sBA)|``, the mean over modules.
     """
     kept = {f"energy_kept/{k}": state.change.energy_in(adapter) for k, adapter in served.items()}
@@ -107,6 +108,8 @@ def class_metrics(state: State, served: Mapping[str, Adapter]) -> dict[str, floa
         "dropped_energy": state.dropped_energy,
         **kept,
     }
+    if state.server_learning_rate is not None:
+        metrics["server_learning_rate"] = state.server_learning_rate
     return metrics | ({"factor_gap": sum(gaps) / len(gaps)} if gaps else {})
 
 

@@ -18,6 +18,8 @@ from flexlora.simulations.experiments.flexlora_1613 import flexlora_1613
 from flexlora.simulations.experiments.heavy_tail import heavy_tail
 from flexlora.simulations.experiments.rank_collapse import rank_collapse
 from flexlora.simulations.experiments.request import SEEDS, Request
+from flexlora.simulations.experiments.scaling import SCALING
+from flexlora.simulations.experiments.server_rates import server_rates
 from flexlora.simulations.experiments.variant_table import run_table
 from flexlora.simulations.experiments.variants import FIRST_LOOK, METHODS, METHODS_GENTLY, Variant
 
@@ -66,6 +68,18 @@ EXPERIMENTS: dict[str, Experiment] = {
         expected=TABLE,
         minutes=100,
         run=table_of(METHODS_GENTLY),
+    ),
+    "rates": Experiment(
+        about="server rate 1, 2 and the round's own, from one client to 80, IID and by task",
+        expected=TABLE,
+        minutes=100,
+        run=server_rates,
+    ),
+    "scaling": Experiment(
+        about="alpha / rank and rsLoRA: how far a round at each rank moves the sum; loss",
+        expected=TABLE,
+        minutes=12,
+        run=table_of(SCALING),
     ),
     "rank-collapse": Experiment(
         about="what is left of the tail of G: the published form, the residual one, carried",

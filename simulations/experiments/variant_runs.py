@@ -95,9 +95,40 @@ def _tail(config: Config, out: Path) -> dict[str, object]:
     return {"loss": RunFolder(out).metrics()[-1]["eval_loss"], "rounds": observer.rounds}
 
 
+def _loss(config: Config, out: Path) -> dict[str, float]:
+    """The last eval loss, each client at its own rank; no answer is generated."""
+    simulate(config.with_values({"eval.generate": "never"}), out, overwrite=True)
+    return {"loss": RunFolder(out).metrics()[-1]["eval_loss"]}
+
+
+def _norm(config: Config, out: Path) -> dict[str, float]:
+    """``|G|_F`` over all modules after the run."""
+    strategy = simulate(config.with_values({"eval.generate": "never"}), out, overwrite=True)
+    squares = (float(svd.S.double().square().sum()) for svd in strategy.state.change.values())
+    return {"|dW|": sum(squares) ** 0.5}
+
+
+def _course(config: Config, out: Path) -> dict[str, object]:
+    """The eval loss and the server's rate by round."""
+    simulate(config, out, overwrite=True)
+    rounds = [
+        {
+            "round": row["round"],
+            "loss": row["eval_loss"],
+            "rate": row.get("server_learning_rate"),
+        }
+        for row in RunFolder(out).metrics()
+        if row["round"] > 0
+    ]
+    return {"loss": rounds[-1]["loss"], "rounds": rounds}
+
+
 RUNNERS: dict[str, Runner] = {
     "federated": _federated,
     "base": _base,
     "alone": _alone,
     "tail": _tail,
+    "loss": _loss,
+    "norm": _norm,
+    "course": _course,
 }

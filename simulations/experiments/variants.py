@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["FIRST_LOOK", "METHODS", "METHODS_GENTLY", "RATES", "SKEW", "STEPS", "Variant", "fixed"]
+__all__ = [
+    "FIRST_LOOK",
+    "METHODS",
+    "METHODS_GENTLY",
+    "RATES",
+    "SKEW",
+    "STEPS",
+    "STEPS_DOWN",
+    "Variant",
+    "fixed",
+]
 
 Changes = Mapping[str, object]
 WEAK, STRONG = "weak", "strong"
@@ -41,6 +51,7 @@ SKEW: Changes = {"ranks.tiers": "2,8,16", "ranks.shares": "0.8,0.1,0.1"}
 # Three trials each: of the server rate where the method has one, else of the learning rate.
 RATES = tuple({"method.server-learning-rate": rate} for rate in (1.0, 2.0, 3.0))
 STEPS = tuple({"train.learning-rate": rate} for rate in (5e-3, 1e-2, 2e-2))
+STEPS_DOWN = tuple({"train.learning-rate": rate} for rate in (2.5e-3, 5e-3, 1e-2))
 # Six trials each with smaller steps, for a pretrained base.
 GENTLE_RATES = tuple(
     {"train.learning-rate": rate, "method.server-learning-rate": server}

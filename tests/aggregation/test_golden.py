@@ -58,9 +58,9 @@ class Case:
     sends: object
     options: dict = field(default_factory=dict)
 
-    @property
-    def eta(self):
-        own = 2.0 if self.name in ("residual", "aligned", "carried") else 1.0
+    def eta(self, replies):
+        adaptive = self.name in ("residual", "aligned", "carried")
+        own = equations.rate_of_round(replies) if adaptive else 1.0
         return self.options.get("server_learning_rate", own)
 
     @property
@@ -89,7 +89,7 @@ def sum_then_cap(rule):
     """A method whose next G is ``rule``'s, kept at ``max_rank`` directions, the rest fed back."""
 
     def advance(memory, case, replies):
-        G = rule(memory.G, replies, memory.module, case.eta) + memory.dropped
+        G = rule(memory.G, replies, memory.module, case.eta(replies)) + memory.dropped
         kept = reference.truncate(G, case.options.get("server_max_rank", 99))
         fed_back = G - kept if case.options.get("error_feedback") else 0.0
         return replace(memory, G=kept, dropped=fed_back)
@@ -100,7 +100,7 @@ def sum_then_cap(rule):
 def fedex(memory, case, replies):
     A, B = equations.fedit_round(replies, memory.module, memory.width)
     mean = equations.mean_of_models(replies, memory.module)
-    G = memory.G + case.eta * (mean - memory.G)
+    G = memory.G + case.eta(replies) * (mean - memory.G)
     return replace(
         memory, A=A, B=B, G=reference.truncate(G, case.options.get("server_max_rank", 99))
     )
@@ -110,15 +110,15 @@ def florist(memory, case, replies):
     asked = equations.stacked(replies, memory.module) + memory.dropped
     kept, cut, _ = equations.florist_cut(asked, case.options.get("energy_threshold", 0.95))
     fed_back = cut if case.options.get("error_feedback") else 0.0
-    return replace(memory, G=memory.G + case.eta * kept, dropped=fed_back)
+    return replace(memory, G=memory.G + case.eta(replies) * kept, dropped=fed_back)
 
 
 def raflora(memory, case, replies):
     asked = equations.raflora_sum(replies, memory.module)
     if case.options.get("error_feedback"):
         start = equations.raflora_sum(replies, memory.module, of=lambda reply: reply.start)
-        return replace(memory, G=memory.G + case.eta * (asked - start))
-    return replace(memory, G=memory.G + case.eta * (asked - memory.G))
+        return replace(memory, G=memory.G + case.eta(replies) * (asked - start))
+    return replace(memory, G=memory.G + case.eta(replies) * (asked - memory.G))
 
 
 def fedit(memory, case, replies):
@@ -257,6 +257,7 @@ def test_three_rounds_equal_the_equation_and_every_class_is_sent_what_the_paper_
             assert (memories[module].G - memory.G).norm() > 0.01 * memories[module].G.norm()
             got = state.change.delta_weight(module)
             assert reference.relative_error(got, memories[module].G) < 1e-10, module
+        assert state.server_learning_rate == pytest.approx(case.eta(replies))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)

@@ -270,8 +270,8 @@ def test_a_late_update_counts_as_what_it_changed_of_the_start_it_really_had(name
     round_ = OneRound(method, state)
     round_.sent["late"] = first.sent["rank_3"]
     late = replace(first.update(7, 50, rank_class="rank_3"), rank_class="late")
-    result = round_.finish([round_.update(0, 30), late]).change
-    eta = 2.0 if name == "residual" else 1.0
+    after = round_.finish([round_.update(0, 30), late])
+    result, eta = after.change, after.server_learning_rate
     starts = [round_.sent["rank_2"].trained, first.sent["rank_3"].trained]
     clients = [(round_.update(0, 30).adapter, 30), (late.adapter, 50)]
     for module in SHAPES:

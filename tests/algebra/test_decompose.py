@@ -73,6 +73,21 @@ def decompose_by(monkeypatch, route, matrix, **options):
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_the_energy_of_a_sum_is_that_of_its_entries(case):
+    """With terms alone, with a dense part beside them, and of nothing."""
+    shape, terms = CASES[case]
+    dense = gaussian(*shape).float()
+    for matrix in (
+        MatrixSum(shape=shape, terms=terms),
+        MatrixSum(shape=shape, terms=terms, dense=dense),
+        MatrixSum(shape=shape, dense=dense),
+    ):
+        expected = float(matrix.to_dense(torch.float64).square().sum())
+        assert matrix.energy() == pytest.approx(expected, rel=1e-6)
+    assert MatrixSum(shape=shape).energy() == 0.0
+
+
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("route", EXACT)
 def test_every_exact_route_is_the_dense_truncation(monkeypatch, route, case):
     shape, terms = CASES[case]

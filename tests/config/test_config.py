@@ -120,7 +120,7 @@ assert not {{"torch", "flwr"}} & sys.modules.keys()
         ("model.quantization=nf5", "model.quantization is 'nf5'.*Did you mean 'nf4'"),
         ("ranks.policy=", "ranks.policy is '', expected one of fixed, tiers"),
         ("method.carried-rank=", "method.carried-rank is '', expected a whole number"),
-        ("method.server-learning-rate=0", "rate is 0.0, expected more than 0"),
+        ("method.server-learning-rate=-1", "rate is -1.0, expected at least 0"),
         ("carried-rank=3", "unknown key 'carried-rank'. Did you mean 'method.carried-rank'"),
         ("method.realign=true", "unknown key 'method.realign'"),
     ],

@@ -48,7 +48,7 @@ def test_the_table_says_what_differs_and_what_came_of_it(pair):
     assert table == {
         "run": ["one", "two"],
         "method.name": ["carried", "flexlora"],
-        "method.server-learning-rate": ["2.0", "1.0"],
+        "method.server-learning-rate": ["0.0", "1.0"],
         "rounds": ["2", "2"],
         "loss": ["1.500", "1.200"],
         "exact match": ["", "0.625"],
@@ -128,7 +128,7 @@ def test_the_command_prints_the_table_and_writes_the_page(pair, tmp_path, capsys
     assert page.table("Settings that differ") == [
         ["key", "one", "two"],
         ["method.name", "carried", "flexlora"],
-        ["method.server-learning-rate", "2.0", "1.0"],
+        ["method.server-learning-rate", "0.0", "1.0"],
     ]
 
 

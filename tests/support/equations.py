@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from flexlora.lora.adapters import Adapter
-from reference import delta_weight, flexlora_average, residual_form, scaling, truncate
+from reference import delta_weight, fedexp_rate, flexlora_average, residual_form, scaling, truncate
 
 
 @dataclass
@@ -63,6 +63,18 @@ def residual_round(G, replies, module, eta=1.0):
     """``residual_form`` with the replies' own starts."""
     clients = [(reply.adapter, reply.num_examples) for reply in replies]
     return residual_form(G, clients, [reply.start for reply in replies], module, eta)
+
+
+def rate_of_round(replies):
+    """``fedexp_rate`` of the replies' changes against their own starts."""
+    changes = [
+        {
+            name: delta_weight(factors) - delta_weight(reply.start[name])
+            for name, factors in reply.adapter.items()
+        }
+        for reply in replies
+    ]
+    return fedexp_rate(changes, [reply.num_examples for reply in replies])
 
 
 def stacked(replies, module):

@@ -74,13 +74,19 @@ def check_zero_training(method):
 
 
 def check_average_of_products(method):
-    eta = getattr(method.options, "server_learning_rate", 1.0)
     round_ = OneRound(method, no_change(), alphas=[5.0, 16.0, 3.0])
     updates = [round_.update(k, 10 + 7 * k) for k in range(6)]
     result = round_.finish(updates).change
     clients = [(update.adapter, update.num_examples) for update in updates]
+    eta = getattr(method.options, "server_learning_rate", 1.0) or rate_of_first_round(clients)
     dense = {module: eta * reference.flexlora_average(clients, module) for module in SHAPES}
     assert distance(result, dense) < 1e-12
+
+
+def rate_of_first_round(clients):
+    """FedExP's rate where clients start from no change."""
+    changes = [{m: reference.delta_weight(f) for m, f in a.items()} for a, _ in clients]
+    return reference.fedexp_rate(changes, [num_examples for _, num_examples in clients])
 
 
 CHECKS = {

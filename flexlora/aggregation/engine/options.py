@@ -15,7 +15,7 @@ from flexlora.errors import nearest
 __all__ = [
     "CARRIED_RANK",
     "UNCAPPED",
-    "FastStepOptions",
+    "AdaptiveStepOptions",
     "MethodOptions",
     "Options",
     "StepOptions",
@@ -102,7 +102,9 @@ class StepOptions(MethodOptions):
     error_feedback: bool = option(False, "add what truncation drops to the next sum")
 
 
-class FastStepOptions(StepOptions):
-    """The server's step for methods whose sum is a change: by default twice the mean."""
+class AdaptiveStepOptions(StepOptions):
+    """The server's step for methods whose sum is a change: 0 is the rate of ``server_rate.py``."""
 
-    server_learning_rate: float = option(2.0, "step on the aggregate", gt=0.0)
+    server_learning_rate: float = option(
+        0.0, "step on the mean change (0: FedExP's, from the updates of each round)", ge=0.0
+    )

@@ -4,6 +4,9 @@ With ``D`` the change that the method computed, in factored form:
 
     sgd        G <- G + eta D
     momentum   V <- beta V + D;  G <- G + eta V                (FedAvgM, arXiv 1909.06335)
+
+``eta`` is the option ``server_learning_rate``, or where that is 0 the round's own rate
+(``server_rate.py``).
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import torch
 
 from flexlora.aggregation.engine.options import UNCAPPED, StepOptions
 from flexlora.aggregation.engine.product_sums import svd_term
+from flexlora.aggregation.engine.server_rate import ChangeNorms
 from flexlora.aggregation.engine.state import GlobalChange, State
 from flexlora.algebra.decompose import Decomposition, LazySums, MatrixSum, decompose
 from flexlora.algebra.linalg import FactoredSVD
@@ -32,9 +36,18 @@ Notes = Mapping[str, Mapping[str, float]]
 
 
 def moved_by(
-    state: State, changes: Mapping[str, MatrixSum], step: StepOptions, notes: Notes | None = None
+    state: State,
+    changes: Mapping[str, MatrixSum],
+    step: StepOptions,
+    notes: Notes | None = None,
+    norms: ChangeNorms | None = None,
 ) -> State:
-    """``G <- G + eta D`` with ``D = changes``, by module; ``notes`` join the report."""
+    """``G <- G + eta D`` with ``D = changes``, by module; ``notes`` join the report.
+
+    ``norms``: those of the clients' changes, for options whose rate may be 0.
+    """
+    if norms is not None and not step.server_learning_rate:
+        step = step.model_copy(update={"server_learning_rate": norms.rate(changes)})
     if step.server_optimizer == "momentum":
         return _with_momentum(state, changes, step, notes or {})
     eta = step.server_learning_rate
@@ -107,6 +120,7 @@ def capped(
         dropped_energy=max(0.0, 1.0 - kept / total) if total > 0 else 0.0,
         extra=extra,
         modules=reports,
+        server_learning_rate=step.server_learning_rate,
     )
 
 

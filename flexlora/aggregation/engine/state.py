@@ -137,7 +137,7 @@ class State:
 
     ``extra`` has a method's tensors (mean factors, momentum, dropped directions) and is part of a
     checkpoint. ``modules`` are the metrics of the last round by module: the route of its
-    decomposition, seconds, error.
+    decomposition, seconds, error; ``server_learning_rate`` is the rate of its step.
     """
 
     round: int
@@ -145,6 +145,7 @@ class State:
     dropped_energy: float = 0.0
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     modules: Mapping[str, Mapping[str, float | str]] = field(default_factory=dict)
+    server_learning_rate: float | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -158,7 +159,13 @@ class State:
 
     def unchanged(self) -> State:
         """The state after a round that added no update."""
-        return replace(self, round=self.round + 1, dropped_energy=0.0, modules={})
+        return replace(
+            self,
+            round=self.round + 1,
+            dropped_energy=0.0,
+            modules={},
+            server_learning_rate=None,
+        )
 
 
 def effective_rank(S: Tensor) -> float:

@@ -6,6 +6,7 @@
     factor_changes  the same of  A_k - A_start  and  s_k B_k - s B_start
     bands           per band of rank: mean of the products over the clients that reach it
     band_changes    the same of the products less the starts
+    norms           mean squared norm of the products, less the starts if those are needed
 
 Client k has weight ``d_k w_k / sum_j d_j w_j``: ``w_k = needs.weight(update)`` is the method's, by
 default the examples, and ``d_k`` the discount of a late update, 1 for others. ``Sums.add`` applies
@@ -22,6 +23,7 @@ import torch
 from flexlora.aggregation.engine.band_sums import BandSums
 from flexlora.aggregation.engine.factor_sums import FactorSums
 from flexlora.aggregation.engine.product_sums import ProductSums, factors_term
+from flexlora.aggregation.engine.server_rate import ChangeNorms
 from flexlora.aggregation.engine.starts import Start
 from flexlora.aggregation.engine.updates import Update
 from flexlora.algebra.decompose import LazySums, MatrixSum
@@ -49,6 +51,7 @@ class Needs:
     factor_changes: bool = False
     bands: bool = False
     band_changes: bool = False
+    norms: bool = False
     weight: Callable[[Update], float] = by_examples
 
     @property
@@ -76,6 +79,7 @@ class Sums:
         self._products = ProductSums(shapes)
         self._factors, self._bands = FactorSums(shapes, device), BandSums(shapes, sent)
         self._start_weights, self._total = dict.fromkeys(sent, 0.0), 0.0
+        self._norms = ChangeNorms()
 
     def check(self, update: Update) -> None:
         """Refuse an update whose start is needed and not known.
@@ -116,6 +120,9 @@ class Sums:
         there = all(tensor.device == self._device for tensor in tensors)
         return adapter if there else adapter.to(self._device)
 
+        if needs.norms:
+            self._norms.add(update.adapter, weight, minus=start if needs.starts else None)
+
     def _start_of(self, update: Update) -> Adapter | None:
         start = self.sent.get(update.rank_class)
         return start.trained if start is not None else None
@@ -151,6 +158,11 @@ class Sums:
     def band_changes(self) -> LazySums:
         self._declared("band_changes")
         return LazySums(self.shapes, self._bands.mean)
+
+    @property
+    def norms(self) -> ChangeNorms:
+        self._declared("norms")
+        return self._norms
 
     def clear(self) -> None:
         """Free the memory and the temporary file of the sums."""
