@@ -113,15 +113,14 @@ class Sums:
             self._factors.add(adapter, weight, minus=start)
         if needs.bands or needs.band_changes:
             self._bands.add(adapter, weight, minus=start if needs.band_changes else None)
+        if needs.norms:
+            self._norms.add(adapter, weight, minus=start if needs.starts else None)
 
     def _moved(self, adapter: Adapter) -> Adapter:
         """The adapter where the sums are: itself where it is there."""
         tensors = (tensor for f in adapter.values() for tensor in (f.lora_A, f.lora_B))
         there = all(tensor.device == self._device for tensor in tensors)
         return adapter if there else adapter.to(self._device)
-
-        if needs.norms:
-            self._norms.add(update.adapter, weight, minus=start if needs.starts else None)
 
     def _start_of(self, update: Update) -> Adapter | None:
         start = self.sent.get(update.rank_class)
