@@ -81,11 +81,11 @@ def _adapters_of(path: Path, *, base_given: bool) -> tuple[dict[str, Adapter], d
     home = path.resolve().parent.parent
     if path.resolve().parent.name == "adapters" and RunFolder.is_run(home):
         return {name: adapter}, RunFolder.open(home)[1].flat()
-    config = read_config(path / "adapter_config.json")
-    base = config.base or "embedded"
-    if config.revision not in ("", "main") and not base_given:
+    made = read_config(path / "adapter_config.json")
+    base = made.base or "embedded"
+    if made.revision not in ("", "main") and not base_given:
         raise UserError(
-            f"'{path}' was made on revision '{config.revision}' of '{base}', which is not the one "
+            f"'{path}' was made on revision '{made.revision}' of '{base}', which is not the one "
             "that is loaded; download it and give its folder as --set model.name=FOLDER."
         )
     return {name: adapter}, {"model.name": base, "lora.target-modules": ",".join(adapter)}
