@@ -265,7 +265,7 @@ class _Fields:
         def in_layers(module: str) -> bool:
             found = next(filter(None, (regex.match(module) for regex in regexes)), None)
             index = found["idx"] if found is not None else None
-            return bool(index) and index.lstrip("0") in known
+            return index is not None and index.lstrip("0") in known
 
         return in_layers
 

@@ -8,9 +8,12 @@ import shutil
 
 import pytest
 
+from builders import random_adapter
 from federation import as_sets, command, finished, small
 from flexlora.commands.cli import main
 from flexlora.config.paths import EMBEDDED
+from flexlora.lora.peft_folder import save_adapter
+from flexlora.simulations.inspection import _adapters_of
 from flexlora.simulations.simulate import simulate
 
 GOOD_ROW = {"instruction": "Say yes.", "output": "yes", "client": "anna"}
@@ -329,6 +332,32 @@ def test_evaluating_on_another_base_or_without_rows_is_told(run_folder, tmp_path
     assert re.search("does not fit the base", message)
     folder = data_folder(tmp_path / "data", json.dumps(GOOD_ROW))
     assert re.search("no test rows", told(["eval", adapter, "--data", folder], capsys))
+
+
+@pytest.mark.parametrize(
+    ("fields", "pattern"),
+    [
+        ({"revision": "v1.2"}, "made on revision 'v1.2' of 'x'.*--set model.name=FOLDER"),
+        ({"base_model_name_or_path": 3}, "has base_model_name_or_path=3, expected a text"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa': these factors belong to a"),
+        ({"alora_invocation_tokens": [80]}, r"has alora_invocation_tokens=\[80\], expected None"),
+        ({"a_newer_field": {"a": 1}}, "a_newer_field={'a': 1}, which FlexLoRA does not know"),
+    ],
+)
+def test_an_adapter_from_elsewhere_that_belongs_to_another_model_is_told(
+    tmp_path, capsys, fields, pattern
+):
+    save_adapter(random_adapter({"q_proj": (8, 8)}, 2), tmp_path / "adapter", base="x")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+    assert re.search(pattern, told(["eval", tmp_path / "adapter"], capsys))
+
+
+def test_a_revision_of_the_base_does_not_matter_where_the_base_is_given(tmp_path):
+    save_adapter(random_adapter({"q_proj": (8, 8)}, 2), tmp_path, base="x")
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"revision": "v1.2"}))
+    assert _adapters_of(tmp_path, base_given=True)[1]["model.name"] == "x"
 
 
 @pytest.mark.slow

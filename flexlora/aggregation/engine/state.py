@@ -81,9 +81,9 @@ class GlobalChange(Mapping[str, FactoredSVD]):
         For ``M = T_r(G)`` this is ``total_energy_kept``. From float64 Gram matrices.
         """
         missing = total = 0.0
+        adapter = adapter.to(next(iter(self.values())).U.device)
         for name, svd in self.items():
-            factors = adapter[name].map(lambda t, device=svd.U.device: t.to(device))
-            left = svd.U.double() * svd.S.double()
+            factors, left = adapter[name], svd.U.double() * svd.S.double()
             whole = inner_product(left, svd.Vh, left, svd.Vh)
             B = factors.scaling * factors.lora_B.double()
             cross = inner_product(left, svd.Vh, B, factors.lora_A)
