@@ -130,7 +130,7 @@ def _peft_config(folder: Path) -> dict:
     file = folder / "adapter_config.json"
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"'{file}' cannot be read: {error}.") from None
     if not isinstance(found, dict):
         raise UserError(f"'{file}' holds {type(found).__name__}, expected an object of keys.")

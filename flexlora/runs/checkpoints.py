@@ -104,7 +104,7 @@ def load_notes(folder: Path) -> dict[str, Any]:
     try:
         index = json.loads((folder / "current.json").read_text(encoding="utf-8"))
         return dict(index.get("notes", {}))
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         raise UserError(
             f"the checkpoint in '{folder}' is damaged: its notes are unreadable."
         ) from None
