@@ -11,7 +11,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,12 +23,18 @@ from flexlora.runs.metrics_file import missing_files, read_rounds
 __all__ = ["SERIES_FILE", "RunRecords", "finite", "read_run"]
 
 SERIES_FILE = "seeds.json"
-COLUMNS = {  # that pages and comparisons read
-    "clients.csv": (
-        *("round", "client_id", "rank_class", "quantization", "num_examples", "status", "cause"),
-    ),
-    "evaluation.csv": ("round", "client_id", "rank_class", "rows", "eval_loss"),
-}
+# The columns that are read here and in the pages; later versions have added others.
+EVALUATIONS: tuple[str, ...] = ("round", "client_id", "rank_class", "eval_loss")
+CLIENTS: tuple[str, ...] = (
+    "round",
+    "client_id",
+    "rank_class",
+    "rank",
+    "quantization",
+    "device",
+    "num_examples",
+)
+CLIENTS += ("status", "cause")
 PERSONAL = "personal"  # a suffix of metrics (clients with personal factors), not a rank class
 
 
@@ -152,19 +158,23 @@ def read_run(path: str | Path) -> RunRecords:
         config=read_toml(path / "config.toml"),
         environment=_json_object(path / "environment.json"),
         rounds=rounds,
-        clients=tuple(_table(path / "clients.csv", last)),
-        evaluations=tuple(_table(path / "evaluation.csv", last)),
+        clients=tuple(_table(path / "clients.csv", last, CLIENTS)),
+        evaluations=tuple(_table(path / "evaluation.csv", last, EVALUATIONS)),
         classes=_classes(path / "checkpoint" / "current.json"),
     )
 
 
-def _table(file: Path, last_round: int) -> Iterator[dict[str, str]]:
-    """Complete rows of rounds up to ``last_round``."""
+def _table(file: Path, last_round: int, columns: Sequence[str]) -> Iterator[dict[str, str]]:
+    """Complete rows of rounds up to ``last_round``.
+
+    Raises:
+        UserError: a table without a column that every run has written.
+    """
     try:
         reader = csv.DictReader(io.StringIO(_text(file), newline=""))
-        header = reader.fieldnames or COLUMNS[file.name]
-        for missing in (name for name in COLUMNS[file.name] if name not in header):
-            raise UserError(f"'{file}' has no column '{missing}'; put it back from a copy.")
+        names = reader.fieldnames or columns
+        if missing := [name for name in columns if name not in names]:
+            raise UserError(f"'{file}' is damaged: it has no column '{missing[0]}'.")
         for row in reader:
             whole, number = None not in row and None not in row.values(), row.get("round") or ""
             if whole and number.isdecimal() and len(number) < 10 and int(number) <= last_round:
@@ -184,7 +194,7 @@ def _classes(file: Path) -> dict[str, dict]:
 def _json_object(file: Path) -> dict[str, object]:
     try:
         found = json.loads(_text(file))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"'{file}' is damaged: {error}.") from None
     if not isinstance(found, dict):
         raise UserError(f"'{file}' holds {type(found).__name__}, expected an object of keys.")

@@ -44,6 +44,6 @@ def read_rounds(file: Path) -> list[dict]:
 def _round(line: str) -> dict | None:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) and type(row.get("round")) is int else None

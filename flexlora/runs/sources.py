@@ -100,7 +100,7 @@ def read_origin(folder: Path) -> Sources | None:
         return None
     try:
         return Sources(base=str(json.loads(file.read_text(encoding="utf-8"))["base_fingerprint"]))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(
             f"'{file}' is damaged, expected the fingerprint of the adapter's base; remove the file "
             "to use the adapter without it."
