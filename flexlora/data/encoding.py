@@ -138,8 +138,8 @@ class TextEncoder:
             if empty[: len(context)] == context:
                 empty = empty[len(context) :]
             end = self._tokenizer.eos_token if text.end is None else text.end
-            ends = [] if end is None else self._tokenizer.convert_tokens_to_ids([end])
-            self._frames[key] = _Frame(context=context, empty=empty, end=list(ends))
+            ends = [] if end is None else [self._tokenizer.added_tokens_encoder[end]]
+            self._frames[key] = _Frame(context=context, empty=empty, end=ends)
         return self._frames[key]
 
     def ends(self, text: Rendered) -> list[int]:
