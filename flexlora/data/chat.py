@@ -143,15 +143,18 @@ class ChatTemplate:
             f"{_REMEDY}."
         )
 
-    def _render(self, turns: Turns, **options: bool) -> str:
-        messages = [
+    def _render(self, turns: Turns, *, add_generation_prompt: bool = False) -> str:
+        messages: list[dict[str, Any]] = [
             {"role": role, "content": [{"type": "text", "text": text}] if self._parts else text}
             for role, text in turns
         ]
         try:
             return str(
                 self._tokenizer.apply_chat_template(
-                    messages, chat_template=self._text, tokenize=False, **options
+                    messages,
+                    chat_template=self._text,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
                 )
             )
         except Exception as error:  # a template is a program: any error is its refusal

@@ -137,11 +137,9 @@ class TextEncoder:
             empty = self._ids([(text.context if context else "") + key[1]], [False])[0]
             if empty[: len(context)] == context:
                 empty = empty[len(context) :]
-            eos = self._tokenizer.eos_token_id
-            end = eos if text.end is None else self._tokenizer.convert_tokens_to_ids(text.end)
-            self._frames[key] = _Frame(
-                context=context, empty=empty, end=[] if end is None else [int(end)]
-            )
+            end = self._tokenizer.eos_token if text.end is None else text.end
+            ends = [] if end is None else [self._tokenizer.added_tokens_encoder[end]]
+            self._frames[key] = _Frame(context=context, empty=empty, end=ends)
         return self._frames[key]
 
     def ends(self, text: Rendered) -> list[int]:

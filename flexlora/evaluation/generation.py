@@ -125,8 +125,8 @@ def _answer_of(ids: Tensor, ends: set[int], never: set[int]) -> Tensor:
 
 def _outside_text(tokenizer: Any) -> set[int]:
     """The tokenizer's own padding and bos, which no answer holds."""
-    names = ("pad_token_id", "bos_token_id")
-    return {getattr(tokenizer, name, None) for name in names} - {None}
+    ids = (getattr(tokenizer, name, None) for name in ("pad_token_id", "bos_token_id"))
+    return {token_id for token_id in ids if token_id is not None}
 
 
 def _decoded(rows: list[Tensor], tokenizer: Any) -> list[str]:

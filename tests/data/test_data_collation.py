@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from flexlora.data.collation import (
@@ -19,8 +19,8 @@ from flexlora.data.collation import (
 from flexlora.data.rows import Row, parse_row
 from flexlora.data.templates import render
 from flexlora.errors import UserError
+from small_tokenizers import TEXT, byte_bpe
 
-TEXT = "red green blue seven eleven Answer: Say which colour it is, über 漢字 user assistant"
 WORDS = TEXT.split()
 CHAT_TEMPLATE = (
     "{{ bos_token or '' }}{% for m in messages %}"
@@ -35,21 +35,6 @@ def encode_row(row, **options):
     examples, dropped = encode_rows([row], **options)
     assert len(examples) + dropped == 1
     return examples[0] if examples else None
-
-
-def byte_bpe(**special):
-    """A byte-level BPE tokenizer as GPT-2's, with the special tokens asked for."""
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=340,
-        special_tokens=list(special.values()),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    core.train_from_iterator([TEXT] * 20, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=core, **special)
 
 
 def llama_like():
