@@ -158,7 +158,7 @@ def _by_expression(
 
 
 def _spelled(left_out: Mapping[str, str]) -> str:
-    """``2 linears (dt_proj) are left out, as no text reaches them``, by cause in model order."""
+    """``2 linears (dt_proj) are left out, as CAUSE``, by cause in model order."""
     by_cause: dict[str, list[str]] = {}
     for name, cause in left_out.items():
         by_cause.setdefault(cause, []).append(name)

@@ -4,8 +4,8 @@ Three rows of five tokens go through the plain model, with the same arguments as
 The loss is that of one answer token in the last row, and its gradient with respect to every
 linear's output and to the input embeddings says, by exact zeros and without a tolerance for chance:
 
-    no gradient at all      the pass does not reach the linear: a vision tower, a projection whose
-                            weight other code multiplies itself, a choice of experts
+    no gradient at all      a vision tower, a projection whose weight other code multiplies itself,
+                            an index of the tokens to attend to
     [rows, ...] not leading the rows are not slot-major: time first, tokens sorted by expert, or
                             answer tokens alone behind ``logits_to_keep``
     another shape           a product in blocks, to which ``B A x`` cannot be added
@@ -41,7 +41,7 @@ UNEQUAL = {
     "prophetnet": "its attention depends on the width of the batch, so rows affect each other",
     "rwkv": "in transformers its generation mixes the rows of a batch",
 }
-UNREACHED = "no text reaches them"
+UNREACHED = "no gradient reaches them"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -169,7 +169,7 @@ def test_a_vision_tower_is_left_out_and_said():
     chosen = choose_targets(gemma3_with_a_tower(), "all-linear")
     assert chosen.shapes and not [n for n in chosen.shapes if "vision" in n or "multi_modal" in n]
     assert all("vision" in name or "multi_modal" in name for name in chosen.left_out)
-    assert "lora covers " in chosen.note and "as no text reaches them" in chosen.note
+    assert "lora covers " in chosen.note and "as no gradient reaches them" in chosen.note
     assert find_targets(gemma3_with_a_tower(), "q_proj,v_proj").keys() < chosen.shapes.keys()
 
 
@@ -181,12 +181,16 @@ def test_targets_that_are_all_in_the_tower_are_refused():
 @pytest.mark.parametrize(
     ("name", "without", "cause"),
     [
-        ("mamba", {"dt_proj", "out_proj"}, "no text reaches them"),
+        ("mamba", {"dt_proj", "out_proj"}, "no gradient reaches them"),
         ("falcon_h1", {"out_proj"}, "PEFT refuses them in falcon_h1"),
-        ("jamba", {"dt_proj"}, "no text reaches them"),
+        ("jamba", {"dt_proj"}, "no gradient reaches them"),
         ("llama4_text", {"router"}, "they return a tuple"),
         ("phimoe", {"router"}, "they return a tuple"),
-        ("deepseek_v4", {"o_a_proj"}, "more than a product with one matrix"),
+        (
+            "deepseek_v4",
+            {"o_a_proj", "kv_proj", "gate_proj"},
+            "more than a product with one matrix",
+        ),
         ("deepseek_v3", {"gate_proj", "up_proj", "down_proj"}, "PEFT takes their names"),
         ("qwen3_next", {"gate_proj", "up_proj", "down_proj"}, "PEFT takes their names"),
     ],
