@@ -19,7 +19,7 @@ from flexlora.server.observing.observer import Observer
 from flexlora.server.settings import check_config
 from flexlora.server.strategy import FlexLoRAStrategy
 from flexlora.simulations.engine.cohorts import limits_of, resolved_limits
-from flexlora.simulations.engine.grid import InProcessGrid
+from flexlora.simulations.engine.grid import FAILED_COHORTS, InProcessGrid
 from flexlora.simulations.engine.pool import Pool, make_pool
 from flexlora.simulations.terminal import TerminalObserver
 from flexlora.simulations.world.populations import Population
@@ -77,6 +77,7 @@ def simulate(
     config, out = resolved(config), Path(out)
     if not go_on:
         RunFolder.check_free(out, overwrite=overwrite)
+        (out / FAILED_COHORTS).unlink(missing_ok=True)
     check_config(config)
     torch.set_num_threads(config.engine.threads)
     several = config.engine.workers > 1 or bool(config.engine.ray_address)
@@ -85,7 +86,7 @@ def simulate(
         worker = worker_for(config)
         _check_enough(config, len(worker.client_ids))
         config = resolved_limits(config, worker)
-        grid = make_grid(config, worker, pool, PersonalStore(out / "personal"))
+        grid = make_grid(config, worker, pool, PersonalStore(out / "personal"), out)
         return federate(grid, config, out, observer=observer, overwrite=overwrite, resume=go_on)
     finally:
         if pool is not None:
@@ -119,8 +120,9 @@ def make_grid(
     worker: Worker,
     pool: Pool | None = None,
     personal: PersonalStore | None = None,
+    out: Path | None = None,
 ) -> InProcessGrid:
-    """The engine of a resolved configuration.
+    """The engine of a resolved configuration, for the run in ``out``.
 
     Raises:
         UserError: a population that cannot be.
@@ -134,4 +136,5 @@ def make_grid(
         world=world_of(config, population),
         personal=personal,
         late_rounds=config.server.late_rounds,
+        failed_file=None if out is None else out / FAILED_COHORTS,
     )
