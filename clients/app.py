@@ -13,6 +13,7 @@ from flwr.clientapp import ClientApp
 
 from flexlora.clients.failure_reply import failure_reply
 from flexlora.clients.trainer.sockets import trainer_socket
+from flexlora.config.cores import wait_passively
 from flexlora.errors import one_line
 
 __all__ = ["app"]
@@ -36,6 +37,7 @@ def reply(message: Message, context: Context) -> Message:
 def _answer(message: Message, context: Context) -> RecordDict:
     socket = trainer_socket(context.node_config)
     if socket is None:
+        wait_passively()
         from flexlora.clients.handler import answer_here  # loads torch
 
         return answer_here(message, context)

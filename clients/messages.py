@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 Memo = MutableMapping[int, Adapter]  # id of a record shared by several messages -> its adapter
-LOCAL_FIELDS = ("adapter", "personal")  # of a TrainResult: not part of the report
+LOCAL_FIELDS = ("adapter", "personal", "too_many")  # of a TrainResult: not part of the report
 
 
 def decode_train_job(content: Mapping, client_id: str, memo: Memo | None = None) -> TrainJob:

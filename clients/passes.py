@@ -1,4 +1,7 @@
-"""Train jobs in one pass; if it fails, one by one, each within the free memory."""
+"""Train jobs in one pass; if it does not fit, in halves, down to one client within the free memory.
+
+What fitted is in the results: the engine plans its next cohorts by it (``CohortLimits.failed``).
+"""
 
 from __future__ import annotations
 
@@ -19,40 +22,50 @@ Attempt = Callable[[Sequence[TrainJob], TrainSettings], list[TrainResult]]
 class TrainPasses:
     """The memory limits learnt in one kind of training (global or personal factors).
 
-    ``rows_in_pass`` holds the micro-batch of each client that ran out of memory; ``reported`` is
-    set when the note about a cohort that was too large has been sent once.
+    ``rows_in_pass`` holds the micro-batch of each client that ran out of memory by itself; such a
+    client is trained alone from then on.
     """
 
     rows_in_pass: dict[str, int] = field(default_factory=dict)
-    reported: bool = False
 
     def train(
         self, jobs: Sequence[TrainJob], settings: TrainSettings, attempt: Attempt
     ) -> list[TrainResult]:
         """Results of jobs that may share a pass; a failed job fails no other."""
-        short = any(job.client_id in self.rows_in_pass for job in jobs)
-        too_large = False
-        if len(jobs) > 1 and not short:
-            # One by one, the job at fault fails alone.
-            try:
-                return attempt(jobs, settings.model_copy(update={"micro_batch_size": 0}))
-            except Exception as error:
-                too_large = is_out_of_memory(error)
-            # Outside the block above, where the error's frames hold the pass's tensors.
-            free_memory()
-        results = [self._alone(job, settings, attempt) for job in jobs]
-        return self._with_note(results) if too_large else results
-
-    def _with_note(self, results: list[TrainResult]) -> list[TrainResult]:
-        """Note once, on the first result, that a cohort was too large whose clients all fit."""
-        if self.reported or any(result.cause or result.note for result in results):
-            return results
-        self.reported = True
-        note = (
-            f"out of memory with {len(results)} clients in a pass: trained one by one, which takes "
-            "longer in every round; lower engine.cohort-size"
+        short = [k for k, job in enumerate(jobs) if job.client_id in self.rows_in_pass]
+        others = [k for k in range(len(jobs)) if k not in short]
+        done = dict(
+            zip(others, self._halved([jobs[k] for k in others], settings, attempt), strict=True)
         )
-        return [replace(results[0], note=note), *results[1:]]
+        done |= {k: self._alone(jobs[k], settings, attempt) for k in short}
+        return [done[k] for k in range(len(jobs))]
+
+    def _halved(
+        self, jobs: Sequence[TrainJob], settings: TrainSettings, attempt: Attempt
+    ) -> list[TrainResult]:
+        """All in one pass, or each half so if that runs out of memory.
+
+        After another error they are trained one by one, so that the job at fault fails alone.
+        """
+        if len(jobs) < 2:
+            return [self._alone(job, settings, attempt) for job in jobs]
+        try:
+            return attempt(jobs, settings.model_copy(update={"micro_batch_size": 0}))
+        except Exception as error:
+            too_large = is_out_of_memory(error)
+        # Outside the block above, where the error's frames hold the pass's tensors.
+        free_memory()
+        if not too_large:
+            return [self._alone(job, settings, attempt) for job in jobs]
+        half = (len(jobs) + 1) // 2
+        results = [
+            result
+            for part in (jobs[:half], jobs[half:])
+            for result in self._halved(part, settings, attempt)
+        ]
+        if any(result.cause or (result.note and not result.too_many) for result in results):
+            return results  # one client is too large by itself: the others are not too many
+        return [_too_many(result, len(jobs)) for result in results]
 
     def _alone(self, job: TrainJob, settings: TrainSettings, attempt: Attempt) -> TrainResult:
         def within(rows: int) -> TrainResult:
@@ -66,6 +79,13 @@ class TrainPasses:
         if rows < first:
             self.rows_in_pass[job.client_id] = rows  # next rounds start there
         return result
+
+
+def _too_many(result: TrainResult, clients: int) -> TrainResult:
+    """``result`` with the smallest number of clients of which a pass did not fit."""
+    fewest = min(clients, result.too_many or clients)
+    note = f"out of memory with {fewest} clients in a pass: trained fewer together"
+    return replace(result, too_many=fewest, note=note)
 
 
 def failed_training(job: TrainJob, cause: str) -> TrainResult:

@@ -14,6 +14,7 @@ import torch
 
 import flexlora
 from flexlora.clients.passes import TrainPasses, failed_training
+from flexlora.config.cores import allowed_cores
 from flexlora.config.resolve import Config
 from flexlora.data.caps import capped_rows
 from flexlora.data.clients import ClientData, client_rows
@@ -56,7 +57,9 @@ class Worker:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        torch.set_num_threads(config.engine.threads or torch.get_num_threads())
+        torch.set_num_threads(
+            config.engine.threads or min(torch.get_num_threads(), allowed_cores())
+        )
         rows = client_rows(
             path=config.data.path,
             name=config.data.name,

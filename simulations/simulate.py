@@ -20,7 +20,7 @@ from flexlora.server.observing.observer import Observer
 from flexlora.server.settings import check_config
 from flexlora.server.strategy import FlexLoRAStrategy
 from flexlora.simulations.engine.cohorts import limits_of, resolved_limits
-from flexlora.simulations.engine.grid import InProcessGrid, rounds_kept
+from flexlora.simulations.engine.grid import FAILED_COHORTS, InProcessGrid, rounds_kept
 from flexlora.simulations.engine.pool import Pool, make_pool
 from flexlora.simulations.terminal import TerminalObserver
 from flexlora.simulations.world.populations import Population
@@ -93,6 +93,7 @@ def simulate(
     config, out = resolved(config), Path(expanded(str(out)))
     if not go_on:
         RunFolder.check_free(out, overwrite=overwrite)
+        (out / FAILED_COHORTS).unlink(missing_ok=True)
     check_config(config)
     torch.set_num_threads(config.engine.threads)
     several = config.engine.workers > 1 or bool(config.engine.ray_address)
@@ -105,7 +106,7 @@ def simulate(
         config = resolved_limits(config, worker)
         kept = rounds_kept(config.server.late_rounds)
         personal = PersonalStore(out / "personal", rounds_kept=kept)
-        grid = make_grid(config, worker, pool, personal)
+        grid = make_grid(config, worker, pool, personal, out)
         return federate(
             grid,
             config,
@@ -155,8 +156,9 @@ def make_grid(
     worker: Worker,
     pool: Pool | None = None,
     personal: PersonalStore | None = None,
+    out: Path | None = None,
 ) -> InProcessGrid:
-    """The engine of a resolved configuration.
+    """The engine of a resolved configuration, for the run in ``out``.
 
     Raises:
         UserError: a population that cannot be.
@@ -170,4 +172,5 @@ def make_grid(
         world=world_of(config, population),
         personal=personal,
         late_rounds=config.server.late_rounds,
+        failed_file=None if out is None else out / FAILED_COHORTS,
     )

@@ -16,6 +16,7 @@ from typing import get_type_hints
 import click
 import typer
 
+from flexlora.config.cores import wait_passively
 from flexlora.errors import RunFailed, UserError, nearest
 
 __all__ = ["main", "parse"]
@@ -67,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    wait_passively()
     given = sys.argv[1:] if arguments is None else arguments
     if arguments is None:  # The process is this command's alone.
         # Loading torch and transformers makes 700,000 objects that live as long as the process:

@@ -8,7 +8,6 @@ declares them, so that resolving a configuration imports that file and torch; ``
 
 from __future__ import annotations
 
-import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -21,6 +20,7 @@ from pydantic.fields import FieldInfo
 from flexlora.aggregation import METHODS, method_class, method_options
 from flexlora.aggregation.engine.options import MethodOptions, Options, in_a_sentence, kebab_case
 from flexlora.config import sections
+from flexlora.config.cores import free_cores
 from flexlora.config.paths import read_text
 from flexlora.errors import UserError, nearest
 
@@ -234,10 +234,12 @@ def of_older(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def resolved(config: Config) -> Config:
-    """The configuration with ``engine.threads`` set from this machine where it is 0."""
-    available = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
-    share = max(1, len(available(0)) // config.engine.workers)
-    return config.with_values({"engine.threads": config.engine.threads or share})
+    """The configuration with ``engine.threads`` set from the cores that are free, where it is 0.
+
+    It decides the order of sums, and so the last bits: a run folder's configuration has it.
+    """
+    threads = config.engine.threads or max(1, free_cores() // config.engine.workers)
+    return config.with_values({"engine.threads": threads})
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -225,7 +225,7 @@ class Engine(Options):
     cohort_tokens: int = option(0, "tokens in one pass of a cohort (0: by the cost model)", ge=0)
     workers: int = option(1, "processes or GPUs that share the cohorts, through Ray", ge=1)
     ray_address: str = option("", "address of a Ray cluster (empty: this machine)")
-    threads: int = option(0, "CPU threads (0: all; fixed when the run starts)", ge=0)
+    threads: int = option(0, "CPU threads (0: the cores free when the run starts)", ge=0)
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where to train")
 
 

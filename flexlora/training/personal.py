@@ -123,7 +123,8 @@ def personalised(
     for k, trained in zip(personal_jobs, done, strict=True):
         # Personal ranks are fixed: drop the request for a lower one.
         cause = trained.cause.removesuffix(f"; asks for rank {trained.asked_rank}") or trained.note
-        result = replace(results[k], personal=trained.adapter)
+        fewest = min(filter(None, (results[k].too_many, trained.too_many)), default=0)
+        result = replace(results[k], personal=trained.adapter, too_many=fewest)
         personal[k] = add_note(result, f"personal factors: {cause}" if cause else "")
     return personal
 

@@ -77,7 +77,8 @@ class TrainResult:
     ``asked_rank`` from the next round on; 0 asks for nothing; ``out_of_memory`` is
     why there are no factors. ``loss_before`` and ``loss_after``
     are over the rows of the first step, before any step and after the last; ``train_loss`` is the
-    mean over the steps. ``personal`` stays with the client: no message holds it.
+    mean over the steps. ``personal`` stays with the client: no message holds it. Nor ``too_many``,
+    for the engine: the fewest clients whose pass ran out of memory where fewer fitted, 0 for none.
     """
 
     client_id: str
@@ -97,6 +98,7 @@ class TrainResult:
     note: str = ""
     cause: str = ""
     personal: Adapter | None = None
+    too_many: int = 0
 
     @staticmethod
     def failed(client_id: str, cause: str) -> TrainResult:

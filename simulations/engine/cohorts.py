@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 from flexlora.clients.worker import Worker
@@ -24,7 +24,7 @@ from flexlora.errors import UserError
 from flexlora.simulations.engine.cohort_memory import CohortMemory
 from flexlora.wire.jobs import TrainJob
 
-__all__ = ["CohortLimits", "limits_of", "plan_cohorts", "resolved_limits"]
+__all__ = ["CohortLimits", "limits_of", "longest_row", "plan_cohorts", "resolved_limits"]
 
 CPU_TOKENS = 4096
 CUDA_TOKENS = 1 << 16  # beyond it nothing is gained, and a lost cohort costs more
@@ -35,10 +35,27 @@ KEPT_FREE = {"cpu": 0.5, "cuda": 0.2}  # of the free memory; other programs use 
 
 @dataclass(frozen=True, kw_only=True)
 class CohortLimits:
-    """At most ``clients`` in a pass, and at most ``tokens`` unless one client has more."""
+    """At most ``clients`` in a pass, and at most ``tokens`` unless one client has more.
+
+    ``failed`` are clients and tokens of passes that ran out of memory: a cohort that has as many of
+    both is not planned again.
+    """
 
     clients: int
     tokens: int = 1 << 62
+    failed: tuple[tuple[int, int], ...] = ()
+
+    def fits(self, clients: int, tokens: int) -> bool:
+        """Whether a pass of so many is within the limits, and smaller than any that failed."""
+        too_large = any(clients >= most and tokens >= width for most, width in self.failed)
+        return clients <= self.clients and tokens <= self.tokens and not too_large
+
+    def without(self, clients: int, tokens: int) -> CohortLimits:
+        """These limits after a pass of so many clients and tokens ran out of memory."""
+        if not self.fits(clients, tokens):
+            return self
+        kept = [(c, t) for c, t in self.failed if c < clients or t < tokens]
+        return replace(self, failed=tuple(sorted([*kept, (clients, tokens)])))
 
 
 def plan_cohorts(
@@ -53,7 +70,7 @@ def plan_cohorts(
 
     ``rows`` gives a client's train rows; ``batch_size`` of them are in a pass.
     """
-    widths = {key: _width(rows(job.client_id)) for key, job in jobs.items()}
+    widths = {key: longest_row(rows(job.client_id)) for key, job in jobs.items()}
 
     def alike(key: str) -> tuple:
         job = jobs[key]
@@ -65,8 +82,7 @@ def plan_cohorts(
         return (*alike(key), steps, jobs[key].start.rank_class.largest, jobs[key].client_id)
 
     def fits(keys: Sequence[str]) -> bool:
-        tokens = len(keys) * batch_size * max(widths[key] for key in keys)
-        return len(keys) <= limits.clients and tokens <= limits.tokens
+        return limits.fits(len(keys), len(keys) * batch_size * max(widths[key] for key in keys))
 
     cohorts: list[list[str]] = []
     for key in sorted(jobs, key=order):
@@ -98,7 +114,8 @@ def _evened(parts: Sequence[Sequence[str]]) -> list[list[str]]:
     return evened
 
 
-def _width(rows: Sequence[Example]) -> int:
+def longest_row(rows: Sequence[Example]) -> int:
+    """Tokens of the longest row, 1 without rows."""
     return max((len(example.input_ids) for example in rows), default=1)
 
 

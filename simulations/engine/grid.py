@@ -7,13 +7,18 @@ several through Ray. With a world (``world.py``) replies arrive when their clien
 A client that stays to the end of its training stores its personal factors, whichever cohort it was
 in and whether or not the server takes its answer. The stores keep what a client had before the
 oldest round that a resumed run may send again.
+
+A pass that ran out of memory was halved; no later cohort is planned as large. The sizes that failed
+are in ``cohorts.json`` of the run folder, by which a resumed run plans as the run it continues.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from flwr.app import Error, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
@@ -33,16 +38,18 @@ from flexlora.server.transport.flower_private import (
     act_as_server,
     set_message_id,
 )
-from flexlora.simulations.engine.cohorts import CohortLimits, plan_cohorts
+from flexlora.simulations.engine.cohorts import CohortLimits, longest_row, plan_cohorts
 from flexlora.simulations.engine.pool import LocalPool, Pending, Pool
 from flexlora.simulations.world.efforts import effort_of
 from flexlora.simulations.world.simulated_time import World
 from flexlora.training.personal_store import PersonalStore
 from flexlora.training.uplink import Uplink, feedback_store
+from flexlora.wire.files import write_atomically
 from flexlora.wire.jobs import Capability, EvalJob, EvalResult, TrainJob, TrainResult
 
-__all__ = ["InProcessGrid", "rounds_kept"]
+__all__ = ["FAILED_COHORTS", "InProcessGrid", "rounds_kept"]
 
+FAILED_COHORTS = "cohorts.json"  # in the run folder
 EVALUATED_TOGETHER = 32  # clients; a constant, so that scores do not depend on the workers
 
 
@@ -62,6 +69,7 @@ class _Unanswered:
     place: int = 0
     since: float = 0.0  # simulated seconds at which the client has its personal factors
     stored: bool = False  # whether they are in the store
+    client_tokens: int = 0  # of each client in the cohort's pass
 
     @property
     def result(self) -> TrainResult | EvalResult:
@@ -85,8 +93,11 @@ class InProcessGrid(Grid):
         world: World | None = None,
         personal: PersonalStore | None = None,
         late_rounds: int = 1,
+        failed_file: Path | None = None,
     ) -> None:
-        self.worker, self.limits, self.wire_dtype = worker, limits, wire_dtype
+        self.worker, self.wire_dtype = worker, wire_dtype
+        self.failed_file = failed_file
+        self.limits = replace(limits, failed=(*limits.failed, *_read_failed(failed_file)))
         self.pool, self.clock, self.late_rounds = pool or LocalPool(worker), world, late_rounds
         self.personal = personal or PersonalStore(rounds_kept=rounds_kept(late_rounds))
         self.feedback = feedback_store(self.personal)
@@ -194,8 +205,11 @@ class InProcessGrid(Grid):
         for keys in cohorts:
             attached = self.personal.attach([jobs[key] for key in keys])
             cohort = self.pool.train(attached)
+            rows = [longest_row(self.worker.train_rows(job)) for job in attached]
+            tokens = self.worker.settings.per_device_train_batch_size * max(rows)
             for place, (key, job) in enumerate(zip(keys, attached, strict=True)):
                 held = self._unanswered[key]
+                held.client_tokens = tokens
                 held.cohort, held.place, held.job = cohort, place, job
                 held.since = self.clock.arrives(key) if self.clock is not None else 0.0
 
@@ -243,6 +257,8 @@ class InProcessGrid(Grid):
             return Message(encode_evaluate_result(result), reply_to=message)
         assert job is not None
         self._keep(held)
+        if result.too_many:
+            self._learn(result.too_many, result.too_many * held.client_tokens)
         uplink = Uplink.of(self.worker.config, self.feedback, dtype=self.wire_dtype)
         return Message(
             encode_train_result(
@@ -252,6 +268,13 @@ class InProcessGrid(Grid):
             ),
             reply_to=message,
         )
+
+    def _learn(self, clients: int, tokens: int) -> None:
+        """Plan no cohort again that is as large as one that ran out of memory."""
+        limits = self.limits.without(clients, tokens)
+        if limits != self.limits and self.failed_file is not None:
+            write_atomically(self.failed_file, f"{json.dumps(limits.failed)}\n".encode())
+        self.limits = limits
 
     def _capability(self, client_id: str) -> Capability:
         """The worker's capability of the client, on the device that the population gives it.
@@ -265,6 +288,13 @@ class InProcessGrid(Grid):
         if client.device is None:
             return capability
         return replace(capability, device=client.device_label, free_bytes=client.free_bytes or 0)
+
+
+def _read_failed(file: Path | None) -> list[tuple[int, int]]:
+    """Clients and tokens of the passes that failed in the run so far."""
+    if file is None or not file.is_file():
+        return []
+    return [(int(c), int(t)) for c, t in json.loads(file.read_text(encoding="utf-8"))]
 
 
 def _array_bytes(content: RecordDict) -> int:

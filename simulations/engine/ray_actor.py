@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import flexlora
+from flexlora.config.cores import wait_passively
 from flexlora.config.resolve import Config
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ class CohortActor:
         self.config = Config.of(values)
         threads = str(self.config.engine.threads)
         os.environ.update(dict.fromkeys(THREAD_VARIABLES, threads))
+        wait_passively()
         self.adapters: dict[str, Adapter] = {}
 
     def process_id(self) -> int:

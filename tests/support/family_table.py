@@ -1,4 +1,4 @@
-# ruff: noqa: E501, SIM905 (the page)
+# ruff: noqa: E501 (the page)
 """Write ``docs/families.md``: ``python tests/support/family_table.py [NAME...]``.
 
 Two minutes of one core for all families; with names, only their lines are made again.

@@ -13,6 +13,7 @@ from federation import (
     TamperingGrid,
     client_rows,
     federation,
+    relative_gap,
     rounds,
     same_bytes,
     small,
@@ -23,6 +24,7 @@ from flexlora.clients.worker import Worker, worker_for
 from flexlora.lora.adapters import Adapter
 from flexlora.simulations.engine.cohorts import CohortLimits
 from flexlora.simulations.engine.grid import InProcessGrid
+from flexlora.simulations.simulate import simulate
 from flexlora.training.local import TrainSettings, train
 from flexlora.training.out_of_memory import is_out_of_memory, train_within_memory, within_memory
 from flexlora.training.slots import SlotModel
@@ -184,35 +186,88 @@ def test_in_a_cohort_only_the_client_that_is_short_pays(worker, tmp_path, monkey
     grid = InProcessGrid(worker, limits=CohortLimits(clients=4), wire_dtype="float32")
     _, run = federation(grid, config, tmp_path / "run")
     rows = {row["client_id"]: row for row in client_rows(run.path, 1)}
-    assert tries[0][0] == 4 and all(count == 1 for count, _, _ in tries[1:])
+    counts = [count for count, _, _ in tries]
+    assert counts[:2] == [4, 2] and set(counts[2:]) == {1}
     assert sum(row["status"] == "ok" for row in rows.values()) == 3
     assert "asks for rank 2" in rows[VICTIM]["cause"]
     assert not any(row["cause"] for row in rows.values() if row["client_id"] != VICTIM)
 
 
-def test_a_cohort_that_is_too_large_for_the_memory_is_told_once(worker, tmp_path, monkeypatch):
-    """It runs out in every round, its clients one by one do not."""
+def crowded(monkeypatch, most):
+    """Training runs out of memory with more than ``most`` clients in a pass; the sizes tried."""
     import flexlora.clients.worker as module
 
     honest, sizes = module.train, []
 
     def train(slots, jobs, *rest, **options):
         sizes.append(len(jobs))
-        if len(jobs) > 2:
+        if len(jobs) > most:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         return honest(slots, jobs, *rest, **options)
 
     monkeypatch.setattr(module, "train", train)
+    return sizes
+
+
+@pytest.mark.parametrize(
+    ("most", "tried", "then"),
+    [(2, [4, 2, 2], [2, 2]), (1, [4, 2, 1, 1, 2, 1, 1], [1, 1, 1, 1])],
+)
+def test_a_cohort_that_runs_out_of_memory_is_halved_and_not_planned_again(
+    most, tried, then, worker, tmp_path, monkeypatch
+):
+    plain = InProcessGrid(worker, limits=CohortLimits(clients=4), wire_dtype="float32")
+    whole, _ = federation(plain, small(num_server_rounds=2), tmp_path / "whole")
+    sizes = crowded(monkeypatch, most)
     grid = InProcessGrid(worker, limits=CohortLimits(clients=4), wire_dtype="float32")
-    _, run = federation(grid, small(num_server_rounds=2), tmp_path / "run")
-    assert sizes == [4, 1, 1, 1, 1] * 2
+    strategy, run = federation(grid, small(num_server_rounds=2), tmp_path / "run")
+    assert sizes == tried + then
     rows = client_rows(run.path)
     assert all(row["status"] == "ok" for row in rows)
-    (told,) = (row for row in rows if row["cause"])
-    assert told["round"] == "1" and told["cause"] == (
-        "out of memory with 4 clients in a pass: trained one by one, which takes longer in every "
-        "round; lower engine.cohort-size"
+    noted = {(row["round"], row["cause"]) for row in rows if row["cause"]}
+    assert noted == {
+        ("1", f"out of memory with {2 * most} clients in a pass: trained fewer together")
+    }
+    assert relative_gap(state_delta(strategy.state), state_delta(whole.state)) < 1e-3
+
+
+def test_a_resumed_run_plans_as_the_run_that_learnt_it(tmp_path, monkeypatch):
+    config = small(num_server_rounds=2, engine__cohort_size=4)
+    sizes = crowded(monkeypatch, 2)
+    simulate(config.with_values({"num-server-rounds": 1}), tmp_path / "run")
+    assert sizes == [4, 2, 2]
+    text = (tmp_path / "run" / "cohorts.json").read_text()
+    again = InProcessGrid(
+        Worker(config),
+        limits=CohortLimits(clients=4),
+        wire_dtype="float32",
+        failed_file=tmp_path / "run" / "cohorts.json",
     )
+    (failed,) = again.limits.failed
+    assert failed[0] == 4 and str(failed[1]) in text
+    assert not again.limits.fits(4, failed[1]) and again.limits.fits(2, failed[1])
+    assert again.limits.fits(4, failed[1] - 1)
+    sizes.clear()
+    simulate(config.with_values({"num-server-rounds": 1}), tmp_path / "run", overwrite=True)
+    assert sizes == [4, 2, 2], "a new run does not know what the old one learnt"
+
+
+def test_a_client_that_is_too_large_by_itself_does_not_shrink_the_cohorts(
+    worker, tmp_path, monkeypatch
+):
+    short_of_memory(monkeypatch, lambda rank, rows: rows > 1)
+    grid = InProcessGrid(worker, limits=CohortLimits(clients=4), wire_dtype="float32")
+    federation(grid, small(), tmp_path / "run")
+    assert grid.limits.failed == ()
+
+
+def test_limits_remember_the_smallest_pass_that_failed():
+    limits = CohortLimits(clients=64, tokens=4096)
+    learnt = limits.without(16, 4000).without(8, 2000).without(32, 1000)
+    assert learnt.failed == ((8, 2000), (32, 1000))
+    assert learnt.without(9, 2001) is learnt
+    assert learnt.fits(31, 1999) and learnt.fits(7, 4096)
+    assert not learnt.fits(8, 2000) and not learnt.fits(32, 1000) and not learnt.fits(7, 4097)
 
 
 def test_another_error_of_a_cohort_is_no_lack_of_memory(worker, tmp_path, monkeypatch):
