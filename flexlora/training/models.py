@@ -26,7 +26,6 @@ from flexlora.config.base_config import base_config, config_file
 from flexlora.config.paths import resolve_name
 from flexlora.errors import UserError, nearest
 from flexlora.training.base_model import BaseModel
-from flexlora.training.causality import check_causal
 from flexlora.training.checkpoint import check_loaded, listed, open_checkpoint
 from flexlora.training.fingerprint import fingerprint
 from flexlora.training.tokenizer import load_tokenizer
@@ -111,7 +110,8 @@ def _load(
 ) -> BaseModel:
     """Every check that a file can fail comes before the weights are read.
 
-    The model is what its files hold, and causal; the fingerprint is of the files.
+    The model is what its files hold; the fingerprint is of the files. Whether the model is causal
+    is seen when its targets are chosen (``targets.py``).
     """
     config = base_config(name)
     folder = config_file(name).parent
@@ -131,7 +131,6 @@ def _load(
         if quantization == "none":
             model.to(device)
         model.requires_grad_(False).eval()
-        check_causal(model, name)
     if ignored:
         LOG.warning("model '%s': %s are of no use for text and were ignored", name, listed(ignored))
     stored = (stored or open_checkpoint(folder, name)).without(ignored)
