@@ -7,7 +7,7 @@ of a tied output layer. Another draw of a layer, a fine-tuned copy or another ``
 another. float16 rounds small numbers otherwise than bfloat16: a float16 copy may be another base.
 
 Read from the files, not from the loaded modules, since a quantized module no longer holds the
-numbers. Of each tensor at most 4096 numbers are read, 8 runs of 512 from the first to the last, so
+numbers. Of each tensor at most 2048 numbers are read, 4 runs of 512 from the first to the last, so
 a change that misses them all is not seen. NaN and infinity are refused in what is read here, and
 anywhere in files of up to 16 MiB: to read all of a large base costs a tenth of its loading.
 """
@@ -31,7 +31,7 @@ from flexlora.training.checkpoint import Checkpoint, listed
 
 __all__ = ["fingerprint"]
 
-RUNS, RUN = 8, 512  # runs read of a large tensor, and the numbers of each
+RUNS, RUN = 4, 512  # runs read of a large tensor, and the numbers of each
 WHOLE_BYTES = 16 * 2**20  # files up to this size are searched for NaN as a whole
 
 # Equal tensors compute something else where one of these differs.
@@ -88,7 +88,7 @@ def _counted(model: Any, checkpoint: Checkpoint) -> Checkpoint:
 def _samples(file: Path, names: list[str]) -> Iterator[tuple[str, bytes, bool]]:
     """Name, shape and sample as bytes, and whether the sample is finite, of a file's tensors.
 
-    All samples of one kind of number are converted together: a tensor costs 8 short reads.
+    All samples of one kind of number are converted together: a tensor costs 4 short reads.
     """
     with file.open("rb", buffering=0) as opened:
         size = int.from_bytes(opened.read(8), "little")
