@@ -1,7 +1,7 @@
 """``flexlora plan``: which rank, quantization and batch a device can train, and the bytes of it.
 
-Reads a model's config.json and nothing else: no weights, no torch (but for a model with towers
-beside its language model), and a connection only for a hub name, whose config.json alone is fetched.
+Reads a model's config.json and nothing else: no weights, a connection only for a hub name, whose
+config.json alone is fetched, and torch only to count the towers beside a language model.
 """
 
 from __future__ import annotations
