@@ -93,7 +93,9 @@ def _blocks(size: int) -> int:
 
 def _edges(sizes: Sequence[int]) -> tuple[list[int], list[int]]:
     """First and last number of every block, of factors that each begin one."""
-    starts, lasts, at = [], [], 0
+    starts: list[int] = []
+    lasts: list[int] = []
+    at = 0
     for size in sizes:
         of_factor = range(at, at + size, BLOCK)
         at += size

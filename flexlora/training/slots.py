@@ -112,7 +112,8 @@ class SlotModel:
 
         The views are by module and factor: ``[K, R, in]``, ``[K, out, R]``.
         """
-        K, shapes = self.num_slots, {}
+        K = self.num_slots
+        shapes: dict[tuple[str, str], tuple[int, int, int]] = {}
         for name, (out_features, in_features) in self.shapes.items():
             R = max(adapter[name].rank for adapter in self._templates)
             both = {"lora_A": (K, R, in_features), "lora_B": (K, out_features, R)}
@@ -194,7 +195,7 @@ class SlotModel:
                 whole = held[slot].cpu() if span is None else row[span].view(held.shape[1:])
                 inside = whole[: factors.rank] if label == "lora_A" else whole[:, : factors.rank]
                 both[label] = inside.detach().clone()
-            modules[name] = replace(factors, **both)
+            modules[name] = replace(factors, lora_A=both["lora_A"], lora_B=both["lora_B"])
         return Adapter(modules)
 
     @contextmanager

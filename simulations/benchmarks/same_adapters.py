@@ -94,7 +94,8 @@ def _digest(tree: Path, case: str, sets: Sequence[str], known: Path | None) -> s
         return kept[key]
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-c", ENTRY, "simulate", *CASES[case], "--out", f"{folder}/run"]
-        command += [word for pair in sets for word in ("--set", pair)]
+        pairs = (f"engine.threads={os.cpu_count()}", *sets)  # not those that are free now
+        command += [word for pair in pairs for word in ("--set", pair)]
         paths = {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
             command, cwd=tree, env={**os.environ, **paths}, capture_output=True, text=True

@@ -72,13 +72,13 @@ EXPERIMENTS: dict[str, Experiment] = {
     "rates": Experiment(
         about="server rate 1, 2 and the round's own, from one client to 80, IID and by task",
         expected=TABLE,
-        minutes=100,
+        minutes=75,
         run=server_rates,
     ),
     "scaling": Experiment(
         about="alpha / rank and rsLoRA: how far a round at each rank moves the sum; loss",
         expected=TABLE,
-        minutes=12,
+        minutes=5,
         run=table_of(SCALING),
     ),
     "rank-collapse": Experiment(

@@ -12,7 +12,6 @@ __all__ = [
     "RATES",
     "SKEW",
     "STEPS",
-    "STEPS_DOWN",
     "Variant",
     "fixed",
 ]
@@ -51,7 +50,6 @@ SKEW: Changes = {"ranks.tiers": "2,8,16", "ranks.shares": "0.8,0.1,0.1"}
 # Three trials each: of the server rate where the method has one, else of the learning rate.
 RATES = tuple({"method.server-learning-rate": rate} for rate in (1.0, 2.0, 3.0))
 STEPS = tuple({"train.learning-rate": rate} for rate in (5e-3, 1e-2, 2e-2))
-STEPS_DOWN = tuple({"train.learning-rate": rate} for rate in (2.5e-3, 5e-3, 1e-2))
 # Six trials each with smaller steps, for a pretrained base.
 GENTLE_RATES = tuple(
     {"train.learning-rate": rate, "method.server-learning-rate": server}

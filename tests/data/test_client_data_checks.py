@@ -69,7 +69,7 @@ def test_padding_is_an_id_that_the_model_embeds(pad, expected):
     model.get_input_embeddings = lambda: torch.nn.Embedding(8, 2)
     named = {"name": "m", "fingerprint": "", "device": torch.device("cpu")}
     base = BaseModel(model=model, tokenizer=SimpleNamespace(pad_token_id=pad), **named)
-    assert base.pad_token_id == expected and base.vocabulary == 8
+    assert base.pad_token_id == expected and base.vocab_size == 8
 
 
 def test_the_day_of_the_templates_is_checked_with_the_configuration():

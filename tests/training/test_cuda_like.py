@@ -11,7 +11,7 @@ from federation import adapter_bytes, client_rows, federation, rounds, small
 from flexlora.clients.worker import Worker
 from flexlora.deploy.doctor import check_cuda
 from flexlora.planning.probing import device_name, free_bytes, probe
-from flexlora.simulations.engine.cohorts import limits_of, resolved_limits
+from flexlora.simulations.engine.cohorts import CohortLimits, limits_of, resolved_limits
 from flexlora.simulations.engine.grid import InProcessGrid
 from flexlora.training.local import train
 from flexlora.training.models import pick_device
@@ -173,3 +173,24 @@ def test_scores_there_are_scores_here(card):
         for name, score in other.scores.items():
             assert one.scores[name].loss == pytest.approx(score.loss, rel=1e-4)
             assert one.scores[name].exact_match == score.exact_match
+
+
+def test_a_card_that_is_too_small_for_a_cohort_trains_its_halves(card, tmp_path):
+    """Memory runs out in the real pass, at the bytes that two clients need and four do not have."""
+    config = small(ranks__policy="fixed", ranks__fixed=4)
+    worker = Worker(config)
+
+    def round_of(clients):
+        torch.cuda.reset_peak_memory_stats()
+        grid = InProcessGrid(worker, limits=CohortLimits(clients=clients), wire_dtype="float32")
+        federation(grid, config, tmp_path / f"{clients}_{card.total_bytes}")
+        rows = client_rows(tmp_path / f"{clients}_{card.total_bytes}", 1)
+        return grid, [row["cause"] for row in rows], torch.cuda.max_memory_allocated()
+
+    _, _, two = round_of(2)
+    _, causes, four = round_of(4)
+    assert four > two and causes == [""] * 4
+    card.total_bytes = (two + four) // 2
+    grid, causes, peak = round_of(4)
+    assert set(causes) == {"out of memory with 4 clients in a pass: trained fewer together"}
+    assert [clients for clients, _ in grid.limits.failed] == [4] and peak <= card.total_bytes
