@@ -4,14 +4,16 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
+import families
 from family_configs import tiny_family
 from flexlora.commands.cli import main
 from flexlora.errors import UserError
-from flexlora.planning.memory import weight_bytes
+from flexlora.planning.memory import training_memory, weight_bytes
 from flexlora.planning.model_config import read_shape
 from flexlora.planning.shapes import TrainingPlan
+from flexlora.simulations.benchmarks import memory_case
 from flexlora.training.targets import choose_targets
 
 WITH_TOWERS = ("gemma3", "got_ocr2", "moss_transcribe_diarize")
@@ -49,6 +51,20 @@ def test_towers_are_in_the_bytes_of_the_weights(multimodal):
     plan = TrainingPlan(rank=1, max_length=8, dtype="bfloat16")
     assert sum(weight_bytes(shape, plan)) == 2 * sum(p.numel() for p in model.parameters())
     assert read_shape("embedded").tower_numbers == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "text"), [("gemma3", "gemma3_text"), ("got_ocr2", "qwen2")])
+def test_the_peak_of_a_training_beside_a_tower_is_the_predicted_one(name, text, tmp_path):
+    inner = families.config_of(text).to_dict()
+    config = AutoConfig.for_model(**tiny_family(name).to_dict() | {"text_config": inner})
+    options = {"max_length": families.LENGTH, "batch": families.ROWS, "unified_memory": True}
+    plan = TrainingPlan(rank=4, **options)
+    terms = training_memory(read_shape(written(tmp_path, config.to_dict())), plan)
+    base = families.base_of(families.model_of(config))
+    memory_case.train_once(base, plan, families.VOCAB)  # the second has nothing left to set up
+    peak = families.peak_bytes(lambda: memory_case.train_once(base, plan, families.VOCAB))
+    assert terms.total - terms.unquantized_weights == pytest.approx(peak, rel=0.02)
 
 
 def test_what_a_text_config_leaves_out_has_the_familys_default(tmp_path):
