@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["RunFailed", "UpdateRefused", "UserError", "nearest", "one_line"]
+__all__ = ["RunFailed", "UpdateRefused", "UserError", "nearest", "one_line", "reason"]
 
 
 class UserError(ValueError):
@@ -28,8 +28,20 @@ class UpdateRefused(ValueError):
 
 def one_line(error: BaseException) -> str:
     """A cause in one line: a user's mistake as it is, anything else with its type."""
-    first = (str(error).splitlines() or [""])[0]
-    return first if isinstance(error, UserError) else f"{type(error).__name__}: {first}"
+    if isinstance(error, UserError):
+        return (str(error).splitlines() or [""])[0]
+    return f"{type(error).__name__}: {_first(error)}"
+
+
+def reason(error: BaseException) -> str:
+    """What a library's error says in one line, without its type."""
+    return _first(error) or type(error).__name__
+
+
+def _first(error: BaseException) -> str:
+    """The first line, and the next where the first only announces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -1,7 +1,7 @@
 """``flexlora plan``: which rank, quantization and batch a device can train, and the bytes of it.
 
-Reads a model's config.json and nothing else: no weights, no torch, and a connection only for a
-hub name, whose config.json alone is fetched.
+Reads a model's config.json and nothing else: no weights, a connection only for a hub name, whose
+config.json alone is fetched, and torch only to count the towers beside a language model.
 """
 
 from __future__ import annotations
@@ -114,6 +114,7 @@ def _as_json(
         "model": model,
         "model_type": shape.model_type,
         "num_parameters": shape.num_parameters,
+        "tower_parameters": shape.tower_numbers,
         "device": asdict(device),
         "memory_bytes": choice.request.memory_bytes,
         "needed_bytes": needed_bytes(choice.terms, choice.request),
@@ -145,6 +146,12 @@ def _print_choice(model: str, shape: ModelShape, device: Device, choice: Choice)
         f"{model}: {shape.model_type}, {shape.num_parameters:,} parameters; "
         f"{device.name}: {human_bytes(device.usable_bytes)} to use"
     )
+    if shape.tower_numbers:
+        console.print(
+            f"LoRA is planned for the language model; {shape.tower_numbers:,} parameters that text "
+            "does not reach are left out, and held in memory.",
+            soft_wrap=True,
+        )
     console.print(
         f"Train rank {plan.rank} ({choice.reason})"
         + (f", carry rank {plan.carried_rank} in {plan.carried_dtype}" if plan.carried_rank else "")

@@ -16,7 +16,7 @@ from typing import Any
 from flexlora.config.paths import ADAPTER, expanded, resolve_name
 from flexlora.errors import UserError, nearest
 
-__all__ = ["base_config", "config_file", "read_config"]
+__all__ = ["base_config", "config_file", "not_causal", "read_config"]
 
 # Heads of classes that score or label a text; the others are language models.
 OTHER_HEADS = (
@@ -43,10 +43,18 @@ def base_config(name: str) -> dict[str, Any]:
             f"model folder '{name}' holds an adapter ({ADAPTER}) beside the base, and it is not "
             f"clear which of the two is meant; move the adapter's files into a folder of their own."
         )
-    for refusal in (_of_unknown_code, _of_quantized_weights, _of_no_decoder, _of_another_head):
+    for refusal in (_of_unknown_code, _of_quantized_weights, *_OF_KIND):
         if (cause := refusal(config)) is not None:
             raise UserError(f"model '{name}' {cause}")
     return config
+
+
+def not_causal(name: str, model_type: str) -> UserError:
+    """The refusal of a family that transformers has no causal language model for."""
+    return UserError(
+        f"model '{name}' is a '{model_type}', for which transformers has no causal language "
+        "model; expected a model that continues text."
+    )
 
 
 def config_file(name: str) -> Path:
@@ -193,6 +201,15 @@ def _of_no_decoder(config: Mapping[str, Any]) -> str | None:
     return None
 
 
+def _of_an_assistant(config: Mapping[str, Any]) -> str | None:
+    if not config["model_type"].endswith("_assistant"):
+        return None
+    return (
+        f"is a '{config['model_type']}', which drafts tokens from the states of another model and "
+        "reads no text by itself; expected a causal language model, such as that other one."
+    )
+
+
 def _of_another_head(config: Mapping[str, Any]) -> str | None:
     named = config.get("architectures")
     names = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
@@ -202,3 +219,6 @@ def _of_another_head(config: Mapping[str, Any]) -> str | None:
         f"is a {names[0]} (architectures in its config.json), which does not predict the next "
         "token; expected a causal language model, such as the one it was made from."
     )
+
+
+_OF_KIND = (_of_no_decoder, _of_an_assistant, _of_another_head)

@@ -28,11 +28,10 @@ ACTIVATION_TENSORS = {
 
 
 def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
-    """The shape of a ``config.json``.
+    """The shape of a ``config.json``, or of the ``text_config`` in one.
 
     Raises:
-        UserError: an unknown architecture, a mixture of experts, an image model, or a missing
-            key.
+        UserError: an unknown architecture, a mixture of experts, or a missing key.
     """
     model_type = str(config.get("model_type", ""))
     _refuse(config, model_type)
@@ -46,12 +45,6 @@ def _refuse(config: Mapping[str, Any], model_type: str) -> None:
             f"'{model_type}' is a mixture of experts: {_expert_coverage(config)}. Its memory "
             f"cannot be planned, expected a dense model of {', '.join(FAMILIES)}; 'flexlora "
             "simulate' trains it with ranks given by hand (ranks.policy=fixed)."
-        )
-    if "vision_config" in config or "text_config" in config:
-        raise UserError(
-            f"'{model_type}' is a model of images and text, of which LoRA covers the part that "
-            "text reaches; which part is not in config.json, so its memory cannot be planned. "
-            f"Expected the config.json of a model of text alone, one of {', '.join(FAMILIES)}."
         )
     if model_type not in FAMILIES:
         raise UserError(

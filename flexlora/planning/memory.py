@@ -183,7 +183,8 @@ def _stepping_bytes(optim: str, factors: int) -> int:
 def weight_bytes(shape: ModelShape, plan: TrainingPlan) -> tuple[int, int]:
     """Bytes of the base's weights: quantized linears, and all others.
 
-    The output layer, embeddings, norms and biases stay in the base's dtype.
+    The output layer, embeddings, norms and biases stay in the base's dtype; so, as an upper bound,
+    do parts that text does not reach.
     """
     rest = plan.number_bytes * (shape.num_parameters - shape.linear_numbers)
     if plan.quantization == "none":

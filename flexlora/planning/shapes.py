@@ -71,6 +71,7 @@ class ModelShape:
     scores: bool = False  # attention scores are capped: eager where no implementation is asked for
     gated: bool = True
     capped_logits: bool = False
+    tower_numbers: int = 0  # parameters that text does not reach: in memory, without LoRA
 
     @property
     def query_size(self) -> int:
@@ -106,7 +107,8 @@ class ModelShape:
 
     @property
     def num_parameters(self) -> int:
-        return self.embedding_numbers + self.head_numbers + self.linear_numbers + self.small_numbers
+        text = self.embedding_numbers + self.head_numbers + self.linear_numbers
+        return text + self.small_numbers + self.tower_numbers
 
     def targets(self, target_modules: str = "all-linear") -> tuple[Linear, ...]:
         """The linears of a layer that get LoRA: all, or those whose name ends like one given.

@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 
-from flexlora.config.base_config import base_config, config_file
+from flexlora.config.base_config import base_config, config_file, not_causal
 from flexlora.config.paths import resolve_name
-from flexlora.errors import UserError, nearest
+from flexlora.errors import UserError, nearest, reason
 from flexlora.training.base_model import BaseModel
 from flexlora.training.checkpoint import check_loaded, listed, open_checkpoint
 from flexlora.training.fingerprint import fingerprint
@@ -179,14 +179,11 @@ def _check_architecture(
             + nearest(model_type, CONFIG_MAPPING.keys())
         )
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise UserError(
-            f"model '{name}' is a '{model_type}', for which transformers has no causal language "
-            "model; expected a model that continues text."
-        )
+        raise not_causal(name, model_type)
     try:
         AutoConfig.from_pretrained(source, trust_remote_code=False, **where)
     except Exception as error:  # each family checks its values in its own way
-        raise UserError(f"config.json of model '{name}' cannot be: {_reason(error)}") from error
+        raise UserError(f"config.json of model '{name}' cannot be: {reason(error)}") from error
     if find_adapter_config_file(source, **where) is not None:  # base_config has seen a folder's
         raise UserError(
             f"hub model '{name}' holds an adapter (adapter_config.json); expected a base alone: "
@@ -213,15 +210,8 @@ def _read(source: str, name: str, attention: str, options: Mapping[str, Any]) ->
                 f"model.attn-implementation is '{attention}', which model '{name}' cannot run; "
                 "use 'auto'."
             ) from error
-        raise UserError(f"model '{name}' cannot be loaded: {_reason(error)}") from error
+        raise UserError(f"model '{name}' cannot be loaded: {reason(error)}") from error
     return model, info
-
-
-def _reason(error: Exception) -> str:
-    """The first line of an error, and the next where the first only announces it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    more = lines[:2] if lines and lines[0].endswith(":") else lines[:1]
-    return " ".join(more) or type(error).__name__
 
 
 def _quantized(

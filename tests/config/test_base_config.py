@@ -45,6 +45,10 @@ REFUSED = {
         {"model_type": "t5", "is_encoder_decoder": True},
         "an encoder with a decoder .'t5', is_encoder_decoder.*a decoder alone",
     ),
+    "an assistant": (
+        {"model_type": "gemma4_assistant"},
+        "'gemma4_assistant', which drafts tokens from the states of another model",
+    ),
     "bidirectional": ({"use_bidirectional_attention": True}, "is bidirectional .use_bidir"),
     "bidirectional within": (
         {"text_config": {"use_bidirectional_attention": "all"}},

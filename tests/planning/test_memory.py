@@ -342,7 +342,7 @@ BASE = {
         ({"model_type": "mixtral", "num_local_experts": 8}, "mixture of experts"),
         ({"model_type": "qwen3_moe"}, "mixture of experts"),
         ({"model_type": "lama"}, r"'lama', expected one of .* Did you mean 'llama'\?"),
-        ({"model_type": "gemma3", "text_config": {}}, "images and text"),
+        ({"model_type": "gemma3", "text_config": {}}, "'gemma3', expected one of"),
         ({"hidden_size": None}, "hidden_size None, expected a whole number"),
         ({"num_hidden_layers": 0}, "num_hidden_layers 0, expected"),
         ({"hidden_act": "slu"}, r"activation 'slu', expected .* Did you mean 'silu'\?"),

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 import warnings
+from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from family_configs import tiny_family
+from flexlora.config.base_config import base_config
 from flexlora.data.collation import Example, collate
 from flexlora.errors import UserError, one_line
 from flexlora.evaluation.generation import generate_answers
@@ -67,13 +70,16 @@ def examined(name):
     try:
         model = build(name)
     except Exception as error:
-        return {"verdict": "not built", "said": one_line(error)}
+        return _unbuilt(name, error)
+    refused, slots = "", None
     try:
         slots = SlotModel(model)
         takes_padding(slots)
     except UserError as error:
-        built = FAILS not in str(error)  # the plain model's own code fails at this size
-        return {"verdict": "refused" if built else "not built", "said": str(error)}
+        refused = str(error)
+    if slots is None:
+        built = FAILS not in refused  # else the plain model's own code fails at this size
+        return {"verdict": "refused" if built else "not built", "said": refused}
     slots.clear()
     try:
         with torch.no_grad():
@@ -82,31 +88,45 @@ def examined(name):
         return {"verdict": "not built", "said": f"its own pass fails: {one_line(error)}"}
     found = {"verdict": "right", "targets": len(slots.shapes), "said": slots.targets.note}
     adapters = [adapter(slots.shapes, 2, 10), adapter(slots.shapes, 4, 11)]
-    for check in (_slots_apart, _like_peft, _generates):
+    checks = (_slots_apart, _like_peft) if refused else (_slots_apart, _like_peft, _generates)
+    for check in checks:  # a model that cannot generate is right without (the refusal's remedy)
         try:
             wrong = check(name, slots, adapters)
         except Exception as error:
             wrong = f"{type(error).__name__}: {one_line(error)}"
         if wrong:
             return found | {"verdict": "wrong", "said": f"{check.__name__[1:]}: {wrong}"}
-    return found
+    return found | {"verdict": "refused", "said": refused} if refused else found
+
+
+def _unbuilt(name, error):
+    """What flexlora says of the family's ``config.json``, or why transformers cannot build it."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "config.json")
+        try:
+            file.write_text(json.dumps(tiny_family(name).to_dict()), encoding="utf-8")
+            base_config(str(file))
+        except UserError as refused:
+            said = str(refused).replace(f"'{file}'", f"'{name}'")
+            return {"verdict": "refused", "said": said}
+        except Exception:  # not even a configuration
+            pass
+    return {"verdict": "not built", "said": one_line(error)}
 
 
 def _pass(slots, adapters, rows):
     slots.load(adapters, trainable=LABELS)
     losses = answer_losses(slots, collate(rows, pad_token_id=0))
     slots.accumulate_gradients(sum(part.sum() for part in losses))
-    spans, at = {}, 0
-    for leaf, key in zip(slots._leaves, slots._leaf_names, strict=True):
-        spans[key] = slots.gradients[:, at : at + leaf[0].numel()].view_as(leaf)
-        at += leaf[0].numel()
+    leaves = zip(slots._spans.items(), slots._leaves, strict=True)
+    gradients = {key: slots.gradients[:, span].view_as(leaf) for (key, span), leaf in leaves}
     by_slot = []
     for k, own in enumerate(adapters):
         cut = {
             (name, label): grad[k, : own[name].rank]
             if label == "lora_A"
             else grad[k, :, : own[name].rank]
-            for (name, label), grad in spans.items()
+            for (name, label), grad in gradients.items()
         }
         by_slot.append({key: grad.detach().clone() for key, grad in cut.items()})
     return [part.detach() for part in losses], by_slot

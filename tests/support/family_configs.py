@@ -63,7 +63,7 @@ def families() -> list[str]:
 def tiny_family(name):
     """The tiny configuration of ``name``."""
     kind = name.partition("#")[0]
-    default = CONFIG_MAPPING[kind]()
+    default = CONFIG_MAPPING[kind](**DEFAULTS.get(kind, {}))
     values = _shrunk(default.to_dict())
     if "qk_rope_head_dim" in values:  # latent attention has neither grouped keys nor one head_dim
         values["num_key_value_heads"] = values.get("num_attention_heads", 4)
@@ -91,20 +91,35 @@ def _shrunk(values):
     return found
 
 
+INDEXER = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16}
+INDEXER |= {"indexer_budget": 8, "indexer_compress_ratio": 2}
+GEMMA3N_TEXT = {"num_hidden_layers": 4, "num_kv_shared_layers": 2}
+GEMMA3N_TEXT |= {"activation_sparsity_pattern": [0.0] * 4}
+GEMMA3N_TEXT |= {"layer_types": ["sliding_attention", "full_attention"] * 2}
+NO_LAYER_INPUT = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
+# Families whose own default configuration is refused by transformers.
+DEFAULTS = {"gemma4_assistant": {"text_config": NO_LAYER_INPUT}}
+
 # fmt: off
 EXCEPTIONS: dict[str, dict] = {
     "bert#encoder": {"is_decoder": False},
     "electra#encoder": {"is_decoder": False},
     "xlm-roberta#encoder": {"is_decoder": False},
     "bamba": {"attn_layer_indices": [1]},
-    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"]},
-    "dots3_note": {"num_key_value_heads": 4},
+    "blt": {"encoder_hash_byte_group_vocab": 211, "encoder_config": {"hidden_size_global": 128}, "decoder_config": {"hidden_size_global": 128},
+            "global_config": {"hidden_size": 128, "num_attention_heads": 8}},
+    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"],
+                            "rope_parameters": {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("sliding_attention", "full_attention")}},
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0}},
+    "dots3_note": {"text_config": {"num_key_value_heads": 4}, "vision_config": {"adapter_in_dim": 64, "adapter_out_dim": 64},
+                   "audio_config": {"adapter_input_size": 64, "adapter_out_dim": 64}},
     "dots3_note_text": {"num_key_value_heads": 4},
     "falcon#alibi": {"alibi": True, "multi_query": False, "num_kv_heads": 4, "new_decoder_architecture": False},
     "falcon#new": {"num_kv_heads": 2, "new_decoder_architecture": True},
-    "gemma3n_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "activation_sparsity_pattern": [0.0] * 4,
-                     "layer_types": ["sliding_attention", "full_attention"] * 2},
-    "gemma4_assistant": {"hidden_size_per_layer_input": 0},
+    "gemma3n_text": GEMMA3N_TEXT,
+    "gemma3n": {"text_config": GEMMA3N_TEXT},
+    "gemma4_assistant": {"backbone_hidden_size": 64, "text_config": {"num_kv_shared_layers": 2} | NO_LAYER_INPUT},
+    "gemma4_unified_assistant": {"backbone_hidden_size": 64},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "hunyuan_v1_dense": {"head_dim": 16},
@@ -114,23 +129,24 @@ EXCEPTIONS: dict[str, dict] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "lfm3": {"layer_types": ["conv", "full_attention"]},
     "llama#grouped": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    "longcat_flash": {"head_dim": 8, "expert_ffn_hidden_size": 32, "zero_expert_num": 2, "moe_topk": 2},
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "nemotron_h": {"hybrid_override_pattern": "M*-M", "num_hidden_layers": 4},
     "opt#narrow": {"word_embed_proj_dim": 32, "do_layer_norm_before": False},
     "qwen3_5_text": {"layer_types": ["linear_attention", "full_attention"]},
     "qwen3_5_moe_text": {"layer_types": ["linear_attention", "full_attention"]},
     "qwen3_next": {"layer_types": ["linear_attention", "full_attention"]},
-    "qwen4_exp_text": {"layer_types": ["linear_attention", "full_attention"]},
-    "bailing_hybrid": {"head_dim": 16, "layer_types": ["linear_attention", "full_attention"]},
+    "qwen4_exp_text": {"layer_types": ["linear_attention", "full_attention"], "ple_layer_ids": []} | INDEXER,
+    "bailing_hybrid": {"head_dim": 16, "n_group": 1, "layer_types": ["linear_attention", "full_attention"]},
     "ministral": {"head_dim": 16},
     "qwen3_5": {"text_config": {"layer_types": ["linear_attention", "full_attention"]}},
     "qwen3_5_moe": {"text_config": {"layer_types": ["linear_attention", "full_attention"]}},
-    "qwen4_exp": {"text_config": {"layer_types": ["linear_attention", "full_attention"], "ple_layer_ids": []}},
+    "qwen4_exp": {"text_config": {"layer_types": ["linear_attention", "full_attention"], "ple_layer_ids": []} | INDEXER},
     "reformer": {"axial_pos_embds": False, "attn_layers": ["local", "lsh"], "local_attn_chunk_length": 16, "lsh_attn_chunk_length": 16},
     "recurrent_gemma": {"num_hidden_layers": 3, "intermediate_size": 192},
     "xlstm": {"chunk_size": 16},
     "xmod": {"default_language": "en_XX"},
-    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"]},
+    "zamba": {"num_hidden_layers": 4, "attention_hidden_size": 128, "attention_head_dim": 32, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"]},
     "zamba2": {"num_hidden_layers": 4, "hybrid_layer_ids": [1, 3], "num_mem_blocks": 1, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
                "attention_hidden_size": 128, "attention_head_dim": 32},
     "zaya": {"num_experts_per_tok": 1},

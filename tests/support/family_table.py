@@ -66,8 +66,10 @@ Every causal language model of transformers {version} at a size of two layers, c
 - **right**: two clients of unequal ranks and rows have the losses and gradients of each alone; PEFT loads the saved
   adapter whole and gives the same losses; answers to prompts of unequal length are those of each prompt alone.
   The remark is what `flexlora simulate` says before round 1.
-- **refused**: the sentence that `flexlora` ends with.
-- **not built**: the tiny model of this page cannot be made or run, with transformers' own error; nothing is claimed.
+- **refused**: the sentence that `flexlora` ends with. Where it says `eval.generate=never`, losses, gradients and
+  PEFT were compared, and are right.
+- **not built**: the tiny model of this page cannot be made or run here, with transformers' own error, such as a
+  package that is not installed; nothing is claimed.
 
 Shares are those of the tiny models. The tests compare the dense families at every run, the rest in turns by the
 day (`tests/training/test_families.py`).

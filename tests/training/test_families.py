@@ -14,7 +14,7 @@ from family_configs import families
 from family_table import DENSE, read_table, row_of
 
 TABLE = read_table()
-OTHERS = [name for name in families() if name not in DENSE and name != "blt"]  # blt: 15 seconds
+OTHERS = [name for name in families() if name not in DENSE]
 TODAY = OTHERS[datetime.date.today().toordinal() % 8 :: 8]
 
 
