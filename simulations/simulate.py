@@ -93,7 +93,8 @@ def simulate(
     config, out = resolved(config), Path(expanded(str(out)))
     if not go_on:
         RunFolder.check_free(out, overwrite=overwrite)
-        (out / FAILED_COHORTS).unlink(missing_ok=True)
+        if out.is_dir():
+            (out / FAILED_COHORTS).unlink(missing_ok=True)
     check_config(config)
     torch.set_num_threads(config.engine.threads)
     several = config.engine.workers > 1 or bool(config.engine.ray_address)

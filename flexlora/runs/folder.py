@@ -160,7 +160,7 @@ class RunFolder:
         return [
             row
             for row in rows
-            if _is_count(row.get("round") or "") and not {None} & {*row, *row.values()}
+            if _is_count(row.get("round") or "") and None not in row and None not in row.values()
         ]
 
     def rewind(self, last_round: int) -> None:
