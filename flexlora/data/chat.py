@@ -63,17 +63,12 @@ class Shape:
     closing: str  # between the answer and the token that ends it
     end: str | None  # the token that ends the turn; None where the template writes none
     strips: bool  # whether the template strips an answer
+    opened: str | None  # the name of the tag that the generation prompt leaves open: ``think``
 
     @property
     def context(self) -> str:
         """The end of a prompt that is the same for all rows of this shape."""
         return self.after_turn + self.lead
-
-    @property
-    def opened(self) -> str | None:
-        """The name of the tag that the generation prompt leaves open, such as ``think``."""
-        found = _OPEN_TAG.search(self.after_turn)
-        return found[1] if found else None
 
 
 class ChatTemplate:
@@ -96,6 +91,8 @@ class ChatTemplate:
         """All that the template writes round one user's turn and its answer."""
         shape = self.shape(("user",))
         prompt = self.prompt([("user", _ANSWER)]) + shape.closing + (shape.end or "")
+        if shape.opened is None:
+            return prompt
         return prompt.replace(shape.after_turn, _OPEN_TAG.sub("", shape.after_turn))
 
     def prompt(self, turns: Turns) -> str:
@@ -203,7 +200,20 @@ class ChatTemplate:
             closing=closing,
             end=end,
             strips=f"\n {_ANSWER}" not in spaced,
+            opened=self._opened(after_turn, wanted),
         )
+
+    def _opened(self, after_turn: str, wanted: str) -> str | None:
+        """The tag that ends the generation prompt and that an answer has to close.
+
+        A tag that the template never closes and writes before every answer (``<assistant>``,
+        MiniCPM's ``<AI>``) says who speaks.
+        """
+        found = _OPEN_TAG.search(after_turn)
+        if found is None:
+            return None
+        marks_speaker = f"<{found[1]}>" in wanted and f"</{found[1]}>" not in self._text
+        return None if marks_speaker else found[1]
 
     def _turn_end(self, after: str) -> tuple[str, str | None]:
         """What stands between the answer and the first added token after it, and that token."""

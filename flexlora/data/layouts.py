@@ -18,7 +18,7 @@ from typing import Any
 
 from flexlora.errors import UserError, nearest
 
-__all__ = ["METADATA", "ROLES", "in_our_layout", "refuse_lost"]
+__all__ = ["ROLES", "in_our_layout", "is_metadata", "refuse_lost"]
 
 ROLES = ("system", "user", "assistant")
 # The keys of instruction, input and output in each layout of one question and one answer.
@@ -40,7 +40,7 @@ METADATA = frozenset(
         *("id", "idx", "index", "uid", "uuid", "hash", "source", "url", "link", "license"),
         *("author", "dataset", "split", "language", "lang", "model", "version", "date"),
         *("timestamp", "created", "created_at", "updated_at", "type", "tags", "metadata", "meta"),
-        *("difficulty", "score", "rating", "quality", "weight"),
+        *("difficulty", "score", "rating", "quality", "weight", "annotator", "session", "subset"),
     ]
 )
 # False says that the answer is a bad one.
@@ -79,19 +79,21 @@ def refuse_lost(row: Mapping[str, Any], read: set[str], texts: Iterable[str], wh
     lost = [
         key
         for key, value in row.items()
-        if key not in read and not _is_metadata(key) and _loses(key, value, said)
+        if key not in read and not is_metadata(key) and _loses(key, value, said)
     ]
     if lost:
         names = ", ".join(repr(key) for key in lost)
         known = {key for keys in _PAIRS for key in keys} | {"system", "history", "messages"}
+        hint = "" if lost[0] in known else nearest(lost[0], known - set(row))
         raise UserError(
             f"{where}: {names} would be lost, since no layout reads it beside "
             f"{', '.join(repr(key) for key in row if key in read) or 'nothing'}; rename it "
-            f"or take it out.{nearest(lost[0], known - set(row))}"
+            f"or take it out.{hint}"
         )
 
 
-def _is_metadata(key: str) -> bool:
+def is_metadata(key: str) -> bool:
+    """Whether the key's name tells what a row is, not what it says."""
     name = key.lower().strip("_").replace("-", "_")
     return name in METADATA or name.endswith("_id")
 

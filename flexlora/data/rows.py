@@ -15,7 +15,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass, field
 
-from flexlora.data.layouts import ROLES, in_our_layout, refuse_lost
+from flexlora.data.layouts import ROLES, in_our_layout, is_metadata, refuse_lost
 from flexlora.errors import UserError, nearest
 
 __all__ = ["ROLES", "Row", "parse_row"]
@@ -171,7 +171,9 @@ def _label(value: object, key: str, where: str) -> str:
 def _refuse_misspelt(present: dict, where: str) -> None:
     missing = [key for key in _KEYS if key not in present]
     for key in present:
-        if key not in _KEYS and difflib.get_close_matches(key, missing, n=1, cutoff=0.75):
+        if key in _KEYS or is_metadata(key):
+            continue
+        if difflib.get_close_matches(key, missing, n=1, cutoff=0.75):
             raise UserError(
                 f"{where}: unknown key '{key}', expected {', '.join(_KEYS)}; rename it or take "
                 f"it out.{nearest(key, missing)}"

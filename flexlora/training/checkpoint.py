@@ -6,7 +6,7 @@ tensor of its architecture, in its shape, or it is refused by the names of the t
 A tensor that the architecture has no place for is refused too, since the model then is another
 one (more layers, biases, an adapter that was never merged), with two exceptions, which are logged:
 value heads of reinforcement learning, and the vision or audio parts of a checkpoint whose language
-model alone is loaded. Buffers that transformers computes (``rotary_emb.inv_freq``) do not count.
+model alone is loaded. Buffers that transformers computes (``COMPUTED``) do not count.
 """
 
 from __future__ import annotations
@@ -22,13 +22,19 @@ from safetensors import SafetensorError, safe_open
 from flexlora.config.base_config import read_config
 from flexlora.errors import UserError
 
-__all__ = ["Checkpoint", "check_loaded", "listed", "open_checkpoint"]
+__all__ = ["COMPUTED", "Checkpoint", "check_loaded", "listed", "open_checkpoint"]
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 NOT_FOR_TEXT = re.compile(
     r"(^|\.)(v_head|value_head|vision\w*|visual|audio\w*|multi_modal\w*|\w*projector|mm_\w*)\."
 )
+# Buffers that transformers computes: older copies of a base store them, newer ones do not.
+COMPUTED = re.compile(
+    r"(rotary_emb\.inv_freq|position_ids|\.masked_bias|\.(attn|attention)\.bias)$"
+)
+# What a safetensors header calls the numbers that are weights as they stand.
+FLOATS = frozenset(["F64", "F32", "F16", "BF16"])
 SHOWN = 3
 
 
@@ -58,7 +64,7 @@ def open_checkpoint(folder: Path, name: str) -> Checkpoint:
 
     Raises:
         UserError: no such files (a pickle is never read), an index that names absent files or
-            tensors, a file that is cut short.
+            tensors, a file that is cut short, weights in integers or 8-bit floats.
     """
     single, index = folder / SINGLE, folder / INDEX
     if single.is_file():
@@ -87,7 +93,10 @@ def open_checkpoint(folder: Path, name: str) -> Checkpoint:
 def _tensors_in(file: Path, name: str) -> list[str]:
     try:
         with safe_open(file, framework="pt") as opened:
-            return list(opened.keys())
+            names = list(opened.keys())
+            kinds = {
+                key: opened.get_slice(key).get_dtype() for key in names if key.endswith(".weight")
+            }
     except (SafetensorError, OSError) as error:
         with file.open("rb") as opened:
             pointer = opened.read(40).startswith(b"version https://git-lfs")
@@ -96,6 +105,13 @@ def _tensors_in(file: Path, name: str) -> list[str]:
         else:
             what, remedy = f"is damaged or cut short ({_first_line(error)})", "copy it again"
         raise UserError(f"model '{name}': '{file.name}' {what}; {remedy}.") from None
+    if codes := [key for key, kind in kinds.items() if kind not in FLOATS]:
+        raise UserError(
+            f"model '{name}': {listed(codes)} is stored as {kinds[min(codes)]}, the codes of a "
+            "quantized checkpoint whose config.json does not say how to read them; give the float "
+            "weights it was made from."
+        )
+    return names
 
 
 def _without_weights(folder: Path) -> str:
@@ -127,7 +143,8 @@ def check_loaded(model: Any, info: Mapping[str, Any], name: str) -> list[str]:
     Raises:
         UserError: tensors are missing, unexpected, of another shape or without values.
     """
-    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    missing = sorted(info["missing_keys"])
+    unexpected = sorted(key for key in info["unexpected_keys"] if not COMPUTED.search(key))
     harmless = [key for key in unexpected if NOT_FOR_TEXT.search(key)]
     unknown = [key for key in unexpected if key not in set(harmless)]
     if missing:

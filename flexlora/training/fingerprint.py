@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 
 from flexlora.errors import UserError
 from flexlora.training.base_model import text_config
-from flexlora.training.checkpoint import Checkpoint, listed
+from flexlora.training.checkpoint import COMPUTED, Checkpoint, listed
 
 __all__ = ["fingerprint"]
 
@@ -41,9 +41,6 @@ SETTINGS = (
     *("layer_norm_epsilon", "rope_parameters", "sliding_window", "layer_types"),
     *("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"),
 )
-
-# Buffers that transformers computes: older copies of a base store them, newer ones do not.
-COMPUTED = re.compile(r"(rotary_emb\.inv_freq|position_ids|\.masked_bias|\.attn\.bias)$")
 
 # The names of a safetensors header; numbers of another kind are compared byte by byte.
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -66,7 +63,8 @@ def fingerprint(model: Any, checkpoint: Checkpoint) -> str:
                 broken.append(name)
         if file.stat().st_size <= WHOLE_BYTES:
             tensors = load_file(file)
-            broken = sorted({*broken, *(n for n in names if not tensors[n].isfinite().all())})
+            floats = [n for n in names if tensors[n].dtype in FLOATS.values()]
+            broken = sorted({*broken, *(n for n in floats if not tensors[n].isfinite().all())})
     if broken:
         raise UserError(
             f"model '{checkpoint.name}': {listed(broken)} in the checkpoint is not finite (holds "

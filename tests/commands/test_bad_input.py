@@ -13,7 +13,7 @@ from federation import as_sets, command, finished, small
 from flexlora.commands.cli import main
 from flexlora.config.paths import EMBEDDED
 from flexlora.lora.peft_folder import save_adapter
-from flexlora.simulations.inspection import _adapters_of
+from flexlora.simulations.inspection import _target
 from flexlora.simulations.simulate import simulate
 
 GOOD_ROW = {"instruction": "Say yes.", "output": "yes", "client": "anna"}
@@ -357,7 +357,7 @@ def test_a_revision_of_the_base_does_not_matter_where_the_base_is_given(tmp_path
     save_adapter(random_adapter({"q_proj": (8, 8)}, 2), tmp_path, base="x")
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"revision": "v1.2"}))
-    assert _adapters_of(tmp_path, base_given=True)[1]["model.name"] == "x"
+    assert _target(tmp_path, base_given=True).values["model.name"] == "x"
 
 
 @pytest.mark.slow

@@ -71,6 +71,24 @@ def test_all_turns_of_a_conversation_are_in_the_prompt(tokenizer, name):
     assert learned(tokenizer, example).split("<")[0].strip() == "No."
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{% if m.role == 'user' %}<user>{{ m.content }}<AI>"
+        "{% else %}{{ m.content }}</s>{% endif %}{% endfor %}",
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}",
+        "{% for m in messages %}<{{ m.role }}>\n{{ m.content }}</s>\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>\n{% endif %}",
+    ],
+)
+def test_a_tag_that_says_who_speaks_is_not_reasoning(tokenizer, template):
+    """MiniCPM's prompt ends in ``<AI>``, which no answer closes."""
+    example = encoded(tokenizer, template, RED)
+    assert example.prompt.rstrip().endswith(("<AI>", "<assistant>"))
+    assert learned(tokenizer, example) == "red</s>"
+
+
 def test_reasoning_takes_the_place_of_the_templates_empty_block(tokenizer):
     thinks = Row(instruction="Say red.", output="<think>\nhm\n</think>\n\nred")
     example = encoded(tokenizer, QWEN3, thinks)

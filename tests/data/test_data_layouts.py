@@ -132,3 +132,17 @@ def test_files_in_another_encoding_are_refused(tmp_path, encoding):
     (tmp_path / "train.jsonl").write_bytes('{"output": "a"}\n'.encode(encoding))
     with pytest.raises(UserError, match=r"line 1: .*expected UTF-8 text"):
         load_folder(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["tags", "Tags", "task_id", "annotator", "subset", "session"])
+def test_metadata_that_resembles_a_key_of_ours_is_dropped(key):
+    """``tags`` is one letter from ``task``."""
+    assert read(instruction=ASKED, output=SAID, **{key: "geography"}) == Row(
+        instruction=ASKED, output=SAID
+    )
+
+
+def test_a_key_of_another_layout_is_not_called_a_misspelling():
+    with pytest.raises(UserError, match="'prompt' would be lost") as refusal:
+        read(prompt=ASKED, response=SAID)
+    assert "Did you mean" not in str(refusal.value)

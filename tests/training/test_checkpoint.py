@@ -124,6 +124,48 @@ def test_value_heads_and_buffers_are_left_out_and_the_heads_said(tmp_path, caplo
     assert "inv_freq" not in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("kind", "stored"),
+    [
+        ("gpt2", ["transformer.h.0.attn.bias", "transformer.h.0.attn.masked_bias"]),
+        ("gpt_neo", ["transformer.h.0.attn.attention.bias", "transformer.h.0.attn.masked_bias"]),
+        ("gptj", ["transformer.h.0.attn.bias", "transformer.h.0.attn.masked_bias"]),
+        (
+            "gpt_neox",
+            ["gpt_neox.layers.0.attention.bias", "gpt_neox.layers.0.attention.masked_bias"],
+        ),
+    ],
+)
+def test_masks_that_older_copies_store_do_not_count(kind, stored, tmp_path, caplog):
+    """As the hub's GPT-Neo and GPT-J do."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "n_embd": 32, "n_layer": 2}
+    sizes |= {"n_head": 2, "rotary_dim": 8, "attention_types": [[["global"], 2]], "vocab_size": 64}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    ends = {"bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 64}
+    config = AutoConfig.for_model(kind, **sizes, **ends)
+    folder = bases.saved(tmp_path, AutoModelForCausalLM.from_config(config))
+    plain = load_base(str(folder), device="cpu", fresh=True).fingerprint
+    masks = {name: torch.ones(1, 1, 8, 8, dtype=torch.bool) for name in stored}
+    bases.with_tensors(folder, lambda tensors: tensors.update(masks))
+    assert load_base(str(folder), device="cpu", fresh=True).fingerprint == plain
+    assert "bias" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind"), [(torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3"), (torch.uint8, "U8")]
+)
+def test_codes_without_a_configuration_are_refused(dtype, kind, tmp_path):
+    """Codes read as numbers are another model, whose loss may look plausible."""
+
+    def coded(tensors):
+        tensors[FIRST] = (tensors[FIRST] * 8).to(dtype)
+
+    folder = bases.with_tensors(bases.copied(tmp_path / "m"), coded)
+    refused(folder, rf"'{FIRST}' is stored as {kind}, the codes of a quantized checkpoint")
+
+
 def test_half_precision_is_loaded_in_the_dtype_asked_for(tmp_path):
     folder = bases.with_tensors(
         bases.copied(tmp_path / "m"), lambda found: {k: v.half() for k, v in found.items()}
