@@ -125,7 +125,7 @@ EXCEPTIONS: dict[str, dict] = {
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
-    "kimi_linear": {"layer_types": ["linear_attention", "full_attention"]},
+    "kimi_linear": {"linear_head_dim": 16, "linear_num_heads": 4, "layer_types": ["linear_attention", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "lfm3": {"layer_types": ["conv", "full_attention"]},
     "llama#grouped": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},

@@ -1,7 +1,7 @@
 # ruff: noqa: E501 (the page)
 """Write ``docs/families.md``: ``python tests/support/family_table.py [NAME...]``.
 
-Two minutes of one core for all families; with names, only their lines are made again.
+One minute of one core for all families; with names, only their lines are made again.
 """
 
 from __future__ import annotations
