@@ -99,8 +99,9 @@ def move_base(place):
 
 def told(arguments, capsys, status=2):
     assert main([str(argument) for argument in arguments]) == status
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("flexlora: ")
+    said = capsys.readouterr()
+    lines = said.err.splitlines()
+    assert (status == 0 or said.out == "") and len(lines) == 1 and lines[0].startswith("flexlora: ")
     return lines[0]
 
 
