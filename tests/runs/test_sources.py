@@ -98,10 +98,12 @@ def move_base(place):
 
 
 def told(arguments, capsys, status=2):
+    capsys.readouterr()
     assert main([str(argument) for argument in arguments]) == status
     said = capsys.readouterr()
     lines = said.err.splitlines()
-    assert (status == 0 or said.out == "") and len(lines) == 1 and lines[0].startswith("flexlora: ")
+    assert said.out == "", "a refusal shows nothing else"
+    assert len(lines) == 1 and lines[0].startswith("flexlora: ")
     return lines[0]
 
 
