@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import shutil
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from flwr.app import Context
@@ -85,6 +86,9 @@ def federate(
     state, classes = RunFolder(out).load_checkpoint() if resume else (None, None)
     with ExitStack() as held, observed(out, config, observer, resumed=resume) as watcher:
         strategy = FlexLoRAStrategy(config, observer=watcher, state=state, rank_classes=classes)
+        compared = partial(_refuse_changed, out, config, allow_changed, flag)
+        if state is not None and sources is not None:
+            compared(sources)  # before the nodes are asked and anything is shown
         strategy.meet(grid)
         strategy.sources = sources or Sources(base=strategy.roster.fingerprint)
         if state is None:
@@ -93,16 +97,8 @@ def federate(
         else:
             held.enter_context(exclusive_lock(out))
             strategy.run = RunFolder(out)
-            changed = check_same(
-                strategy.run.sources(),
-                strategy.sources,
-                run=str(out),
-                model=config.model.name,
-                allowed=allow_changed,
-                flag=flag,
-            )
-            if changed:
-                LOG.warning(changed)
+            if sources is None:
+                compared(strategy.sources)
             strategy.run.rewind(state.round)
             strategy.restore(strategy.run.load_notes(), grid)
         if run_id is not None:
@@ -118,6 +114,24 @@ def federate(
         if untrained:
             raise RunFailed(untrained)
     return strategy
+
+
+def _refuse_changed(out: Path, config: Config, allowed: bool, flag: str, sources: Sources) -> None:
+    """Compare ``sources`` with those of the run in ``out``, which is to go on.
+
+    Raises:
+        UserError: they are others, and that is not ``allowed``.
+    """
+    changed = check_same(
+        RunFolder(out).sources(),
+        sources,
+        run=str(out),
+        model=config.model.name,
+        allowed=allowed,
+        flag=flag,
+    )
+    if changed:
+        LOG.warning(changed)
 
 
 def write_adapters(

@@ -98,8 +98,11 @@ def move_base(place):
 
 
 def told(arguments, capsys, status=2):
+    capsys.readouterr()
     assert main([str(argument) for argument in arguments]) == status
-    lines = capsys.readouterr().err.splitlines()
+    said = capsys.readouterr()
+    lines = said.err.splitlines()
+    assert said.out == "", "a refusal shows nothing else"
     assert len(lines) == 1 and lines[0].startswith("flexlora: ")
     return lines[0]
 
