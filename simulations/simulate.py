@@ -93,7 +93,8 @@ def simulate(
     config, out = resolved(config), Path(expanded(str(out)))
     if not go_on:
         RunFolder.check_free(out, overwrite=overwrite)
-        (out / FAILED_COHORTS).unlink(missing_ok=True)
+        if (out / FAILED_COHORTS).is_file():  # False also below a file, which is refused later
+            (out / FAILED_COHORTS).unlink()
     check_config(config)
     torch.set_num_threads(config.engine.threads)
     several = config.engine.workers > 1 or bool(config.engine.ray_address)
