@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from flexlora.runs.folder import RunFolder
 from flexlora.runs.outcomes import Outcome
@@ -24,10 +24,15 @@ def nobody_trained(run: RunFolder) -> str:
         return ""
     rows = [row for row in run.client_rows() if row["round"] != "0"]
     asked = [row for row in rows if row["status"] not in _NOT_ASKED]
-    count = f"no client was trained in {_counted(len(rounds), 'round')}"
-    if failed := sum(row["status"] != Outcome.OK.status for row in asked):
-        count += f" ({failed} of {_counted(len(asked), 'training')} failed)"
-    cause = _cause([row for row in asked if row["cause"]], rounds)
+    failed = [row for row in asked if row["status"] != Outcome.OK.status]
+    what = "no client was trained" if len(failed) == len(asked) else "no update counted"
+    count = f"{what} in {_counted(len(rounds), 'round')}"
+    if failed:
+        count += f" ({len(failed)} of {_counted(len(asked), 'training')} failed)"
+    causes = [row["cause"] for row in failed if row["cause"]]
+    skipped = [str(row["skipped"]) for row in rounds if row.get("skipped")]
+    # Where some were trained, too few came: the rounds say so.
+    cause = _most_frequent(causes or skipped if len(failed) == len(asked) else skipped or causes)
     return (
         f"{count}, so the model is as it was and no adapters are written: "
         f"{cause or 'no client was asked'}; '{run.path}' has metrics.jsonl and clients.csv."
@@ -37,14 +42,10 @@ def nobody_trained(run: RunFolder) -> str:
 _NOT_ASKED = (Outcome.LEFT_OUT.status, Outcome.BACKING_OFF.status, Outcome.NOT_NEEDED.status)
 
 
-def _cause(rows: Sequence[Mapping[str, str]], rounds: Sequence[Mapping[str, object]]) -> str:
-    """The most frequent cause of failure, where none failed that of the skipped rounds."""
-    failures = [row["cause"] for row in rows if row["status"] != Outcome.OK.status]
-    skipped = [str(row["skipped"]) for row in rounds if row.get("skipped")]
-    texts = failures or skipped
+def _most_frequent(texts: Sequence[str]) -> str:
+    """The first of the most frequent kind; clients' ids and numbers differ within a kind."""
     if not texts:
         return ""
-    # Clients' ids and numbers differ between causes that are the same.
     kinds = Counter(map(_kind, texts))
     kind, count = kinds.most_common(1)[0]
     example = next(text for text in texts if _kind(text) == kind)

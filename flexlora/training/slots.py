@@ -25,7 +25,6 @@ from flexlora.training.targets import choose_targets, find_targets
 
 __all__ = ["SlotModel", "find_targets", "kept_rank", "slot_model"]
 
-SVD_ENTRIES = 1 << 22  # numbers of the sketches that are decomposed in one call
 _SLOTS = "_flexlora_slots"  # the attribute of a model that has its SlotModel
 
 
@@ -220,7 +219,10 @@ class SlotModel:
 
     @torch.no_grad()
     def _align(self) -> None:
-        """The top rows of all sketches, those of equal shape and rank together."""
+        """The top rows of all sketches, those of equal shape and rank together.
+
+        A call decomposes as many numbers as the largest sketch has, so it takes no more memory.
+        """
         alike: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
         for name, layer in self.layers.items():
             assert layer.trained is not None and layer.sketch is not None
@@ -230,8 +232,9 @@ class SlotModel:
                 sketch = layer.sketch.total[slot, :size]
                 rows = layer.trained.A[slot, : self._templates[slot][name].rank]
                 alike.setdefault((*sketch.shape, len(rows)), []).append((sketch, rows))
+        largest = max((size * in_features for size, in_features, _ in alike), default=0)
         for (size, in_features, rank), pairs in alike.items():
-            count = max(1, SVD_ENTRIES // (size * in_features))
+            count = largest // (size * in_features)
             for at in range(0, len(pairs), count):
                 sketches, rows = map(torch.stack, zip(*pairs[at : at + count], strict=True))
                 for (_, old), new in zip(pairs[at:], top_rows(sketches, rank, rows), strict=False):

@@ -5,6 +5,7 @@ import math
 import pytest
 
 from federation import StopAt, Stopped, client_rows, rounds, small, untimed
+from flexlora.errors import RunFailed
 from flexlora.server.observing.observer import Observer
 from flexlora.simulations import simulate as simulation
 from flexlora.simulations.engine.pool import LocalPool
@@ -96,7 +97,8 @@ def test_who_is_late_goes_on_from_what_it_trained(size, tmp_path, monkeypatch):
 
 
 def test_who_leaves_in_the_middle_keeps_nothing(tmp_path):
-    simulate(RACE.with_values({"population.dropout": 1.0}), tmp_path / "run")
+    with pytest.raises(RunFailed, match="the client left after"):
+        simulate(RACE.with_values({"population.dropout": 1.0}), tmp_path / "run")
     assert not (tmp_path / "run" / "personal").exists()
 
 

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from federation import adapter_bytes, client_rows, rounds, small, untimed
-from flexlora.errors import UserError
+from flexlora.errors import RunFailed, UserError
 from flexlora.lora.ranks import RankClass
 from flexlora.simulations.simulate import resume, simulate
 from flexlora.simulations.world.clock import Effort
@@ -128,7 +128,8 @@ def test_a_quorum_that_comes_together_while_a_late_reply_is_awaited_is_a_round(t
         server__wait_seconds=300.0,
         server__round_timeout_seconds=100.0,
     )
-    simulate(config, tmp_path / "run")
+    with pytest.raises(RunFailed, match="no client was trained in 2 rounds"):
+        simulate(config, tmp_path / "run")
     first, second = rounds(tmp_path / "run")[1:]
     assert first["simulated_seconds"] == pytest.approx(100.0)
     asked = {row["client_id"] for row in client_rows(tmp_path / "run", 2)}
@@ -251,7 +252,8 @@ def test_over_selection_stops_at_the_first_that_are_enough(tmp_path):
 
 def test_a_round_below_its_quorum_changes_nothing_and_says_so(tmp_path):
     config = small(num_server_rounds=2, population__dropout=0.7, server__quorum=3)
-    simulate(config, tmp_path / "run")
+    with pytest.raises(RunFailed, match=r"no update counted in 2 rounds .*: skipped: . update"):
+        simulate(config, tmp_path / "run")
     for metrics in rounds(tmp_path / "run")[1:]:
         counted = [
             r for r in client_rows(tmp_path / "run", metrics["round"]) if r["status"] == "ok"
@@ -271,7 +273,8 @@ def test_fewer_reachable_than_the_quorum_is_a_skipped_round(tmp_path):
         server__quorum=4,
         server__wait_seconds=600.0,
     )
-    simulate(config, tmp_path / "run")
+    with pytest.raises(RunFailed, match="clients can be reached, server.quorum is 4"):
+        simulate(config, tmp_path / "run")
     (_, metrics) = rounds(tmp_path / "run")
     assert "clients can be reached, server.quorum is 4" in metrics["skipped"]
     assert metrics["simulated_seconds"] == pytest.approx(600.0)

@@ -58,10 +58,12 @@ def test_bytes_are_reported_as_sent_with_the_scales(whole):
         assert rounds(whole)[at]["bytes_up"] == rounds(whole)[at]["bytes_down"] == sent
 
 
-def test_a_client_keeps_the_rounding_of_its_last_two_rounds_in_the_run_folder(whole):
+def test_a_client_keeps_the_rounding_of_its_last_three_rounds_in_the_run_folder(whole):
+    """``server.late-rounds`` + 2: of those that a resumed run may send again."""
     names = sorted(kept_files(whole))
-    assert len(names) == 8 and all(name.startswith("personal/feedback/") for name in names)
+    assert len(names) == 12 and all(name.startswith("personal/feedback/") for name in names)
     assert {name.rpartition("round-")[2] for name in names} == {
+        "000001.safetensors",
         "000002.safetensors",
         "000003.safetensors",
     }
