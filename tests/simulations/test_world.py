@@ -273,7 +273,7 @@ def test_fewer_reachable_than_the_quorum_is_a_skipped_round(tmp_path):
         server__quorum=4,
         server__wait_seconds=600.0,
     )
-    with pytest.raises(RunFailed, match="clients can be reached, server.quorum is 4"):
+    with pytest.raises(RunFailed, match=r"clients can be reached, server\.quorum is 4"):
         simulate(config, tmp_path / "run")
     (_, metrics) = rounds(tmp_path / "run")
     assert "clients can be reached, server.quorum is 4" in metrics["skipped"]
