@@ -68,9 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    wait_passively()
     given = sys.argv[1:] if arguments is None else arguments
     if arguments is None:  # The process is this command's alone.
+        wait_passively()
         # Loading torch and transformers makes 700,000 objects that live as long as the process:
         # collect rarely, and do not walk them once more at exit.
         gc.set_threshold(100_000)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
@@ -69,10 +70,29 @@ def test_the_free_cores_are_fixed_in_the_configuration(monkeypatch):
     assert resolved(small(engine__threads=7)).engine.threads == 7
 
 
-def test_a_policy_that_is_set_is_left(monkeypatch):
+@pytest.mark.parametrize(
+    ("running", "cpus", "expected"),
+    [
+        ([1, 1, 1, 1, 1], 2, None),  # alone
+        ([3, 3, 1, 3, 3], 2, None),  # what others do ends at once
+        ([2, 2, 3, 2, 2], 2, "PASSIVE"),
+        ([9, 9, 9, 9, 9], 64, None),  # eight of 64 cores
+        ([17, 18, 17, 19, 17], 64, "PASSIVE"),
+    ],
+)
+def test_threads_sleep_where_others_have_a_quarter_of_the_cores(
+    monkeypatch, running, cpus, expected
+):
+    texts = iter(f"0.1 0.2 0.3 {count}/210 99" for count in running)
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: next(texts))
+    monkeypatch.setattr(os, "cpu_count", lambda: cpus)
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     wait_passively()
-    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert os.environ.get("OMP_WAIT_POLICY") == expected
+
+
+def test_a_policy_that_is_set_is_left(monkeypatch):
+    monkeypatch.setattr(cores, "_shared", lambda: True)
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     wait_passively()
     assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
@@ -80,8 +100,10 @@ def test_a_policy_that_is_set_is_left(monkeypatch):
 
 def test_the_command_waits_passively_before_torch_is_loaded():
     program = (
-        "import os, sys; from flexlora.commands.cli import main; before = 'torch' in sys.modules; "
-        "main(['plan', '--help']); print(before, os.environ['OMP_WAIT_POLICY'])"
+        "import os, sys; from flexlora.commands.cli import main\n"
+        "from flexlora.config import cores\n"
+        "cores._shared = lambda: True; before = 'torch' in sys.modules\n"
+        "sys.argv[1:] = ['plan', '--help']; main(); print(before, os.environ['OMP_WAIT_POLICY'])"
     )
     environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
     done = subprocess.run(
