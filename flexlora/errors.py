@@ -34,7 +34,7 @@ def one_line(error: BaseException) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """What a library's error says in one line, without its type."""
+    """The first line of a library's error message, without its type."""
     return _first(error) or type(error).__name__
 
 

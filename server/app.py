@@ -69,7 +69,7 @@ def federate(
     """Run the rounds over ``grid`` into the folder ``out``, made once a client can train.
 
     Whatever ends the rounds, the adapters of the last one that was written whole are written,
-    unless all are over and nobody was trained.
+    unless all are over and no client was trained.
 
     Args:
         run_id: Flower's, which marks the folder (``resuming.py``).

@@ -59,7 +59,8 @@ def evaluate_target(
     values |= given
     config = resolved(Config.of(values))
     worker = worker_for(config)
-    _check_sources(found, config, worker, target, allow_changed)
+    now, model = _sources_now(found, config, worker), config.model.name
+    _check_sources(found.sources, now, target=target, model=model, allow_changed=allow_changed)
     scores = held_out_scores(worker, {}) | held_out_scores(worker, adapters)
     table = Table(box=None, pad_edge=False)
     for column in ("adapter", "loss", "exact match", "ROUGE-L", "rows"):
@@ -116,24 +117,24 @@ def _target(path: Path, *, base_given: bool) -> _Target:
     return _Target(adapters=adapters, values=values, sources=origin)
 
 
-def _check_sources(
-    found: _Target, config: Config, worker: Worker, name: str, allow_changed: bool
-) -> None:
-    """Compare the base and, where they are the run's own, the rows that are evaluated."""
+def _sources_now(found: _Target, config: Config, worker: Worker) -> Sources:
+    """The base and, if the target was trained on these data, the rows that are evaluated."""
     now, rows = config.flat(), dict[str, str]()
     dealt = [key for key in now if key.startswith(("data.", "clients.")) or key in _DEALING]
     if all(found.values.get(key) == now[key] for key in dealt):
         rows[config.eval.split] = worker.data.digests()[config.eval.split]
-    told = check_same(
-        found.sources,
-        Sources(base=worker.base.fingerprint, rows=rows),
-        run=name,
-        model=config.model.name,
-        allowed=allow_changed,
-        flag="--allow-changed",
+    return Sources(base=worker.base.fingerprint, rows=rows)
+
+
+def _check_sources(
+    before: Sources | None, now: Sources, *, target: str, model: str, allow_changed: bool
+) -> None:
+    """Refuse sources that have changed, or print what has changed where that is allowed."""
+    notice = check_same(
+        before, now, run=target, model=model, allowed=allow_changed, flag="--allow-changed"
     )
-    if told:
-        print(f"flexlora: {told}", file=sys.stderr)
+    if notice:
+        print(f"flexlora: {notice}", file=sys.stderr)
 
 
 def export_run(target: str, *, rank: int, kind: str, out: str, allow_changed: bool = False) -> None:
@@ -170,16 +171,8 @@ def export_run(target: str, *, rank: int, kind: str, out: str, allow_changed: bo
             write_origin(folder, sources.base)
     else:
         loaded = load_base(config.model.name, dtype=config.model.dtype, device="cpu", fresh=True)
-        told = check_same(
-            run.sources(),
-            Sources(base=loaded.fingerprint),
-            run=target,
-            model=config.model.name,
-            allowed=allow_changed,
-            flag="--allow-changed",
-        )
-        if told:
-            print(f"flexlora: {told}", file=sys.stderr)
+        now, model = Sources(base=loaded.fingerprint), config.model.name
+        _check_sources(run.sources(), now, target=target, model=model, allow_changed=allow_changed)
         _save_merged(
             loaded, {n: svd.truncate(rank).to_dense() for n, svd in change.items()}, folder
         )

@@ -45,7 +45,7 @@ def run_in_terminal(
 
     Raises:
         UserError: see ``simulate`` and ``resume``.
-        RunFailed: nobody was trained; the page is written first.
+        RunFailed: no client was trained; the page is written first.
     """
     if go_on:
         _, config = RunFolder.open(out)

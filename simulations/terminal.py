@@ -56,7 +56,7 @@ class TerminalObserver(Observer):
         self.progress.stop()
 
     def read(self, layouts: Mapping[str, int]) -> None:
-        """Which keys the rows were read from, where these are not our own."""
+        """Print the keys that rows of other layouts were read from."""
         for keys, count in layouts.items():
             self.console.print(f"{count} rows were read from {keys}.")
 

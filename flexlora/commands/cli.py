@@ -64,7 +64,8 @@ GROUPS = {"client": CLIENT, "server": SERVER}
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status is 0, 2 for a person's mistake, 130 after Ctrl-C.
 
-    1 is a command's own: nobody was trained, the machine or a reproduced figure is not as expected.
+    1 means that the command ran and failed: no client was trained, a check of the machine or of a
+    reproduced figure did not pass.
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)

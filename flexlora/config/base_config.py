@@ -1,4 +1,4 @@
-"""The ``config.json`` of a base, and what it alone says about whether the base can be trained.
+"""Read the ``config.json`` of a base, and refuse bases that it shows cannot be trained.
 
 ``flexlora plan``, ``client init``, the server and ``load_base`` read it here, so that they refuse
 the same bases in the same words. Neither torch nor transformers is imported for a base that is
@@ -41,7 +41,7 @@ def base_config(name: str) -> dict[str, Any]:
     if file.name == "config.json" and (file.parent / ADAPTER).is_file():
         raise UserError(
             f"model folder '{name}' holds an adapter ({ADAPTER}) beside the base, and it is not "
-            f"clear which of the two is meant; move the adapter's files into a folder of their own."
+            f"clear which of the two is meant; move the adapter's files into another folder."
         )
     for refusal in (_of_unknown_code, _of_quantized_weights, *_OF_KIND):
         if (cause := refusal(config)) is not None:
@@ -58,7 +58,7 @@ def not_causal(name: str, model_type: str) -> UserError:
 
 
 def config_file(name: str) -> Path:
-    """Where the ``config.json`` of a model lies; for a hub name it is fetched, alone.
+    """The path of a model's ``config.json``; for a hub name this one file is downloaded.
 
     Raises:
         UserError: no such file, folder or hub model.
@@ -109,7 +109,7 @@ def _from_hub(name: str) -> Path:
 def _of_unknown_code(config: Mapping[str, Any]) -> str | None:
     """Refuse an architecture that only code in the folder implements: it is never run.
 
-    Where transformers has the architecture itself, its own code is used, whatever ``auto_map``
+    Where transformers has the architecture, its code is used, whatever ``auto_map``
     names.
     """
     model_type, code = config.get("model_type"), config.get("auto_map")

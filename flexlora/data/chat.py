@@ -1,13 +1,13 @@
 """A tokenizer's chat template: the prompts it writes, and where an answer begins and ends in it.
 
-A template is a program. What it writes round an answer is read off two renderings of the same
-turns, whose contents are sentinels: one with its generation prompt, one with the answer in place.
+A template is a program. The text that it puts before and after an answer is found by rendering the
+same turns twice, with sentinels as contents: with the generation prompt, and with the answer.
 
     generation prompt   ... last turn | after the turn
     whole conversation  ... last turn | before the answer | answer | after the answer
 
-The prompt is the template's generation prompt to the letter. What the whole conversation writes
-beyond it is added: to the prompt if it is text (a header that the generation prompt lacks, the
+The prompt is exactly the template's generation prompt. What the whole conversation writes beyond
+it is added: to the prompt if it is text (a header that the generation prompt lacks, the
 empty ``<think>`` block of Qwen3's), to the answer if it is white space. After the answer, all up
 to the first added token of the tokenizer is the end of the turn.
 
@@ -76,7 +76,7 @@ class ChatTemplate:
 
     Raises:
         UserError: several templates of which none is the default, a template that cannot be
-            rendered or does not write what a user says.
+            rendered or does not write a user's content.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, date: str = DEFAULT_DATE) -> None:
@@ -104,7 +104,7 @@ class ChatTemplate:
         return self._render(turns, add_generation_prompt=True)
 
     def shape(self, roles: tuple[str, ...]) -> Shape:
-        """What stands round an answer to turns of these roles, rendered once.
+        """The text before and after an answer to turns of these roles, rendered once.
 
         Raises:
             UserError: the template refuses the roles, drops or changes a turn's content, or writes
@@ -207,7 +207,7 @@ class ChatTemplate:
         """The tag that ends the generation prompt and that an answer has to close.
 
         A tag that the template never closes and writes before every answer (``<assistant>``,
-        MiniCPM's ``<AI>``) says who speaks.
+        MiniCPM's ``<AI>``) names the speaker.
         """
         found = _OPEN_TAG.search(after_turn)
         if found is None:
@@ -216,7 +216,7 @@ class ChatTemplate:
         return None if marks_speaker else found[1]
 
     def _turn_end(self, after: str) -> tuple[str, str | None]:
-        """What stands between the answer and the first added token after it, and that token."""
+        """The text between the answer and the first added token after it, and that token."""
         found = [
             (at, -len(token), token)
             for token in self._tokenizer.get_added_vocab()
@@ -253,7 +253,7 @@ def _on_day(template: str, day: datetime.date) -> str:
     values |= {f"%-{letter}": values[f"%{letter}"].lstrip("0") or "0" for letter in "dmyHIMSj"}
     # No value holds a '%' but that of '%%', which therefore comes last.
     filters = "".join(f"|replace('{name}','{value}')" for name, value in values.items())
-    # trim_blocks removes the line end, and the template begins on a line of its own as before.
+    # trim_blocks removes the line end, so the template begins on a new line as before.
     return (
         "{%- macro strftime_now(format) -%}{{ format" + filters + "|replace('%%','%') }}"
         "{%- endmacro %}\n" + template
@@ -286,6 +286,6 @@ def _beyond(after_turn: str, wanted: str) -> tuple[str, str]:
 
 def _loses(role: str) -> UserError:
     return UserError(
-        f"The tokenizer's chat template does not write what the {role} says as it stands, so the "
-        f"model would not see it; {_REMEDY}."
+        f"The tokenizer's chat template does not write the content of the {role} unchanged, so "
+        f"the model would not see it; {_REMEDY}."
     )

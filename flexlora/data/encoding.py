@@ -9,8 +9,8 @@ So it is tokenised behind ``Rendered.context``, the constant end of the prompt, 
 taken off. Where the two would merge (a chat template whose prompt ends in a space), the answer is
 tokenised alone.
 
-The text of a row cannot forge a turn. A token that begins or ends one, if its text stands in a
-row, is encoded as the characters it is written with, as by ``sanitize_control_tokens`` of
+The text of a row cannot forge a turn. The text of a token that begins or ends one, if a row
+contains it, is encoded as plain characters, as by ``sanitize_control_tokens`` of
 transformers. Other special tokens, such as ``<think>``, are the tokens they name.
 """
 

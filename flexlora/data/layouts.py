@@ -7,8 +7,8 @@
     OpenAI                  messages of {"role": "user", "content": text or parts of type text}
 
 A layout is read whole or not at all. Of the keys that it does not know, those are dropped that hold
-nothing, no text, a copy of the row's text, or are named in ``METADATA`` or ``..._id``: what a row
-is, not what it says. Any other key holds text that the model would not see: refused by name.
+nothing, no text, a copy of the row's text, or are named in ``METADATA`` or ``..._id``, which
+describe a row. Any other key holds text that the model would not see, and is refused by name.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ METADATA = frozenset(
         *("difficulty", "score", "rating", "quality", "weight", "annotator", "session", "subset"),
     ]
 )
-# False says that the answer is a bad one.
+# False marks a bad answer.
 _VERDICTS = ("label", "kto_tag")
 
 
 def in_our_layout(row: Mapping[str, Any], where: str) -> tuple[dict[str, Any], str]:
     """``instruction``, ``input`` and ``output``, or ``messages``; and the keys they were read from.
 
-    The second is empty for our own layouts. Labels are not among the keys of ``row``.
+    The second is empty for FlexLoRA's layouts. Labels are not among the keys of ``row``.
 
     Raises:
         UserError: keys of two layouts, or a key whose text would be lost.
@@ -93,7 +93,7 @@ def refuse_lost(row: Mapping[str, Any], read: set[str], texts: Iterable[str], wh
 
 
 def is_metadata(key: str) -> bool:
-    """Whether the key's name tells what a row is, not what it says."""
+    """Whether the key describes the row and is no part of its text."""
     name = key.lower().strip("_").replace("-", "_")
     return name in METADATA or name.endswith("_id")
 
@@ -151,7 +151,7 @@ def _after_history(
 
 
 def _spelled(row: Mapping[str, Any], keys: Sequence[str], *, ours: Sequence[str]) -> str:
-    """The keys that the row was read from; empty for our own layouts."""
+    """The keys that the row was read from; empty for FlexLoRA's layouts."""
     read = [key for key in keys if row.get(key)]
     return "" if all(key in ours for key in read) else ", ".join(read)
 

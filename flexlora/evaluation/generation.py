@@ -6,7 +6,7 @@ model that does not see which tokens are padding (RWKV, BART's decoder), and wha
 end is removed. Generation stops where the answers that were learned end (``Example.ends``), at the
 tokenizer's eos and at the ends that the model's own configuration names.
 
-An answer is decoded as it stands: special tokens such as ``<think>`` and the spaces before
+An answer is decoded unchanged: special tokens such as ``<think>`` and the spaces before
 punctuation may be part of it.
 """
 

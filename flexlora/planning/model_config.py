@@ -50,8 +50,10 @@ def _completed(config: Mapping[str, Any], name: str) -> Any:
 
     try:
         return AutoConfig.for_model(**config)
-    except Exception as error:  # each family checks its values in its own way
-        raise UserError(f"config.json of model '{name}' cannot be: {reason(error)}") from error
+    except Exception as error:  # the families raise different errors
+        raise UserError(
+            f"config.json of model '{name}' is refused by transformers: {reason(error)}"
+        ) from error
 
 
 def _count(config: Any, name: str) -> int:

@@ -17,6 +17,7 @@ import csv
 import io
 import json
 import math
+import os
 import platform
 import shutil
 import subprocess
@@ -92,10 +93,16 @@ class RunFolder:
         """Refuse to write a run to ``path`` if that would delete data.
 
         Raises:
-            UserError: the folder has rounds and ``overwrite`` is off, another process writes it, or
-                it has other contents than a run, which are never deleted.
+            UserError: the folder has rounds and ``overwrite`` is off, another process writes it,
+                it has other contents than a run, which are never deleted, or cannot be made.
         """
-        if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        if not path.exists():
+            above = next(parent for parent in path.absolute().parents if parent.exists())
+            if not above.is_dir() or not os.access(above, os.W_OK):
+                cause = "cannot be written to" if above.is_dir() else "is not a folder"
+                raise UserError(f"output folder '{path}' cannot be made: '{above}' {cause}.")
+            return
+        if path.is_dir() and not any(path.iterdir()):
             return
         is_run = RunFolder.is_run(path)
         no_rounds = not (path / "metrics.jsonl").exists()

@@ -50,7 +50,7 @@ class Sources:
         found = []
         if self.base and now.base and self.base != now.base:
             prints = f"its fingerprint is {now.base[:12]}, it was {self.base[:12]}"
-            found.append(f"the base '{model}' holds other weights ({prints})")
+            found.append(f"the base '{model}' has changed in weights or settings ({prints})")
         for split in self.rows.keys() & now.rows.keys():
             if self.rows[split] != now.rows[split]:
                 count, before = (
@@ -77,10 +77,10 @@ def check_same(
     found = before.differences(now, model) if before is not None else []
     if not found:
         return ""
-    told = f"{' and '.join(found)} since '{run}' was trained"
+    notice = f"{' and '.join(found)} since '{run}' was trained"
     if not allowed:
-        raise UserError(f"{told}; put back what was there, or go on with {flag}.")
-    return f"{told}: going on as {flag} says."
+        raise UserError(f"{notice}; put back what was there, or go on with {flag}.")
+    return f"{notice}: going on, as {flag} was given."
 
 
 def write_origin(folder: Path, base: str) -> None:

@@ -128,8 +128,8 @@ def _without_weights(folder: Path) -> str:
         return f"has its weights as a GGUF file; expected {SINGLE}, from the base it was made of."
     if stored:
         return (
-            f"holds {listed(stored)}, but neither {SINGLE} nor {INDEX}, which says which tensor "
-            "lies where; copy that file too."
+            f"holds {listed(stored)}, but neither {SINGLE} nor {INDEX}, which maps tensors to "
+            "files; copy that file too."
         )
     return f"holds no weights; expected {SINGLE}."
 

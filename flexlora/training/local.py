@@ -257,7 +257,7 @@ def answer_losses(slots: SlotModel, batch: Batch) -> list[Tensor]:
     """Cross entropy of every answer token, slot by slot: K tensors ``[answer tokens]``.
 
     Only answer positions go through the output layer where the model takes ``logits_to_keep``,
-    unless a target lies behind that choice, where rows could not be told apart.
+    unless a target comes after that choice, where the clients' rows are no longer separable.
     Padding is on the right, outside causal attention, so no attention mask is needed and the fast
     causal kernels run. The losses are float32 at least.
     """

@@ -1,7 +1,7 @@
 """The frozen base model, loaded once per process, and its tokenizer.
 
 ``embedded`` is the tiny base of the package; any other name is a local folder or a hub name, read
-as safetensors only, never as a pickle, and never with code of its own. Weights are bfloat16,
+as safetensors only, never as a pickle, and code in its folder is never run. Weights are bfloat16,
 float32 or float64, 8-bit (LLM.int8(), arXiv 2208.07339), or as NF4 with double quantization (QLoRA,
 arXiv 2305.14314).
 
@@ -108,7 +108,7 @@ def _load(
     attention: str,
     device: torch.device,
 ) -> BaseModel:
-    """Every check that a file can fail comes before the weights are read.
+    """Load a base; all checks of its files come before the weights are read.
 
     The model is what its files hold; the fingerprint is of the files. Whether the model is causal
     is seen when its targets are chosen (``targets.py``).
@@ -182,8 +182,10 @@ def _check_architecture(
         raise not_causal(name, model_type)
     try:
         AutoConfig.from_pretrained(source, trust_remote_code=False, **where)
-    except Exception as error:  # each family checks its values in its own way
-        raise UserError(f"config.json of model '{name}' cannot be: {reason(error)}") from error
+    except Exception as error:  # the families raise different errors
+        raise UserError(
+            f"config.json of model '{name}' is refused by transformers: {reason(error)}"
+        ) from error
     if find_adapter_config_file(source, **where) is not None:  # base_config has seen a folder's
         raise UserError(
             f"hub model '{name}' holds an adapter (adapter_config.json); expected a base alone: "

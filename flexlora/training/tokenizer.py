@@ -1,4 +1,4 @@
-"""The tokenizer beside a base: there, with a vocabulary, and never with code of its own.
+"""Load the tokenizer of a base; one that is missing, empty or needs code of the folder is refused.
 
 transformers makes an empty tokenizer where a folder names a class and lacks its files: every text
 is then no tokens at all.
@@ -42,8 +42,8 @@ def load_tokenizer(source: str, name: str, **where: Any) -> Any:
 def _cause(source: str, error: Exception) -> str:
     if "custom code" in str(error):
         return (
-            "is code of its own (auto_map in tokenizer_config.json), which FlexLoRA never runs; "
-            "expected a tokenizer that transformers has."
+            "needs code in the folder (auto_map in tokenizer_config.json), which FlexLoRA never "
+            "runs; expected a tokenizer that transformers has."
         )
     folder = Path(source)
     if folder.is_dir() and not any((folder / file).is_file() for file in VOCABULARIES):

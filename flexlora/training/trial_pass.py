@@ -2,7 +2,7 @@
 
 Three rows of five tokens go through the plain model, with the same arguments as a training pass.
 The loss is that of one answer token in the last row, and its gradient with respect to every
-linear's output and to the input embeddings says, by exact zeros and without a tolerance for chance:
+linear's output and to the input embeddings shows, beyond rounding (1e-5 of the largest number):
 
     no gradient at all      a vision tower, a projection whose weight other code multiplies itself,
                             an index of the tokens to attend to

@@ -3,7 +3,7 @@
     python -m flexlora.simulations.benchmarks.cohort_load [--slots 16] [--layers 30] [--json FILE]
 
 A random Llama in the shape of SmolLM2-135M (210 target modules) and a cohort of clients at ranks 4,
-8 and 16, each with decoded adapters of its own:
+8 and 16, each with separately decoded adapters:
 
     decode         the clients' train messages, of three rank classes, digests among it
     drawn terms    the start of every client of a method that draws the terms to train

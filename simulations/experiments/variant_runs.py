@@ -96,7 +96,7 @@ def _tail(config: Config, out: Path) -> dict[str, object]:
 
 
 def _loss(config: Config, out: Path) -> dict[str, float]:
-    """The last eval loss, each client at its own rank; no answer is generated."""
+    """The last eval loss, each client at its rank; no answer is generated."""
     simulate(config.with_values({"eval.generate": "never"}), out, overwrite=True)
     return {"loss": RunFolder(out).metrics()[-1]["eval_loss"]}
 

@@ -9,6 +9,7 @@ import shutil
 import pytest
 
 from builders import random_adapter
+from command_line import refusal
 from federation import as_sets, command, finished, small
 from flexlora.commands.cli import main
 from flexlora.config.paths import EMBEDDED
@@ -17,21 +18,6 @@ from flexlora.simulations.inspection import _target
 from flexlora.simulations.simulate import simulate
 
 GOOD_ROW = {"instruction": "Say yes.", "output": "yes", "client": "anna"}
-
-
-def told(arguments, capsys):
-    """The one sentence that ``flexlora ARGUMENTS`` answers a mistake with."""
-    try:
-        status = main([str(argument) for argument in arguments])
-    except SystemExit as exit:
-        status = exit.code
-    captured = capsys.readouterr()
-    assert status == 2, captured.err
-    lines = captured.err.splitlines()
-    assert len(lines) == 1, captured.err
-    assert lines[0].startswith("flexlora: ") and len(lines[0]) < 400
-    assert "Traceback" not in captured.err + captured.out
-    return lines[0].removeprefix("flexlora: ")
 
 
 @pytest.fixture(scope="module")
@@ -121,18 +107,18 @@ KEYS = {
 @pytest.mark.parametrize("mistake", KEYS)
 def test_a_mistaken_setting_is_told_in_one_sentence_and_leaves_no_folder(mistake, tmp_path, capsys):
     item, sentence = KEYS[mistake]
-    assert re.search(sentence, told(simulated(tmp_path, item), capsys))
+    assert re.search(sentence, refusal(simulated(tmp_path, item), capsys))
     assert not (tmp_path / "out").exists()  # so that the corrected command is not refused
 
 
-def test_rank_0_for_all_is_told(tmp_path, capsys):
+def test_rank_0_for_all_is_refused(tmp_path, capsys):
     arguments = simulated(tmp_path, "ranks.policy=fixed", "ranks.fixed=0")
-    assert re.search(r"ranks.fixed is 0, expected a rank of at least 1", told(arguments, capsys))
+    assert re.search(r"ranks.fixed is 0, expected a rank of at least 1", refusal(arguments, capsys))
 
 
-def test_a_folder_and_a_hub_data_set_at_once_are_told(tmp_path, capsys):
+def test_a_folder_and_a_hub_data_set_at_once_are_refused(tmp_path, capsys):
     arguments = simulated(tmp_path, "data.path=here", "data.name=owner/rows")
-    assert re.search("expected one of the two", told(arguments, capsys))
+    assert re.search("expected one of the two", refusal(arguments, capsys))
 
 
 @pytest.mark.parametrize(
@@ -149,15 +135,15 @@ def test_a_folder_and_a_hub_data_set_at_once_are_told(tmp_path, capsys):
 def test_a_bad_row_is_told_with_its_file_and_line(lines, sentence, tmp_path, capsys):
     folder = data_folder(tmp_path / "data", json.dumps(GOOD_ROW), *lines)
     arguments = simulated(tmp_path, f"data.path={folder}", "clients.count=0")
-    message = told(arguments, capsys)
+    message = refusal(arguments, capsys)
     assert re.search(sentence, message)
     assert "line" not in sentence or f"{folder}/train.jsonl" in message
 
 
-def test_a_data_folder_without_train_rows_is_told(tmp_path, capsys):
+def test_a_data_folder_without_train_rows_is_refused(tmp_path, capsys):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "trian.jsonl").write_text("{}\n")
-    message = told(simulated(tmp_path, f"data.path={tmp_path / 'data'}"), capsys)
+    message = refusal(simulated(tmp_path, f"data.path={tmp_path / 'data'}"), capsys)
     assert re.search(r"holds trian.jsonl, expected train.jsonl", message)
 
 
@@ -193,21 +179,23 @@ def broken_model(folder, kind):
 )
 def test_a_broken_model_folder_is_told_by_name(kind, tmp_path, capsys):
     folder = broken_model(tmp_path / "model", kind)
-    assert str(folder) in told(simulated(tmp_path, f"model.name={folder}"), capsys)
+    assert str(folder) in refusal(simulated(tmp_path, f"model.name={folder}"), capsys)
 
 
-def test_a_configuration_file_that_is_missing_or_broken_is_told(tmp_path, capsys):
+def test_a_configuration_file_that_is_missing_or_broken_is_refused(tmp_path, capsys):
     assert re.search(
-        "'none.toml' does not exist", told(["simulate", "--config", "none.toml"], capsys)
+        "'none.toml' does not exist", refusal(["simulate", "--config", "none.toml"], capsys)
     )
     broken = tmp_path / "broken.toml"
     broken.write_text("seed = = 1\n")
-    assert re.search("cannot be read", told(["simulate", "--config", broken], capsys))
+    assert re.search("cannot be read", refusal(["simulate", "--config", broken], capsys))
     wrong = tmp_path / "wrong.toml"
     wrong.write_text("[train]\nmax-stesp = 3\n")
-    assert re.search(r"'train.max-stesp'.*max-steps", told(["simulate", "--config", wrong], capsys))
+    assert re.search(
+        r"'train.max-stesp'.*max-steps", refusal(["simulate", "--config", wrong], capsys)
+    )
     wrong.write_text('[train]\nmax-steps = "3"\n')
-    message = told(["simulate", "--config", wrong], capsys)
+    message = refusal(["simulate", "--config", wrong], capsys)
     assert re.search(r"train.max-steps is '3', expected a whole number", message)
 
 
@@ -218,9 +206,9 @@ def snapshot(folder):
 def test_a_run_is_replaced_only_when_asked(run_folder, tmp_path, capsys):
     shutil.copytree(run_folder, tmp_path / "out")
     before = snapshot(tmp_path / "out")
-    message = told(simulated(tmp_path), capsys)
+    message = refusal(simulated(tmp_path), capsys)
     assert re.search(r"already holds a run; .*--resume .*--overwrite", message)
-    assert told([*simulated(tmp_path, "ranks.tiers=0,1"), "--overwrite"], capsys)
+    assert refusal([*simulated(tmp_path, "ranks.tiers=0,1"), "--overwrite"], capsys)
     assert snapshot(tmp_path / "out") == before  # a mistake replaces nothing either
     arguments = [*simulated(tmp_path, "seed=5"), "--overwrite"]
     assert main([str(argument) for argument in arguments]) == 0
@@ -238,25 +226,27 @@ def test_a_folder_that_is_not_a_run_is_never_replaced(names, tmp_path, capsys):
         (tmp_path / "out" / name).write_text("seed = 1\n")
     before = snapshot(tmp_path / "out")
     for flags in ([], ["--overwrite"]):
-        message = told([*simulated(tmp_path), *flags], capsys)
+        message = refusal([*simulated(tmp_path), *flags], capsys)
         assert re.search("something that is not a run; give another --out", message)
     assert snapshot(tmp_path / "out") == before
 
 
-def test_an_output_path_that_cannot_be_is_told(tmp_path, capsys):
+def test_an_output_path_that_cannot_be_is_refused(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
         arguments = [*simulated(tmp_path)[:-1], out]
-        assert re.search(r"output folder .*file.* (already holds|cannot)", told(arguments, capsys))
+        assert re.search(
+            r"output folder .*file.* (already holds|cannot)", refusal(arguments, capsys)
+        )
     assert (tmp_path / "file").read_text() == ""
 
 
-def test_resuming_what_is_no_run_is_told(run_folder, tmp_path, capsys):
+def test_resuming_what_is_no_run_is_refused(run_folder, tmp_path, capsys):
     for folder in (tmp_path, tmp_path / "missing"):
-        assert re.search("is not a run folder", told(["simulate", "--resume", folder], capsys))
+        assert re.search("is not a run folder", refusal(["simulate", "--resume", folder], capsys))
     shutil.copytree(run_folder, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoint")
-    message = told(["simulate", "--resume", tmp_path / "run"], capsys)
+    message = refusal(["simulate", "--resume", tmp_path / "run"], capsys)
     assert re.search("no round of this run was finished", message)
 
 
@@ -264,7 +254,7 @@ def test_resuming_what_is_no_run_is_told(run_folder, tmp_path, capsys):
     "more", [["--set", "seed=1"], ["--out", "x"], ["--overwrite"], ["--config", "c.toml"]]
 )
 def test_resume_takes_no_other_settings(more, run_folder, capsys):
-    message = told(["simulate", "--resume", run_folder, *more], capsys)
+    message = refusal(["simulate", "--resume", run_folder, *more], capsys)
     assert re.search("--resume goes on with the run's own configuration", message)
 
 
@@ -288,26 +278,26 @@ COMMANDS = {
 @pytest.mark.parametrize("mistake", COMMANDS)
 def test_a_mistaken_command_is_told_in_one_sentence(mistake, capsys):
     arguments, sentence = COMMANDS[mistake]
-    message = told(arguments, capsys)
+    message = refusal(arguments, capsys)
     assert re.search(sentence, message), message
     if "Did you mean" not in sentence:
         assert "Did you mean" not in message
 
 
-def test_export_of_rank_0_or_an_unknown_format_or_onto_a_used_folder_is_told(
+def test_export_of_rank_0_or_an_unknown_format_or_onto_a_used_folder_is_refused(
     run_folder, tmp_path, capsys
 ):
     def export(rank, kind, out):
         return ["export", run_folder, "--rank", rank, "--format", kind, "--out", out]
 
     for rank in (0, -2):
-        message = told(export(rank, "peft", tmp_path / "new"), capsys)
+        message = refusal(export(rank, "peft", tmp_path / "new"), capsys)
         assert re.search(f"--rank is {rank}, expected a rank of at least 1", message)
-    message = told(export(2, "merge", tmp_path / "new"), capsys)
+    message = refusal(export(2, "merge", tmp_path / "new"), capsys)
     assert re.search(r"'merge', expected peft or merged. Did you mean 'merged'", message)
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "mine").write_text("mine")
-    message = told(export(2, "peft", tmp_path / "used"), capsys)
+    message = refusal(export(2, "peft", tmp_path / "used"), capsys)
     assert re.search("already exists and is not empty", message)
     assert (tmp_path / "used" / "mine").read_text() == "mine"
     assert not (tmp_path / "new").exists()
@@ -320,18 +310,18 @@ def test_merging_an_adapter_of_a_quantized_base_is_refused(run_folder, tmp_path,
     assert text.count('quantization = "none"') == 1
     (run / "config.toml").write_text(text.replace('quantization = "none"', 'quantization = "nf4"'))
     merged = tmp_path / "merged"
-    message = told(["export", run, "--rank", 2, "--format", "merged", "--out", merged], capsys)
+    message = refusal(["export", run, "--rank", 2, "--format", "merged", "--out", merged], capsys)
     assert re.search("trained on a nf4 base.*another model.*--format peft", message)
     assert not merged.exists()
 
 
-def test_evaluating_on_another_base_or_without_rows_is_told(run_folder, tmp_path, capsys):
+def test_evaluating_on_another_base_or_without_rows_is_refused(run_folder, tmp_path, capsys):
     adapter = run_folder / "adapters" / "rank_2"
     targets = ["--set", "lora.target-modules=k_proj"]
-    message = told(["eval", adapter, "--set", "clients.count=2", *targets], capsys)
+    message = refusal(["eval", adapter, "--set", "clients.count=2", *targets], capsys)
     assert re.search("does not fit the base", message)
     folder = data_folder(tmp_path / "data", json.dumps(GOOD_ROW))
-    assert re.search("no test rows", told(["eval", adapter, "--data", folder], capsys))
+    assert re.search("no test rows", refusal(["eval", adapter, "--data", folder], capsys))
 
 
 @pytest.mark.parametrize(
@@ -344,13 +334,13 @@ def test_evaluating_on_another_base_or_without_rows_is_told(run_folder, tmp_path
         ({"a_newer_field": {"a": 1}}, "a_newer_field={'a': 1}, which FlexLoRA does not know"),
     ],
 )
-def test_an_adapter_from_elsewhere_that_belongs_to_another_model_is_told(
+def test_an_adapter_from_elsewhere_that_belongs_to_another_model_is_refused(
     tmp_path, capsys, fields, pattern
 ):
     save_adapter(random_adapter({"q_proj": (8, 8)}, 2), tmp_path / "adapter", base="x")
     file = tmp_path / "adapter" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
-    assert re.search(pattern, told(["eval", tmp_path / "adapter"], capsys))
+    assert re.search(pattern, refusal(["eval", tmp_path / "adapter"], capsys))
 
 
 def test_a_revision_of_the_base_does_not_matter_where_the_base_is_given(tmp_path):

@@ -7,23 +7,13 @@ import pytest
 import torch
 
 import bases
+from command_line import refusal
 from federation import as_sets, small
 from flexlora.clients import worker
-from flexlora.commands.cli import main
 from flexlora.simulations.simulate import simulate
 from flexlora.training import models
 
 CODE = {"AutoConfig": "configuration_x.XConfig", "AutoModelForCausalLM": "modeling_x.XForCausalLM"}
-
-
-def told(arguments, capfd):
-    """All that ``flexlora ARGUMENTS`` writes, to either stream and through any library: a line."""
-    capfd.readouterr()
-    status = main([str(argument) for argument in arguments])
-    out, err = capfd.readouterr()
-    assert (status, out, err.count("\n")) == (2, "", 1), out + err
-    assert err.startswith("flexlora: ") and len(err) < 400
-    return err
 
 
 def with_code(folder):
@@ -76,17 +66,17 @@ def test_every_command_refuses_it_in_one_line(kind, tmp_path, capfd, monkeypatch
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
     out = tmp_path / "out"
     named = ["--set", f"model.name={folder}"]
-    lines = {told(["simulate", *as_sets(small()), *named, "--out", out], capfd)}
+    lines = {refusal(["simulate", *as_sets(small()), *named, "--out", out], capfd)}
     assert not out.exists()
     if by_config:
-        lines.add(told(["plan", "--model", folder, "--memory", "1GiB"], capfd))
+        lines.add(refusal(["plan", "--model", folder, "--memory", "1GiB"], capfd))
     assert len(lines) == 1 and sentence in lines.pop()
 
 
 def test_an_encoder_is_refused_in_one_line(tmp_path, capfd):
     named = ["--set", f"model.name={encoder(tmp_path / 'm')}"]
     sets = as_sets(small(lora__target_modules="all-linear"))
-    line = told(["simulate", *sets, *named, "--out", tmp_path / "out"], capfd)
+    line = refusal(["simulate", *sets, *named, "--out", tmp_path / "out"], capfd)
     assert "a token sees the tokens after it" in line and not (tmp_path / "out").exists()
 
 
@@ -100,10 +90,10 @@ def test_a_base_that_broke_after_the_run_is_refused_by_eval_export_and_resume(
     monkeypatch.setattr(models, "_loaded", {})  # as in a process of its own
     monkeypatch.setattr(worker, "_workers", {})
     lines = {
-        told(["eval", run], capfd),
-        told(["eval", run / "adapters" / "rank_2"], capfd),
-        told(["export", run, "--rank", 2, "--format", "merged", "--out", tmp_path / "x"], capfd),
-        told(["simulate", "--resume", run], capfd),
+        refusal(["eval", run], capfd),
+        refusal(["eval", run / "adapters" / "rank_2"], capfd),
+        refusal(["export", run, "--rank", 2, "--format", "merged", "--out", tmp_path / "x"], capfd),
+        refusal(["simulate", "--resume", run], capfd),
     }
     assert len(lines) == 1 and "lacks 'model.layers.3" in lines.pop()
     assert not (tmp_path / "x").exists()

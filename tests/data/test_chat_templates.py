@@ -106,8 +106,8 @@ def test_reasoning_takes_the_place_of_the_templates_empty_block(tokenizer):
     ("template", "message"),
     [
         ({"rag": CHATML, "tool_use": CHATML}, r"templates rag, tool_use, and none .* 'default'"),
-        (CHATML.replace("m.content", "m.content | lower"), "not write what the user says"),
-        (CHATML.replace("m.content", "''"), "not write what the user says"),
+        (CHATML.replace("m.content", "m.content | lower"), "not write the content of the user"),
+        (CHATML.replace("m.content", "''"), "not write the content of the user"),
         (CHATML.replace("m.content", "m.content + 1"), "refuses a row with the roles user"),
         ("{{ messages[0].content[0].nothing.more }}", "refuses a row with the roles user"),
         ("{% for m in messages %}", "refuses a row with the roles user"),
@@ -124,7 +124,7 @@ def test_templates_that_cannot_be_right_are_refused(tokenizer, template, message
 def test_a_system_turn_that_the_template_drops_is_refused(tokenizer):
     drops = CHATML.replace("for m in messages", "for m in messages if m.role != 'system'")
     messages = (("system", "Be kind."), ("user", "Red?"), ("assistant", "Yes."))
-    with pytest.raises(UserError, match="not write what the system says"):
+    with pytest.raises(UserError, match="not write the content of the system"):
         encoded(tokenizer, drops, Row(output="Yes.", messages=messages))
     with pytest.raises(UserError, match=r"roles system, user .*no system"):
         encoded(tokenizer, GEMMA, Row(output="Yes.", messages=messages))

@@ -85,7 +85,7 @@ def test_what_a_text_config_leaves_out_has_the_familys_default(tmp_path):
         ({"model_type": "fuyu", "text_config": {}}, "'persimmon', expected one of"),
         (
             {"model_type": "gemma3", "text_config": {"hidden_size": "wide"}},
-            r"config\.json of model '.*' cannot be: .*hidden_size",
+            r"config\.json of model '.*' is refused by transformers: .*hidden_size",
         ),
     ],
 )

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from command_line import refusal
 from federation import StopAt, Stopped, adapter_bytes, as_sets, small
 from flexlora.clients import worker
 from flexlora.commands.cli import main
@@ -97,16 +98,6 @@ def move_base(place):
     file.write_text(json.dumps(config))
 
 
-def told(arguments, capsys, status=2):
-    capsys.readouterr()
-    assert main([str(argument) for argument in arguments]) == status
-    said = capsys.readouterr()
-    lines = said.err.splitlines()
-    assert said.out == "", "a refusal shows nothing else"
-    assert len(lines) == 1 and lines[0].startswith("flexlora: ")
-    return lines[0]
-
-
 COMMANDS = {
     "resume": ["simulate", "--resume", "stopped"],
     "eval": ["eval", "run"],
@@ -124,13 +115,16 @@ def test_another_base_is_refused_everywhere_and_the_flag_goes_on(place, capsys, 
     change_base(place / "base")
     for arguments in COMMANDS.values():
         worker._workers.clear()
-        message = told(arguments, capsys)
-        assert f"the base '{place}/base' holds other weights (its fingerprint is " in message
+        message = refusal(arguments, capsys)
+        assert (
+            f"the base '{place}/base' has changed in weights or settings (its fingerprint is "
+            in message
+        )
         assert message.endswith("put back what was there, or go on with --allow-changed.")
     assert not (place / "merged").exists()
     for name in ("merge", "eval an adapter elsewhere", "resume"):
         assert main([*COMMANDS[name], "--allow-changed"]) == 0
-        assert "holds other weights" in capsys.readouterr().err + caplog.text
+        assert "has changed in weights or settings" in capsys.readouterr().err + caplog.text
     assert main(["eval", "stopped"]) == 0, "from now on the run is this base's"
 
 
@@ -154,7 +148,7 @@ def test_other_train_rows_are_refused_by_a_resume(place, caplog, capsys):
     for change in (reordered, one_word, one_less, to_another):
         worker._workers.clear()
         write_rows(place / "rows", change(ROWS))
-        message = told(COMMANDS["resume"], capsys)
+        message = refusal(COMMANDS["resume"], capsys)
         count = len(change(ROWS))
         assert f"the train rows have changed ({count} rows, 4 before) since 'stopped'" in message
     assert main(["eval", "run"]) == 0, "an evaluation reads other rows"
@@ -171,7 +165,7 @@ def test_the_spelling_of_the_rows_file_is_no_change(place, capsys):
 
 def test_an_evaluation_compares_the_rows_that_it_reads(place, capsys):
     write_rows(place / "rows", one_word(ROWS), "test")
-    message = told(["eval", "run"], capsys)
+    message = refusal(["eval", "run"], capsys)
     assert "the test rows have changed (4 rows, 4 before) since 'run' was trained" in message
     assert main(["eval", "run", "--set", "eval.split=validation"]) == 0
     assert main(["eval", "run", "--data", "rows"]) == 0, "rows that are named are not the run's"
@@ -185,27 +179,27 @@ def test_another_chat_template_is_refused_by_a_resume(place, capsys):
     config["chat_template"] = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     file.write_text(json.dumps(config))
     (place / "base" / "chat_template.jinja").write_text(config["chat_template"])
-    message = told(COMMANDS["resume"], capsys)
+    message = refusal(COMMANDS["resume"], capsys)
     assert "the same rows have other tokens: another tokenizer or chat template" in message
 
 
 def test_the_flag_is_for_a_run_that_goes_on(capsys, tmp_path):
     arguments = ["simulate", *as_sets(small()), "--allow-changed", "--out", tmp_path / "r"]
-    assert "give --resume DIR too" in told(arguments, capsys)
+    assert "give --resume DIR too" in refusal(arguments, capsys)
     arguments = ["simulate", "--set", "allow-changed=true", "--out", tmp_path / "r"]
-    assert "use --resume DIR --allow-changed" in told(arguments, capsys)
+    assert "use --resume DIR --allow-changed" in refusal(arguments, capsys)
 
 
 def test_an_adapter_from_elsewhere_is_evaluated_without_a_fingerprint(place, capsys):
     shutil.copytree("run/adapters/rank_2", "elsewhere")
     origin = place / "elsewhere" / "flexlora.json"
     origin.write_text(json.dumps({"format": 1, "base_fingerprint": "0" * 32}))
-    assert "it was 000000000000" in told(["eval", "elsewhere"], capsys)
+    assert "it was 000000000000" in refusal(["eval", "elsewhere"], capsys)
     origin.unlink()
     assert read_origin(place / "elsewhere") is None
     assert main(["eval", "elsewhere"]) == 0
     origin.write_text("[]")
-    assert "flexlora.json' is damaged" in told(["eval", "elsewhere"], capsys)
+    assert "flexlora.json' is damaged" in refusal(["eval", "elsewhere"], capsys)
 
 
 def test_peft_reads_the_folder_as_before(place):
@@ -242,7 +236,7 @@ def test_a_checkpoint_of_another_format_is_refused(found, sentence, place, capsy
     with_index(place / "stopped", format=found)
     with pytest.raises(UserError, match=sentence):
         load_checkpoint(place / "stopped" / "checkpoint")
-    assert sentence in told(COMMANDS["resume"], capsys)
+    assert sentence in refusal(COMMANDS["resume"], capsys)
     with pytest.raises(UserError, match=sentence):
         resume("stopped")
 

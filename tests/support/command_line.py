@@ -1,10 +1,11 @@
-"""What the documents' tests ask of the command line and of the configuration, in one place."""
+"""The command line and the configuration, as tests ask them."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 from collections.abc import Sequence
+from typing import Any
 
 import click
 import typer
@@ -25,6 +26,24 @@ def parse(arguments: Sequence[str]) -> str:
     except UserError as error:
         return str(error)
     return ""
+
+
+def refusal(arguments: Sequence[object], capture: Any, status: int = 2) -> str:
+    """The one line that ``flexlora ARGUMENTS`` writes, to either stream; ``status`` is its status.
+
+    ``capture`` is pytest's ``capsys``, or ``capfd`` for the lines of other libraries too.
+    """
+    from flexlora.commands import cli
+
+    capture.readouterr()
+    try:
+        found: object = cli.main([str(argument) for argument in arguments])
+    except SystemExit as ended:
+        found = ended.code
+    out, err = capture.readouterr()
+    assert (found, out, err.count("\n")) == (status, "", 1), out + err
+    assert err.startswith("flexlora: ") and len(err) < 500
+    return err.rstrip("\n")
 
 
 def commands() -> dict[str, set[str]]:

@@ -1,4 +1,4 @@
-"""The tokenizer of a base: missing, empty, damaged or with code of its own, it is one sentence."""
+"""The tokenizer of a base: missing, empty, damaged, or implemented in its folder: one sentence."""
 
 import json
 
@@ -39,11 +39,11 @@ BROKEN = {
         lambda folder: (folder / "tokenizer.json").write_text("{"),
         "of model .* cannot be loaded: ",
     ),
-    "code of its own": (
+    "code in the folder": (
         without(
             tokenizer_class="XTokenizer", auto_map={"AutoTokenizer": ["tokenization_x.XT", None]}
         ),
-        r"is code of its own \(auto_map in tokenizer_config.json\), which FlexLoRA never runs",
+        r"needs code in the folder \(auto_map in tokenizer_config.json\), which FlexLoRA never",
     ),
 }
 

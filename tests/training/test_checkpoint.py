@@ -261,7 +261,10 @@ def test_weights_of_another_kind_are_refused(file, message, tmp_path):
             {"model_type": "paligemma", "text_config": {}},
             "is a 'paligemma', for which transformers has no causal",
         ),
-        ({"num_attention_heads": 3}, r"config.json of model .* cannot be: .*hidden size"),
+        (
+            {"num_attention_heads": 3},
+            r"config.json of model .* is refused by transformers: .*hidden size",
+        ),
     ],
 )
 def test_an_architecture_that_is_not_there_is_refused(changes, message, tmp_path):

@@ -36,7 +36,7 @@ class ChangeNorms:
     def rate(self, mean: Mapping[str, MatrixSum]) -> float:
         """Eta of the round whose mean change is ``mean``; costs O((m + n) R^2) a module.
 
-        ``mean`` of zero, where nobody trained or all changes cancel, gives ``LARGEST_RATE``.
+        ``mean`` of zero (no training, or changes that cancel) gives ``LARGEST_RATE``.
         """
         energy = self._energy / self._total
         of_mean = sum(matrix.energy() for matrix in mean.values())
