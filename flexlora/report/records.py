@@ -26,15 +26,9 @@ SERIES_FILE = "seeds.json"
 # The columns that are read here and in the pages; later versions have added others.
 EVALUATIONS: tuple[str, ...] = ("round", "client_id", "rank_class", "eval_loss")
 CLIENTS: tuple[str, ...] = (
-    "round",
-    "client_id",
-    "rank_class",
-    "rank",
-    "quantization",
-    "device",
-    "num_examples",
+    *("round", "client_id", "rank_class", "rank", "quantization", "device"),
+    *("num_examples", "status", "cause"),
 )
-CLIENTS += ("status", "cause")
 PERSONAL = "personal"  # a suffix of metrics (clients with personal factors), not a rank class
 
 
