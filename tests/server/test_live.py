@@ -45,7 +45,7 @@ class Witness(Observer):
         self.folder, self.seen = folder, []
 
     def met(self, roster):
-        self.note("met", lambda live: live.classes)
+        self.note("met", lambda live: live.state == "meeting" and live.classes)
 
     def round_started(self, server_round, num_rounds, num_clients):
         self.round = server_round

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import subprocess
 import sys
-import time
 import tomllib
 
-import psutil
 import pytest
 import torch
 from peft import PeftModel
@@ -238,14 +235,28 @@ def test_cohorts_of_1_4_and_16_agree(optim, dtype, num_rounds, dropout, bound, t
         assert gap(deltas[size], deltas[1]) < bound
 
 
-# This process takes no part, so that there is something to kill however slow Ray is to start.
-TWO_ACTORS = """
-import sys
-from functools import partial
+# Two workers whatever the machine's cores; the first that says that it trains is killed.
+TWO_WORKERS_ONE_KILLED = """
+import os, signal, sys, threading, time
 import flexlora.simulations.simulate as module
 from flexlora.commands.cli import main
 from flexlora.simulations.engine.ray_pool import RayPool
-module.make_pool = partial(RayPool, workers=2)
+
+def kill_one(pool):
+    while True:
+        for number, doing in map(tuple, pool.processes.copy().values()):
+            if doing == "train":
+                os.kill(number, signal.SIGKILL)
+                print("killed", number, file=sys.stderr)
+                return
+        time.sleep(0.005)
+
+def make_pool(*arguments, **options):
+    pool = RayPool(*arguments, **options | {"workers": 2})
+    threading.Thread(target=kill_one, args=(pool,), daemon=True).start()
+    return pool
+
+module.make_pool = make_pool
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -258,29 +269,16 @@ def test_one_process_and_two_give_the_same_bytes_also_where_one_of_them_is_kille
     simulate(config, tmp_path / "alone")
     two = config.with_values({"engine.workers": 2})
     arguments = ["simulate", *as_sets(two), "--out", str(tmp_path / "killed")]
+    script = [sys.executable, "-c", TWO_WORKERS_ONE_KILLED, *arguments]
     environment = os.environ | ONE_THREAD
-    process = subprocess.Popen([sys.executable, "-c", TWO_ACTORS, *arguments], env=environment)
-    killed = kill_a_worker(process)
-    assert process.wait(timeout=300) == 0 and killed
+    ended = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0 and ended.stderr.count("killed ") == 1, ended.stderr
     status, _, _ = finished(command("simulate", *as_sets(two), "--out", tmp_path / "together"))
     assert status == 0
     for name in ("killed", "together"):
         assert adapter_bytes(tmp_path / "alone") == adapter_bytes(tmp_path / name)
         for read in (client_rows, rounds):
             assert untimed(read(tmp_path / "alone")) == untimed(read(tmp_path / name))
-
-
-def kill_a_worker(process):
-    """SIGKILL for the first Ray actor that is seen at work under ``process``: its process id."""
-    parent, deadline = psutil.Process(process.pid), time.monotonic() + 200
-    while process.poll() is None and time.monotonic() < deadline:
-        for child in parent.children(recursive=True):
-            with contextlib.suppress(psutil.Error):
-                if "ray::CohortActor.train" in " ".join(child.cmdline()):
-                    child.kill()
-                    return child.pid
-        time.sleep(0.01)
-    return None
 
 
 def test_the_machines_threads_and_the_cohort_plan_stand_in_the_resolved_configuration(
