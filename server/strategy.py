@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
@@ -324,5 +324,8 @@ class FlexLoRAStrategy(Strategy):
         return state.change.full_rank_adapter(factoring.alpha, rslora=factoring.rslora)
 
     def global_arrays(self) -> ArrayRecord:
-        """``global_adapter`` as Flower arrays."""
-        return pack(self.global_adapter(self.state), "float32").arrays
+        """``global_adapter`` as Flower arrays, one for each factor."""
+        arrays = pack(self.global_adapter(self.state), "float32").arrays
+        return ArrayRecord(
+            {k: Array(a.dtype, a.shape, a.stype, bytes(a.data)) for k, a in arrays.items()}
+        )
