@@ -301,6 +301,8 @@ class FlexLoRAStrategy(Strategy):
             sources = self.sources or Sources(base=self.roster.fingerprint)
             notes = {"history": history.to_dict(), "under_way": waited, **clock_state(clock)}
             notes["sources"] = sources.to_dict()
+            if self.metrics.measured:  # the node ids of a simulation are Ray's of the day
+                notes["nodes"] = self.membership.bindings.to_dict()
             members = self.roster.members.items()
             classes = {client_id: member.rank_class for client_id, member in members}
             self.run.save_checkpoint(self.run.checkpoint, self.state, classes, notes)
