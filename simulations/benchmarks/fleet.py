@@ -1,20 +1,22 @@
 """A round over a real SuperLink with 10, 100 and 1,000 nodes, in two states of the code.
 
     python -m flexlora.simulations.benchmarks.fleet [--before COMMIT] [--nodes 10 100 1000]
-        [--rounds 2] [--model embedded] [--tls] [--delay-ms 100 --bytes-per-second 125000]
+        [--rounds 2] [--model embedded] [--real] [--tls] [--delay-ms 100 --bytes-per-second 125000]
         [--set KEY=VALUE] [--limit SECONDS] [--json FILE]
 
 Server and nodes are those of a deployment, over loopback: ``flower-superlink`` with a database,
 ``flower-superexec``, the ServerApp that it starts (``fleet_deployment.py``), and stub nodes that
 speak Flower's fleet API request by request (``fleet_node.py``) and answer without training
 (``fleet_case.py``). Their process is not the server's: its processor seconds are a column of their
-own, which on real nodes would be theirs.
+own, which on real nodes would be theirs. ``--real`` starts SuperNodes with resident trainers
+instead (``fleet_real.py``), and its seconds are those beyond the training.
 
 ``--before`` measures a commit beside this tree: it is checked out into a folder of its own for as
 long as this runs, and these very files are put into it. The columns are for one round, between the
-row of round 0 and the last; seconds are medians.
+row of round 0 and the last: seconds (the median), processor seconds of the SuperLink, the ServerApp
+and the nodes, a node's requests and bytes; then the peaks of SuperLink and ServerApp, the database.
 
-    ratio = seconds a round / the target     (``--before``: / before's)
+    ratio = seconds a round / the target: 120, and 8 beyond training for real nodes
     error = the share of replies that the rounds lack
 
 A case that has not ended within ``--limit`` is stopped. Where it has closed no round, its seconds
@@ -34,6 +36,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from rich.table import Table
@@ -45,6 +48,7 @@ from flexlora.simulations.benchmarks.same_adapters import tree_of
 __all__ = ["FleetRow", "main", "row_of"]
 
 TARGET_SECONDS = 120.0  # a round of empty training at 1,000 nodes on two cores
+REAL_SECONDS = 8.0  # a round of three real nodes beyond its training
 RUN = "flexlora.simulations.benchmarks.fleet_run"
 HERE = Path(__file__).resolve().parent
 MB = 1e6
@@ -93,9 +97,12 @@ def row_of(
         seconds = smaller.seconds * more
         cpu = {"superlink": smaller.superlink_cpu * more, "serverapp": smaller.serverapp_cpu * more}
     trained = sum(found["ok"])
+    if found.get("train_seconds"):
+        pairs = zip(found["round_seconds"], found["train_seconds"], strict=False)
+        seconds = median(whole - training for whole, training in pairs)
     return FleetRow(
         name=name,
-        ratio=seconds / TARGET_SECONDS,
+        ratio=seconds / (REAL_SECONDS if case.real else TARGET_SECONDS),
         target=1.0,
         error=1.0 - trained / (case.nodes * case.rounds),
         nodes=case.nodes,
@@ -163,7 +170,8 @@ def run(options: argparse.Namespace) -> list[FleetRow]:
                 nodes=nodes,
                 rounds=options.rounds,
                 model=options.model,
-                tls=options.tls,
+                tls=options.tls or options.real,
+                real=options.real,
                 stored=not options.no_database,
                 delay_ms=options.delay_ms,
                 bytes_per_second=options.bytes_per_second,
@@ -174,7 +182,12 @@ def run(options: argparse.Namespace) -> list[FleetRow]:
                 if word in options.only:
                     found = measured(case, tree)
                     print(json.dumps({"side": word, **found}), file=sys.stderr)
-                    last[word] = row_of(f"{nodes} nodes, {word}", case, found, last.get(word))
+                    last[word] = row_of(
+                        f"{nodes}{' real' * options.real} nodes, {word}",
+                        case,
+                        found,
+                        last.get(word),
+                    )
                     rows.append(last[word])
     return rows
 
@@ -200,6 +213,7 @@ def _parser() -> argparse.ArgumentParser:
         "--only", nargs="+", choices=("before", "after"), default=["before", "after"]
     )
     parser.add_argument("--tls", action="store_true", help="between the nodes and the SuperLink")
+    parser.add_argument("--real", action="store_true", help="SuperNodes that train, over TLS")
     parser.add_argument("--no-database", action="store_true", help="the SuperLink's memory only")
     parser.add_argument("--delay-ms", type=float, default=0.0, help="of each node's link, one way")
     parser.add_argument("--bytes-per-second", type=float, default=0.0, help="of each node's link")
@@ -213,11 +227,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _print(rows: Sequence[FleetRow]) -> None:
     table = Table(box=None, pad_edge=False)
-    table.add_column("name")
-    columns = ["round s", "SuperLink s", "ServerApp s", "nodes s", "requests", "KB down", "KB up"]
-    columns += ["SuperLink MB", "ServerApp MB", "database MB", "start s", "error", "met"]
+    table.add_column("name", no_wrap=True)
+    columns = ["round s", "link s", "app s", "nodes s", "requests", "KB down", "KB up"]
+    columns += ["link MB", "app MB", "db MB", "start s", "error", "met"]
     for column in columns:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         cpu = (row.superlink_cpu, row.serverapp_cpu, row.nodes_cpu)
         sizes = (row.kilobytes_down, row.kilobytes_up)

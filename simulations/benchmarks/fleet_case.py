@@ -35,6 +35,7 @@ __all__ = ["Answers", "FleetCase", "FleetNode"]
 
 EXAMPLES = 10
 CHANGE = 1e-3  # of every number of lora_B, times a node's own factor from 1 to 2
+REAL = {"train.max-steps": 2, "train.max-length": 128, "engine.threads": 1}
 SMOLLM2 = {  # HuggingFaceTB/SmolLM2-135M: 210 linear modules
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -55,6 +56,7 @@ class FleetCase:
     Args:
         model: ``embedded``, or ``smollm2-135m`` by shapes alone.
         stored: the SuperLink has a database file, as in a deployment.
+        real: SuperNodes with resident trainers, which train.
         delay_ms, bytes_per_second: of each node's own link; 0 is none, and no limit.
         settings: of the run, beside those that the case sets.
         limit_seconds: after which the run is given up; what it has done by then is reported.
@@ -65,6 +67,7 @@ class FleetCase:
     model: str = "embedded"
     tls: bool = False
     stored: bool = True
+    real: bool = False
     delay_ms: float = 0.0
     bytes_per_second: float = 0.0
     settings: tuple[str, ...] = ()
@@ -87,6 +90,7 @@ class FleetCase:
             "server.wait-seconds": self.limit_seconds,
             "server.round-timeout-seconds": self.limit_seconds,
             "out": str(home / "run"),
+            **(REAL if self.real else {}),
         }
         more = dict(pair.split("=", 1) for pair in self.settings)
         return Config.of(values).with_values(more)

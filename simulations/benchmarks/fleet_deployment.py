@@ -94,7 +94,7 @@ class Server:
         """A program of this installation; what it says goes to ``LOG.log``."""
         with (self.home / f"{log}.log").open("a", encoding="utf-8") as file:
             process = subprocess.Popen(
-                [str(BIN / words[0]), *words[1:]],
+                [str(BIN / words[0]), *words[1:]],  # a path stays what it is
                 env={**self.environment, **(more or {})},
                 cwd=self.home,
                 stdin=subprocess.DEVNULL,

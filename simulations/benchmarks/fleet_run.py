@@ -23,6 +23,7 @@ from typing import Any
 import flexlora
 from flexlora.simulations.benchmarks.fleet_case import FleetCase
 from flexlora.simulations.benchmarks.fleet_deployment import Server
+from flexlora.simulations.benchmarks.fleet_real import RealNodes, train_seconds
 
 __all__ = ["main", "measured"]
 
@@ -40,7 +41,11 @@ class Stubs:
                 words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
             )
 
-    def heard(self) -> dict[str, Any]:
+    def enter(self) -> float:
+        """Seconds until all nodes were in."""
+        return float(self._heard()["enter_seconds"])
+
+    def _heard(self) -> dict[str, Any]:
         """The next line that it says.
 
         Raises:
@@ -57,7 +62,7 @@ class Stubs:
         assert self._process.stdin is not None
         self._process.stdin.write("\n")
         self._process.stdin.flush()
-        return self.heard()
+        return self._heard()
 
     def end(self) -> None:
         """Let the nodes leave; they are given up after some seconds."""
@@ -73,8 +78,8 @@ class Stubs:
 class Watch:
     """The rows of a run as they come, with what had been used by then."""
 
-    def __init__(self, server: Server, stubs: Stubs) -> None:
-        self.server, self.stubs = server, stubs
+    def __init__(self, server: Server, nodes: Stubs | RealNodes) -> None:
+        self.server, self.nodes = server, nodes
         self.rows: list[dict[str, Any]] = []
         self.marks: list[dict[str, Any]] = []  # one for each row
         self._file = server.home / "run" / "metrics.jsonl"
@@ -86,7 +91,7 @@ class Watch:
         for line in lines[len(self.rows) :]:
             self.rows.append(json.loads(line))
             seconds = dict(self.server.seconds)
-            done = {"at": time.monotonic(), "seconds": seconds, **self.stubs.done()}
+            done = {"at": time.monotonic(), "seconds": seconds, **self.nodes.done()}
             self.marks.append(done)
 
 
@@ -98,26 +103,28 @@ def measured(case: FleetCase, home: Path) -> dict[str, Any]:
     """
     began = time.monotonic()
     with Server(home, tls=case.tls, stored=case.stored) as server:
-        stubs = Stubs(server, case)
+        nodes = RealNodes(server, case.nodes) if case.real else Stubs(server, case)
         try:
-            entered = stubs.heard()["enter_seconds"]
+            entered = nodes.enter()
             submitted = time.monotonic()
             server.submit(case.config(home))
-            watch = Watch(server, stubs)
+            watch = Watch(server, nodes)
             deadline = began + case.limit_seconds
             while len(watch.rows) <= case.rounds and time.monotonic() < deadline:
                 if server.ended:
                     break
                 time.sleep(LOOK_SECONDS)
                 watch.look()
-            last = stubs.done()
+            last = nodes.done()
             found = _found(case, watch, submitted, last)
             found |= {"enter_seconds": entered, "database_bytes": server.database_bytes()}
+            if case.real and watch.rows[1:]:
+                found["train_seconds"] = train_seconds(server)
             if len(watch.rows) <= case.rounds:
                 found["stopped"] = f"{server.ended} ended" if server.ended else "too slow"
                 found["log"] = server.said("apps")
         finally:
-            stubs.end()
+            nodes.end()
     return {**found, "peaks": server.peaks, "tree": str(Path(flexlora.__file__).parent)}
 
 
@@ -142,7 +149,7 @@ def _found(case: FleetCase, watch: Watch, submitted: float, last: dict[str, Any]
         first, end, rounds = marks[0], marks[-1], len(marks) - 1
         spans = [b["at"] - a["at"] for a, b in pairwise(marks)]
         cpu = {k: (end["seconds"][k] - first["seconds"][k]) / rounds for k in end["seconds"]}
-        calls = {
+        calls: dict[str, float] = {
             k: (end["requests"][k] - first["requests"].get(k, 0)) / rounds / case.nodes
             for k in end["requests"]
         }
