@@ -51,12 +51,14 @@ CLIENT: Table = {
     "init": ("clients.setup.init:client_init", "write a ready folder: keys, scripts, units, steps"),
     "serve": ("clients.trainer.command:serve", "keep the base loaded and train for ClientApps"),
     "health": ("clients.trainer.command:health", "how the trainer on this machine is"),
+    "supervise": ("clients.supervise:supervise", "keep a SuperNode or its SuperExec running"),
 }
 SERVER: Table = {
     "init": (
         "server.init:server_init",
         "write a ready folder: certificates, scripts, units, steps",
     ),
+    "supervise": ("server.supervise:supervise", "keep a SuperLink or its SuperExec running"),
 }
 GROUPS = {"client": CLIENT, "server": SERVER}
 
