@@ -14,6 +14,7 @@ from flwr.serverapp import Grid
 
 from flexlora.config.resolve import Config
 from flexlora.lora.ranks import RankClass
+from flexlora.server.members.bindings import Bindings
 from flexlora.server.members.roster import Roster
 from flexlora.server.members.selection import wait_for_nodes
 from flexlora.server.members.waiting import Say, WaitReport
@@ -36,7 +37,8 @@ MOST_ROUNDS = 64  # between two queries to a node that does not answer
 class Membership:
     """The roster, queries to other nodes, and reports that are not in the roster yet.
 
-    ``known`` are the rank classes of a resumed run; ``say`` is told who is waited for.
+    ``known`` are the rank classes of a resumed run, ``bindings`` say which node has which name;
+    ``say`` is told who is waited for.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Membership:
         say: Say = lambda what, seconds: None,
     ) -> None:
         self.config, self.known, self.say = config, dict(known), say
+        self.bindings = Bindings.of_environment()
         self.roster = Roster()
         self._open: dict[int, PendingMessage] = {}
         self._queries: dict[int, tuple[int, int]] = {}  # node id: how many, the round of the last
@@ -59,8 +62,9 @@ class Membership:
         answer comes.
 
         Raises:
-            UserError: too few nodes in time, or no client can train.
+            UserError: too few nodes in time, no client can train, or a damaged table of the fleet.
         """
+        self.bindings.read()
         queries = [_query(node_id) for node_id in wait_for_nodes(grid, self.config, self.say)]
         clock = clock_of(grid)
         if not clock.simulated:
@@ -69,7 +73,7 @@ class Membership:
         reports = {}
 
         def on_wait(silent: Iterable[PendingMessage]) -> None:
-            waiting.report(SILENT, (pending.node_id for pending in silent))
+            waiting.report(SILENT, [self._named(pending.node_id) for pending in silent])
 
         for pending, reply in ask(grid, queries, self.config, timeout, on_wait):
             if reply is not None:
@@ -79,7 +83,9 @@ class Membership:
             reports[pending.node_id] = Capability.failed(f"node_{pending.node_id}", cause)
             if pending.open:
                 self._open[pending.node_id] = pending
-        self.roster = Roster.meet(reports, rank_policy_of(self.config), self.known)
+        self.bindings.read()
+        policy = rank_policy_of(self.config)
+        self.roster = Roster.meet(reports, policy, self.known, self.bindings)
         for node_id, report in reports.items():
             self._note(node_id, report, 0)
 
@@ -96,7 +102,7 @@ class Membership:
         waiting = WaitReport(self.say, clock, deadline)
         asked = self._poll(grid, server_round)
         while (open_ := [n for n in asked if n in self._open]) and clock.now() < deadline:
-            waiting.report(SILENT, open_)
+            waiting.report(SILENT, map(self._named, open_))
             clock.wait(deadline)
             self._read(grid, server_round)
         before = dict(self.roster.left_out)
@@ -134,6 +140,11 @@ class Membership:
         self._read(grid, server_round)
         return [node_id for node_id in due if node_id not in silent]
 
+    def _named(self, node_id: int) -> str:
+        """A node's id, and its name where the fleet's table has it."""
+        name = self.bindings.name_of(node_id)
+        return f"{node_id} ({name})" if name else str(node_id)
+
     def _is_due(self, node_id: int, server_round: int) -> bool:
         if node_id in self._reports:
             return False
@@ -163,15 +174,20 @@ class Membership:
 
         The report of a client whose former node is still connected waits until that node has gone.
         """
+        self.bindings.read()
         connected, ready = set(grid.get_node_ids()), {}
         for node_id, report in list(self._reports.items()):
-            member = self.roster.members.get(report.client_id)
-            elsewhere = member is not None and member.node_id in connected - {node_id}
+            client_id = report.client_id
+            refused = self.bindings.refusal(node_id, client_id)
+            holder = self.bindings.holder(client_id, node_id, connected)
             if node_id not in connected:
                 del self._reports[node_id]
-            elif not elsewhere and (member is not None or not members_only):
+            elif holder is not None and not refused:
+                self.roster.wait_for(client_id, node_id, holder)
+            elif client_id in self.roster.members or not members_only:
                 ready[node_id] = self._reports.pop(node_id)
-        return bool(self.roster.add(ready, rank_policy_of(self.config), self.known))
+        policy = rank_policy_of(self.config)
+        return bool(self.roster.add(ready, policy, self.known, self.bindings))
 
 
 def _query(node_id: int) -> PendingMessage:
