@@ -89,8 +89,8 @@ class FlexLoRAStrategy(Strategy):
         self.origin = ""  # Flower's id of the first run in this folder
         self.sources: Sources | None = None  # default: the base of the roster
         self.num_rounds = config.num_server_rounds
-        self.membership = Membership(config, rank_classes or {})
-        self.selector = Selector(config)
+        self.membership = Membership(config, rank_classes or {}, self.observer.waiting)
+        self.selector = Selector(config, say=self.observer.waiting)
         self.metrics = RoundMetrics(server_round=0)
         self.late = LateMessages(config.server.late_rounds)
         self._state = state
@@ -171,7 +171,8 @@ class FlexLoRAStrategy(Strategy):
 
     def meet(self, grid: Grid, timeout: float | None = None) -> None:
         """Wait for nodes, query their capabilities, and assign every client its rank class."""
-        self.membership.meet(grid, timeout or self.config.server.round_timeout_seconds)
+        timeout = timeout or self.config.server.round_timeout_seconds
+        self.membership.meet(grid, timeout)
         self.observer.met(self.roster)
 
     def _train(

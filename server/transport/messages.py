@@ -36,7 +36,10 @@ __all__ = [
     "encode_eval_job",
     "encode_train_job",
     "pack",
+    "transient_cause",
 ]
+
+LONGEST_CAUSE = 300  # characters of a transient cause
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +125,22 @@ def content_bytes(content: RecordDict) -> int:
     return sum(
         len(array.data) for record in content.array_records.values() for array in record.values()
     )
+
+
+def transient_cause(reply: Message) -> str:
+    """Why a node could not do what it was asked, where it says that this passes; else empty.
+
+    The trainer restarts or has other work, the disk is full. Whatever else is in the reply is not
+    read.
+    """
+    if reply.has_error() or not reply.has_content():
+        return ""
+    records = reply.content.config_records
+    report = records.get("report") or records.get("capability")
+    if report is None or report.get("transient") is not True:
+        return ""
+    cause = " ".join(str(report.get("cause", "")).split())[:LONGEST_CAUSE]
+    return cause or "the node gives no cause"
 
 
 def decode_capability(reply: Message) -> Capability:

@@ -22,7 +22,7 @@ import tomli_w
 
 from federation import ONE_THREAD, SMALL, client_rows, rounds
 from flexlora.commands.cli import main
-from init_folders import free_ports, status
+from init_folders import free_ports, remove_proxy_folder, status
 from trainers import write_rows
 
 pytestmark = pytest.mark.slow
@@ -43,6 +43,8 @@ def person():
         for left in alive:
             left.kill()
         shutil.rmtree(folder)
+        for port in someone.ports:
+            remove_proxy_folder(port)
 
 
 def steps(readme):
@@ -61,7 +63,7 @@ class Person:
     """Follows a README in terminals whose output is kept."""
 
     def __init__(self, place):
-        self.place, self.terminals = place, []
+        self.place, self.terminals, self.ports = place, [], []
         self.environment = {
             **os.environ,
             **ONE_THREAD,
@@ -166,6 +168,7 @@ def configure(app):
 )
 def test_two_readmes_word_by_word_give_a_node_that_trains(person, proxy):
     server, node, port = init_both(person.place, proxy)
+    person.ports.append(port)
     seen = {}
 
     def bring_the_key(text):
