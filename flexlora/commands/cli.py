@@ -59,6 +59,7 @@ SERVER: Table = {
         "server.init:server_init",
         "write a ready folder: certificates, scripts, units, steps",
     ),
+    "run": ("server.supervising.command:server_run", "start runs, follow and resume them"),
 }
 GROUPS = {"client": CLIENT, "server": SERVER}
 
