@@ -52,6 +52,7 @@ COMMANDS: Table = {
 CLIENT: Table = {
     "init": ("clients.setup.init:client_init", "write a ready folder: keys, scripts, units, steps"),
     "serve": ("clients.trainer.command:serve", "keep the base loaded and train for ClientApps"),
+    "clock": ("clients.setup.clock:clock", "whether the server takes this machine's clock"),
     "health": ("clients.trainer.command:health", "how the trainer on this machine is"),
 }
 SERVER: Table = {
