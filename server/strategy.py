@@ -280,8 +280,13 @@ class FlexLoRAStrategy(Strategy):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
-        """To the same clients in every round, each with every class's adapter (round 0: none)."""
-        served, when = self.served(self.state), (server_round, self.num_rounds)
+        """To the same clients in every round, each with every class's adapter.
+
+        Round 0 has none: it is the base, unless the run starts from another's.
+        """
+        begun = server_round > 0 or self.initial is not None
+        served = self.served(self.state) if begun else {}
+        when = server_round, self.num_rounds
         return evaluation_messages(served, self.roster, self.config, *when, self.origin)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord:
