@@ -85,6 +85,7 @@ class FlexLoRAStrategy(Strategy):
         self.config, self.run = config, run
         self.observer = observer or Observer()
         self.method = make_method(config.method.name, config.method)
+        self.initial: State | None = None  # round 0 of a run that starts from another's
         self.closed = state  # the state of the last round that was written whole
         self.origin = ""  # Flower's id of the first run in this folder
         self.sources: Sources | None = None  # default: the base of the roster
@@ -141,8 +142,7 @@ class FlexLoRAStrategy(Strategy):
         if self._state is not None:
             first = self._state.round + 1
         else:
-            dtype = DTYPES["float64" if self.config.wire.dtype == "float64" else "float32"]
-            self._state = State(round=0, change=GlobalChange.zero(self.roster.shapes, dtype))
+            self._state = self.initial or self._zero()
         for server_round in range(first, self.num_rounds + 1):
             began = time.perf_counter()
             measured = not (clock.simulated or getattr(grid, "in_process", False))
@@ -159,6 +159,11 @@ class FlexLoRAStrategy(Strategy):
             self._close_round(values, clock)
         result.arrays = self.global_arrays()
         return result
+
+    def _zero(self) -> State:
+        """The base without any change."""
+        dtype = DTYPES["float64" if self.config.wire.dtype == "float64" else "float32"]
+        return State(round=0, change=GlobalChange.zero(self.roster.shapes, dtype))
 
     def restore(self, notes: Mapping[str, Any], grid: Grid) -> None:
         """Go on from a checkpoint's ``notes``: the clients' history, the clock, late messages."""
@@ -276,8 +281,13 @@ class FlexLoRAStrategy(Strategy):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
-        """To the same clients in every round, each with every class's adapter (round 0: none)."""
-        served, when = self.served(self.state), (server_round, self.num_rounds)
+        """To the same clients in every round, each with every class's adapter.
+
+        Round 0 has none: it is the base, unless the run starts from another's.
+        """
+        begun = server_round > 0 or self.initial is not None
+        served = self.served(self.state) if begun else {}
+        when = server_round, self.num_rounds
         return evaluation_messages(served, self.roster, self.config, *when, self.origin)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord:

@@ -63,6 +63,9 @@ class Run(Options):
     allow_changed: bool = option(
         False, "`flwr run` goes on with `resume` though the nodes' base is another"
     )
+    start_from: PathKey = option(
+        "", "run folder from whose last round a new run starts (empty: base)"
+    )
     out: PathKey = option(
         "", "run folder of `flwr run` (default: runs/RUN_ID where the server runs)"
     )
@@ -259,6 +262,9 @@ class Server(Options):
     )
     keep_checkpoints: int = option(
         3, "checkpoints that a run keeps, to go back to with `flexlora rollback`", ge=1
+    )
+    publish: str = option(
+        "", "where a finished run's adapters are put: a folder, s3://BUCKET/PATH, hf://USER/REPO"
     )
     metrics_port: int = option(0, "port of the Prometheus endpoint (0: none)", ge=0, le=65535)
     metrics_host: str = option("127.0.0.1", "address that the endpoint listens on")

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from flwr.serverapp import Grid
 
 from flexlora.config.resolve import Config
-from flexlora.errors import UserError
+from flexlora.errors import TooFewNodes
 from flexlora.server.members.roster import Roster
 from flexlora.server.members.sampling import History, Reachable, choose
 from flexlora.server.members.waiting import Say, WaitReport
@@ -133,14 +133,14 @@ def wait_for_nodes(grid: Grid, config: Config, say: Say = lambda what, seconds: 
     """All connected nodes, once there are ``server.min-nodes``.
 
     Raises:
-        UserError: fewer came in ``server.wait-seconds``.
+        TooFewNodes: fewer came in ``server.wait-seconds``.
     """
     clock = clock_of(grid)
     deadline = clock.now() + config.server.wait_seconds
     waiting = WaitReport(say, clock, deadline)
     while len(nodes := list(grid.get_node_ids())) < config.server.min_nodes:
         if clock.now() >= deadline:
-            raise UserError(
+            raise TooFewNodes(
                 f"{len(nodes)} nodes are connected after {config.server.wait_seconds:g} s, "
                 f"expected {config.server.min_nodes}; start more or lower server.min-nodes."
             )
