@@ -40,6 +40,8 @@ COMMANDS: Table = {
     "watch": ("commands.runs:watch", "follow a run in progress, from its folder"),
     "compare": ("commands.runs:compare", "runs side by side, and what differs in them"),
     "export": ("commands.runs:export", "write a run's adapter at any rank, or merged"),
+    "rollback": ("commands.runs:rollback", "go back to an earlier round of a run"),
+    "audit": ("commands.runs:audit", "verify who contributed what to a run's checkpoints"),
     "plan": ("commands.plan:plan", "rank, quantization and batch that a device can train"),
     "tune": ("commands.train:tune", "measure how many clients in one pass are fastest here"),
     "doctor": ("commands.runs:doctor", "whether this machine can do the job, by doing"),
