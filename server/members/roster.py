@@ -70,7 +70,7 @@ class Roster:
     ) -> Roster:
         """Members from the reports by node id; ``known`` classes (of a resumed run) are kept.
 
-        A node is left out, with its cause, if it cannot train, speaks another wire or has a FlexLoRA
+        A node is left out, with its cause, if it cannot train, speaks another wire, has a FlexLoRA
         too far from the server's (``versions.py``), holds another base than most, or uses a name
         that is another node's.
 
