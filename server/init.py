@@ -25,7 +25,7 @@ from flexlora.commands.options import PATH
 from flexlora.config.resolve import flower_table
 from flexlora.deploy.certificates import Issued, alternative_names, make_authority, make_server
 from flexlora.deploy.folder import SECRET, File, check_free, fill_tree, write_folder
-from flexlora.deploy.hosts import Host, parse_host, parse_port, plain
+from flexlora.deploy.hosts import Host, join_address, parse_host, parse_port, plain
 from flexlora.deploy.machine import flower_version, programs, requirements
 from flexlora.deploy.node_keys import make_secret
 from flexlora.errors import UserError, nearest
@@ -36,6 +36,12 @@ TEMPLATES = Path(__file__).parent / "templates"
 DASHBOARD = TEMPLATES / "grafana-dashboard.json"
 ALERTS = TEMPLATES / "prometheus-alerts.yaml"
 PROXIES = ("nginx", "none")
+OF_PROXY = (
+    "bin/start-proxy",
+    "bin/start-enrolment",
+    "systemd/flexlora-enrolment.service",
+    "systemd/sysusers-flexlora-fleet.conf",
+)
 AUTHORITY_DAYS = 3650
 EMPTY = {"state": 0o700, "nodes/registered": 0o755, "docker/wheels": 0o755}
 
@@ -51,6 +57,11 @@ class Listening:
     def local(self) -> str:
         """``HOST:PORT`` on this machine."""
         return f"[::1]:{self.port}" if ":" in self.bind else f"127.0.0.1:{self.port}"
+
+    @property
+    def enrolment(self) -> int:
+        """The port of the enrolment behind the proxy."""
+        return self.port + 2 if self.port < 65534 else self.port - 2
 
     @classmethod
     def of(cls, port: int, proxy: str, hosts: Sequence[Host]) -> Listening:
@@ -110,7 +121,7 @@ def server_init(
 
 def _files(proxy: str, values: dict[str, str], authority: Issued, server: Issued) -> list[File]:
     def wanted(path: str) -> bool:
-        of_nginx = path.startswith("nginx/") or path == "bin/start-proxy"
+        of_nginx = path.startswith("nginx/") or path in OF_PROXY
         return proxy == "nginx" or not of_nginx
 
     return [
@@ -146,6 +157,8 @@ def _values(
         "uid": str(os.geteuid()),
         "gid": str(os.getegid()),
         "host": hosts[0].text,
+        "address": join_address(hosts[0].text, port),
+        "enrolment_port": str(listening.enrolment),
         "hosts": ", ".join(f"`{host.text}`" for host in hosts),
         "superlink_port": str(listening.port),
         "bind": listening.bind,

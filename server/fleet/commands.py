@@ -8,17 +8,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
 from typer import Argument, Option
 
 from flexlora.commands.options import PATH
-from flexlora.deploy.node_keys import read_public_key
+from flexlora.deploy.node_keys import fingerprint, parse_public_key, read_public_key
 from flexlora.errors import UserError, nearest
-from flexlora.server.fleet.listing import NodeRow, newest_members, read_refused, rows_of
+from flexlora.server.fleet.invitations import PendingNodes
+from flexlora.server.fleet.listing import (
+    NodeRow,
+    newest_members,
+    pending_rows,
+    read_refused,
+    rows_of,
+)
 from flexlora.server.fleet.operations import Fleet, fleet_of, open_fleet, table_path
+from flexlora.server.fleet.table import moment
 
 __all__ = ["fleet_add", "fleet_list", "fleet_revoke", "fleet_rotate"]
 
@@ -55,6 +63,7 @@ def fleet_list(
     table, known, remarks = fleet_of(folder)
     run = newest_members(folder, Path(runs) if runs else None)
     rows = rows_of(table, known, run, read_refused(folder))
+    rows += pending_rows(PendingNodes(folder).all())
     if as_json:
         told = {"remarks": remarks, "run_written": run["written"]}
         print(json.dumps({**told, "nodes": [asdict(row) for row in rows]}, indent=1))
@@ -68,7 +77,9 @@ def fleet_add(
     name: Annotated[str, Argument(metavar="NAME", help="the node's name, its --client-id")] = "",
     key: Annotated[
         str,
-        Argument(metavar="KEY.pub", click_type=PATH, help="its public key (else nodes/NAME.pub)"),
+        Argument(
+            metavar="KEY.pub", click_type=PATH, help="its key (else: who waits, or nodes/NAME.pub)"
+        ),
     ] = "",
     everybody: Annotated[bool, Option("--all", help="every nodes/NAME.pub")] = False,
     server: Server = ".",
@@ -83,7 +94,7 @@ def fleet_add(
         raise UserError("expected NAME (with its KEY.pub), or --all for every key in nodes/.")
     with open_fleet(folder) as fleet:
         if not everybody:
-            print(_add(fleet, name, Path(key) if key else folder / "nodes" / f"{name}.pub"))
+            print(fleet.admit(name, read_public_key(Path(key))) if key else _add(fleet, name))
             return 0
         for done in [*fleet.settled, *fleet.register_again()]:
             print(done)
@@ -104,7 +115,7 @@ def fleet_revoke(
         UserError: no server folder, another operator at work.
     """
     with open_fleet(_folder(server)) as fleet:
-        return 2 if _each(names, fleet.revoke) else 0
+        return 2 if _each(names, lambda name: _revoke(fleet, name)) else 0
 
 
 def fleet_rotate(
@@ -130,17 +141,40 @@ def _folder(server: str) -> Path:
     return folder
 
 
-def _add(fleet: Fleet, name: str, file: Path) -> str:
-    if not file.is_file() and file.parent == fleet.folder / "nodes":
-        known = nearest(name, [path.stem for path in file.parent.glob("*.pub")])
-        raise UserError(f"{name}: '{file}' is not there; give its KEY.pub too.{known}")
-    return fleet.admit(name, read_public_key(file))
+def _add(fleet: Fleet, name: str) -> str:
+    """Admit the request that waits under a name, or ``nodes/NAME.pub``."""
+    waiting = PendingNodes(fleet.folder)
+    asked = waiting.get(name)
+    if asked is not None:
+        done = fleet.admit(name, parse_public_key(asked.public_key.encode(), name))
+        waiting.remove(name)
+        return done
+    files = fleet.folder / "nodes"
+    if (files / f"{name}.pub").is_file():
+        return _add_file(fleet, name)
+    known = nearest(
+        name, [*(p.stem for p in files.glob("*.pub")), *(n.name for n in waiting.all())]
+    )
+    raise UserError(
+        f"{name}: no node waits under this name, and '{files}/{name}.pub' is not there; give its "
+        f"KEY.pub too.{known}"
+    )
+
+
+def _revoke(fleet: Fleet, name: str) -> str:
+    """Revoke a node, or turn a waiting one away."""
+    waiting = PendingNodes(fleet.folder)
+    asked = waiting.get(name)
+    if asked is None or name in fleet.table.nodes:
+        return fleet.revoke(name)
+    waiting.put(replace(asked, refused=moment()))
+    return f"{name}: the request of {fingerprint(asked.public_key)} is refused."
 
 
 def _add_file(fleet: Fleet, name: str) -> str:
     """Admit ``nodes/NAME.pub`` and put it away."""
     file = fleet.folder / "nodes" / f"{name}.pub"
-    done = _add(fleet, name, file)
+    done = fleet.admit(name, read_public_key(file))
     away = fleet.folder / "nodes" / "registered"
     away.mkdir(exist_ok=True)
     file.replace(away / file.name)

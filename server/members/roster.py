@@ -15,7 +15,9 @@ from flexlora.lora.ranks import RankClass
 from flexlora.planning.rank_policies import RankPolicy
 from flexlora.seeds import numpy_generator
 from flexlora.server.members.bindings import Bindings
+from flexlora.server.members.versions import version_gap
 from flexlora.wire.jobs import Capability
+from flexlora.wire.packing import WIRE_VERSION
 
 __all__ = ["Member", "Roster", "sample"]
 
@@ -68,8 +70,9 @@ class Roster:
     ) -> Roster:
         """Members from the reports by node id; ``known`` classes (of a resumed run) are kept.
 
-        A node is left out, with its cause, if it cannot train, has another FlexLoRA version, holds
-        another base than most, or uses a name that is another node's.
+        A node is left out, with its cause, if it cannot train, speaks another wire, has a FlexLoRA
+        too far from the server's (``versions.py``), holds another base than most, or uses a name
+        that is another node's.
 
         Raises:
             UserError: no client can train.
@@ -206,8 +209,14 @@ def _most_common_base(reports: Iterable[Capability]) -> tuple:
 def _unfit(report: Capability, base: tuple) -> str:
     if report.cause:
         return report.cause
-    if report.version != flexlora.__version__:
-        return f"FlexLoRA {report.version}, the server has {flexlora.__version__}"
+    gap = version_gap(
+        report.version,
+        report.wire_version,
+        server_version=flexlora.__version__,
+        server_wire=WIRE_VERSION,
+    )
+    if gap:
+        return gap
     if (report.fingerprint, report.modules) != base:
         return f"another base model or other targets (fingerprint {report.fingerprint[:12]})"
     return ""
