@@ -15,7 +15,7 @@ FOLDERS = {
     "simulations": "flexlora.simulations",
 }
 # The rooms of flexlora/ from the ground up: a room imports from itself and from those before it.
-# What lies at the root (errors, printable, seeds, units) is the ground: `algebra` knows matrices, not LoRA.
+# What lies at the root (`ROOT_FILES`) is the ground. `algebra` knows matrices, not LoRA.
 ROOMS = (
     *("root", "lora", "algebra", "aggregation", "data", "config", "wire", "training"),
     *("evaluation", "planning", "runs", "report", "deploy", "commands"),

@@ -1,4 +1,4 @@
-"""Read the fields of a reply: types, bounds of every number and length, words that are safe to show.
+"""Read the fields of a reply: their types, the bounds of every number and length, safe words.
 
 What a node says of itself is not trusted. A number beyond its bound, a list too long and a name
 that cannot be one are errors; a long cause is cut, since it is for people. Bounds are far above
