@@ -23,6 +23,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from flexlora.aggregation import make_method
+from flexlora.aggregation.engine.norm_bound import NormHistory
 from flexlora.aggregation.engine.open_round import OpenRound
 from flexlora.aggregation.engine.state import GlobalChange, State
 from flexlora.config.resolve import Config
@@ -92,6 +93,7 @@ class FlexLoRAStrategy(Strategy):
         self.num_rounds = config.num_server_rounds
         self.membership = Membership(config, rank_classes or {}, self.observer.waiting)
         self.selector = Selector(config, say=self.observer.waiting)
+        self.norms = NormHistory()
         self.metrics = RoundMetrics(server_round=0)
         self.late = LateMessages(config.server.late_rounds)
         self._state = state
@@ -169,6 +171,7 @@ class FlexLoRAStrategy(Strategy):
         """Go on from a checkpoint's ``notes``: the clients' history, the clock, late messages."""
         if notes.get("history"):
             self.selector.history = History.from_dict(notes["history"])
+        self.norms = NormHistory.from_dict(notes.get("norms", {}))
         waited = notes.get("under_way", {})
         if self.run is not None and self.state.round < self.num_rounds and waited:
             self.late.send_again(self.run, waited, grid, self.roster, self._plan)
@@ -224,6 +227,8 @@ class FlexLoRAStrategy(Strategy):
                 starts,
                 plan.asked,
                 factor_gap=self.config.eval.factor_gap,
+                bound=self.norms.bound(self.config.server.max_norm_ratio),
+                most_updates=len(plan.asked) + len(self.late.pending),
             ),
             late=self.late,
             metrics=self.metrics,
@@ -252,11 +257,13 @@ class FlexLoRAStrategy(Strategy):
         for reply in replies:
             handler.handle(reply)
         began = time.perf_counter()
+        settled = handler.settle()
         self.metrics.skipped = handler.skipped(self.config.server.quorum)
         if self.metrics.skipped:
             self._state = self.state.unchanged()
         else:
             self._state = handler.opened.close()
+            self.norms.learn(server_round, settled.norms)
         for client_id, rank_class in sorted(handler.lowered.items()):
             member = self.roster.members[client_id]
             self.roster.members[client_id] = replace(member, rank_class=rank_class)
@@ -292,7 +299,9 @@ class FlexLoRAStrategy(Strategy):
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord:
         """Sums over clients, then means: per rank class, and each client at its own class."""
-        self._eval_results = evaluation_results(replies, self.roster, self.observer.evaluated)
+        self._eval_results = evaluation_results(
+            replies, self.roster, self.config, self.observer.evaluated
+        )
         return MetricRecord({**eval_metrics(self._eval_results, self.roster)})
 
     def _close_round(self, values: dict[str, Any], clock: Clock) -> None:
@@ -312,7 +321,7 @@ class FlexLoRAStrategy(Strategy):
             waited = self.late.write(self.run)
             sources = self.sources or Sources(base=self.roster.fingerprint)
             notes = {"history": history.to_dict(), "under_way": waited, **clock_state(clock)}
-            notes["sources"] = sources.to_dict()
+            notes["sources"], notes["norms"] = sources.to_dict(), self.norms.to_dict()
             if self.metrics.measured:  # the node ids of a simulation are Ray's of the day
                 notes["nodes"] = self.membership.bindings.to_dict()
             members = self.roster.members.items()

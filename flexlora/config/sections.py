@@ -250,6 +250,9 @@ class Server(Options):
     quorum: int = option(1, "updates below which a round changes nothing", ge=1)
     late_rounds: int = option(1, "rounds after which a late update still counts", ge=0)
     late_weight: float = option(1.0, "weight of an update per round it is late", ge=0.0, le=1.0)
+    max_norm_ratio: float = option(
+        50.0, "refuse updates whose norm is this many times the usual one (0: no bound)", ge=0.0
+    )
     resends: int = option(2, "times a lost message is sent again in its round", ge=0)
     silence_seconds: float = option(
         0.0, "silence after which a message counts as lost (0: half the round's time)", ge=0.0

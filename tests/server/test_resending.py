@@ -363,7 +363,7 @@ def exact(grid, strategy, counted):
         sent[name] = type(start)(
             **{**vars(start), "trained": over_the_wire(start.trained, "float64")}
         ).sealed()
-    opened = OpenRound(method, state, sent)
+    opened = OpenRound(method, state, sent, most_updates=len(counted))
     for client_id in counted:
         result = grid.results[1, client_id]
         opened.add(
