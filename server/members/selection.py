@@ -19,6 +19,7 @@ from flexlora.server.members.roster import Roster
 from flexlora.server.members.sampling import History, Reachable, choose
 from flexlora.server.transport.backoff import backoff
 from flexlora.server.transport.clocks import clock_of
+from flexlora.server.transport.link import Unreachable, link_of
 
 __all__ = ["Selected", "Selector", "split_backing_off", "too_few", "wait_for_nodes"]
 
@@ -79,7 +80,10 @@ class Selector:
         clock = clock_of(grid)
         deadline = clock.now() + self.config.server.wait_seconds
         while True:
-            nodes = set(grid.get_node_ids())
+            try:
+                nodes = link_of(grid).node_ids(deadline)
+            except Unreachable:
+                nodes = set()
             found = [
                 Reachable(
                     client_id=client_id,
@@ -127,7 +131,7 @@ def wait_for_nodes(grid: Grid, config: Config) -> list[int]:
     """
     clock = clock_of(grid)
     deadline = clock.now() + config.server.wait_seconds
-    while len(nodes := list(grid.get_node_ids())) < config.server.min_nodes:
+    while len(nodes := _reached(grid, deadline)) < config.server.min_nodes:
         if clock.now() >= deadline:
             raise UserError(
                 f"{len(nodes)} nodes are connected after {config.server.wait_seconds:g} s, "
@@ -135,6 +139,15 @@ def wait_for_nodes(grid: Grid, config: Config) -> list[int]:
             )
         clock.wait_for_nodes(deadline)
     return sorted(nodes)
+
+
+def _reached(grid: Grid, deadline: float) -> set[int]:
+    try:
+        return link_of(grid).node_ids(deadline)
+    except Unreachable as error:
+        raise UserError(
+            f"the SuperLink has not answered within server.wait-seconds: {error}; is it running?"
+        ) from None
 
 
 def too_few(count: int, quorum: int, what: str) -> str:

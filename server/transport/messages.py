@@ -17,6 +17,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flexlora.aggregation.engine.starts import Start
 from flexlora.errors import UpdateRefused
 from flexlora.lora.adapters import Adapter
+from flexlora.server.transport.flower_private import UNREADABLE
 from flexlora.wire.encoding import FACTORS, WireArray, decode_adapter, encode_adapter
 from flexlora.wire.jobs import Capability, EvalResult, Score, TrainResult
 from flexlora.wire.packing import (
@@ -196,6 +197,8 @@ def scores_of(report: Mapping) -> dict[str, Score]:
 
 
 def _error(reply: Message) -> str:
+    if reply.error.code == UNREADABLE and reply.error.reason:
+        return reply.error.reason
     return f"Flower error {reply.error.code}: {reply.error.reason or 'no reason given'}"
 
 
