@@ -112,10 +112,7 @@ class Membership:
         unknown = sorted(connected - members - self._answered)
         due = [node_id for node_id in unknown if self._is_due(node_id, server_round)]
         queries = [_query(node_id) for node_id in due]
-        try:
-            send(grid, queries, deadline - clock_of(grid).now())
-        except Unreachable:
-            return []
+        send(grid, queries, deadline - clock_of(grid).now())
         for node_id, pending in zip(due, queries, strict=True):
             count, _ = self._queries.get(node_id, (0, 0))
             self._open[node_id], self._queries[node_id] = pending, (count + 1, server_round)

@@ -52,15 +52,12 @@ def ask(
 
 
 def send(grid: Grid, messages: Iterable[PendingMessage], seconds: float = 0.0) -> None:
-    """Send each message once and wait for nothing but a SuperLink that is away, so long at most.
-
-    Raises:
-        Unreachable: it has not come back.
-    """
+    """Send each message once; wait for nothing but a SuperLink that is away, so long at most."""
     sent, clock = list(messages), clock_of(grid)
     now = clock.now()
     copies = [pending.next_copy(pending.node_id, None) for pending in sent]
-    for pending, message_id in zip(sent, link_of(grid).push(copies, now + seconds), strict=True):
+    ids, _ = link_of(grid).push(copies, now + seconds)
+    for pending, message_id in zip(sent, ids, strict=True):
         pending.mark_sent(message_id, now)
         pending.drop_content()
 

@@ -53,7 +53,8 @@ def _array(content: bytes, contents: MutableMapping[str, bytes], most_bytes: int
     """An array with the bytes of its chunks."""
     _, children, _ = object_head(content)
     fields = json.loads(_body(content).tobytes())
-    chunks = [_body(contents[children[place]]) for place in fields["arraychunk_ids"]]
+    bodies = [_body(contents[child]) for child in children]
+    chunks = [bodies[place] for place in fields["arraychunk_ids"]]
     size = sum(len(chunk) for chunk in chunks)
     if size > most_bytes:
         raise Unreadable(f"arrays of {size:,} bytes or more, expected at most {most_bytes:,}")

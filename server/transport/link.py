@@ -19,7 +19,7 @@ from flwr.serverapp import Grid
 
 from flexlora.errors import one_line
 from flexlora.server.transport.clocks import Clock, clock_of
-from flexlora.server.transport.flower_private import is_outage, tried_once
+from flexlora.server.transport.flower_private import ObjectPushError, is_outage, tried_once
 
 __all__ = ["Link", "Unreachable", "link_of"]
 
@@ -93,20 +93,34 @@ class Link:
         """
         return self.until(deadline, lambda: set(self.grid.get_node_ids()))
 
-    def push(self, messages: Sequence[Message], deadline: float) -> list[str | None]:
-        """The id of each message, None where the SuperLink did not take it.
+    def push(self, messages: Sequence[Message], deadline: float) -> tuple[list[str | None], str]:
+        """The id of each message, None where it was not taken, and why the last such was not.
 
         A request that is repeated has the same ids, under which the SuperLink has each message
-        once. It returns fewer ids than messages where a request is too large for it.
-
-        Raises:
-            Unreachable: the SuperLink does not answer in time.
+        once. One that is too large for it is halved; a single message that is too large has no id,
+        and there are fewer ids than messages.
         """
         ids: list[str | None] = []
-        for at in range(0, len(messages), PUSHED_TOGETHER):
-            batch = messages[at : at + PUSHED_TOGETHER]
-            ids += self.until(deadline, partial(self._push, batch))
-        return ids
+        loss = "no such node"  # Flower gives no id to a message for a node that it has forgotten
+        batches = [
+            messages[at : at + PUSHED_TOGETHER] for at in range(0, len(messages), PUSHED_TOGETHER)
+        ]
+        while batches:
+            batch = batches.pop(0)
+            taken: Sequence[str | None] = [None] * len(batch)
+            try:
+                taken = self.until(deadline, partial(self._push, batch))
+            except ObjectPushError:
+                # A slow SuperLink may refuse records that it took when they came the first time.
+                loss = "its upload broke off"
+            except Unreachable as error:
+                loss = f"the SuperLink did not take it: {error}"
+                return [*ids, *[None] * (len(messages) - len(ids))], loss
+            if not taken and len(batch) > 1:
+                half = len(batch) // 2
+                batches[:0] = [batch[:half], batch[half:]]
+            ids += taken
+        return ids, loss
 
     def _push(self, batch: Sequence[Message]) -> list[str | None]:
         return list(self.grid.push_messages(batch))

@@ -22,7 +22,6 @@ from flexlora.server.transport.flower_private import (
     EXPIRED_CODES,
     LOST_CODES,
     Handed,
-    ObjectPushError,
     set_sender,
 )
 from flexlora.server.transport.link import Unreachable, link_of
@@ -159,15 +158,7 @@ class RetryQueue:
         now = self.clock.now()
         ttl = self.policy.ttl(self.deadline - now)
         messages = [pending.next_copy(node_id, ttl) for pending, node_id in ready]
-        loss = "no such node"  # Flower gives no id to a message for a node that it has forgotten
-        ids: Sequence[str | None] = [None] * len(messages)
-        try:
-            ids = self.link.push(messages, self.deadline)
-        except ObjectPushError:
-            # A slow SuperLink may refuse records that it took when they came the first time.
-            loss = "its upload broke off"
-        except Unreachable as error:
-            loss = f"the SuperLink did not take it ({error})"
+        ids, loss = self.link.push(messages, self.deadline)
         if len(ids) != len(messages):
             raise UserError(
                 f"the SuperLink took {len(ids)} of {len(messages)} messages, expected all; if its "
