@@ -53,9 +53,12 @@ FAILED_COHORTS = "cohorts.json"  # in the run folder
 EVALUATED_TOGETHER = 32  # clients; a constant, so that scores do not depend on the workers
 
 
-def rounds_kept(late_rounds: int) -> int:
-    """The open round, those that replies may still come from, and the one before them."""
-    return late_rounds + 2
+def rounds_kept(late_rounds: int, keep_checkpoints: int = 1) -> int:
+    """The open round, those that replies may still come from, and the one before them.
+
+    Each of the further rounds that a rollback can go back to needs one more.
+    """
+    return late_rounds + 1 + keep_checkpoints
 
 
 @dataclass(kw_only=True)
