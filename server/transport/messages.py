@@ -19,6 +19,7 @@ from flexlora.errors import UpdateRefused, reason
 from flexlora.lora.adapters import Adapter
 from flexlora.printable import printable
 from flexlora.server.transport.fields import check_capability, check_score, read_fields
+from flexlora.server.transport.flower_private import UNREADABLE
 from flexlora.wire.encoding import FACTORS, WireArray, decode_adapter, encode_adapter
 from flexlora.wire.jobs import Capability, EvalResult, Score, TrainResult
 from flexlora.wire.packing import (
@@ -217,6 +218,8 @@ def scores_of(report: Mapping) -> dict[str, Score]:
 
 def _error(reply: Message) -> str:
     words = printable(reply.error.reason or "no reason given", 1000)
+    if reply.error.code == UNREADABLE and reply.error.reason:
+        return words
     return f"Flower error {reply.error.code}: {words}"
 
 
