@@ -9,7 +9,6 @@ path after the login, where there is one).
 from __future__ import annotations
 
 import json
-import ssl
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -19,6 +18,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import flexlora
+from flexlora.clients.setup.clock import compare_clocks, default_trust
 from flexlora.clients.setup.node_key_checks import check_node_key
 from flexlora.deploy.certificates import Authorities, AuthoritiesRefused, read_authorities
 from flexlora.deploy.connections import HttpResponse, Link, Stopped
@@ -78,12 +78,12 @@ def _steps(host: str, port: int, roots: Path | None, key: Path | None) -> Iterat
         yield from _plain_http(link, roots)
     else:
         authorities = _authorities(roots) if roots else None
-        context = authorities.context() if authorities else _default_trust()
+        context = authorities.context() if authorities else default_trust()
         yield check_certificate(link, link.certificate, context, authorities)
         link = replace(link, context=context)
     health = link.ask("GET", "/health")
     yield _is_superlink(link, health)
-    yield _clock(link, health)
+    yield compare_clocks(link.address, health)
     yield _control(link)
     if key is not None:
         yield check_node_key(link, key)
@@ -94,13 +94,6 @@ def _authorities(path: Path) -> Authorities:
         return read_authorities(path)
     except AuthoritiesRefused as error:
         raise Stopped(failed(str(error), error.remedy, name="certificate")) from None
-
-
-def _default_trust() -> ssl.SSLContext:
-    """The trust of a SuperNode without root certificates: that of Flower's HTTP client."""
-    import httpx
-
-    return httpx.create_ssl_context()
 
 
 def _proxied(link: Link) -> Iterator[Finding]:
@@ -165,30 +158,6 @@ def _version(link: Link) -> str:
         return str(info["version"])[:20] if info["title"] == "SuperLink API" else ""
     except (ValueError, KeyError, TypeError):
         return ""
-
-
-def _clock(link: Link, answer: HttpResponse) -> Finding:
-    """Compare this machine's clock with the server's, within the tolerance of node signatures.
-
-    ``Date`` is a whole second and may be one old: the server's time was in [date, date + 2).
-    """
-    from flexlora.clients.setup.flower_private import SECONDS_AHEAD as FAST
-    from flexlora.clients.setup.flower_private import SECONDS_BEHIND as SLOW
-
-    name, remedy = "clock", "timedatectl set-ntp true (here or on the server)"
-    if answer.date is None:
-        message = f"{link.address} does not tell its time, so the clocks cannot be compared."
-        return warning(message, "timedatectl (here and on the server)", name=name)
-    least, most = answer.asked - (answer.date + 2), answer.came - answer.date
-    off = (least + most) / 2
-    limit = f"node authentication takes a clock {FAST} s ahead and {SLOW} s behind"
-    side = "ahead of" if off > 0 else "behind"
-    message = f"this machine's clock is {human_seconds(abs(off))} {side} the server's"
-    if least > FAST or most < -SLOW:
-        return failed(f"{message}; {limit}.", remedy, name=name)
-    if most > FAST or least < -SLOW:
-        return warning(f"{message}, near the limit: {limit}.", remedy, name=name)
-    return ok(f"at most {max(abs(least), abs(most)):.1f} s off the server's; {limit}", name=name)
 
 
 def _control(link: Link) -> Finding:

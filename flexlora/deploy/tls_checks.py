@@ -20,7 +20,7 @@ from flexlora.deploy.connections import SECONDS, Link, Stopped, is_loopback, rea
 from flexlora.deploy.doctor import Finding, failed, ok, warning
 from flexlora.units import human_seconds
 
-__all__ = ["check_certificate", "inspect_endpoint"]
+__all__ = ["check_certificate", "inspect_endpoint", "unverified"]
 
 SOON = 14 * 86400.0  # seconds before a certificate's end in which doctor warns
 # X509_V_ERR_* of OpenSSL's x509_vfy.h
@@ -39,7 +39,7 @@ def inspect_endpoint(host: str, port: int) -> Link:
     with link.connect() as plain:
         link = replace(link, is_loopback=is_loopback(plain.getpeername()[0]))
         try:
-            with _unverified().wrap_socket(plain, server_hostname=host) as secured:
+            with unverified().wrap_socket(plain, server_hostname=host) as secured:
                 der = secured.getpeercert(binary_form=True) or b""
         except OSError as error:
             no_tls: OSError = error
@@ -52,7 +52,8 @@ def inspect_endpoint(host: str, port: int) -> Link:
     return link
 
 
-def _unverified() -> ssl.SSLContext:
+def unverified() -> ssl.SSLContext:
+    """Takes any certificate: to look at one, and to ask an untrusted server's time."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     return context
@@ -146,7 +147,7 @@ def _out_of_time(link: Link, certificates: Sequence[x509.Certificate]) -> Findin
     message = f"the {whose} of {link.address} {when}"
     try:
         # Unverified: the server's clock only serves to explain the refusal.
-        there = replace(link, context=_unverified()).request("GET", "/health").date
+        there = replace(link, context=unverified()).request("GET", "/health").date
     except (OSError, http.client.HTTPException):
         there = None
     if there is None:

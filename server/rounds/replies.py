@@ -216,7 +216,8 @@ class ReplyHandler:
 
     def _record(self, row: ClientRow, pending: PendingMessage | None = None) -> None:
         if pending is not None:
-            row.note = pending.note
+            disputed = self.membership.roster.disputed.pop(row.client_id, "")
+            row.note = "; ".join(filter(None, (pending.note, disputed)))
             row.bytes_down = max(1, pending.sent) * self.plan.class_bytes[row.rank_class]
         self.metrics.rows.append(row)
         if self.opened.decides or row.outcome is not Outcome.OK:
@@ -288,7 +289,7 @@ class ReplyHandler:
         )
         if named != sent:
             raise UpdateRefused(
-                f"client {client_id}: says that it trained '{named[0]}' of round {named[1]}, it was "
+                f"client {client_id}: trained '{named[0]}' of round {named[1]} by its word, it was "
                 f"sent '{sent[0]}' of round {sent[1]}."
             )
         return replace(update, norms=norms_of(update.adapter, start.trained))
