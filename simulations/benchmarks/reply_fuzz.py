@@ -330,7 +330,7 @@ def replies(count: int, seed: int) -> Iterator[tuple[int, Case, RecordDict]]:
         yield seed + k, case, damaged(case.content, random.Random(seed + k))
 
 
-def run(count: int, seed: int = 0) -> Outcomes:
+def run(count: int, seed: int = 0, *, until_escape: bool = False) -> Outcomes:
     """Decode ``count`` replies; ``seconds`` are those of decoding and checking alone."""
     outcomes = Outcomes(counts=Counter(), escapes=[], seconds=0.0)
     for number, case, content in replies(count, seed):
@@ -343,6 +343,8 @@ def run(count: int, seed: int = 0) -> Outcomes:
         outcomes.counts[case.kind, outcome] += 1
         if odd:
             outcomes.escapes.append(f"seed {number}, {case.kind}: {odd}")
+            if until_escape:
+                break
     return outcomes
 
 

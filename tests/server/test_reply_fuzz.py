@@ -7,12 +7,11 @@ import os
 
 import pytest
 
+from flexlora.aggregation.engine import updates
 from flexlora.server.transport import fields, messages
 from flexlora.simulations.benchmarks import reply_fuzz
-from flexlora.wire import encoding, packing
 
 COUNT = int(os.environ.get("FLEXLORA_FUZZED_REPLIES", "5000"))
-CONTROL = 1500
 
 
 def test_every_reply_as_it_is_sent_is_accepted():
@@ -40,8 +39,8 @@ CHECKS = {
     "the sums of scores": (messages, "check_score", nothing),
     "the names and sizes of a capability": (messages, "check_capability", nothing),
     "the catch of what cannot be read": (messages, "reason", lambda error: error.no_such_word),
-    "the sizes of factors": (packing, "factor_bytes", lambda key, kind, shape: 0),
-    "the size of one factor": (encoding, "factor_bytes", lambda key, kind, shape: 96),
+    "the shapes and numbers of factors": (updates, "_check_factors", nothing),
+    "the sizes of products": (updates, "_check_sizes", nothing),
 }
 
 
@@ -50,5 +49,4 @@ def test_a_decoder_without_a_check_is_found(check, monkeypatch):
     """Negative control: the fuzz bites on each."""
     module, name, weak = CHECKS[check]
     monkeypatch.setattr(module, name, weak)
-    outcomes = reply_fuzz.run(CONTROL)
-    assert outcomes.escapes
+    assert reply_fuzz.run(COUNT, until_escape=True).escapes
