@@ -91,8 +91,10 @@ class FlexLoRAStrategy(Strategy):
         self.origin = ""  # Flower's id of the first run in this folder
         self.sources: Sources | None = None  # default: the base of the roster
         self.num_rounds = config.num_server_rounds
-        self.membership = Membership(config, rank_classes or {}, self.observer.waiting)
-        self.selector = Selector(config, say=self.observer.waiting)
+        shapes = state.change.shapes if state is not None else None
+        say = self.observer.waiting
+        self.membership = Membership(config, rank_classes or {}, shapes, say)
+        self.selector = Selector(config, say=say)
         self.norms = NormHistory()
         self.metrics = RoundMetrics(server_round=0)
         self.late = LateMessages(config.server.late_rounds)

@@ -14,6 +14,8 @@ from flwr.serverapp import Grid
 
 from flexlora.config.resolve import Config
 from flexlora.lora.ranks import RankClass
+from flexlora.planning.base_modules import base_modules
+from flexlora.server.members.bases import KnownBase
 from flexlora.server.members.bindings import Bindings
 from flexlora.server.members.roster import Roster
 from flexlora.server.members.selection import wait_for_nodes
@@ -39,17 +41,20 @@ MOST_ROUNDS = 64  # between two queries to a node that does not answer
 class Membership:
     """The roster, queries to other nodes, and reports that are not in the roster yet.
 
-    ``known`` are the rank classes of a resumed run, ``bindings`` say which node has which name;
-    ``say`` is told who is waited for.
+    ``known`` are the rank classes of a resumed run and ``shapes`` those of its modules;
+    ``bindings`` say which node has which name; ``say`` is told who is waited for.
     """
 
     def __init__(
         self,
         config: Config,
         known: Mapping[str, RankClass],
+        shapes: Mapping[str, tuple[int, int]] | None = None,
         say: Say = lambda what, seconds: None,
     ) -> None:
         self.config, self.known, self.say = config, dict(known), say
+        modules = base_modules(config.model.name, config.lora.target_modules)
+        self.known_base = KnownBase(resumed=shapes, modules=modules)
         self.bindings = Bindings.of_environment()
         self.roster = Roster()
         self._open: dict[int, PendingMessage] = {}
@@ -87,7 +92,7 @@ class Membership:
                 self._open[pending.node_id] = pending
         self.bindings.read()
         policy = rank_policy_of(self.config)
-        self.roster = Roster.meet(reports, policy, self.known, self.bindings)
+        self.roster = Roster.meet(reports, policy, self.known, self.bindings, self.known_base)
         for node_id, report in reports.items():
             self._note(node_id, report, 0)
 

@@ -289,8 +289,8 @@ class ReplyHandler:
         )
         if named != sent:
             raise UpdateRefused(
-                f"client {client_id}: says that it trained '{named[0]}' of round {named[1]}, "
-                f"it was sent '{sent[0]}' of round {sent[1]}."
+                f"client {client_id}: trained '{named[0]}' of round {named[1]} by its word, it was "
+                f"sent '{sent[0]}' of round {sent[1]}."
             )
         return replace(update, norms=norms_of(update.adapter, start.trained))
 

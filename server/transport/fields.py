@@ -7,7 +7,6 @@ what real nodes reach, and low enough that nothing sized by them fills a server'
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import fields
 
@@ -117,10 +116,10 @@ def check_capability(record: Mapping, report: Capability) -> None:
         ValueError: no name of a client, modules without sizes or with more than any model has, no
             examples and no cause.
     """
-    if not is_name(str(record.get("client-id"))):
+    name = str(record.get("client-id"))
+    if not is_name(name):
         raise ValueError(
-            f"the client's name is {_shown(report.client_id)}, expected 1 to 128 characters that "
-            "print"
+            f"the client's name is '{printable(name, 60)}', expected 1 to 128 characters that print"
         )
     counts = {len(report.modules), len(report.out_features), len(report.in_features)}
     if len(counts) > 1:
@@ -138,12 +137,9 @@ def check_score(name: str, score: Score) -> None:
     """Refuse sums that contradict each other.
 
     Raises:
-        ValueError: a negative or infinite sum, a loss per token above ``LARGEST_LOSS``, more
-            matches than generated rows, more of these than rows.
+        ValueError: a loss per token above ``LARGEST_LOSS``, more matches than generated rows, more
+            of these than rows.
     """
-    odd = [key for key, value in vars(score).items() if not 0 <= value < math.inf]
-    if odd:
-        raise ValueError(f"'{odd[0]}' of '{name}' is negative or not finite")
     if score.loss > LARGEST_LOSS * score.tokens:
         raise ValueError(
             f"the loss of '{name}' is {score.loss:.6g} over {score.tokens} tokens, expected at "

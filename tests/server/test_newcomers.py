@@ -58,7 +58,10 @@ UNFIT = {
     "version": ({"version": "3.0.1"}, "FlexLoRA 3.0.1, the server has"),
     "base": ({"fingerprint": "0" * 32}, "another base model"),
     "targets": ({"modules": ("x",), "out_features": (4,), "in_features": (4,)}, "other targets"),
-    "shapes": ({"out_features": (12, 6, 21)}, "its modules have other shapes"),
+    "shapes": (
+        {"out_features": (12, 6, 21)},
+        "module 'mlp.up': [out, in] is [21, 12]",
+    ),
     "its own word": ({"cause": "its disk is full"}, "its disk is full"),
 }
 

@@ -104,7 +104,7 @@ class NormBound:
     def refusal(self, norms: Norms) -> str:
         """Why an update of these norms is refused; empty if it is not."""
         for name, middle in self.medians.items() if self.factor else ():
-            norm = math.sqrt(max(0.0, getattr(norms, name)))
+            norm = math.sqrt(getattr(norms, name))
             if not norm <= self.factor * middle:
                 return (
                     f"the norm of its {name} is {norm:.3g}, the median of the last updates "
