@@ -122,8 +122,8 @@ def federate(
                     fingerprint=strategy.roster.fingerprint,
                     fan_in_fan_out=strategy.roster.fan_in_fan_out,
                 )
-        if untrained:
-            raise RunFailed(untrained)
+        if untrained or strategy.ended:
+            raise RunFailed(untrained or strategy.ended)
     return strategy
 
 

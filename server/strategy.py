@@ -48,6 +48,7 @@ from flexlora.server.rounds.late_messages import LateMessages
 from flexlora.server.rounds.replies import ReplyHandler
 from flexlora.server.rounds.round_metrics import RoundMetrics, class_metrics, module_metrics
 from flexlora.server.rounds.round_plan import RoundPlan
+from flexlora.server.rounds.skipped_rounds import SkippedRounds
 from flexlora.server.settings import factoring_of
 from flexlora.server.transport.clocks import Clock, clock_of, clock_state, restore_clock
 from flexlora.server.transport.exchange import ask
@@ -93,6 +94,8 @@ class FlexLoRAStrategy(Strategy):
         self.selector = Selector(config, say=self.observer.waiting)
         self.metrics = RoundMetrics(server_round=0)
         self.late = LateMessages(config.server.late_rounds)
+        self.skipped = SkippedRounds(config.server.skipped_rounds)
+        self.ended = ""  # why the run ends before its last round
         self._state = state
         self._open: ReplyHandler | None = None
         self._eval_results: list[EvalResult] = []
@@ -125,8 +128,9 @@ class FlexLoRAStrategy(Strategy):
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: EvaluateFn | None = None,
     ) -> Result:
-        """Run rounds ``state.round + 1`` to ``num_rounds`` (default: the configuration's).
+        """Run the rounds after ``state`` until ``num_rounds`` count (default: the configuration's).
 
+        Where too many were skipped in a row it ends earlier, and ``ended`` says so.
         ``initial_arrays`` and the two configs are ignored: round 0 is the base itself, and clients
         read their settings from the run's configuration. ``evaluate_fn`` gets the global adapter.
 
@@ -143,29 +147,51 @@ class FlexLoRAStrategy(Strategy):
         else:
             dtype = DTYPES["float64" if self.config.wire.dtype == "float64" else "float32"]
             self._state = State(round=0, change=GlobalChange.zero(self.roster.shapes, dtype))
-        for server_round in range(first, self.num_rounds + 1):
+        server_round = first - 1
+        while server_round < self.last_round and not self.ended:
+            server_round += 1
             began = time.perf_counter()
             measured = not (clock.simulated or getattr(grid, "in_process", False))
             self.metrics = RoundMetrics(server_round=server_round, measured=measured)
             values: dict[str, Any] = {"round": server_round}
             if server_round > 0:
                 values |= self._train(grid, server_round, timeout, result)
-            if self.config.eval.due(server_round, self.num_rounds):
+            if self.config.eval.due(server_round, self.last_round):
                 values |= self._evaluate(grid, server_round, timeout, result)
             if evaluate_fn is not None:
                 extra = evaluate_fn(server_round, self.global_arrays())
                 result.evaluate_metrics_serverapp[server_round] = extra or MetricRecord()
             values["seconds"] = time.perf_counter() - began
             self._close_round(values, clock)
+            cause = self.metrics.skipped
+            self.ended = self.skipped.verdict(server_round, self.num_rounds, cause)
+            if measured and not self.ended:
+                self._pause(clock)
         result.arrays = self.global_arrays()
         return result
+
+    @property
+    def last_round(self) -> int:
+        """The number of the last round, from what was skipped so far."""
+        return self.skipped.extended(self.num_rounds)
+
+    def _pause(self, clock: Clock) -> None:
+        """After a skipped round, time for what is missing to come back."""
+        most = self.config.server.wait_seconds
+        seconds = self.skipped.pause_seconds(self.metrics.server_round, most)
+        if seconds:
+            self.observer.waiting("the next round, as this one was skipped", seconds)
+        until = clock.now() + seconds
+        while clock.now() < until:
+            clock.wait_for_nodes(until)
 
     def restore(self, notes: Mapping[str, Any], grid: Grid) -> None:
         """Go on from a checkpoint's ``notes``: the clients' history, the clock, late messages."""
         if notes.get("history"):
             self.selector.history = History.from_dict(notes["history"])
+        self.skipped.numbers = list(notes.get("skipped_rounds", []))
         waited = notes.get("under_way", {})
-        if self.run is not None and self.state.round < self.num_rounds and waited:
+        if self.run is not None and self.state.round < self.last_round and waited:
             self.late.send_again(self.run, waited, grid, self.roster, self._plan)
         restore_clock(notes, clock_of(grid))
 
@@ -185,7 +211,7 @@ class FlexLoRAStrategy(Strategy):
             self.observer.met(self.roster)
         self.metrics.rows += left_out_rows(server_round, left_out)
         messages = self.configure_train(server_round, ArrayRecord(), ConfigRecord(), grid)
-        self.observer.round_started(server_round, self.num_rounds, len(messages))
+        self.observer.round_started(server_round, self.last_round, len(messages))
         replies = self._handler.replies(grid, timeout)
         _, metrics = self.aggregate_train(server_round, replies)
         result.train_metrics_clientapp[server_round] = metrics
@@ -230,7 +256,8 @@ class FlexLoRAStrategy(Strategy):
         return [pending.message for pending in plan.pending if pending.message is not None]
 
     def _plan(self, state: State, members: Sequence[Member], server_round: int) -> RoundPlan:
-        when = server_round, self.num_rounds
+        skipped = self.skipped.before(server_round)
+        when = server_round, self.num_rounds, skipped
         return RoundPlan.of(self.method, state, members, self.config, *when, self.origin)
 
     @property
@@ -250,6 +277,7 @@ class FlexLoRAStrategy(Strategy):
         self.metrics.skipped = handler.skipped(self.config.server.quorum)
         if self.metrics.skipped:
             self._state = self.state.unchanged()
+            self.skipped.add(server_round)
         else:
             self._state = handler.opened.close()
         for client_id, rank_class in sorted(handler.lowered.items()):
@@ -266,7 +294,7 @@ class FlexLoRAStrategy(Strategy):
     ) -> dict[str, Any]:
         messages = self.configure_evaluate(server_round, ArrayRecord(), ConfigRecord(), grid)
         if server_round == 0:
-            self.observer.round_started(server_round, self.num_rounds, len(messages))
+            self.observer.round_started(server_round, self.last_round, len(messages))
         pending = [PendingMessage(message) for message in messages]
         replies = (reply for _, reply in ask(grid, pending, self.config, timeout) if reply)
         scores = self.aggregate_evaluate(server_round, replies)
@@ -277,7 +305,7 @@ class FlexLoRAStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         """To the same clients in every round, each with every class's adapter (round 0: none)."""
-        served, when = self.served(self.state), (server_round, self.num_rounds)
+        served, when = self.served(self.state), (server_round, self.last_round)
         return evaluation_messages(served, self.roster, self.config, *when, self.origin)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord:
@@ -303,6 +331,8 @@ class FlexLoRAStrategy(Strategy):
             sources = self.sources or Sources(base=self.roster.fingerprint)
             notes = {"history": history.to_dict(), "under_way": waited, **clock_state(clock)}
             notes["sources"] = sources.to_dict()
+            if self.skipped.numbers:
+                notes["skipped_rounds"] = self.skipped.numbers
             if self.metrics.measured:  # the node ids of a simulation are Ray's of the day
                 notes["nodes"] = self.membership.bindings.to_dict()
             members = self.roster.members.items()

@@ -61,9 +61,11 @@ class RunRecords:
 
     @property
     def num_rounds(self) -> int:
-        """The configured number of rounds."""
+        """The configured number of rounds, and one for each that was skipped and is held again."""
         wanted = finite(self.setting("num-server-rounds"))
-        return int(wanted) if wanted is not None else max(self.last_round, 0)
+        again = bool(finite(self.config.get("server.skipped-rounds")))  # an older run held none
+        skipped = sum(bool(row.get("skipped")) for row in self.rounds) if again else 0
+        return int(wanted) + skipped if wanted is not None else max(self.last_round, 0)
 
     @property
     def finished(self) -> bool:
