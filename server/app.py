@@ -15,6 +15,7 @@ from flwr.serverapp import Grid, ServerApp
 
 import flexlora
 from flexlora.config.resolve import Config, of_flower, resolved
+from flexlora.deploy.request_watch import RequestWatch, watch_requests
 from flexlora.errors import RunFailed
 from flexlora.runs.audit import RESUMED, STARTED
 from flexlora.runs.checkpoints import checkpoint_digest
@@ -28,6 +29,7 @@ from flexlora.server.results import write_adapters
 from flexlora.server.resuming import destination_of, settle
 from flexlora.server.settings import check_config
 from flexlora.server.strategy import FlexLoRAStrategy
+from flexlora.server.transport.flower_private import TASK_HEARTBEAT, ProtobufClient
 
 __all__ = ["app", "federate"]
 
@@ -38,6 +40,8 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the federation of the run's configuration, or go on with it, in a run folder."""
+    # A heartbeat that is answered 500 would be the last: the SuperLink then ends the run.
+    watch_requests(ProtobufClient, RequestWatch(), TASK_HEARTBEAT)
     to = destination_of(resolved(Config.of(of_flower(context.run_config))), context.run_id)
     logger = logging.getLogger("flwr")
     logger.info("run folder: %s%s", to.folder.resolve(), ", going on" if to.resume else "")
