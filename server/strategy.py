@@ -148,10 +148,11 @@ class FlexLoRAStrategy(Strategy):
             dtype = DTYPES["float64" if self.config.wire.dtype == "float64" else "float32"]
             self._state = State(round=0, change=GlobalChange.zero(self.roster.shapes, dtype))
         server_round = first - 1
+        measured = _is_measured(grid)
+        self.skipped.limit *= measured
         while server_round < self.last_round and not self.ended:
             server_round += 1
             began = time.perf_counter()
-            measured = not (clock.simulated or getattr(grid, "in_process", False))
             self.metrics = RoundMetrics(server_round=server_round, measured=measured)
             values: dict[str, Any] = {"round": server_round}
             if server_round > 0:
@@ -190,6 +191,7 @@ class FlexLoRAStrategy(Strategy):
         if notes.get("history"):
             self.selector.history = History.from_dict(notes["history"])
         self.skipped.numbers = list(notes.get("skipped_rounds", []))
+        self.skipped.limit *= _is_measured(grid)
         waited = notes.get("under_way", {})
         if self.run is not None and self.state.round < self.last_round and waited:
             self.late.send_again(self.run, waited, grid, self.roster, self._plan)
@@ -217,7 +219,8 @@ class FlexLoRAStrategy(Strategy):
         result.train_metrics_clientapp[server_round] = metrics
         seconds = clock.now() - began
         timed = self.metrics.apply_clock(clock, seconds)
-        return {**metrics, **self.metrics.exceptions(), **timed}
+        again = {"held_again": True} if self.metrics.skipped and self.skipped.limit else {}
+        return {**metrics, **self.metrics.exceptions(), **again, **timed}
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -385,3 +388,8 @@ class FlexLoRAStrategy(Strategy):
         return ArrayRecord(
             {k: Array(a.dtype, a.shape, a.stype, bytes(a.data)) for k, a in arrays.items()}
         )
+
+
+def _is_measured(grid: Grid) -> bool:
+    """Whether rounds take the time of real nodes: not in a simulation of ours."""
+    return not (clock_of(grid).simulated or getattr(grid, "in_process", False))

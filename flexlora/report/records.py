@@ -61,11 +61,10 @@ class RunRecords:
 
     @property
     def num_rounds(self) -> int:
-        """The configured number of rounds, and one for each that was skipped and is held again."""
+        """The configured number of rounds, and one for each that is held again."""
         wanted = finite(self.setting("num-server-rounds"))
-        again = bool(finite(self.config.get("server.skipped-rounds")))  # an older run held none
-        skipped = sum(bool(row.get("skipped")) for row in self.rounds) if again else 0
-        return int(wanted) + skipped if wanted is not None else max(self.last_round, 0)
+        again = sum(bool(row.get("held_again")) for row in self.rounds)
+        return int(wanted) + again if wanted is not None else max(self.last_round, 0)
 
     @property
     def finished(self) -> bool:

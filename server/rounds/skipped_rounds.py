@@ -3,6 +3,9 @@
 Such a round keeps its number, its rows and its checkpoint, and changes nothing. The run ends after
 ``num-server-rounds`` rounds that did change something, or when ``server.skipped-rounds`` in a row
 were skipped; between those it pauses for longer and longer, since what is missing may come back.
+
+In a simulation they count: its failures are a function of the seed, and runs are compared round by
+round.
 """
 
 from __future__ import annotations

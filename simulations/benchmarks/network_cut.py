@@ -50,6 +50,7 @@ QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "NO_COLOR": "1", "PYTHON
 SETTINGS = {
     "method.name": "residual",
     "ranks.tiers": "4",
+    "ranks.shares": "equal",
     "lora.target-modules": "q_proj,v_proj",
     "train.max-length": 128,
     "train.max-steps": 200,

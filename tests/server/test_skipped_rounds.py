@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 
 from faulty_grid import SILENT, FaultyGrid, Told, lost, people, run, settings
-from federation import StopAt, Stopped, federation, rounds, same_bytes
+from federation import StopAt, Stopped, federation, rounds, same_bytes, small
 from flexlora.clients.messages import decode_train_job
 from flexlora.errors import RunFailed
 from flexlora.report.records import read_run
+from flexlora.simulations.simulate import simulate
 from flexlora.training.schedule import TrainSettings, learning_rate_at
 
 QUORUM = {"num_server_rounds": 3, "server__quorum": 2, "server__backoff_rounds": 0}
@@ -39,6 +40,7 @@ def test_a_skipped_round_is_held_again_and_the_run_trains_as_often_as_asked():
     finished = [row for (row,) in told.of("round_finished")]
     assert [row["round"] for row in finished] == [0, 1, 2, 3, 4]
     assert ["skipped" in row for row in finished] == [False, False, True, False, False]
+    assert [row.get("held_again", False) for row in finished] == [n == 2 for n in range(5)]
     assert [args[:2] for args in told.of("round_started")] == [
         *([0, 3], [1, 3], [2, 3], [3, 4], [4, 4])
     ]
@@ -102,3 +104,10 @@ def test_a_resumed_run_knows_what_was_skipped(tmp_path):
     assert same_bytes(resumed.state, expected.state) and resumed.state.round == 4
     assert (again.jobs[4].server_round, again.jobs[4].skipped_rounds) == (4, 1)
     assert read_run(folder.path).finished and read_run(folder.path).num_rounds == 4
+
+
+def test_in_a_simulation_they_count(tmp_path):
+    config = small(num_server_rounds=2, population__dropout=0.7, server__quorum=3)
+    with pytest.raises(RunFailed, match="no update counted in 2 rounds"):
+        simulate(config, tmp_path / "run")
+    assert read_run(tmp_path / "run").num_rounds == 2 and read_run(tmp_path / "run").finished
