@@ -248,6 +248,9 @@ class Server(Options):
     round_timeout_seconds: float = option(3600.0, "how long to wait for replies", ge=0.1)
     over_selection: float = option(0.0, "ask this share of clients more", ge=0.0, le=4.0)
     quorum: int = option(1, "updates below which a round changes nothing", ge=1)
+    skipped_rounds: int = option(
+        5, "real nodes: rounds in a row below the quorum that end a run (0: they count)", ge=0
+    )
     late_rounds: int = option(1, "rounds after which a late update still counts", ge=0)
     late_weight: float = option(1.0, "weight of an update per round it is late", ge=0.0, le=1.0)
     max_norm_ratio: float = option(

@@ -61,6 +61,7 @@ class Capability:
 class TrainJob:
     """Train from ``start`` in round ``server_round`` of ``num_server_rounds``.
 
+    Of the rounds before it ``skipped_rounds`` do not count among these.
     ``personal`` are the client's personal factors of an earlier round; no message holds them.
     """
 
@@ -68,6 +69,7 @@ class TrainJob:
     server_round: int
     num_server_rounds: int
     start: Start
+    skipped_rounds: int = 0
     personal: Adapter | None = None
 
 

@@ -65,6 +65,7 @@ def encode_train_job(
     *,
     server_round: int,
     num_server_rounds: int,
+    skipped_rounds: int = 0,
     fingerprint: str = "",
     origin: str = "",
 ) -> RecordDict:
@@ -79,6 +80,7 @@ def encode_train_job(
             VERSION_KEY: WIRE_VERSION,
             "server-round": server_round,
             "num-server-rounds": num_server_rounds,
+            "skipped-rounds": skipped_rounds,
             "fingerprint": fingerprint,
             "origin": origin,
             "base-round": start.base_round,
