@@ -100,8 +100,11 @@ def federate(
     """
     check_config(config)
     state, classes = RunFolder(out).load_checkpoint() if resume else (None, None)
-    with ExitStack() as held, observed(out, config, observer, resumed=resume) as watcher:
+    watched = observed(out, config, observer, resumed=resume, deployed=run_id is not None)
+    with ExitStack() as held, watched as watcher:
         strategy = FlexLoRAStrategy(config, observer=watcher, state=state, rank_classes=classes)
+        if state is not None:
+            strategy.membership.bindings.restore(RunFolder(out).load_notes())
         compared = partial(_refuse_changed, out, config, allow_changed, flag)
         if state is not None and sources is not None:
             compared(sources)  # before the nodes are asked and anything is shown

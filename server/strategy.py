@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
@@ -312,6 +312,8 @@ class FlexLoRAStrategy(Strategy):
             sources = self.sources or Sources(base=self.roster.fingerprint)
             notes = {"history": history.to_dict(), "under_way": waited, **clock_state(clock)}
             notes["sources"] = sources.to_dict()
+            if self.metrics.measured:  # the node ids of a simulation are Ray's of the day
+                notes["nodes"] = self.membership.bindings.to_dict()
             members = self.roster.members.items()
             classes = {client_id: member.rank_class for client_id, member in members}
             notes["fan_in_fan_out"] = self.roster.fan_in_fan_out
@@ -357,5 +359,8 @@ class FlexLoRAStrategy(Strategy):
         return state.change.full_rank_adapter(factoring.alpha, rslora=factoring.rslora)
 
     def global_arrays(self) -> ArrayRecord:
-        """``global_adapter`` as Flower arrays."""
-        return pack(self.global_adapter(self.state), "float32").arrays
+        """``global_adapter`` as Flower arrays, one for each factor."""
+        arrays = pack(self.global_adapter(self.state), "float32").arrays
+        return ArrayRecord(
+            {k: Array(a.dtype, a.shape, a.stype, bytes(a.data)) for k, a in arrays.items()}
+        )

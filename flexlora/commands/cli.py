@@ -47,6 +47,7 @@ COMMANDS: Table = {
     "doctor": ("commands.runs:doctor", "whether this machine can do the job, by doing"),
     "client": ("", "what runs on an edge node"),
     "server": ("", "what runs where the nodes meet"),
+    "fleet": ("", "the nodes of a server: who is in, who is out"),
     "reproduce": ("commands.train:reproduce", "run a named experiment, several seeds"),
 }
 CLIENT: Table = {
@@ -62,7 +63,13 @@ SERVER: Table = {
     ),
     "run": ("server.supervising.command:server_run", "start runs, follow and resume them"),
 }
-GROUPS = {"client": CLIENT, "server": SERVER}
+FLEET: Table = {
+    "list": ("server.fleet.commands:fleet_list", "every node, its state and why"),
+    "add": ("server.fleet.commands:fleet_add", "let nodes in by their public keys"),
+    "revoke": ("server.fleet.commands:fleet_revoke", "refuse nodes from now on"),
+    "rotate": ("server.fleet.commands:fleet_rotate", "replace a node's key, with an overlap"),
+}
+GROUPS = {"client": CLIENT, "server": SERVER, "fleet": FLEET}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -24,6 +24,7 @@ from flwr.app import Error, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from flexlora.clients.messages import (
+    Memo,
     decode_evaluate_job,
     decode_train_job,
     encode_capability,
@@ -31,7 +32,6 @@ from flexlora.clients.messages import (
     encode_train_result,
 )
 from flexlora.clients.worker import Worker
-from flexlora.lora.adapters import Adapter
 from flexlora.server.transport.flower_private import (
     NODE_UNAVAILABLE,
     Run,
@@ -138,7 +138,8 @@ class InProcessGrid(Grid):
         """Take the messages, plan the cohorts and hand them to the pool."""
         trained: dict[str, TrainJob] = {}
         evaluated: dict[str, EvalJob] = {}
-        ids, memo = [], dict[int, Adapter]()
+        memo: Memo = {}
+        ids = []
         for message in messages:
             self._pushed += 1
             message_id = f"message-{self._pushed}"
