@@ -165,6 +165,9 @@ def test_a_superlink_that_is_away_is_waited_for_and_told_once(place):
     assert [line for line in said if "does not answer" in line] == [
         "the SuperLink does not answer (connection refused); asking on."
     ]
+    supervisor, flower, said = supervised(place, (3, [away] * 200 + [DONE]))
+    after_submit(flower, pid=dead_process())
+    assert supervisor.run() == 0 and flower.stopped == [], "who is away is not told to stop a run"
     supervisor, flower, said = supervised(place, away, (9, DONE))
     assert supervisor.run() == 0 and "connection refused" in "".join(said)
 
@@ -180,35 +183,32 @@ def dead_process():
     return done.pid
 
 
+def after_submit(flower, **values):
+    """Every run that is submitted finds, or writes, this ``live.json``."""
+    honest = flower.submit
+    values = {"state": TRAINING, "started": time.time() + 60, "host": process_space()} | values
+
+    def submit(run_config):
+        run_id = honest(run_config)
+        last = flower.submitted[-1]
+        write_live(RunFolder(last.get("resume") or last["out"]).path, LiveState(**values))
+        return run_id
+
+    flower.submit = submit
+
+
 def test_a_server_app_that_is_gone_is_stopped_at_flowers_side(place):
     """Flower says that it runs: nobody there, or its last words were that it failed."""
     for live in ({"pid": dead_process()}, {"pid": os.getpid(), "state": FAILED}):
         supervisor, flower, _ = supervised(place, (3, ("running", "")), (9, DONE))
-
-        def submit(run_config, flower=flower, live=live, honest=flower.submit):
-            run_id = honest(run_config)
-            path = RunFolder(flower.submitted[-1].get("resume") or flower.submitted[-1]["out"]).path
-            values = {"state": TRAINING, "started": time.time() + 60, "host": process_space()}
-            write_live(path, LiveState(**(values | live)))
-            return run_id
-
-        flower.submit = submit
+        after_submit(flower, **live)
         assert supervisor.run() == 0
         assert len(flower.stopped) == 1 and len(flower.submitted) == 2
 
 
 def test_a_live_file_of_the_process_before_says_nothing_of_this_one(place):
     supervisor, flower, _ = supervised(place, (3, KILLED), (9, [("starting", "")] * 80 + [DONE]))
-
-    honest = flower.submit
-
-    def submit(run_config):
-        run_id = honest(run_config)
-        path = RunFolder(flower.submitted[-1].get("resume") or flower.submitted[-1]["out"]).path
-        write_live(path, LiveState(state=TRAINING, pid=dead_process(), host=process_space()))
-        return run_id
-
-    flower.submit = submit
+    after_submit(flower, pid=dead_process(), started=0.0)
     assert supervisor.run() == 0 and flower.stopped == []
 
 

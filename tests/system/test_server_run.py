@@ -82,8 +82,9 @@ def operate(folder):
         server / "app" / "pyproject.toml", config_of("app") | {"server.metrics-port": metrics}
     )
     configure(server / "federations" / "north" / "pyproject.toml", config_of("north"))
-    keys = make_node_keys("site-a")
-    (server / "nodes" / "site-a.pub").write_bytes(keys.public)
+    (client_id,) = Training.worker.client_ids
+    keys = make_node_keys(client_id)
+    (server / "nodes" / f"{client_id}.pub").write_bytes(keys.public)
     logs = {name: folder / f"{name}.log" for name in ("superlink", "serverapps", *ROUNDS)}
 
     def told():
@@ -94,7 +95,8 @@ def operate(folder):
             processes.keep([server / "bin" / f"start-{name}"], logs[name], folder / "home")
         ready = lambda: "Uvicorn running on" in logs["superlink"].read_text()  # noqa: E731
         until(ready, PATIENCE, told)
-        words = [server / "bin" / "register-nodes"]
+        command = [sys.executable, "-m", "flexlora.commands.cli"]
+        words = [*command, "fleet", "add", "--all", "--server", server]
         done = processes.start(words, folder / "register.log", folder / "home")
         assert done.wait(PATIENCE) == 0, tail(folder / "register.log")
         node = Training(
@@ -104,7 +106,7 @@ def operate(folder):
             poll_seconds=1.0,
             think_seconds=1.0,
         )
-        command = [sys.executable, "-m", "flexlora.commands.cli", "server", "run", server]
+        command += ["server", "run", server]
         with RunningFleet([node]) as fleet:
             fleet.entered(PATIENCE)
             supervisors = {
