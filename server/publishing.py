@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 
 import fsspec
 
+from flexlora.config.paths import expanded
 from flexlora.errors import UserError, one_line
 from flexlora.runs.audit import AUDIT_FILE, PUBLISHED, file_digests
 from flexlora.runs.folder import RunFolder
@@ -120,13 +121,14 @@ def _upload(place: Path, url: str) -> str:
     if urlsplit(url).scheme == HUB:
         _commit(place, url, path)
         return f"{url.rstrip('/')}/{path}"
-    filesystem, root = fsspec.core.url_to_fs(url)
+    protocol = urlsplit(url).scheme
+    filesystem, root = fsspec.core.url_to_fs(url if protocol else expanded(url))
     root = root.rstrip("/")
     for file in sorted(p for p in (place / path).rglob("*") if p.is_file()):
         target = f"{root}/{file.relative_to(place).as_posix()}"
         filesystem.makedirs(target.rpartition("/")[0], exist_ok=True)
         filesystem.put_file(str(file), target)
-    if urlsplit(url).scheme in LOCAL:
+    if protocol in LOCAL:
         write_atomically(Path(root) / LATEST, latest)
     else:
         filesystem.pipe_file(f"{root}/{LATEST}", latest)

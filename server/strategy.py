@@ -177,7 +177,7 @@ class FlexLoRAStrategy(Strategy):
             cause = self.metrics.skipped
             self.ended = self.skipped.verdict(server_round, self.num_rounds, cause)
             if measured and not self.ended:
-                self._pause(clock)
+                self.skipped.pause(server_round, clock, self.config, self.observer.waiting)
         result.arrays = self.global_arrays()
         return result
 
@@ -190,16 +190,6 @@ class FlexLoRAStrategy(Strategy):
     def last_round(self) -> int:
         """The number of the last round, from what was skipped so far."""
         return self.skipped.extended(self.num_rounds)
-
-    def _pause(self, clock: Clock) -> None:
-        """After a skipped round, time for what is missing to come back."""
-        most = self.config.server.wait_seconds
-        seconds = self.skipped.pause_seconds(self.metrics.server_round, most)
-        if seconds:
-            self.observer.waiting("the next round, as this one was skipped", seconds)
-        until = clock.now() + seconds
-        while clock.now() < until:
-            clock.wait_for_nodes(until)
 
     def restore(self, notes: Mapping[str, Any], grid: Grid) -> None:
         """Go on from a checkpoint's ``notes``: the clients' history, the clock, late messages."""
@@ -358,6 +348,7 @@ class FlexLoRAStrategy(Strategy):
             evaluations = evaluation_rows(server_round, self._eval_results)
             self.run.append_round(values, cells, evaluations)
             waited, wire = self.late.write(self.run), self.config.wire.dtype
+            log = partial(self.metrics.log, self.run.audit, self.state.round)
             sources = self.sources or Sources(base=self.roster.fingerprint)
             notes = {"history": history.to_dict(), "under_way": waited, **clock_state(clock)}
             notes["sources"], notes["norms"] = sources.to_dict(), self.norms.to_dict()

@@ -270,7 +270,7 @@ class Server(Options):
         3, "checkpoints that a run keeps, to go back to with `flexlora rollback`", ge=1
     )
     publish: str = option(
-        "", "where a finished run's adapters are put: a folder, s3://BUCKET/PATH, hf://USER/REPO"
+        "", "where a finished run's adapters go, such as s3://BUCKET/ADAPTERS or hf://USER/REPO"
     )
     metrics_port: int = option(0, "port of the Prometheus endpoint (0: none)", ge=0, le=65535)
     metrics_host: str = option("127.0.0.1", "address that the endpoint listens on")

@@ -29,7 +29,7 @@ def server_run(
         str, Argument(metavar="DIR", click_type=PATH, help="what `flexlora server init` made")
     ],
     name: Annotated[
-        str, Argument(metavar="[FEDERATION]", help="one of DIR/federations (default: DIR/app)")
+        str, Argument(metavar="[FEDERATION]", help="which of the server's (default: app)")
     ] = APP,
 ) -> int:
     """Submit a run, follow it, and start it again with ``resume`` where it died.

@@ -50,7 +50,7 @@ class Pace:
 
     look: float = 2.0  # at the run folder
     ask: float = 30.0  # Flower, for the run's status: a process of a second or two
-    dead: float = 90.0  # after which a run whose process is gone is stopped at Flower's side
+    dead: float = 15.0  # after which a run whose process is gone is stopped at Flower's side
     first_pause: float = 10.0
     longest_pause: float = 300.0
     attempts: int = 6
@@ -222,7 +222,7 @@ class Supervisor:
                 live = None  # of the process before
             gone = live is not None and (live.ended or _is_gone(live))
             gone_since = (gone_since or time.monotonic()) if gone else 0.0
-            if live is not None and live.round != last and not gone:
+            if live is not None and live.num_rounds and live.round != last and not gone:
                 last = live.round
                 self.say(f"round {live.round} of {live.num_rounds}, {live.asked} clients")
             if not asked or time.monotonic() - asked > (self.pace.look if gone else self.pace.ask):
@@ -230,7 +230,7 @@ class Supervisor:
                 asked = time.monotonic()
                 if status.startswith(FINISHED) or status == "unknown":
                     return status, details
-                if gone_since and time.monotonic() - gone_since > self.pace.dead:
+                if status and gone_since and time.monotonic() - gone_since > self.pace.dead:
                     self.commands.stop(run_id)
                     return "finished:failed", "the ServerApp's process is gone"
             self.sleep(self.pace.look)

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import pytest
 import tomli_w
+from test_schedule import at
 
 from federation import small
 from flexlora.commands.cli import main
@@ -25,7 +26,6 @@ from flexlora.server.init import server_init
 from flexlora.server.resuming import FINAL, settle
 from flexlora.server.supervising.flower_commands import FlowerCommands, Unreachable
 from flexlora.server.supervising.place import Place, Standing
-from flexlora.server.supervising.schedule import Schedule
 from flexlora.server.supervising.supervisor import Pace, Supervisor
 from init_folders import tree
 
@@ -84,9 +84,9 @@ def finished(path, rounds, run_id):
     if not RunFolder.is_run(run.path):
         run = RunFolder.create(path, config)
         settle(run, config, run_id)
-    for at in range(len(run.metrics()), rounds):
-        run.append_round({"round": at}, [], [])
-    (run.checkpoint).mkdir(exist_ok=True)
+    for server_round in range(len(run.metrics()), rounds):
+        run.append_round({"round": server_round}, [], [])
+    run.checkpoint.mkdir(exist_ok=True)
     (run.checkpoint / "current.json").write_text("{}")
 
 
@@ -165,6 +165,9 @@ def test_a_superlink_that_is_away_is_waited_for_and_told_once(place):
     assert [line for line in said if "does not answer" in line] == [
         "the SuperLink does not answer (connection refused); asking on."
     ]
+    supervisor, flower, said = supervised(place, (3, [away] * 200 + [DONE]))
+    after_submit(flower, pid=dead_process())
+    assert supervisor.run() == 0 and flower.stopped == [], "who is away is not told to stop a run"
     supervisor, flower, said = supervised(place, away, (9, DONE))
     assert supervisor.run() == 0 and "connection refused" in "".join(said)
 
@@ -180,35 +183,32 @@ def dead_process():
     return done.pid
 
 
+def after_submit(flower, **values):
+    """Every run that is submitted finds, or writes, this ``live.json``."""
+    honest = flower.submit
+    values = {"state": TRAINING, "started": time.time() + 60, "host": process_space()} | values
+
+    def submit(run_config):
+        run_id = honest(run_config)
+        last = flower.submitted[-1]
+        write_live(RunFolder(last.get("resume") or last["out"]).path, LiveState(**values))
+        return run_id
+
+    flower.submit = submit
+
+
 def test_a_server_app_that_is_gone_is_stopped_at_flowers_side(place):
     """Flower says that it runs: nobody there, or its last words were that it failed."""
     for live in ({"pid": dead_process()}, {"pid": os.getpid(), "state": FAILED}):
         supervisor, flower, _ = supervised(place, (3, ("running", "")), (9, DONE))
-
-        def submit(run_config, flower=flower, live=live, honest=flower.submit):
-            run_id = honest(run_config)
-            path = RunFolder(flower.submitted[-1].get("resume") or flower.submitted[-1]["out"]).path
-            values = {"state": TRAINING, "started": time.time() + 60, "host": process_space()}
-            write_live(path, LiveState(**(values | live)))
-            return run_id
-
-        flower.submit = submit
+        after_submit(flower, **live)
         assert supervisor.run() == 0
         assert len(flower.stopped) == 1 and len(flower.submitted) == 2
 
 
 def test_a_live_file_of_the_process_before_says_nothing_of_this_one(place):
     supervisor, flower, _ = supervised(place, (3, KILLED), (9, [("starting", "")] * 80 + [DONE]))
-
-    honest = flower.submit
-
-    def submit(run_config):
-        run_id = honest(run_config)
-        path = RunFolder(flower.submitted[-1].get("resume") or flower.submitted[-1]["out"]).path
-        write_live(path, LiveState(state=TRAINING, pid=dead_process(), host=process_space()))
-        return run_id
-
-    flower.submit = submit
+    after_submit(flower, pid=dead_process(), started=0.0)
     assert supervisor.run() == 0 and flower.stopped == []
 
 
@@ -237,43 +237,6 @@ def test_ctrl_c_stops_the_run_and_the_next_command_goes_on_with_it(place):
 
 
 # The schedule
-
-DAY = 86400.0
-
-
-def at(hour, minute=0, day=1):
-    return time.mktime((2026, 12, day, hour, minute, 0, 0, 0, -1))
-
-
-def test_every_and_after_say_when_the_next_run_starts():
-    assert Schedule.of({}).next_start(at(9), 0.0) == at(9)
-    daily = Schedule.of({"every": "1d"})
-    assert daily.next_start(at(9), 0.0) == at(9)
-    assert daily.next_start(at(12), at(9)) == at(9, day=2)
-    assert daily.next_start(at(12, day=3), at(9)) == at(12, day=3), "a missed start is now"
-    nightly = Schedule.of({"every": "1d", "after": "02:00"})
-    assert nightly.next_start(at(9), 0.0) == at(2, day=2)
-    assert nightly.next_start(at(5, day=2), at(2, day=2)) == at(2, day=3)
-    assert nightly.next_start(at(5, day=2), at(2, day=2)) != at(2, day=2), "once a night"
-    weekly = Schedule.of({"every": "1w", "after": "02:00"})
-    assert weekly.next_start(at(5), at(2)) == at(2, day=8)
-    once = Schedule.of({"after": "02:30"})
-    assert once.every == 0.0 and once.next_start(at(1), 0.0) == at(2, 30)
-
-
-@pytest.mark.parametrize(
-    ("table", "sentence"),
-    [
-        ({"evry": "1d"}, "unknown key 'schedule.evry'. Did you mean 'every'"),
-        ({"every": "daily"}, "schedule.every is 'daily', expected a number and m, h, d or w"),
-        ({"every": "0d"}, "schedule.every is '0d'"),
-        ({"after": "25:00"}, "schedule.after is '25:00', expected a time such as 02:00"),
-        ({"start-from": "adaptor"}, "start-from is 'adaptor'.* Did you mean 'adapter'"),
-    ],
-)
-def test_a_schedule_that_is_none_is_one_sentence(table, sentence):
-    with pytest.raises(UserError, match=sentence):
-        Schedule.of(table)
 
 
 class Enough(Exception):
