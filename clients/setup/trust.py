@@ -6,6 +6,7 @@ While a server changes its authority, its ``ca.crt`` has the old and the new one
 from __future__ import annotations
 
 import http.client
+import ssl
 import tempfile
 from pathlib import Path
 from typing import Annotated
@@ -40,6 +41,11 @@ def trust(
     link = Link(host=address.host.text, port=address.port, context=before.context())
     try:
         response = link.request("GET", AUTHORITY_PATH)
+    except ssl.SSLCertVerificationError as error:
+        raise UserError(
+            f"{address} shows a certificate that '{file}' does not vouch for "
+            f"({error.verify_message}); ask the server's owner for its ca.crt."
+        ) from None
     except (OSError, http.client.HTTPException) as error:
         raise UserError(f"{address} gives no certificates: {reason(error)}.") from None
     if response.status != 200:

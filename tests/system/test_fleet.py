@@ -1,5 +1,8 @@
 """A fleet against a real SuperLink, proxy and enrolment: fifty nodes by one script, then revoke,
-rotate and list, a run with a node of another minor version and one that uses another's name."""
+rotate and list, a run with a node of another minor version and one that uses another's name.
+
+Eight of the fifty take part in the run; ``FLEXLORA_TEST_FLEET=50`` has all of them.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,8 @@ pytestmark = [
         not shutil.which("nginx", path=os.environ["PATH"] + ":/usr/sbin"), reason="no nginx"
     ),
 ]
-NODES = 50
+NODES = 50  # that are enrolled
+RUNNING = int(os.environ.get("FLEXLORA_TEST_FLEET", "8"))  # of them take part in the run
 TARGETS = "q_proj"
 SMALL = {
     "num-server-rounds": 1,
@@ -124,7 +128,7 @@ def server():
     app = own.folder / "app" / "pyproject.toml"
     table = tomllib.loads(app.read_text())
     config = table["tool"]["flwr"]["app"]["config"]
-    for key, value in (SMALL | {"server.min-nodes": NODES - 2}).items():
+    for key, value in (SMALL | {"server.min-nodes": RUNNING}).items():
         where, _, leaf = key.rpartition(".")
         (config[where] if where else config)[leaf] = value
     app.write_text(tomli_w.dumps(table))
@@ -194,8 +198,9 @@ def test_a_run_of_the_fleet_and_what_the_operator_sees(server, enrolled, capsys)
         "site-03": {"version": newer},
         "site-04": {"version": newest},
     }
-    nodes = [server.node(folder, **reports.get(name, {})) for name, folder in folders.items()]
-    with RunningFleet(nodes, spread_seconds=4.0) as fleet:
+    taken = list(folders.items())[:RUNNING]
+    nodes = [server.node(folder, **reports.get(name, {})) for name, folder in taken]
+    with RunningFleet(nodes, spread_seconds=3.0) as fleet:
         fleet.entered(SLOWLY)
         command = ["flwr", "run", server.folder / "app", "flexlora", "--stream"]
         environment = {**server.environment, "FLWR_HOME": str(server.folder / "flwr")}
@@ -212,13 +217,14 @@ def test_a_run_of_the_fleet_and_what_the_operator_sees(server, enrolled, capsys)
         assert rows["site-01"]["status"] == "left out" and liar in rows["site-01"]["cause"]
         assert liar in rows["site-02"]["cause"]
         assert f"FlexLoRA {newest}, the server has" in rows["site-04"]["cause"]
-        assert sum(row["status"] == "ok" for row in rows.values()) == NODES - 2
+        assert sum(row["status"] == "ok" for row in rows.values()) == RUNNING - 2
         listed = server.rows(capsys)
-        assert {row["state"] for (row,) in listed.values()} == {"online"}
+        online = [name for name, (row,) in listed.items() if row["state"] == "online"]
+        assert online == [name for name, _ in taken]
         assert liar in listed["site-01"][0]["why"]
         (third,) = listed["site-03"]
         assert (third["version"], third["rank_class"]) == (newer, "rank_2")
-        assert third["last_reply"] >= third["last_reply"][:11] and third["last_seen"]
+        assert third["last_reply"].startswith("20") and third["last_seen"].startswith("20")
         _revoke(server, folders["site-05"], fleet, capsys)
     _rotate(server, folders["site-06"], capsys)
 
