@@ -7,6 +7,7 @@ the folder that is there when it is called again.
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -30,7 +31,7 @@ MOST_HOURS = 24.0 * 7
 
 
 def client_enroll(
-    token: Annotated[str, Argument(metavar="TOKEN", help="of `flexlora fleet invite`")],
+    token: Annotated[str, Argument(metavar="TOKEN", help="of `flexlora fleet invite`; - reads it")],
     folder: Annotated[
         str, Argument(metavar="DIR", click_type=PATH, help="folder to make, or to go on with")
     ],
@@ -53,7 +54,7 @@ def client_enroll(
     """
     if not 0 <= wait_hours <= MOST_HOURS:
         raise UserError(f"--wait-hours is {wait_hours:g}, expected 0 to {MOST_HOURS:g}.")
-    invited = Token.parse(token)
+    invited = Token.parse(sys.stdin.readline() if token == "-" else token)
     path = Path(folder).resolve()
     authority = fetch_authority(invited)
     if not (path / "keys" / "node.pub").is_file():

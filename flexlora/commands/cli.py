@@ -57,6 +57,7 @@ CLIENT: Table = {
         "join with a token: folder, key, approval, start",
     ),
     "serve": ("clients.trainer.command:serve", "keep the base loaded and train for ClientApps"),
+    "trust": ("clients.setup.trust:trust", "fetch the server's authorities, old and new"),
     "clock": ("clients.setup.clock:clock", "whether the server takes this machine's clock"),
     "health": ("clients.trainer.command:health", "how the trainer on this machine is"),
     "supervise": ("clients.supervise:supervise", "keep a SuperNode or its SuperExec running"),

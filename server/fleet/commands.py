@@ -17,6 +17,7 @@ from typer import Argument, Option
 from flexlora.commands.options import PATH
 from flexlora.deploy.node_keys import fingerprint, parse_public_key, read_public_key
 from flexlora.errors import UserError, nearest
+from flexlora.server.fleet.certificates import AUTHORITY_CHOICES, change_authority, renew
 from flexlora.server.fleet.invitations import PendingNodes
 from flexlora.server.fleet.listing import (
     NodeRow,
@@ -44,6 +45,7 @@ COLUMNS = {
     "state": "STATE",
     "why": "WHY",
 }
+OVERLAP_DAYS, CERTIFICATE_DAYS = 7, 825
 SHOWN_KEY = 20  # characters of a fingerprint in the table; --json has it whole
 
 
@@ -119,20 +121,43 @@ def fleet_revoke(
 
 
 def fleet_rotate(
-    name: Annotated[str, Argument(metavar="NAME", help="the node's name")],
-    key: Annotated[str, Argument(metavar="NEWKEY.pub", click_type=PATH, help="its next key")],
-    days: Annotated[int, Option(help="that the old key is admitted too, at most")] = 7,
+    name: Annotated[str, Argument(metavar="NAME", help="the node's name")] = "",
+    key: Annotated[str, Argument(metavar="NEWKEY.pub", click_type=PATH, help="its next key")] = "",
+    days: Annotated[
+        int, Option(help="that the old key is admitted too (default 7), or a certificate lasts")
+    ] = 0,
+    certificates: Annotated[
+        bool, Option("--certificates", help="a new certificate of the server")
+    ] = False,
+    authority: Annotated[
+        str, Option(metavar="new|only", help="add a new authority, or drop the old ones")
+    ] = "",
     server: Server = ".",
 ) -> None:
-    """Let a node in with a second key; the first ends when the second was seen.
+    """Let a node in with a second key; the first ends when the second was seen. Or renew what the
+    nodes trust the server by.
 
     Raises:
-        UserError: no such name, a key that is known already.
+        UserError: no such name, a key that is known already, an authority whose key is not here.
     """
-    if not 1 <= days <= 90:
-        raise UserError(f"--days is {days}, expected 1 to 90.")
-    with open_fleet(_folder(server)) as fleet:
-        print(fleet.rotate(name, read_public_key(Path(key)), days))
+    folder = _folder(server)
+    if [bool(name and key), certificates, bool(authority)].count(True) != 1 or bool(name) != bool(
+        key
+    ):
+        raise UserError("expected NAME NEWKEY.pub, or --certificates, or --authority new|only.")
+    if certificates:
+        print(renew(folder, days or CERTIFICATE_DAYS))
+    elif authority:
+        if authority not in AUTHORITY_CHOICES:
+            hint = nearest(authority, AUTHORITY_CHOICES)
+            raise UserError(f"--authority is '{authority}', expected new or only.{hint}")
+        print(change_authority(folder, authority))
+    else:
+        days = days or OVERLAP_DAYS
+        if not 1 <= days <= 90:
+            raise UserError(f"--days is {days}, expected 1 to 90.")
+        with open_fleet(folder) as fleet:
+            print(fleet.rotate(name, read_public_key(Path(key)), days))
 
 
 def _folder(server: str) -> Path:

@@ -7,16 +7,14 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Annotated
 
-from cryptography import x509
-from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.serialization import Encoding
 from typer import Argument, Option
 
 from flexlora.commands.options import PATH
-from flexlora.deploy.certificates import read_authorities
 from flexlora.deploy.hosts import parse_name, parse_superlink
 from flexlora.deploy.invitation import Token
 from flexlora.errors import UserError
+from flexlora.server.fleet.certificates import signer_of
 from flexlora.server.fleet.invitations import KEPT_DAYS, Invitation, Invitations
 from flexlora.server.fleet.operations import table_path
 from flexlora.server.fleet.table import FleetTable, changing, moment
@@ -59,7 +57,8 @@ def fleet_invite(
             "new key, and a revoked one comes back with `flexlora fleet add`."
         )
     superlink = parse_superlink(address or _address(folder), "--address")
-    token = Token.make(superlink, _authority(folder))
+    authority = sha256(signer_of(folder).public_bytes(Encoding.DER)).digest()
+    token = Token.make(superlink, authority)
     now = datetime.now(UTC)
     invitation = Invitation(
         id=token.invitation,
@@ -87,18 +86,3 @@ def _address(folder: Path) -> str:
     if not found:
         raise UserError("this folder was made by an older FlexLoRA; give --address HOST:PORT.")
     return found[0]
-
-
-def _authority(folder: Path) -> bytes:
-    """The digest of the authority that has signed the server's certificate."""
-    leaf = x509.load_pem_x509_certificate((folder / "server.crt").read_bytes())
-    for authority in read_authorities(folder / "ca.crt").certificates:
-        try:
-            leaf.verify_directly_issued_by(authority)
-            return sha256(authority.public_bytes(Encoding.DER)).digest()
-        except (ValueError, TypeError, InvalidSignature):
-            continue
-    raise UserError(
-        f"no authority in '{folder}/ca.crt' has signed '{folder}/server.crt'; run `flexlora fleet "
-        "certificates renew`."
-    )

@@ -105,18 +105,18 @@ class FleetTable:
         return cls(nodes=nodes)
 
     def write(self, path: Path) -> None:
-        """Replace the file; it belongs to whoever owns the folder, also where root writes it.
+        """Replace the file; it belongs to whoever owns the folder, also where root writes it."""
+        write_atomically(path, self.to_json())
+        path.chmod(0o644)
+        give_to_owner(path)
 
-        Node ids are text: they have 64 bits, and JSON readers round such numbers.
-        """
+    def to_json(self) -> bytes:
+        """The file's content; node ids are text, since JSON readers round numbers of 64 bits."""
         rows = {
             name: [asdict(key) | {"node_id": str(key.node_id)} for key in keys]
             for name, keys in sorted(self.nodes.items())
         }
-        text = json.dumps({"format": FORMAT, "nodes": rows}, indent=1) + "\n"
-        write_atomically(path, text.encode())
-        path.chmod(0o644)
-        give_to_owner(path)
+        return (json.dumps({"format": FORMAT, "nodes": rows}, indent=1) + "\n").encode()
 
     def is_revoked(self, name: str) -> bool:
         """Whether no key of a known name is admitted any more."""

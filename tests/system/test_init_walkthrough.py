@@ -136,7 +136,7 @@ class Person:
 def init_both(place, proxy):
     """Both folders, made by the commands that the walk-through in the repository names."""
     write_rows(place / "rows")
-    port, node_port = free_ports(2), free_ports(1)
+    port, node_port = free_ports(3), free_ports(1)
     server, node = place / "server", place / "node"
     words = ["--host", "localhost", "--host", "127.0.0.1", "--port", str(port), "--proxy", proxy]
     assert main(["server", "init", str(server), *words]) == 0
