@@ -365,13 +365,7 @@ class FlexLoRAStrategy(Strategy):
                 classes,
                 notes,
                 keep=self.config.server.keep_checkpoints,
-                before_commit=partial(
-                    self.metrics.log,
-                    self.run.audit,
-                    self.state.round,
-                    self.roster.fingerprint,
-                    wire,
-                ),
+                before_commit=partial(log, self.roster.fingerprint, wire),
             )
             self.late.remove_unneeded(self.run)
         self._eval_results, self.closed = [], self.state

@@ -5,15 +5,20 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded
 
+import hypothesis
 import pytest
 import torch
 
 import builders
+from flexlora.config import resolve
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 torch.set_num_threads(1)  # the matrices are tiny, and two busy cores make threads wait
+resolve.free_cores = lambda: 1  # the same, and no look at the cores for 0.2 s before each run
 os.fsync = os.fstat  # refuses what is not open, and waits for no disk: no test cuts the power
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
 
 # Files that mostly wait for processes, the longest first: other workers use the cores meanwhile.
 WAITING = (

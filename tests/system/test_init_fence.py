@@ -186,7 +186,7 @@ def test_a_real_nginx_resolves_dots_and_escapes_before_it_matches(tmp_path):
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen([place / "bin" / "start-proxy"], stderr=log)
     try:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while "start worker process" not in (tmp_path / "log").read_text():
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.1)
@@ -205,7 +205,7 @@ def test_a_real_nginx_resolves_dots_and_escapes_before_it_matches(tmp_path):
             assert status("POST", port, path, place / "ca.crt") == wanted, path
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(120)
         remove_proxy_folder(port)
 
 

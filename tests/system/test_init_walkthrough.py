@@ -84,13 +84,13 @@ class Person:
                 ["bash", "-c", text], stdout=out, stderr=out, env=self.environment
             )
         self.terminals.append((process, log))
-        deadline = time.monotonic() + 150
+        deadline = time.monotonic() + 600
         while ready not in log.read_text():
             assert process.poll() is None, f"{text}{log.read_text()}"
             assert time.monotonic() < deadline, f"{text}{log.read_text()}"
             time.sleep(0.2)
 
-    def run(self, text, timeout=400):
+    def run(self, text, timeout=900):
         """A command that ends; its output."""
         done = subprocess.run(
             ["bash", "-c", text],
