@@ -184,11 +184,9 @@ class TamperingGrid(InProcessGrid):
         return ids
 
     def pull_messages(self, message_ids):
-        given = []
         for message_id in message_ids:
             for reply in super().pull_messages([message_id]):
-                given += self._on_the_way(self.sent[message_id], reply)
-        return given
+                yield from self._on_the_way(self.sent[message_id], reply)
 
     def _on_the_way(self, message, reply):
         if message.metadata.message_type != MessageType.TRAIN or reply.has_error():

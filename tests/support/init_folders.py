@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import shutil
 import socket
 import ssl
 from contextlib import ExitStack
@@ -32,6 +33,11 @@ def node_of(place, name="node", **changes):
         "device": "cpu",
     }
     return values | changes
+
+
+def remove_proxy_folder(port):
+    """Where an nginx that root has started keeps its bodies."""
+    shutil.rmtree(f"/var/lib/flexlora-proxy-{port}", ignore_errors=True)
 
 
 def text_of(path):

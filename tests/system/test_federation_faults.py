@@ -62,6 +62,7 @@ RESUMED = {
     "num_server_rounds": 4,
     "server__quorum": 2,
     "server__silence_seconds": 2.0,
+    "server__skipped_rounds": 0,
     "server__resends": 1,
     "server__round_timeout_seconds": float(LONG),
 }
