@@ -28,6 +28,7 @@ from flexlora.server.results import write_adapters
 from flexlora.server.resuming import destination_of, settle
 from flexlora.server.settings import check_config
 from flexlora.server.strategy import FlexLoRAStrategy
+from flexlora.server.transport.flower_private import retry_server_errors
 
 __all__ = ["app", "federate"]
 
@@ -38,6 +39,7 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the federation of the run's configuration, or go on with it, in a run folder."""
+    retry_server_errors()
     to = destination_of(resolved(Config.of(of_flower(context.run_config))), context.run_id)
     logger = logging.getLogger("flwr")
     logger.info("run folder: %s%s", to.folder.resolve(), ", going on" if to.resume else "")

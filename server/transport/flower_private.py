@@ -9,8 +9,10 @@ moves:
     TaskIdentity        ``Message(...)`` reads its sender from these three class attributes
     Metadata            keeps ``_message_id``, ``_src_node_id`` and ``_reply_to_message_id`` in its
                         ``__dict__`` under these names
-    HttpGrid            ``_retry_invoker`` (with ``max_tries``), ``_runtime_client`` (with the three
-                        calls below, and an httpx client as ``_client``) and ``node``
+    HttpGrid            ``_client``, which ``_runtime_client`` gives and makes where it is None,
+                        with the calls below, a ``_retry_invoker`` (with ``max_tries``) and an httpx
+                        client as its own ``_client``; and ``node``
+    http_retry          ``_RETRYABLE_STATUS_CODES``, which its invoker reads at each failure
     PullMessages        hands each reply over once, with the tree of its objects
     PullObject          found and available, found and not uploaded yet, or not found
     objects             ``TYPE CHILD,CHILD LENGTH``, a zero byte, the body; an ``Array``'s body is
@@ -21,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +42,7 @@ from flwr.supercore.inflatable.inflatable_utils import (
     ObjectPushError,
     inflate_object_from_contents,
 )
+from flwr.supercore.retry import http_retry
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid.http_grid import HttpGrid
@@ -64,6 +68,7 @@ __all__ = [
     "poll",
     "pull_object",
     "pulls_by_itself",
+    "retry_server_errors",
     "set_message_id",
     "set_sender",
     "tried_once",
@@ -134,17 +139,33 @@ def pulls_by_itself(grid: Grid) -> bool:
 
 
 @contextmanager
-def tried_once(grid: Grid) -> Iterator[None]:
-    """Let Flower's client raise at the first failure, where it repeats some without end."""
-    invoker = getattr(grid, "_retry_invoker", None)
-    if invoker is None:
+def tried_once(grid: Any) -> Iterator[None]:
+    """Let Flower's client raise at the first failure, where it repeats some without end.
+
+    The grid has another client meanwhile, on the same connections: the one that Flower's threads
+    for heartbeats and logs hold goes on repeating.
+    """
+    if not isinstance(grid, HttpGrid):
         yield
         return
-    before, invoker.max_tries = invoker.max_tries, 1
+    patient = grid._runtime_client
+    hasty = copy(patient)
+    hasty._retry_invoker = copy(patient._retry_invoker)
+    hasty._retry_invoker.max_tries = 1
+    grid._client = hasty
     try:
         yield
     finally:
-        invoker.max_tries = before
+        if grid._client is hasty:
+            grid._client = patient
+
+
+def retry_server_errors() -> None:
+    """Let Flower's HTTP clients in this process repeat any status that ``is_outage`` counts.
+
+    Its threads for heartbeats and logs end at a 500, and a run without heartbeats is ended.
+    """
+    http_retry._RETRYABLE_STATUS_CODES = frozenset({*BUSY, *range(500, 600)})  # type: ignore[assignment]
 
 
 def is_outage(error: Exception) -> bool:

@@ -47,7 +47,7 @@ def test_an_outage_anywhere_in_a_round_is_waited_for_and_logged_once(what, grid,
     assert sorted(p.node_id for p, reply in got if not reply.has_error()) == [10, 11, 12]
     assert caplog.text.count("does not answer, and is asked again") == 3
     assert caplog.text.count("answers again after") == 3
-    assert grid._retry_invoker.max_tries is None  # whoever else uses the grid has Flower's way
+    assert grid._client._retry_invoker.max_tries is None  # others have Flower's way again
 
 
 def test_an_outage_to_the_end_of_the_round_is_silence_and_no_exception(grid):
