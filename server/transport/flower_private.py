@@ -165,7 +165,8 @@ def retry_server_errors() -> None:
 
     Its threads for heartbeats and logs end at a 500, and a run without heartbeats is ended.
     """
-    http_retry._RETRYABLE_STATUS_CODES = frozenset({*BUSY, *range(500, 600)})  # type: ignore[assignment]
+    repeated: Any = frozenset({*BUSY, *range(500, 600)})
+    http_retry._RETRYABLE_STATUS_CODES = repeated
 
 
 def is_outage(error: Exception) -> bool:

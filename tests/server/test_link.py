@@ -126,10 +126,3 @@ def test_a_message_that_is_too_large_by_itself_is_told():
     grid.most = 0
     with pytest.raises(ValueError, match=r"took 0 of 2 messages.*lower the ranks or raise"):
         list(exchange(grid, letters(grid), timeout=5.0))
-
-
-def test_a_thousand_messages_go_in_requests_of_a_hundred_each_built_once():
-    grid = Short(people(1000))
-    grid.most = 100
-    assert len([reply for _, reply in exchange(grid, letters(grid), timeout=5.0) if reply]) == 1000
-    assert grid.requests == 10
