@@ -148,7 +148,7 @@ def tried_once(grid: Any) -> Iterator[None]:
     if not isinstance(grid, HttpGrid):
         yield
         return
-    patient = grid._runtime_client
+    patient: Any = grid._runtime_client
     hasty = copy(patient)
     hasty._retry_invoker = copy(patient._retry_invoker)
     hasty._retry_invoker.max_tries = 1
