@@ -11,8 +11,8 @@ trainer's request, and puts the reply into one.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, MutableMapping
-from dataclasses import asdict
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import fields
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
@@ -20,9 +20,11 @@ from flexlora.aggregation.engine.starts import LocalPlan, Start
 from flexlora.lora.adapters import Adapter
 from flexlora.lora.ranks import RankClass
 from flexlora.wire.encoding import FACTORS, decode_adapter, encode_adapter
-from flexlora.wire.jobs import Capability, EvalJob, EvalResult, TrainJob, TrainResult
+from flexlora.wire.jobs import Capability, EvalJob, EvalResult, Score, TrainJob, TrainResult
+from flexlora.wire.packing import PACKED, check_version, pack_adapters, unpack_adapters
 
 __all__ = [
+    "Memo",
     "decode_evaluate_job",
     "decode_train_job",
     "encode_capability",
@@ -30,7 +32,8 @@ __all__ = [
     "encode_train_result",
 ]
 
-Memo = MutableMapping[int, Adapter]  # id of a record shared by several messages -> its adapter
+# id of a record shared by several messages -> its adapters
+Memo = MutableMapping[int, Mapping[str, Adapter]]
 LOCAL_FIELDS = ("adapter", "personal", "too_many")  # of a TrainResult: not part of the report
 
 
@@ -39,13 +42,16 @@ def decode_train_job(content: Mapping, client_id: str, memo: Memo | None = None)
 
     Raises:
         UpdateRefused: arrays that do not match their names, shapes or dtypes.
+        UserError: a server whose messages have another format.
     """
     job = content["job"]
+    check_version(job)
+    adapters = _adapters(content, job[f"{PACKED}/adapters"], memo)
     start = Start(
         rank_class=RankClass.from_dict(json.loads(job["rank-class"])),
         base_round=job["base-round"],
-        trained=_adapter(content, "trained", memo),
-        carried=_adapter(content, "carried", memo) if "carried" in content else None,
+        trained=adapters["trained"],
+        carried=adapters.get("carried"),
         carried_dtype=job["carried-dtype"],
         trainable=tuple(job["trainable"]),
         local=LocalPlan(**json.loads(job["local"])),
@@ -69,34 +75,43 @@ def encode_train_result(
             may send the others as changes of it.
     """
     values = {key: value for key, value in vars(result).items() if key not in LOCAL_FIELDS}
-    content = RecordDict({"report": _config_record(values)})
+    report = _config_record(values)
+    content = RecordDict({"report": report})
     if result.adapter is not None:
         labels = start.trainable if start is not None else FACTORS
         held = start.trained if start is not None else None
-        arrays, more = encode_adapter(result.adapter, dtype, labels, held)
-        content["update"] = ArrayRecord({k: Array(**vars(array)) for k, array in arrays.items()})
-        content["update.values"] = ConfigRecord({**more})
+        encoded = encode_adapter(result.adapter, dtype, labels, held)
+        packed, index = pack_adapters({"update": encoded})
+        report.update(index)
+        content[PACKED] = ArrayRecord({PACKED: Array(**vars(packed))})
     return content
 
 
 def decode_evaluate_job(content: Mapping, client_id: str, memo: Memo | None = None) -> EvalJob:
-    """The job in an evaluate message: one adapter per rank class, none for the bare base."""
+    """The job in an evaluate message: one adapter per rank class, none for the bare base.
+
+    Raises:
+        UpdateRefused, UserError: as ``decode_train_job``.
+    """
     job = content["job"]
+    check_version(job)
     return EvalJob(
         client_id=client_id,
         server_round=job["server-round"],
-        adapters={name: _adapter(content, f"adapter/{name}", memo) for name in job["rank-classes"]},
+        adapters=_adapters(content, job["rank-classes"], memo),
         generate=job["generate"],
     )
 
 
 def encode_evaluate_result(result: EvalResult) -> RecordDict:
-    """One record of sums per rank class, and a report with the cause of what is missing."""
-    report = {"client_id": result.client_id, "cause": result.cause}
-    content = RecordDict({"report": _config_record(report)})
-    for name, score in result.scores.items():
-        content[f"score/{name}"] = ConfigRecord(asdict(score))
-    return content
+    """A report with the cause of what is missing, and a list of every sum over rank classes."""
+    scores = result.scores
+    values: dict[str, object] = {"client_id": result.client_id, "cause": result.cause}
+    values["scores"] = list(scores)
+    for field in fields(Score):
+        kind = float if field.type == "float" else int  # a list holds one type
+        values[f"score/{field.name}"] = [kind(getattr(s, field.name)) for s in scores.values()]
+    return RecordDict({"report": _config_record(values)})
 
 
 def encode_capability(capability: Capability) -> RecordDict:
@@ -114,10 +129,15 @@ def _config_record(values: Mapping) -> ConfigRecord:
     )
 
 
-def _adapter(content: Mapping, name: str, memo: Memo | None) -> Adapter:
-    record, values = content[name], content[f"{name}.values"]
-    if memo is None:
-        return decode_adapter(record, values)
-    if id(record) not in memo:
-        memo[id(record)] = decode_adapter(record, values)
-    return memo[id(record)]
+def _adapters(content: Mapping, names: Sequence[str], memo: Memo | None) -> Mapping[str, Adapter]:
+    """The adapters of a message, which must have these names."""
+    if not names:
+        return {}
+    record = content[PACKED]
+    if memo is not None and id(record) in memo:
+        return memo[id(record)]
+    unpacked = unpack_adapters(record, content["job"], names)
+    adapters = {name: decode_adapter(*encoded) for name, encoded in unpacked.items()}
+    if memo is not None:
+        memo[id(record)] = adapters
+    return adapters

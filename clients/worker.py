@@ -34,6 +34,7 @@ from flexlora.training.out_of_memory import within_memory
 from flexlora.training.personal import PersonalPlan, personalised
 from flexlora.training.slots import SlotModel, slot_model
 from flexlora.wire.jobs import Capability, EvalJob, EvalResult, TrainJob, TrainResult
+from flexlora.wire.packing import WIRE_VERSION
 
 __all__ = ["Worker", "failed_training", "worker_for"]
 
@@ -201,6 +202,7 @@ class Worker:
             num_examples=count.examples,
             num_dropped=count.dropped,
             version=flexlora.__version__,
+            wire_version=WIRE_VERSION,
             fingerprint=self.base.fingerprint,
             quantization=self.quantization_of(client_id),
             device=device_name(self.base.device),

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -14,22 +13,23 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from flexlora.aggregation.engine.state import State
+import flexlora
 from flexlora.config.resolve import Config, of_flower, resolved
 from flexlora.errors import RunFailed
-from flexlora.lora.peft_folder import save_adapter
+from flexlora.runs.audit import RESUMED, STARTED
+from flexlora.runs.checkpoints import checkpoint_digest
 from flexlora.runs.folder import RunFolder
 from flexlora.runs.lock import exclusive_lock
-from flexlora.runs.sources import Sources, check_same, write_origin
+from flexlora.runs.sources import Sources, check_same
 from flexlora.runs.verdict import nobody_trained
 from flexlora.server.observing.observed import observed
 from flexlora.server.observing.observer import LogObserver, Observer
+from flexlora.server.results import write_adapters
 from flexlora.server.resuming import destination_of, settle
 from flexlora.server.settings import check_config
 from flexlora.server.strategy import FlexLoRAStrategy
-from flexlora.training.models import resolve_name
 
-__all__ = ["app", "federate", "write_adapters"]
+__all__ = ["app", "federate"]
 
 LOG = logging.getLogger(__name__)
 app = ServerApp()
@@ -84,8 +84,11 @@ def federate(
     """
     check_config(config)
     state, classes = RunFolder(out).load_checkpoint() if resume else (None, None)
-    with ExitStack() as held, observed(out, config, observer, resumed=resume) as watcher:
+    watched = observed(out, config, observer, resumed=resume, deployed=run_id is not None)
+    with ExitStack() as held, watched as watcher:
         strategy = FlexLoRAStrategy(config, observer=watcher, state=state, rank_classes=classes)
+        if state is not None:
+            strategy.membership.bindings.restore(RunFolder(out).load_notes())
         compared = partial(_refuse_changed, out, config, allow_changed, flag)
         if state is not None and sources is not None:
             compared(sources)  # before the nodes are asked and anything is shown
@@ -101,6 +104,7 @@ def federate(
                 compared(strategy.sources)
             strategy.run.rewind(state.round)
             strategy.restore(strategy.run.load_notes(), grid)
+        _open_log(strategy, config)
         if run_id is not None:
             strategy.origin = settle(strategy.run, config, run_id)
         untrained = ""
@@ -108,9 +112,16 @@ def federate(
             strategy.start(grid)
             untrained = nobody_trained(strategy.run)
         finally:
-            if strategy.closed is not None and not untrained:
-                with strategy.run.writing("the adapters"):
-                    write_adapters(strategy, strategy.closed, config, strategy.run)
+            closed = strategy.closed
+            if closed is not None and not untrained:
+                write_adapters(
+                    strategy.run,
+                    {**strategy.served(closed), "global": strategy.global_adapter(closed)},
+                    config,
+                    server_round=closed.round,
+                    fingerprint=strategy.roster.fingerprint,
+                    fan_in_fan_out=strategy.roster.fan_in_fan_out,
+                )
         if untrained:
             raise RunFailed(untrained)
     return strategy
@@ -134,23 +145,19 @@ def _refuse_changed(out: Path, config: Config, allowed: bool, flag: str, sources
         LOG.warning(changed)
 
 
-def write_adapters(
-    strategy: FlexLoRAStrategy, state: State, config: Config, run: RunFolder
-) -> None:
-    """``adapters/CLASS`` for every rank class and ``adapters/global`` at the server's full rank.
-
-    The folder of a class that no client has any more, as ranks were lowered, is removed.
-    """
-    base = resolve_name(config.model.name)
-    adapters = {**strategy.served(state), "global": strategy.global_adapter(state)}
-    for folder in (run.path / "adapters").glob("*"):
-        if folder.is_dir() and folder.name not in adapters:
-            shutil.rmtree(folder)
-    for name, adapter in adapters.items():
-        save_adapter(
-            adapter,
-            run.path / "adapters" / name,
-            base=base,
-            fan_in_fan_out=strategy.roster.fan_in_fan_out,
-        )
-        write_origin(run.path / "adapters" / name, strategy.roster.fingerprint)
+def _open_log(strategy: FlexLoRAStrategy, config: Config) -> None:
+    """The first line of this process in ``audit.jsonl``: a run that starts, or one that goes on."""
+    run = strategy.run
+    assert run is not None
+    about = {
+        "base": strategy.roster.fingerprint,
+        "wire": config.wire.dtype,
+        "method": config.method.name,
+        "flexlora": flexlora.__version__,
+    }
+    with run.writing("the audit log"):
+        if strategy.closed is None:
+            run.audit.append(STARTED, **about)
+        else:
+            server_round, digest = checkpoint_digest(run.checkpoint)
+            run.audit.append(RESUMED, round=server_round, checkpoint=digest, **about)

@@ -18,7 +18,7 @@ from flexlora.errors import UserError
 from flexlora.runs.folder import RunFolder
 from flexlora.wire.files import write_atomically
 
-__all__ = ["Destination", "destination_of", "settle"]
+__all__ = ["Destination", "destination_of", "how_to_resume", "settle"]
 
 RUN_ID, ORIGIN = "flower_run_id", "first_flower_run_id"  # in environment.json
 RESUME_FILE = "resume.toml"  # in the run folder: what `flwr run --run-config` is given
@@ -83,6 +83,13 @@ def _whole(folder: Path) -> str:
     if (folder / RESUME_FILE).is_file():
         return f"'{folder / RESUME_FILE}'"
     return f"a copy of '{folder / 'config.toml'}' with resume = \"{folder}\" in it"
+
+
+def how_to_resume(folder: Path) -> str:
+    """The command that goes on with the run in ``folder``."""
+    if (folder / RESUME_FILE).is_file():
+        return f"flwr run . --run-config {folder / RESUME_FILE}"
+    return f"flexlora simulate --resume {folder}"
 
 
 def settle(run: RunFolder, config: Config, run_id: int) -> str:

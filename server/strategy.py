@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
@@ -28,6 +28,7 @@ from flexlora.aggregation.engine.state import GlobalChange, State
 from flexlora.config.resolve import Config
 from flexlora.lora.adapters import Adapter
 from flexlora.lora.ranks import RankClass
+from flexlora.runs.audit import ROUND
 from flexlora.runs.folder import RunFolder
 from flexlora.runs.outcomes import Outcome
 from flexlora.runs.sources import Sources
@@ -301,12 +302,36 @@ class FlexLoRAStrategy(Strategy):
             sources = self.sources or Sources(base=self.roster.fingerprint)
             notes = {"history": history.to_dict(), "under_way": waited, **clock_state(clock)}
             notes["sources"] = sources.to_dict()
+            if self.metrics.measured:  # the node ids of a simulation are Ray's of the day
+                notes["nodes"] = self.membership.bindings.to_dict()
             members = self.roster.members.items()
             classes = {client_id: member.rank_class for client_id, member in members}
-            self.run.save_checkpoint(self.run.checkpoint, self.state, classes, notes)
-            self.late.remove_unneeded(self.run, waited)
+            notes["fan_in_fan_out"] = self.roster.fan_in_fan_out
+            self.run.save_checkpoint(
+                self.run.checkpoint,
+                self.state,
+                classes,
+                notes,
+                keep=self.config.server.keep_checkpoints,
+                before_commit=self._log_round,
+            )
+            self.late.remove_unneeded(self.run)
         self._eval_results, self.closed = [], self.state
         self.observer.round_finished(values)
+
+    def _log_round(self, checkpoint_digest: str) -> None:
+        """The line of the round in the audit log, before its checkpoint becomes the current one."""
+        assert self.run is not None
+        rows = sorted(self.metrics.rows, key=lambda row: (row.client_id, row.late))
+        self.run.audit.append(
+            ROUND,
+            round=self.state.round,
+            checkpoint=checkpoint_digest,
+            base=self.roster.fingerprint,
+            wire=self.config.wire.dtype,
+            skipped=self.metrics.skipped,
+            clients=[row.logged() for row in rows],
+        )
 
     def served(
         self, state: State, rank_classes: Mapping[str, RankClass] | None = None
@@ -324,5 +349,8 @@ class FlexLoRAStrategy(Strategy):
         return state.change.full_rank_adapter(factoring.alpha, rslora=factoring.rslora)
 
     def global_arrays(self) -> ArrayRecord:
-        """``global_adapter`` as Flower arrays."""
-        return pack(self.global_adapter(self.state), "float32").arrays
+        """``global_adapter`` as Flower arrays, one for each factor."""
+        arrays = pack(self.global_adapter(self.state), "float32").arrays
+        return ArrayRecord(
+            {k: Array(a.dtype, a.shape, a.stype, bytes(a.data)) for k, a in arrays.items()}
+        )

@@ -105,7 +105,7 @@ def simulate(
             observer.read(worker.data.foreign_layouts())
         _check_enough(config, len(worker.client_ids))
         config = resolved_limits(config, worker)
-        kept = rounds_kept(config.server.late_rounds)
+        kept = rounds_kept(config.server.late_rounds, config.server.keep_checkpoints)
         personal = PersonalStore(out / "personal", rounds_kept=kept)
         grid = make_grid(config, worker, pool, personal, out)
         return federate(

@@ -41,12 +41,12 @@ def check_node_key(link: Link, path: Path) -> Finding:
             f"{link.address} does not know the key in '{path}': it is not registered, or the "
             "SuperLink runs without --enable-supernode-auth."
         )
-        return failed(message, f"flwr supernode register '{path}.pub' (on the server)", name=NAME)
+        return failed(message, f"flexlora fleet add NAME '{path}.pub' (on the server)", name=NAME)
     if answer.status == 401:
         message = f"{link.address} refuses what '{path}' signs: the clocks differ by too much."
         return failed(message, "timedatectl set-ntp true (here or on the server)", name=NAME)
     message = f"{link.address} does not say whether it knows the key in '{path}' ({answer.status})."
-    return warning(message, "flwr supernode list (on the server)", name=NAME)
+    return warning(message, "flexlora fleet list (on the server)", name=NAME)
 
 
 def read_key(path: Path) -> ec.EllipticCurvePrivateKey:

@@ -40,11 +40,14 @@ COMMANDS: Table = {
     "watch": ("commands.runs:watch", "follow a run in progress, from its folder"),
     "compare": ("commands.runs:compare", "runs side by side, and what differs in them"),
     "export": ("commands.runs:export", "write a run's adapter at any rank, or merged"),
+    "rollback": ("commands.runs:rollback", "go back to an earlier round of a run"),
+    "audit": ("commands.runs:audit", "verify who contributed what to a run's checkpoints"),
     "plan": ("commands.plan:plan", "rank, quantization and batch that a device can train"),
     "tune": ("commands.train:tune", "measure how many clients in one pass are fastest here"),
     "doctor": ("commands.runs:doctor", "whether this machine can do the job, by doing"),
     "client": ("", "what runs on an edge node"),
     "server": ("", "what runs where the nodes meet"),
+    "fleet": ("", "the nodes of a server: who is in, who is out"),
     "reproduce": ("commands.train:reproduce", "run a named experiment, several seeds"),
 }
 CLIENT: Table = {
@@ -59,7 +62,13 @@ SERVER: Table = {
         "write a ready folder: certificates, scripts, units, steps",
     ),
 }
-GROUPS = {"client": CLIENT, "server": SERVER}
+FLEET: Table = {
+    "list": ("server.fleet.commands:fleet_list", "every node, its state and why"),
+    "add": ("server.fleet.commands:fleet_add", "let nodes in by their public keys"),
+    "revoke": ("server.fleet.commands:fleet_revoke", "refuse nodes from now on"),
+    "rotate": ("server.fleet.commands:fleet_rotate", "replace a node's key, with an overlap"),
+}
+GROUPS = {"client": CLIENT, "server": SERVER, "fleet": FLEET}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,4 +1,6 @@
-"""``flexlora eval``, ``report``, ``watch``, ``compare``, ``export`` and ``doctor``: no training."""
+"""``flexlora eval``, ``report``, ``watch``, ``compare``, ``export``, ``rollback``, ``audit`` and
+``doctor``: no training.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from typer import Argument, Option
 from flexlora.commands.options import PATH
 from flexlora.commands.train import ConfigFile, Sets
 
-__all__ = ["compare", "doctor", "evaluate", "export", "report", "watch"]
+__all__ = ["audit", "compare", "doctor", "evaluate", "export", "report", "rollback", "watch"]
 
 AllowChanged = Annotated[
     bool, Option("--allow-changed", help="although the base or the rows are others than the run's")
@@ -84,6 +86,31 @@ def export(
     from flexlora.simulations.inspection import export_run
 
     export_run(target, rank=rank, kind=format, out=out, allow_changed=allow_changed)
+
+
+def rollback(
+    target: Annotated[str, Argument(metavar="RUN", click_type=PATH, help="a run folder, at rest")],
+    server_round: Annotated[int, Argument(metavar="ROUND", help="a round whose state is kept")],
+) -> None:
+    from flexlora.server.results import roll_back
+    from flexlora.server.resuming import how_to_resume
+
+    run = roll_back(target, server_round)
+    print(
+        f"{target} is where it was after round {server_round}: rows, checkpoint and adapters; the "
+        f"rounds after it are gone. `{how_to_resume(run.path)}` goes on from there."
+    )
+
+
+def audit(
+    target: Annotated[str, Argument(metavar="RUN", click_type=PATH, help="a run folder")],
+    head: Annotated[
+        str, Option(metavar="HASH", help="of a line noted earlier: it must be in the log")
+    ] = "",
+) -> int:
+    from flexlora.runs.audit_check import report_audit
+
+    return report_audit(target, head=head)
 
 
 def doctor(

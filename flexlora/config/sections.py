@@ -257,5 +257,8 @@ class Server(Options):
     backoff_rounds: int = option(
         8, "most rounds that a node which keeps failing sits out (0: none)", ge=0
     )
+    keep_checkpoints: int = option(
+        3, "checkpoints that a run keeps, to go back to with `flexlora rollback`", ge=1
+    )
     metrics_port: int = option(0, "port of the Prometheus endpoint (0: none)", ge=0, le=65535)
     metrics_host: str = option("127.0.0.1", "address that the endpoint listens on")

@@ -6,8 +6,9 @@ clients.csv       per round and client: rank, loss before and after, bytes, seco
 evaluation.csv    per round and client: held-out loss and scores
 environment.json  versions, seed, commit, machine
 adapters/CLASS/   PEFT folders, one per rank class, and ``global``
-checkpoint/       the server's state after the last complete round (``checkpoints.py``), and what it
-                  was trained on (``sources.py``)
+checkpoint/       the server's state after the last complete rounds (``checkpoints.py``), and what
+                  it was trained on (``sources.py``)
+audit.jsonl       who contributed what to which checkpoint, a chain of hashes (``audit.py``)
 live.json         progress and liveness of the writing process (``live_state.py``)
 """
 
@@ -23,7 +24,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -37,6 +38,7 @@ from flexlora.config.paths import expanded
 from flexlora.config.resolve import Config, of_older, read_toml
 from flexlora.errors import UserError
 from flexlora.lora.ranks import RankClass
+from flexlora.runs.audit import AUDIT_FILE, AuditLog
 from flexlora.runs.checkpoints import load_checkpoint, load_notes, save_checkpoint
 from flexlora.runs.live_state import LIVE_FILE
 from flexlora.runs.lock import check_idle
@@ -53,6 +55,7 @@ EVALUATION_COLUMNS: tuple[str, ...] = ("round", "client_id", "rank_class", "eval
 EVALUATION_COLUMNS += ("eval_exact_match", "eval_rouge_l", "rows")
 _TABLES = {"clients.csv": CLIENT_COLUMNS, "evaluation.csv": EVALUATION_COLUMNS}
 _OURS = ("config.toml", "metrics.jsonl", "clients.csv", "checkpoint", "adapters", "personal")
+_REPLACED = (*_OURS, "evaluation.csv", "environment.json", "report.html", LIVE_FILE, AUDIT_FILE)
 
 
 class RunFolder:
@@ -60,6 +63,7 @@ class RunFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(expanded(str(path)))
+        self.audit = AuditLog(self.path / AUDIT_FILE)
 
     @classmethod
     def create(cls, path: str | Path, config: Config, *, overwrite: bool = False) -> RunFolder:
@@ -70,7 +74,7 @@ class RunFolder:
         """
         run = cls(path)
         cls.check_free(run.path, overwrite=overwrite)
-        for name in (*_OURS, "evaluation.csv", "environment.json", "report.html", LIVE_FILE):
+        for name in _REPLACED:
             _remove(run.path / name)
         nested = {k: v for k, v in config.nested().items() if k != "out"}
         environment = json.dumps(_environment(config), indent=1, sort_keys=True) + "\n"
@@ -193,14 +197,19 @@ class RunFolder:
         state: State,
         rank_classes: Mapping[str, RankClass],
         notes: Mapping[str, Any] | None = None,
+        *,
+        keep: int = 1,
+        before_commit: Callable[[str], None] | None = None,
     ) -> None:
-        """Replace the checkpoint by the server's state after a round.
+        """Write the server's state after a round, see ``checkpoints.save_checkpoint``.
 
         Raises:
             UserError: it cannot be written; the previous one is unchanged.
         """
         with self.writing(f"the state after round {state.round}"):
-            save_checkpoint(folder, state, rank_classes, notes)
+            save_checkpoint(
+                folder, state, rank_classes, notes, keep=keep, before_commit=before_commit
+            )
 
     @contextmanager
     def writing(self, what: str) -> Iterator[None]:
@@ -227,9 +236,11 @@ class RunFolder:
         stored = self.load_notes().get("sources")
         return Sources.from_dict(stored) if isinstance(stored, Mapping) else None
 
-    def load_checkpoint(self) -> tuple[State, dict[str, RankClass]]:
-        """The server's state and the rank class of each client."""
-        return load_checkpoint(self.checkpoint)
+    def load_checkpoint(
+        self, server_round: int | None = None
+    ) -> tuple[State, dict[str, RankClass]]:
+        """The server's state and the rank class of each client, now or after a kept round."""
+        return load_checkpoint(self.checkpoint, server_round)
 
     def _append_csv(self, name: str, rows: Sequence[Mapping[str, object]]) -> None:
         file = self.path / name

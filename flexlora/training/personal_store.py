@@ -133,14 +133,18 @@ class PersonalStore:
         return [int(found[1]) for name in names if (found := _FILE.fullmatch(name))]
 
     def put(self, stored: StoredFactors) -> None:
-        """Store ``stored`` and delete all but the client's last ``rounds_kept`` rounds."""
+        """Store ``stored`` and delete all but the ``rounds_kept`` rounds up to it.
+
+        Later rounds are there where the server went back to an earlier one; they are overwritten.
+        """
         if self.folder is None:
             self._in_memory.setdefault(stored.client_id, {})[stored.server_round] = stored
         else:
             # Learned from private rows: readable by this user alone.
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             write_atomically(self._path(stored.client_id, stored.server_round), _bytes(stored))
-        for at in sorted(self._rounds(stored.client_id))[: -self.rounds_kept]:
+        earlier = (at for at in self._rounds(stored.client_id) if at <= stored.server_round)
+        for at in sorted(earlier)[: -self.rounds_kept]:
             if self.folder is None:
                 del self._in_memory[stored.client_id][at]
             else:

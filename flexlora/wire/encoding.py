@@ -29,10 +29,12 @@ __all__ = [
     "DTYPES",
     "FACTORS",
     "RAW",
+    "ArrayLike",
     "WireArray",
     "decode_adapter",
     "encode_adapter",
     "encoded_bytes",
+    "factor_bytes",
     "over_the_wire",
 ]
 
@@ -63,16 +65,16 @@ class ArrayLike(Protocol):
     @property
     def stype(self) -> str: ...
     @property
-    def data(self) -> bytes: ...
+    def data(self) -> bytes | memoryview: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class WireArray:
-    """One tensor in transit."""
+    """One tensor in transit; ``data`` may be a view of the memory it was made from."""
 
     dtype: str
     shape: tuple[int, ...]
-    data: bytes
+    data: bytes | memoryview
     stype: str = RAW
 
 
@@ -110,8 +112,9 @@ def _held(held: Adapter | None, name: str, label: str) -> Tensor | None:
     return getattr(held[name], label) if held is not None and name in held else None
 
 
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+def _bytes(tensor: Tensor) -> memoryview:
+    """The tensor's memory, not copied."""
+    return tensor.contiguous().view(torch.uint8).numpy().data.cast("B")
 
 
 def _int8_array(tensor: Tensor, kind: str, held: Tensor | None) -> WireArray:
@@ -121,7 +124,9 @@ def _int8_array(tensor: Tensor, kind: str, held: Tensor | None) -> WireArray:
         if float(change.norm()) < float(tensor.norm()):
             kind, tensor = f"{kind}.change", change
     scales, codes = _rounded(tensor, INT8[kind][0])
-    return WireArray(dtype=kind, shape=tuple(tensor.shape), data=_bytes(scales) + _bytes(codes))
+    return WireArray(
+        dtype=kind, shape=tuple(tensor.shape), data=b"".join((_bytes(scales), _bytes(codes)))
+    )
 
 
 def _rounded(tensor: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -191,20 +196,35 @@ def decode_adapter(
     return Adapter(modules)
 
 
+def factor_bytes(key: str, kind: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a factor of this dtype or kind; the shape may be anything that a node sends.
+
+    Raises:
+        UpdateRefused: an unknown kind, a shape that is not two dimensions from 1 up.
+    """
+    if kind not in DTYPES and kind not in INT8:
+        known = ", ".join([*DTYPES, *INT8])
+        raise UpdateRefused(f"array '{key}' is '{kind:.40}', expected one of {known}.")
+    if len(shape) != 2 or min(shape) < 1:
+        raise UpdateRefused(f"array '{key}' has shape {shape}, expected two dimensions from 1 up.")
+    if kind in INT8:
+        return SCALE_BYTES * shape[INT8[kind][0]] + prod(shape)
+    return DTYPES[kind].itemsize * prod(shape)
+
+
 def _tensor(key: str, arrays: Mapping[str, ArrayLike], held: Tensor | None) -> Tensor:
-    array = arrays[key]
-    if array.stype != RAW or array.dtype not in {**DTYPES, **INT8}:
+    array, shape = arrays[key], tuple(arrays[key].shape)
+    if array.stype != RAW:
+        raise UpdateRefused(f"array '{key}' is serialized as '{array.stype:.40}', expected {RAW}.")
+    expected = factor_bytes(key, array.dtype, shape)
+    if len(array.data) != expected:
         raise UpdateRefused(
-            f"array '{key}' is {array.stype}/{array.dtype}, "
-            f"expected {RAW} with {', '.join([*DTYPES, *INT8])}."
+            f"array '{key}' has {len(array.data)} bytes for shape {shape} in {array.dtype}, "
+            f"expected {expected}."
         )
-    shape = tuple(array.shape)
-    if min(shape, default=0) < 0:
-        raise UpdateRefused(f"array '{key}' has shape {shape}, expected no negatives.")
     if array.dtype in INT8:
         return _from_int8(key, array, shape, held)
     dtype = DTYPES[array.dtype]
-    _check_size(key, array, prod(shape) * dtype.itemsize)
     tensor = _numbers(array.data, dtype).reshape(shape)
     return tensor if dtype == torch.float64 else tensor.to(torch.float32)
 
@@ -212,10 +232,7 @@ def _tensor(key: str, arrays: Mapping[str, ArrayLike], held: Tensor | None) -> T
 def _from_int8(key: str, array: ArrayLike, shape: tuple[int, ...], held: Tensor | None) -> Tensor:
     """``scale * code``, added to ``held`` if it is a change."""
     dim, is_change = INT8[array.dtype]
-    if len(shape) != 2:
-        raise UpdateRefused(f"array '{key}' has shape {shape}, expected two dimensions.")
     split = SCALE_BYTES * shape[dim]
-    _check_size(key, array, split + prod(shape))
     scales = _numbers(array.data[:split], torch.float32)
     codes = _numbers(array.data[split:], torch.int8).reshape(shape)
     odd = scales[~((scales >= 0) & (scales <= LARGEST_SCALE))]
@@ -233,16 +250,9 @@ def _from_int8(key: str, array: ArrayLike, shape: tuple[int, ...], held: Tensor 
     return held.detach().cpu().float() + tensor
 
 
-def _check_size(key: str, array: ArrayLike, expected: int) -> None:
-    if len(array.data) != expected:
-        raise UpdateRefused(
-            f"array '{key}' has {len(array.data)} bytes for shape {tuple(array.shape)} in "
-            f"{array.dtype}, expected {expected}."
-        )
-
-
-def _numbers(data: bytes, dtype: torch.dtype) -> Tensor:
-    return torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
+def _numbers(data: bytes | memoryview, dtype: torch.dtype) -> Tensor:
+    """A tensor with a copy of the bytes."""
+    return torch.frombuffer(bytearray(data), dtype=dtype)
 
 
 def over_the_wire(

@@ -23,13 +23,15 @@ class Capability:
 
     ``runs`` are the kernels that ran on its device, ``absent`` those that failed, with the error;
     ``free_bytes`` was free on the device before the base was loaded. ``coverage`` says which
-    modules LoRA does not reach; empty where it reaches all.
+    modules LoRA does not reach; empty where it reaches all. ``wire_version`` is the format of the
+    node's messages (``packing.WIRE_VERSION``).
     """
 
     client_id: str
     num_examples: int = 0
     num_dropped: int = 0
     version: str = ""
+    wire_version: int = 0
     fingerprint: str = ""
     quantization: str = ""
     device: str = ""

@@ -14,6 +14,7 @@ from flwr.serverapp import Grid
 
 from flexlora.config.resolve import Config
 from flexlora.lora.ranks import RankClass
+from flexlora.server.members.bindings import Bindings
 from flexlora.server.members.roster import Roster
 from flexlora.server.members.selection import wait_for_nodes
 from flexlora.server.settings import rank_policy_of
@@ -34,11 +35,12 @@ MOST_ROUNDS = 64  # between two queries to a node that does not answer
 class Membership:
     """The roster, queries to other nodes, and reports that are not in the roster yet.
 
-    ``known`` are the rank classes of a resumed run.
+    ``known`` are the rank classes of a resumed run, ``bindings`` say which node has which name.
     """
 
     def __init__(self, config: Config, known: Mapping[str, RankClass]) -> None:
         self.config, self.known = config, dict(known)
+        self.bindings = Bindings.of_environment()
         self.roster = Roster()
         self._open: dict[int, PendingMessage] = {}
         self._queries: dict[int, tuple[int, int]] = {}  # node id: how many, the round of the last
@@ -49,8 +51,9 @@ class Membership:
         """Wait for nodes, query their capabilities, and assign every client its rank class.
 
         Raises:
-            UserError: too few nodes in time, or no client can train.
+            UserError: too few nodes in time, no client can train, or a damaged table of the fleet.
         """
+        self.bindings.read()
         queries = [_query(node_id) for node_id in wait_for_nodes(grid, self.config)]
         reports = {
             pending.node_id: decode_capability(reply)
@@ -58,7 +61,9 @@ class Membership:
             else Capability.failed(f"node_{pending.node_id}", "no answer to the query")
             for pending, reply in ask(grid, queries, self.config, timeout)
         }
-        self.roster = Roster.meet(reports, rank_policy_of(self.config), self.known)
+        self.bindings.read()
+        policy = rank_policy_of(self.config)
+        self.roster = Roster.meet(reports, policy, self.known, self.bindings)
         for node_id, report in reports.items():
             self._note(node_id, report, 0)
 
@@ -135,15 +140,20 @@ class Membership:
 
         The report of a client whose former node is still connected waits until that node has gone.
         """
+        self.bindings.read()
         connected, ready = set(grid.get_node_ids()), {}
         for node_id, report in list(self._reports.items()):
-            member = self.roster.members.get(report.client_id)
-            elsewhere = member is not None and member.node_id in connected - {node_id}
+            client_id = report.client_id
+            refused = self.bindings.refusal(node_id, client_id)
+            holder = self.bindings.holder(client_id, node_id, connected)
             if node_id not in connected:
                 del self._reports[node_id]
-            elif not elsewhere and (member is not None or not members_only):
+            elif holder is not None and not refused:
+                self.roster.wait_for(client_id, node_id, holder)
+            elif client_id in self.roster.members or not members_only:
                 ready[node_id] = self._reports.pop(node_id)
-        return bool(self.roster.add(ready, rank_policy_of(self.config), self.known))
+        policy = rank_policy_of(self.config)
+        return bool(self.roster.add(ready, policy, self.known, self.bindings))
 
 
 def _query(node_id: int) -> PendingMessage:

@@ -14,6 +14,7 @@ from flexlora.errors import UserError
 from flexlora.lora.ranks import RankClass
 from flexlora.planning.rank_policies import RankPolicy
 from flexlora.seeds import numpy_generator
+from flexlora.server.members.bindings import Bindings
 from flexlora.wire.jobs import Capability
 
 __all__ = ["Member", "Roster", "sample"]
@@ -30,10 +31,14 @@ class Member:
 
 @dataclass(kw_only=True)
 class Roster:
-    """Members by client id, and the clients left out with the cause of each."""
+    """Members by client id, and the clients left out with the cause of each.
+
+    ``disputed`` says, by member, which other node has used its name, until a row has said it.
+    """
 
     members: dict[str, Member] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    disputed: dict[str, str] = field(default_factory=dict)
     shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
     fan_in_fan_out: bool = False
 
@@ -59,28 +64,33 @@ class Roster:
         reports: Mapping[int, Capability],
         policy: RankPolicy,
         known: Mapping[str, RankClass] | None = None,
+        bindings: Bindings | None = None,
     ) -> Roster:
         """Members from the reports by node id; ``known`` classes (of a resumed run) are kept.
 
         A node is left out, with its cause, if it cannot train, has another FlexLoRA version, holds
-        another base than most, or names a client that another node has named already.
+        another base than most, or uses a name that is another node's.
 
         Raises:
             UserError: no client can train.
         """
-        roster = cls()
+        roster, bindings = cls(), bindings or Bindings(None)
+        reports = roster._without_impostors(reports, bindings)
         fit: dict[str, tuple[int, Capability]] = {}
         base = _most_common_base(reports.values())
         for node_id, report in _by_client(reports):
+            client_id = report.client_id
             cause = _unfit(report, base) or policy.too_small(report)
-            if not cause and report.client_id in fit:
-                cause = f"node {fit[report.client_id][0]} is this client already"
+            holder = bindings.holder(client_id, node_id, reports)
+            if not cause and holder is not None:
+                cause = roster._claim(client_id, node_id, holder)
             if cause:
-                taken = report.client_id in roster.left_out or report.client_id in fit
-                name = f"{report.client_id} (node {node_id})" if taken else report.client_id
+                taken = client_id in roster.left_out or client_id in bindings.nodes
+                name = f"{client_id} (node {node_id})" if taken else client_id
                 roster.left_out[name] = cause
             else:
-                fit[report.client_id] = node_id, report
+                fit[client_id] = node_id, report
+                bindings.bind(client_id, node_id)
         if not fit:
             causes = "; ".join(f"{k}: {v}" for k, v in sorted(roster.left_out.items())[:3])
             raise UserError(f"no client can train, expected at least one ({causes or 'no nodes'}).")
@@ -104,6 +114,7 @@ class Roster:
         reports: Mapping[int, Capability],
         policy: RankPolicy,
         known: Mapping[str, RankClass] | None = None,
+        bindings: Bindings | None = None,
     ) -> list[str]:
         """Add nodes that came later, and clients that are back under another node id.
 
@@ -112,8 +123,9 @@ class Roster:
         cause. Returns the ids of the new members.
         """
         base = (self.fingerprint, tuple(self.shapes))
+        bindings = bindings or Bindings(None)
         joined = []
-        for node_id, report in _by_client(reports):
+        for node_id, report in _by_client(self._without_impostors(reports, bindings)):
             client_id = report.client_id
             cause = _unfit(report, base) or policy.too_small(report)
             if not cause and report.shapes != self.shapes:
@@ -129,8 +141,37 @@ class Roster:
                 name = f"{client_id} (node {node_id})" if client_id in self.members else client_id
                 self.left_out[name] = cause
             else:
+                bindings.bind(client_id, node_id)
                 self.left_out.pop(client_id, None)
+                self.left_out.pop(f"{client_id} (node {node_id})", None)
         return joined
+
+    def wait_for(self, client_id: str, node_id: int, holder: int) -> None:
+        """Leave a node out while another one with its name is connected; both are named."""
+        cause = self._claim(client_id, node_id, holder)
+        self.left_out[f"{client_id} (node {node_id})"] = cause
+
+    def _claim(self, client_id: str, node_id: int, holder: int) -> str:
+        self.disputed[client_id] = f"node {node_id} says that it is this client too"
+        return f"node {holder} is this client already, and keeps the name while it is connected"
+
+    def _without_impostors(
+        self, reports: Mapping[int, Capability], bindings: Bindings
+    ) -> dict[int, Capability]:
+        """The reports of nodes that may use their names; the others are left out."""
+        honest = {}
+        for node_id, report in sorted(reports.items()):
+            cause = bindings.refusal(node_id, report.client_id)
+            # A failed query has no name of its own, and so claims nobody's.
+            if not cause or not report.version:
+                honest[node_id] = report
+                continue
+            own = bindings.name_of(node_id)
+            free = own and own not in self.members and own not in self.left_out
+            name = own if free else f"{report.client_id} (node {node_id})"
+            self.left_out[name] = cause
+            self.disputed[report.client_id] = cause
+        return honest
 
     def _join(
         self, node_id: int, report: Capability, policy: RankPolicy, known: Mapping[str, RankClass]

@@ -10,6 +10,7 @@ from flexlora.config.resolve import Config
 from flexlora.errors import one_line
 from flexlora.runs.live_state import FAILED, FINISHED, INTERRUPTED
 from flexlora.server.observing.live import LiveObserver
+from flexlora.server.observing.members import MembersObserver
 from flexlora.server.observing.observer import Observer, Observers
 from flexlora.server.observing.prometheus import metrics_endpoint
 
@@ -18,9 +19,16 @@ __all__ = ["observed"]
 
 @contextmanager
 def observed(
-    folder: Path, config: Config, caller: Observer | None = None, *, resumed: bool = False
+    folder: Path,
+    config: Config,
+    caller: Observer | None = None,
+    *,
+    resumed: bool = False,
+    deployed: bool = False,
 ) -> Iterator[Observer]:
     """The observer of one run into ``folder``; its thread and its port are closed at the end.
+
+    A ``deployed`` run has nodes whose last replies an operator wants to see (``members.json``).
 
     Raises:
         UserError: the endpoint cannot listen where ``server.metrics-host`` and ``-port`` say.
@@ -28,7 +36,8 @@ def observed(
     with metrics_endpoint(config) as endpoint:
         live = LiveObserver(folder, opened=resumed)
         try:
-            yield Observers([live, *endpoint], caller)
+            members = [MembersObserver(folder, resumed=resumed)] if deployed else []
+            yield Observers([live, *members, *endpoint], caller)
         except KeyboardInterrupt:
             live.close(INTERRUPTED)
             raise

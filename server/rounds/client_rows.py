@@ -41,6 +41,9 @@ class ClientRow:
     seconds: float = math.nan
     simulated_seconds: float = math.nan
     joules: float = math.nan
+    node_id: int | None = None
+    update_digest: str = ""
+    base_round: int | None = None
 
     @classmethod
     def of(cls, member: Member, server_round: int, outcome: Outcome, cause: str) -> ClientRow:
@@ -57,6 +60,7 @@ class ClientRow:
             num_examples=member.capability.num_examples,
             bytes_down=0,
             bytes_up=0,
+            node_id=member.node_id,
         )
 
     def add_result(self, result: TrainResult) -> None:
@@ -64,6 +68,21 @@ class ClientRow:
         self.num_examples, self.seconds = result.num_examples, result.train_seconds
         self.train_loss = result.train_loss
         self.loss_before, self.loss_after = result.loss_before, result.loss_after
+        self.base_round = result.base_round
+        self.update_digest = result.adapter.digest() if result.adapter is not None else ""
+
+    def logged(self) -> dict[str, object]:
+        """The client's part in the round, for the audit log."""
+        return {
+            "client_id": self.client_id,
+            "node_id": None if self.node_id is None else str(self.node_id),
+            "outcome": self.outcome.value,
+            "update": self.update_digest,
+            "num_examples": self.num_examples,
+            "weight": self.discount if self.outcome is Outcome.OK else 0.0,
+            "rank_class": self.rank_class,
+            "base_round": self.base_round,
+        }
 
     def cells(self) -> dict[str, object]:
         """By column; ``RunFolder`` takes the columns of ``clients.csv`` from it."""

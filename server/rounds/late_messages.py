@@ -21,7 +21,7 @@ from flwr.serverapp import Grid
 
 from flexlora.aggregation.engine.starts import Start
 from flexlora.aggregation.engine.state import State
-from flexlora.runs.checkpoints import load_checkpoint, load_notes
+from flexlora.runs.checkpoints import kept_rounds, load_checkpoint, load_notes
 from flexlora.runs.folder import RunFolder
 from flexlora.server.members.roster import Member, Roster
 from flexlora.server.rounds.round_plan import RoundPlan
@@ -124,9 +124,14 @@ class LateMessages:
         return waited
 
     @staticmethod
-    def remove_unneeded(run: RunFolder, waited: Mapping[str, Sequence[str]]) -> None:
-        """After a checkpoint: remove the rounds from which no reply can come any more."""
-        needed = {_folder(run, int(server_round)) for server_round in waited}
+    def remove_unneeded(run: RunFolder) -> None:
+        """After a checkpoint: remove the rounds that none of those kept waits for."""
+        notes = (load_notes(run.checkpoint, at) for at in kept_rounds(run.checkpoint)[:-1])
+        needed = {
+            _folder(run, int(server_round))
+            for kept in (*notes, run.load_notes())
+            for server_round in kept.get("under_way", {})
+        }
         for folder in set(run.checkpoint.glob("sent-*")) - needed:
             shutil.rmtree(folder, ignore_errors=True)  # tried again after the next round
 

@@ -173,7 +173,8 @@ class ReplyHandler:
 
     def _record(self, row: ClientRow, pending: PendingMessage | None = None) -> None:
         if pending is not None:
-            row.note = pending.note
+            disputed = self.membership.roster.disputed.pop(row.client_id, "")
+            row.note = "; ".join(filter(None, (pending.note, disputed)))
             row.bytes_down = max(1, pending.sent) * self.plan.class_bytes[row.rank_class]
         self.metrics.rows.append(row)
         self.observer.replied(row.client_id, row.outcome, row.cause, row.late)

@@ -1,7 +1,8 @@
 """Encode jobs as Flower records, decode replies: the server's half of ``clients/messages.py``.
 
-Payloads are built once per rank class and shared by all messages of the class: Flower stores
-records by content, so they travel once.
+A message holds two records: values, and at most one array with all its adapters (``packing.py``).
+A content is built once per rank class and shared by all messages of the class: Flower stores
+records by content, so that they travel once.
 """
 
 from __future__ import annotations
@@ -16,8 +17,15 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flexlora.aggregation.engine.starts import Start
 from flexlora.errors import UpdateRefused
 from flexlora.lora.adapters import Adapter
-from flexlora.wire.encoding import FACTORS, decode_adapter, encode_adapter
+from flexlora.wire.encoding import FACTORS, WireArray, decode_adapter, encode_adapter
 from flexlora.wire.jobs import Capability, EvalResult, Score, TrainResult
+from flexlora.wire.packing import (
+    PACKED,
+    VERSION_KEY,
+    WIRE_VERSION,
+    pack_adapters,
+    unpack_adapters,
+)
 
 __all__ = [
     "Payload",
@@ -33,19 +41,16 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class Payload:
-    """One adapter as records that messages share."""
+    """One adapter as it is encoded for the wire."""
 
-    arrays: ArrayRecord
-    values: ConfigRecord
+    arrays: Mapping[str, WireArray]
+    values: Mapping[str, list]
 
 
 def pack(adapter: Adapter, dtype: str) -> Payload:
-    """The adapter as Flower records, raw bytes in the wire's dtype."""
+    """The adapter's factors, raw bytes in the wire's dtype."""
     arrays, values = encode_adapter(adapter, dtype)
-    return Payload(
-        arrays=ArrayRecord({key: Array(**vars(array)) for key, array in arrays.items()}),
-        values=ConfigRecord({**values}),
-    )
+    return Payload(arrays=arrays, values=values)
 
 
 def encode_train_job(
@@ -65,6 +70,7 @@ def encode_train_job(
     """
     job = ConfigRecord(
         {
+            VERSION_KEY: WIRE_VERSION,
             "server-round": server_round,
             "num-server-rounds": num_server_rounds,
             "fingerprint": fingerprint,
@@ -76,7 +82,7 @@ def encode_train_job(
             "local": json.dumps(start.local.to_dict()),
         }
     )
-    return RecordDict({"job": job, **_records(payloads)})
+    return _content(job, payloads)
 
 
 def encode_eval_job(
@@ -90,6 +96,7 @@ def encode_eval_job(
     """The evaluate message: one adapter per rank class, none for the bare base."""
     job = ConfigRecord(
         {
+            VERSION_KEY: WIRE_VERSION,
             "server-round": server_round,
             "generate": generate,
             "rank-classes": list(payloads),
@@ -97,15 +104,17 @@ def encode_eval_job(
             "origin": origin,
         }
     )
-    named = {f"adapter/{name}": payload for name, payload in payloads.items()}
-    return RecordDict({"job": job, **_records(named)})
+    return _content(job, payloads)
 
 
-def _records(payloads: Mapping[str, Payload]) -> dict[str, ArrayRecord | ConfigRecord]:
-    records: dict[str, ArrayRecord | ConfigRecord] = {}
-    for name, payload in payloads.items():
-        records[name], records[f"{name}.values"] = payload.arrays, payload.values
-    return records
+def _content(job: ConfigRecord, payloads: Mapping[str, Payload]) -> RecordDict:
+    """The job and, where there are adapters, the array that holds them all."""
+    content = RecordDict({"job": job})
+    if payloads:
+        packed, index = pack_adapters({k: (p.arrays, p.values) for k, p in payloads.items()})
+        job.update(index)
+        content[PACKED] = ArrayRecord({PACKED: Array(**vars(packed))})
+    return content
 
 
 def content_bytes(content: RecordDict) -> int:
@@ -140,11 +149,11 @@ def decode_train_result(reply: Message, start: Start | None = None) -> TrainResu
     try:
         values = _fields(TrainResult, reply.content["report"])
         adapter = None
-        if "update" in reply.content:
-            scalings = reply.content.config_records["update.values"]
+        if records := reply.content.array_records:
+            arrays = {name: array for record in records.values() for name, array in record.items()}
+            unpacked = unpack_adapters(arrays, reply.content["report"], ["update"])
             adapter = decode_adapter(
-                reply.content.array_records.get("update", {}),
-                {key: value for key, value in scalings.items() if isinstance(value, list)},
+                *unpacked["update"],
                 labels=start.trainable if start is not None else FACTORS,
                 held=start.trained if start is not None else None,
             )
@@ -162,11 +171,7 @@ def decode_eval_result(reply: Message) -> EvalResult:
         return EvalResult(client_id=f"node_{reply.metadata.src_node_id}", cause=_error(reply))
     try:
         report = reply.content["report"]
-        scores = {
-            name.removeprefix("score/"): Score(**_fields(Score, record))
-            for name, record in reply.content.config_records.items()
-            if name.startswith("score/")
-        }
+        scores = scores_of(report)
         odd = [n for s in scores.values() for n, v in vars(s).items() if not 0 <= v < math.inf]
         if odd:
             raise ValueError(f"'{odd[0]}' is negative or not finite")
@@ -175,6 +180,19 @@ def decode_eval_result(reply: Message) -> EvalResult:
     except (KeyError, TypeError, ValueError) as error:
         cause = f"unreadable scores: {error}"
         return EvalResult(client_id=f"node_{reply.metadata.src_node_id}", cause=cause)
+
+
+def scores_of(report: Mapping) -> dict[str, Score]:
+    """The scores by rank class, from one list for each sum."""
+    names = report.get("scores", [])
+    keys = [field.name.replace("_", "-") for field in fields(Score)]
+    columns = {key: report.get(f"score/{key}", []) for key in keys}
+    if len(set(names)) != len(names) or {len(c) for c in columns.values()} != {len(names)}:
+        raise ValueError("the lists of scores and of rank classes have different lengths")
+    return {
+        name: Score(**_fields(Score, {key: column[k] for key, column in columns.items()}))
+        for k, name in enumerate(names)
+    }
 
 
 def _error(reply: Message) -> str:

@@ -26,20 +26,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import RecordDict
 from rich.table import Table
 
 from flexlora.aggregation.engine.starts import LocalPlan, Start
-from flexlora.clients.messages import decode_train_job
+from flexlora.clients.messages import Memo, decode_train_job
 from flexlora.evaluation.cohorts import EvalPlan
 from flexlora.lora.adapters import Adapter, LoRAFactors
 from flexlora.lora.ranks import RankClass
 from flexlora.report.console import make_console
 from flexlora.seeds import generator
+from flexlora.server.transport.messages import encode_train_job, pack
 from flexlora.training.layers import DropoutStream
 from flexlora.training.optim import SlotOptimizer
 from flexlora.training.slots import SlotModel
-from flexlora.wire.encoding import encode_adapter
 from flexlora.wire.jobs import EvalJob
 
 __all__ = ["CohortLoad", "main", "random_llama"]
@@ -115,7 +115,7 @@ class CohortLoad:
 
     def _decode(self, trained: dict[int, Adapter], carried: dict[int, Adapter]) -> float:
         contents = {rank: _message(rank, trained[rank], carried[rank]) for rank in RANKS}
-        memo: dict[int, Adapter] = {}
+        memo: Memo = {}
 
         def decode() -> None:
             for k, rank in enumerate(self.ranks):
@@ -179,23 +179,9 @@ def _copy(adapter: Adapter) -> Adapter:
 
 def _message(rank: int, trained: Adapter, carried: Adapter) -> RecordDict:
     """A train message of a rank class, as the server sends it."""
-    content = RecordDict()
-    for name, adapter in (("trained", trained), ("carried", carried)):
-        arrays, values = encode_adapter(adapter, "float32")
-        content[name] = ArrayRecord({key: Array(**vars(array)) for key, array in arrays.items()})
-        content[f"{name}.values"] = ConfigRecord({**values})
-    content["job"] = ConfigRecord(
-        {
-            "rank-class": json.dumps(RankClass.of(rank).to_dict()),
-            "base-round": 0,
-            "carried-dtype": "",
-            "trainable": list(BOTH),
-            "local": "{}",
-            "server-round": 1,
-            "num-server-rounds": 1,
-        }
-    )
-    return content
+    start = Start(rank_class=RankClass.of(rank), base_round=0, trained=trained, carried=carried)
+    payloads = {"trained": pack(trained, "float32"), "carried": pack(carried, "float32")}
+    return encode_train_job(start, payloads, server_round=1, num_server_rounds=1)
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:

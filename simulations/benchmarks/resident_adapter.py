@@ -41,6 +41,7 @@ from flexlora.simulations.benchmarks.process_memory import peak_bytes, reset_pea
 from flexlora.simulations.world.clock_models import CLOCK_MODELS, clock_shape
 from flexlora.wire.encoding import DTYPES
 from flexlora.wire.jobs import TrainJob, TrainResult
+from flexlora.wire.packing import PACKED
 
 __all__ = ["AdapterRow", "adapter_rows", "random_adapter"]
 
@@ -210,9 +211,8 @@ def ask_twice(folder: Path, model: str, rank: int, wire_dtype: str) -> dict[str,
         reply = ask(folder / "socket", message, context)
         found[seconds] = time.perf_counter() - began
         found[grown] = peak_bytes() - baseline - content_bytes(reply)
-        sent, back = message.content.array_records["trained"], reply.array_records["update"]
-        unequal = {key for key in sent if sent[key].data != back[key].data}
-        found["different"] = float(len(unequal | (set(back) ^ set(sent))))
+        sent, back = (content.array_records[PACKED][PACKED] for content in (message.content, reply))
+        found["different"] = float(sent.data != back.data)
         del reply, back
     return found
 

@@ -24,6 +24,7 @@ from flwr.app import Error, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from flexlora.clients.messages import (
+    Memo,
     decode_evaluate_job,
     decode_train_job,
     encode_capability,
@@ -31,7 +32,6 @@ from flexlora.clients.messages import (
     encode_train_result,
 )
 from flexlora.clients.worker import Worker
-from flexlora.lora.adapters import Adapter
 from flexlora.server.transport.flower_private import (
     NODE_UNAVAILABLE,
     Run,
@@ -53,9 +53,12 @@ FAILED_COHORTS = "cohorts.json"  # in the run folder
 EVALUATED_TOGETHER = 32  # clients; a constant, so that scores do not depend on the workers
 
 
-def rounds_kept(late_rounds: int) -> int:
-    """The open round, those that replies may still come from, and the one before them."""
-    return late_rounds + 2
+def rounds_kept(late_rounds: int, keep_checkpoints: int = 1) -> int:
+    """The open round, those that replies may still come from, and the one before them.
+
+    Each of the further rounds that a rollback can go back to needs one more.
+    """
+    return late_rounds + 1 + keep_checkpoints
 
 
 @dataclass(kw_only=True)
@@ -135,7 +138,8 @@ class InProcessGrid(Grid):
         """Take the messages, plan the cohorts and hand them to the pool."""
         trained: dict[str, TrainJob] = {}
         evaluated: dict[str, EvalJob] = {}
-        ids, memo = [], dict[int, Adapter]()
+        memo: Memo = {}
+        ids = []
         for message in messages:
             self._pushed += 1
             message_id = f"message-{self._pushed}"

@@ -11,6 +11,7 @@ from flexlora.clients.trainer.client import call_of, health, questions, trainer_
 from flexlora.clients.trainer.request_lock import Busy, RequestLock
 from flexlora.clients.trainer.service import Limits
 from flexlora.clients.worker import Worker
+from packed import trained
 from trainers import (
     cause_of,
     evaluate_message,
@@ -117,7 +118,7 @@ def test_a_stop_lets_the_training_end_and_takes_no_more(data, tmp_path, held):
         assert "the trainer is stopping" in cause_of(refused)
         go.set()
         working.join(20), stopping.join(20)
-        assert ended == [True] and cause_of(done[0]) == "" and "update" in done[0]
+        assert ended == [True] and cause_of(done[0]) == "" and trained(done[0])
         assert not made.path.exists()
 
 

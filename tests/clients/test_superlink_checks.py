@@ -132,7 +132,7 @@ def test_what_a_superlink_says_of_a_key(activation, status, words, tmp_path):
         last = only(asked(port, key=key_file(tmp_path)), status, "node key", words)
     assert said.asked[-1] == ("POST", "/v1/fleet/activate-node")
     if activation[1] == 2004:
-        assert last.remedy == f"flwr supernode register '{tmp_path}/node-key.pub' (on the server)"
+        assert last.remedy == f"flexlora fleet add NAME '{tmp_path}/node-key.pub' (on the server)"
 
 
 def test_a_key_that_others_may_read(tmp_path):

@@ -6,6 +6,8 @@ import pytest
 
 from federation import adapter_bytes, federation
 from flexlora.clients.worker import Worker
+from flexlora.wire.jobs import PERSONAL
+from packed import scores, trained
 from trainers import (
     NodesGrid,
     asked,
@@ -79,9 +81,8 @@ def test_a_federation_of_a_trainer_and_a_plain_node_is_one_of_two_plain_nodes(da
 def test_factors_of_ones_own_stay_on_the_nodes_disk_and_go_on(data, tmp_path):
     """Round 2 goes on from what round 1 kept, over a restart; no reply holds any of it."""
     config = run_config(personal__rank=2, personal__max_steps=2, eval__max_examples=4)
-    scored = "score/personal"
     with resident(data, tmp_path / "kept") as made:
-        assert scored not in made.ask(evaluate_message(config), config)
+        assert PERSONAL not in scores(made.ask(evaluate_message(config), config))
         first = made.ask(train_message(config), config)
     with resident(data, tmp_path / "kept") as made:
         one = made.ask(evaluate_message(config), config)
@@ -90,7 +91,8 @@ def test_factors_of_ones_own_stay_on_the_nodes_disk_and_go_on(data, tmp_path):
     plain = run_config(eval__max_examples=4)
     here = asked(train_message(plain), context_of(plain, data_path=str(data), client_id="site"))
     assert values_of(first, without=MEASURED) == values_of(here, without=MEASURED)
-    assert one[scored]["loss"] != two[scored]["loss"] and one[scored]["tokens"] > 0
+    one, two = (scores(content)[PERSONAL] for content in (one, two))
+    assert one.loss != two.loss and one.tokens > 0
     files = sorted(path.name for path in (tmp_path / "kept" / "personal").rglob("*.safetensors"))
     assert files == ["round-000001.safetensors", "round-000002.safetensors"]
 
@@ -149,6 +151,6 @@ def test_a_failure_is_told_and_not_kept(data, tmp_path, monkeypatch):
             broken.setattr(Worker, "_train", fail)
             reply = made.ask(train_message(config), config)
         assert reply["report"]["cause"] == "RuntimeError: the card fell out"
-        assert "update" not in reply
+        assert not trained(reply)
         assert made.ask(train_message(config), config)["report"]["cause"] == ""
         assert made.trainer.totals.trained == 1

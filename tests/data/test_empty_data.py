@@ -6,6 +6,7 @@ import pytest
 
 from federation import client_rows, federation, rounds
 from flexlora.commands.cli import main
+from packed import trained
 from trainers import (
     NodesGrid,
     asked,
@@ -54,7 +55,7 @@ def test_a_node_without_a_trainer_says_it_to_every_question(kind, tmp_path):
     here = context_of(config, data_path=str(empty(tmp_path / "data", kind)), client_id="bare")
     for message in (query_message(), train_message(config), evaluate_message(config)):
         content = asked(message, here)
-        assert KINDS[kind] in cause_of(content) and "update" not in content
+        assert KINDS[kind] in cause_of(content) and not trained(content)
 
 
 def test_the_run_goes_on_without_it_and_names_it(tmp_path):
@@ -76,6 +77,6 @@ def test_a_folder_that_is_emptied_under_a_running_trainer(tmp_path):
         for file in data.iterdir():
             file.unlink()
         content = made.ask(train_message(config), config)
-        assert KINDS["nothing"] in cause_of(content) and "update" not in content
+        assert KINDS["nothing"] in cause_of(content) and not trained(content)
         write_rows(tmp_path / "data")
         assert cause_of(made.ask(train_message(config), config)) == ""

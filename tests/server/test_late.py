@@ -24,6 +24,7 @@ from flexlora.server.rounds.client_rows import ClientRow
 from flexlora.server.rounds.round_metrics import RoundMetrics
 from flexlora.simulations.engine.cohorts import CohortLimits
 from flexlora.simulations.engine.grid import InProcessGrid
+from packed import trained
 
 VICTIM = "client_02"
 SHAPES = {"attn.q": (12, 12), "mlp.up": (20, 12)}
@@ -51,7 +52,7 @@ class SlowGrid(InProcessGrid):
     def pull_messages(self, message_ids):
         back = [m for m in message_ids if m not in self.kept or self.now >= self.until]
         replies = list(super().pull_messages(back))
-        self.updates[self.now] += sum("update" in reply.content for reply in replies)
+        self.updates[self.now] += sum(trained(reply.content) for reply in replies)
         return replies
 
 

@@ -35,7 +35,7 @@ def without_memory(reply, message):
 
 
 def unreadable(reply, message):
-    del reply.content["update.values"]
+    del reply.content["report"]["packed/modules"]
     return [reply]
 
 

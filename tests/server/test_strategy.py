@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -27,18 +28,20 @@ from flexlora.aggregation.engine.updates import Update, check_update
 from flexlora.clients.worker import worker_for
 from flexlora.errors import UpdateRefused
 from flexlora.simulations.engine.cohorts import CohortLimits
+from flexlora.wire.packing import PACKED
+from packed import tampered, update_of
 
 MODULE = "model.layers.0.self_attn.q_proj"
 
 
 def replace_array(reply, change, label="lora_A"):
     """The reply with one array of the update replaced by ``change(numpy array)``."""
-    record = reply.content["update"]
     key = f"{MODULE}.{label}"
-    old = record[key]
-    values = change(np.frombuffer(old.data, dtype=np.float32).reshape(old.shape).copy())
-    values = np.ascontiguousarray(values, dtype=np.float32)
-    record[key] = Array(dtype=old.dtype, shape=values.shape, stype=old.stype, data=values.tobytes())
+    with tampered(reply.content) as (arrays, _):
+        old = arrays[key]
+        values = change(np.frombuffer(old.data, dtype=np.float32).reshape(old.shape).copy())
+        values = np.ascontiguousarray(values, dtype=np.float32)
+        arrays[key] = replace(old, shape=values.shape, data=values.tobytes())
     return [reply]
 
 
@@ -60,15 +63,24 @@ def report(**values):
 
 
 def array_fields(**fields):
-    """Replace fields of one Array: its bytes stay what they were."""
+    """Replace fields of one factor: its bytes stay what they were."""
 
     def tamper(reply, message):
-        record = reply.content["update"]
-        old = record[f"{MODULE}.lora_A"]
-        record[f"{MODULE}.lora_A"] = Array(
-            **{"dtype": old.dtype, "shape": old.shape, "stype": old.stype, "data": old.data}
-            | fields
-        )
+        with tampered(reply.content) as (arrays, _):
+            key = f"{MODULE}.lora_A"
+            arrays[key] = replace(arrays[key], **fields)
+        return [reply]
+
+    return tamper
+
+
+def packed_fields(**fields):
+    """Replace fields of the array that holds all factors."""
+
+    def tamper(reply, message):
+        array = vars(reply.content[PACKED][PACKED])
+        old = {name: array[name] for name in ("dtype", "shape", "stype", "data")}
+        reply.content[PACKED] = ArrayRecord({PACKED: Array(**{**old, **fields})})
         return [reply]
 
     return tamper
@@ -80,19 +92,18 @@ def another_rank(reply, message):
 
 
 def missing_module(reply, message):
-    content = reply.content
-    for label in ("lora_A", "lora_B"):
-        del content["update"][f"{MODULE}.{label}"]
-    values = content["update.values"]
-    at = list(values["modules"]).index(MODULE)
-    for name in ("modules", "alphas", "rslora"):
-        values[name] = [item for i, item in enumerate(values[name]) if i != at]
+    with tampered(reply.content) as (arrays, values):
+        for label in ("lora_A", "lora_B"):
+            del arrays[f"{MODULE}.{label}"]
+        at = values["modules"].index(MODULE)
+        for name in ("modules", "alphas", "rslora"):
+            del values[name][at]
     return [reply]
 
 
 def other_scaling(reply, message):
-    values = reply.content["update.values"]
-    values["alphas"] = [2 * alpha for alpha in values["alphas"]]
+    with tampered(reply.content) as (_, values):
+        values["alphas"] = [2 * alpha for alpha in values["alphas"]]
     return [reply]
 
 
@@ -105,7 +116,7 @@ def error_reply(reply, message):
 
 
 def negative_shape(reply, message):
-    old = reply.content["update"][f"{MODULE}.lora_A"]
+    old = update_of(reply.content)[0][f"{MODULE}.lora_A"]
     return array_fields(shape=tuple(-n for n in old.shape))(reply, message)
 
 
@@ -132,9 +143,17 @@ MISDEEDS = {
     "a loss that is text": (report(train_loss="low"), None, "train_loss|train-loss"),
     "a missing module": (missing_module, "refused", "lacks module"),
     "another alpha": (other_scaling, "refused", "alpha"),
-    "too few bytes": (array_fields(data=b"1234"), "failed", "4 bytes"),
+    "too few bytes": (array_fields(data=b"1234"), "failed", "bytes, the index is for"),
+    "too many bytes": (array_fields(data=b"1" * 999), "failed", "bytes, the index is for"),
+    "an array of another kind": (packed_fields(dtype="float32"), "failed", "flexlora.raw/uint8"),
+    "a shape without bytes": (
+        array_fields(shape=(2**62, 4), data=b""),
+        "failed",
+        "bytes, the index is for",
+    ),
+    "a side of none": (array_fields(shape=(2**62, 0), data=b""), "failed", "from 1 up"),
     "an unknown dtype": (array_fields(dtype="int8"), "failed", "int8"),
-    "a pickle": (array_fields(stype="pickle"), "failed", "pickle"),
+    "a pickle": (packed_fields(stype="pickle"), "failed", "pickle"),
     "a negative shape": (negative_shape, None, "shape"),
     "no records at all": (answer(lambda reply: RecordDict()), "failed", "unreadable reply"),
     "numbers for a report": (
@@ -148,9 +167,9 @@ MISDEEDS = {
         "no factors",
     ),
     "settings for factors": (
-        answer(lambda reply: RecordDict({**reply.content, "update": ConfigRecord({"a": 1})})),
+        answer(lambda reply: RecordDict({**reply.content, PACKED: ConfigRecord({"a": 1})})),
         "failed",
-        "differ in",
+        "no factors",
     ),
     "an error of Flower's": (error_reply, "failed", "Flower error 5: the node went away"),
 }

@@ -169,13 +169,18 @@ def test_too_few_nodes_is_told_with_both_numbers(worker, tmp_path):
         federation(NodesGrid(worker), config, tmp_path / "run")
 
 
+def with_scores(message, honest, **columns):
+    """An honest reply with other lists of scores."""
+    report = {**honest["report"], **{f"score/{name}": held for name, held in columns.items()}}
+    return Message(RecordDict({"report": ConfigRecord(report)}), reply_to=message)
+
+
 SCORES = {
     "an error": lambda message, honest: Message(Error(code=5, reason="gone"), reply_to=message),
     "nothing": lambda message, honest: Message(RecordDict(), reply_to=message),
-    "text for a loss": lambda message, honest: Message(
-        RecordDict({**honest, "score/rank_2": ConfigRecord({"loss": "low", "tokens": 3})}),
-        reply_to=message,
-    ),
+    "text for losses": lambda message, honest: with_scores(message, honest, loss=["low", "low"]),
+    "fewer losses than classes": lambda message, honest: with_scores(message, honest, loss=[1.0]),
+    "one number for losses": lambda message, honest: with_scores(message, honest, loss=1.0),
     "another client's name": lambda message, honest: Message(
         RecordDict({**honest, "report": ConfigRecord({"client-id": "client_02", "cause": ""})}),
         reply_to=message,

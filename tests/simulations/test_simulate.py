@@ -39,6 +39,7 @@ from flexlora.simulations.simulate import simulate
 from flexlora.training import models
 from flexlora.training.models import load_base
 from flexlora.wire.encoding import decode_adapter
+from packed import trained, update_of
 
 ROUND_KEYS = {
     "round",
@@ -351,9 +352,8 @@ def test_every_client_trains_and_returns_the_rank_of_its_class_from_round_one(
         def pull_messages(self, message_ids):
             replies = super().pull_messages(message_ids)
             for reply in replies:
-                if "update" in reply.content:
-                    values = reply.content["update.values"]
-                    adapter = decode_adapter(reply.content["update"], values)
+                if trained(reply.content):
+                    adapter = decode_adapter(*update_of(reply.content))
                     seen[reply.content["report"]["client-id"]] = adapter
             return replies
 

@@ -177,7 +177,7 @@ def test_two_readmes_word_by_word_give_a_node_that_trains(person, proxy):
     configure(server / "app" / "pyproject.toml")
     for text, out in person.follow(server / "README.md", bring_the_key):
         seen[text] = out
-        if "register-nodes" in text:  # "Now the node's owner starts it, as the README there says"
+        if "fleet add" in text:  # "Now the node's owner starts it, as the README there says"
             seen |= dict(person.follow(node / "README.md", lambda text: None))
     (run,) = (server / "state" / "serverapp" / "runs").iterdir()
     rows = client_rows(run, 1)
@@ -185,7 +185,7 @@ def test_two_readmes_word_by_word_give_a_node_that_trains(person, proxy):
     assert told == [("site-a", "ok", "")], person.told()
     assert rounds(run)[1]["clients_ok"] == 1
     assert (run / "adapters" / "rank_2" / "adapter_model.safetensors").is_file()
-    for command, words in (("register-nodes", "registered"), ("supernode list", "online")):
+    for command, words in (("fleet add", "is registered"), ("fleet list", "online")):
         assert any(words in out for text, out in seen.items() if command in text), command
     assert any("now      idle" in out for text, out in seen.items() if "client health" in text)
     assert status("GET", port, "/health", server / "ca.crt") == 200

@@ -6,9 +6,10 @@ checkpoint and the clients.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from flwr.app import Array
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -31,6 +32,7 @@ from flexlora.config.paths import EMBEDDED
 from flexlora.lora.adapters import Adapter
 from flexlora.runs.checkpoints import load_checkpoint
 from flexlora.simulations.simulate import resume, simulate
+from packed import tampered
 
 MODULE = "model.layers.0.self_attn.q_proj"
 PRUNING = small(
@@ -195,41 +197,49 @@ def test_rolora_sends_one_factor_and_then_the_other(tmp_path):
 
 
 def extra_array(reply, message):
-    record = reply.content["update"]
-    record[f"{MODULE}.lora_A"] = Array(
-        dtype="float32", shape=(1, 2), stype=record[f"{MODULE}.lora_B"].stype, data=b"\0" * 8
-    )
+    with tampered(reply.content) as (arrays, _):
+        old = arrays[f"{MODULE}.lora_B"]
+        arrays[f"{MODULE}.lora_A"] = replace(old, shape=(1, 2), data=b"\0" * 8)
     return [reply]
 
 
 def missing_array(reply, message):
-    del reply.content["update"][f"{MODULE}.lora_B"]
+    with tampered(reply.content) as (arrays, _):
+        del arrays[f"{MODULE}.lora_B"]
     return [reply]
 
 
 def unknown_module(reply, message):
-    record, values = reply.content["update"], reply.content["update.values"]
-    record["other.lora_B"] = record[f"{MODULE}.lora_B"]
-    for name, last in (("modules", "other"), ("alphas", 16.0), ("rslora", False)):
-        values[name] = [*values[name], last]
+    with tampered(reply.content) as (arrays, values):
+        arrays["other.lora_B"] = arrays[f"{MODULE}.lora_B"]
+        for name, last in (("modules", "other"), ("alphas", 16.0), ("rslora", False)):
+            values[name].append(last)
+    return [reply]
+
+
+def both_factors(reply, message):
+    with tampered(reply.content) as (arrays, values):
+        for module in values["modules"]:
+            factor = arrays.pop(f"{module}.lora_B")
+            first = replace(factor, shape=(factor.shape[1], factor.shape[0]))
+            arrays |= {f"{module}.lora_A": first, f"{module}.lora_B": factor}
     return [reply]
 
 
 def narrower(reply, message):
-    record = reply.content["update"]
-    old = record[f"{MODULE}.lora_B"]
-    shape = (old.shape[0], 1)
-    record[f"{MODULE}.lora_B"] = Array(
-        dtype=old.dtype, shape=shape, stype=old.stype, data=old.data[: 4 * shape[0]]
-    )
+    with tampered(reply.content) as (arrays, _):
+        old = arrays[f"{MODULE}.lora_B"]
+        shape = (old.shape[0], 1)
+        arrays[f"{MODULE}.lora_B"] = replace(old, shape=shape, data=old.data[: 4 * shape[0]])
     return [reply]
 
 
 @pytest.mark.parametrize(
     ("tamper", "cause"),
     [
-        (extra_array, f"differ in ['{MODULE}.lora_A']"),
-        (missing_array, f"differ in ['{MODULE}.lora_B']"),
+        (extra_array, "kinds, expected"),
+        (missing_array, "the factors are [], expected lora_A and lora_B"),
+        (both_factors, f"differ in ['{MODULE}.lora_A']"),
         (unknown_module, "module 'other' has no lora_A, and nothing is held for it"),
         (narrower, "with one rank"),
     ],

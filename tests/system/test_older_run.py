@@ -13,6 +13,8 @@ from flwr.app import MessageType
 
 from flexlora.clients.trainer.client import call_of
 from flexlora.clients.worker import Worker
+from flexlora.wire.jobs import PERSONAL
+from packed import scores
 from trainers import (
     context_of,
     evaluate_message,
@@ -81,14 +83,13 @@ def test_nor_scores_of_another(data, tmp_path):
 def test_nor_factors_that_the_client_keeps_to_itself(data, tmp_path):
     """A run's first round begins anew, though an older one has left own factors for its round 1."""
     config = run_config(personal__rank=2, personal__max_steps=2, eval__max_examples=4)
-    scored = "score/personal"
     with resident(data, tmp_path / "kept") as made:
         made.ask(train_message(config), config, run_id=OLD)
-        assert scored not in made.ask(evaluate_message(config), config, run_id=NEW)
+        assert PERSONAL not in scores(made.ask(evaluate_message(config), config, run_id=NEW))
         made.ask(train_message(config, server_round=2), config, run_id=NEW)
         late = made.ask(evaluate_message(config), config, run_id=OLD)
         fresh = made.ask(evaluate_message(config, server_round=2), config, run_id=NEW)
-    assert late[scored]["tokens"] > 0 and fresh[scored]["tokens"] > 0
+    assert all(scores(content)[PERSONAL].tokens > 0 for content in (late, fresh))
     folders = sorted(path.name for path in (tmp_path / "kept" / "personal").glob("run-*"))
     assert folders == [f"run-{OLD}", f"run-{NEW}"]
 

@@ -18,6 +18,7 @@ from federation import ONE_THREAD
 from flexlora.simulations.benchmarks.server_memory import ServerMemoryRow
 from flexlora.simulations.benchmarks.server_memory_answers import ServerCase
 from flexlora.simulations.benchmarks.server_memory_case import PulledGrid, run_ours
+from packed import trained
 
 FEW, MANY = 6, 24
 SHAPE = {
@@ -121,7 +122,7 @@ class Watched(PulledGrid):
     def pull_messages(self, message_ids):
         replies = list(super().pull_messages(message_ids))
         for reply in replies:
-            if "update" in reply.content:
+            if trained(reply.content):
                 self.came.append(reply.content["report"]["client-id"])
                 if self.came[-1] in self.damaged:
                     reply.content["report"]["num-examples"] = 0

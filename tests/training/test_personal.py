@@ -22,6 +22,7 @@ from flexlora.training.local import train
 from flexlora.training.personal import PersonalPlan, PersonalStore, frozen_model, personalised
 from flexlora.training.slots import SlotModel
 from flexlora.wire.jobs import PERSONAL, TrainJob
+from flexlora.wire.packing import PACKED
 from one_round import OneRound, next_state
 from spelled import of_names
 
@@ -232,7 +233,7 @@ def reply_bytes(results):
     replies = []
     for result in results:
         content = encode_train_result(replace(result, train_seconds=0.0), dtype="float32")
-        arrays = {key: bytes(array.data) for key, array in content["update"].items()}
+        arrays = {key: bytes(array.data) for key, array in content[PACKED].items()}
         values = [(k, dict(record)) for k, record in content.config_records.items()]
         replies.append((arrays, values))
     return repr(replies)
