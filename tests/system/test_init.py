@@ -22,6 +22,7 @@ from flwr.common.config import parse_config_args
 from flexlora.clients.setup import machine_plan
 from flexlora.clients.setup.init import client_init
 from flexlora.clients.setup.machine_plan import plan_machine
+from flexlora.clients.trainer.limits import OwnerLimits
 from flexlora.commands.cli import main
 from flexlora.config.paths import EMBEDDED
 from flexlora.config.resolve import Config, all_keys, flatten, of_flower
@@ -182,7 +183,7 @@ def test_a_small_memory_takes_a_smaller_base_and_a_broken_kernel_is_not_proposed
     large = plan_machine(model=config, memory_limit="64GiB", **asked)
     small = plan_machine(model=config, memory_limit="2.5GiB", **asked)
     assert (large.quantization, small.quantization) == ("none", "nf4")
-    assert "--memory-limit 2.5GiB " in small.values()["memory_limit"]
+    assert small.memory_limit == "2.5GiB"
     broken = Probe(runs=("bf16",), absent=("nf4: no such kernel", "8bit: no", "adamw_8bit: no"))
     monkeypatch.setattr(machine_plan, "probe", lambda device: broken)
     with pytest.raises(UserError, match="does not fit"):
@@ -305,4 +306,6 @@ def test_a_server_known_by_its_address_is_the_only_one_that_is_reached(made, tmp
     text = text_of(tmp_path / "node" / unit)
     assert "\nIPAddressDeny=any\nIPAddressAllow=localhost 10.1.2.3\n" in text
     trainer = text_of(tmp_path / "node/bin/start-trainer")
-    assert "--quantization nf4 " in trainer and "--memory-limit 8GiB " in trainer
+    assert "--quantization nf4 " in trainer
+    assert f"--limits {tmp_path}/node/limits.toml " in trainer and "memory-limit" not in trainer
+    assert OwnerLimits.read(tmp_path / "node/limits.toml").request.memory == "8GiB"
