@@ -29,7 +29,7 @@ from flexlora.server.results import write_adapters
 from flexlora.server.resuming import destination_of, settle
 from flexlora.server.settings import check_config
 from flexlora.server.strategy import FlexLoRAStrategy
-from flexlora.server.transport.flower_private import TASK_HEARTBEAT, ProtobufClient
+from flexlora.server.transport.flower_private import ProtobufClient
 
 __all__ = ["app", "federate"]
 
@@ -40,8 +40,8 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the federation of the run's configuration, or go on with it, in a run folder."""
-    # A heartbeat that is answered 500 would be the last: the SuperLink then ends the run.
-    watch_requests(ProtobufClient, RequestWatch(), TASK_HEARTBEAT)
+    # A 500 would end the run, or the heartbeat, after which the SuperLink ends it.
+    watch_requests(ProtobufClient, RequestWatch())
     to = destination_of(resolved(Config.of(of_flower(context.run_config))), context.run_id)
     logger = logging.getLogger("flwr")
     logger.info("run folder: %s%s", to.folder.resolve(), ", going on" if to.resume else "")
