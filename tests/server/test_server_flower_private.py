@@ -8,7 +8,6 @@ from importlib import metadata
 import httpx
 import pytest
 from flwr.app import Array, ArrayRecord, Error, Message, RecordDict
-from flwr.proto.runtime_pb2 import AcquireTaskRequest
 from flwr.supercore.heartbeat import make_task_heartbeat_fn_http
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.runtime import RuntimeHttpClient
@@ -89,10 +88,8 @@ def test_a_server_error_at_the_heartbeat_of_a_serverapp_is_one_that_flower_retri
     beat = make_task_heartbeat_fn_http(client)
     with pytest.raises(httpx.HTTPStatusError):
         beat()
-    watch_requests(Client, RequestWatch(), flower_private.TASK_HEARTBEAT)
+    watch_requests(Client, RequestWatch())
     assert beat() is False
-    with pytest.raises(httpx.HTTPStatusError):
-        client.AcquireTask(AcquireTaskRequest())
     assert issubclass(FleetHttpClient, flower_private.ProtobufClient)
 
 

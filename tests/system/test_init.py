@@ -115,7 +115,9 @@ def test_flower_knows_every_flag_of_the_scripts(made):
     flags = {}
     for path in [*(made / "server" / "bin").iterdir(), *(made / "node" / "bin").iterdir()]:
         for command, rest in re.findall(
-            r"^exec (\S+) ((?:.*\\\n)*.*)$", text_of(path), re.MULTILINE
+            r"^exec (?:flexlora \w+ supervise -- )?(\S+) ((?:.*\\\n)*.*)$",
+            text_of(path),
+            re.MULTILINE,
         ):
             flags.setdefault(command, set()).update(re.findall(r"(?<!\S)--[a-z-]+", rest))
     parsers = {
