@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
+import resource
 import shutil
 import stat
 import subprocess
@@ -205,6 +207,20 @@ def test_without_a_proxy_the_readme_says_so_and_nothing_names_one(tmp_path):
             tmp_path / name / "systemd/flexlora-superlink.service"
         )
     assert "[::1]:7000" in text_of(tmp_path / "six/bin/start-serverapps")
+
+
+def test_the_superlink_may_open_as_many_files_as_the_machine_lets_it(made, tmp_path):
+    """A thousand nodes keep 2,000 connections, beyond the usual soft limit of 1,024 files."""
+    script = re.sub(
+        r"(?m)^exec .*", "exec sh -c 'ulimit -n'", text_of(made / "server/bin/start-superlink")
+    )
+    (tmp_path / "start").write_text(script.split("'ulimit -n'")[0] + "'ulimit -n'\n")
+    limited = f"ulimit -S -n 256; exec sh {tmp_path / 'start'}"
+    environment = {**os.environ, "STATE_DIRECTORY": str(tmp_path), "CREDENTIALS_DIRECTORY": "/"}
+    done = subprocess.run(["sh", "-c", limited], env=environment, capture_output=True, text=True)
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    assert done.stdout.split() == [str(hard)], done.stderr
+    assert "LimitNOFILE=" in text_of(made / "server/systemd/flexlora-superlink.service")
 
 
 @pytest.mark.parametrize(
