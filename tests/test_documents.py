@@ -36,6 +36,7 @@ NOT_IN_THE_TREE = (
     *("train.jsonl", "validation.jsonl", "test.jsonl", "ca.crt", "adapter_config.json"),
     *("adapters/", "adapters/CLASS/", "adapters/global/", "checkpoint/", "checkpoint/sent-ROUND/"),
     *("app/pyproject.toml", "private/ca.key", "config.json", "nodes/", "seeds.json"),
+    *("nodes/fleet.json", "members.json"),
 )
 PLACEHOLDERS = {"NAME", "DIR", "RUN", "CLASS", "FILE", "FOLDER"}
 FILE = re.compile(r"[\w.-]*[\w-](?:/[\w.-]+)*(?:\.(?:py|md|toml|jsonl?|csv|svg|proto|html)|/)")
@@ -233,7 +234,9 @@ def test_documents_show_something_of_each_kind():
     assert len(COMMANDS) > 60 and blocks("python") and blocks("jsonl")
     shown = {" ".join(command.arguments) for command in COMMANDS if command.whole}
     for name in commands():
-        assert name in ("", "client", "server") or any(text.startswith(name) for text in shown)
+        assert name in ("", "client", "server", "fleet") or any(
+            text.startswith(name) for text in shown
+        )
 
 
 def test_the_readme_is_one_page():
