@@ -36,6 +36,7 @@ __all__ = ["server_init"]
 
 TEMPLATES = Path(__file__).parent / "templates"
 DASHBOARD = TEMPLATES / "grafana-dashboard.json"
+ALERTS = TEMPLATES / "prometheus-alerts.yaml"
 PROXIES = ("nginx", "none")
 OF_PROXY = (
     "bin/start-proxy",
@@ -127,6 +128,7 @@ def _files(proxy: str, values: dict[str, str], authority: Issued, server: Issued
     return [
         *fill_tree(TEMPLATES / "folder", values, wanted=wanted),
         File(path="grafana-dashboard.json", content=DASHBOARD.read_bytes()),
+        File(path="prometheus-alerts.yaml", content=ALERTS.read_bytes()),
         File(path="app/pyproject.toml", content=_app()),
         File(path="nodes/fleet.json", content=FleetTable().to_json()),
         File(path="ca.crt", content=authority.certificate_pem),
@@ -201,7 +203,8 @@ def _app() -> bytes:
                         "serverapp": "flexlora.server.app:app",
                         "clientapp": "flexlora.clients.app:app",
                     },
-                    "config": flower_table(),
+                    # Few nodes, each asked for: everybody trains in every round.
+                    "config": flower_table() | {"fraction-train": 1.0},
                 }
             }
         },

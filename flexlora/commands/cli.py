@@ -60,12 +60,15 @@ CLIENT: Table = {
     "trust": ("clients.setup.trust:trust", "fetch the server's authorities, old and new"),
     "clock": ("clients.setup.clock:clock", "whether the server takes this machine's clock"),
     "health": ("clients.trainer.command:health", "how the trainer on this machine is"),
+    "supervise": ("clients.supervise:supervise", "keep a SuperNode or its SuperExec running"),
 }
 SERVER: Table = {
     "init": (
         "server.init:server_init",
         "write a ready folder: certificates, scripts, units, steps",
     ),
+    "supervise": ("server.supervise:supervise", "keep a SuperLink or its SuperExec running"),
+    "run": ("server.supervising.command:server_run", "start runs, follow and resume them"),
 }
 FLEET: Table = {
     "list": ("server.fleet.commands:fleet_list", "every node, its state and why"),
