@@ -46,6 +46,7 @@ NOT_IN_THE_TREE = (
     *("adapters/", "adapters/CLASS/", "adapters/global/", "checkpoint/", "checkpoint/sent-ROUND/"),
     *("audit.jsonl", "latest.json", "federations/", "DIR/federations/NAME"),
     *("app/pyproject.toml", "private/ca.key", "config.json", "nodes/", "seeds.json"),
+    *("nodes/fleet.json", "members.json"),
 )
 PLACEHOLDERS = {"NAME", "DIR", "RUN", "CLASS", "FILE", "FOLDER"}
 FILE = re.compile(r"[\w.-]*[\w-](?:/[\w.-]+)*(?:\.(?:py|md|toml|jsonl?|csv|svg|proto|html)|/)")
@@ -243,7 +244,9 @@ def test_documents_show_something_of_each_kind():
     assert len(COMMANDS) > 60 and blocks("python") and blocks("jsonl")
     shown = {" ".join(command.arguments) for command in COMMANDS if command.whole}
     for name in commands():
-        assert name in ("", "client", "server") or any(text.startswith(name) for text in shown)
+        assert name in ("", "client", "server", "fleet") or any(
+            text.startswith(name) for text in shown
+        )
 
 
 def test_the_readme_is_one_page():

@@ -78,8 +78,10 @@ class Content(dict[str, Arrays | Values]):
     def of(cls, records: RecordDict) -> Content:
         content = cls()
         for name, record in records.items():
-            is_array = isinstance(record, ArrayRecord)
-            content[name] = Arrays(record) if is_array else Values(record)
+            if isinstance(record, ArrayRecord):
+                content[name] = Arrays(record)
+            else:
+                content[name] = Values(record)
         return content
 
     def copy(self) -> Content:
@@ -181,7 +183,7 @@ def _change(content: Content, draws: random.Random) -> None:
 def _change_records(content: Content, draws: random.Random) -> None:
     """Remove a record, rename one, put another kind in its place, or repeat it."""
     name = draws.choice(sorted(content)) if content else "report"
-    record = content.pop(name, Values())
+    record: Arrays | Values = content.pop(name, Values())
     kind = draws.randrange(4)
     if kind == 1:
         content[name + "x"] = record
