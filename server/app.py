@@ -15,6 +15,7 @@ from flwr.serverapp import Grid, ServerApp
 
 import flexlora
 from flexlora.config.resolve import Config, of_flower, resolved
+from flexlora.deploy.request_watch import RequestWatch, watch_requests
 from flexlora.errors import RunFailed, TooFewNodes, UserError
 from flexlora.runs.audit import RESUMED, STARTED
 from flexlora.runs.checkpoints import checkpoint_digest
@@ -29,6 +30,7 @@ from flexlora.server.results import write_adapters
 from flexlora.server.resuming import FINAL, check_start, destination_of, settle, start_state
 from flexlora.server.settings import check_config
 from flexlora.server.strategy import FlexLoRAStrategy
+from flexlora.server.transport.flower_private import TASK_HEARTBEAT, ProtobufClient
 
 __all__ = ["app", "federate"]
 
@@ -43,6 +45,8 @@ def main(grid: Grid, context: Context) -> None:
     Raises:
         UserError, RunFailed: as ``federate``; with ``FINAL`` where a new try would end the same.
     """
+    # A heartbeat that is answered 500 would be the last: the SuperLink then ends the run.
+    watch_requests(ProtobufClient, RequestWatch(), TASK_HEARTBEAT)
     try:
         _run(grid, context)
     except TooFewNodes:
@@ -144,8 +148,8 @@ def federate(
                     fingerprint=strategy.roster.fingerprint,
                     fan_in_fan_out=strategy.roster.fan_in_fan_out,
                 )
-        if untrained:
-            raise RunFailed(untrained)
+        if untrained or strategy.ended:
+            raise RunFailed(untrained or strategy.ended)
         if config.server.publish:
             publish(strategy.run, config.server.publish, strategy.state.round)
     return strategy

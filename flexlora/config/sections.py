@@ -248,8 +248,14 @@ class Server(Options):
     round_timeout_seconds: float = option(3600.0, "how long to wait for replies", ge=0.1)
     over_selection: float = option(0.0, "ask this share of clients more", ge=0.0, le=4.0)
     quorum: int = option(1, "updates below which a round changes nothing", ge=1)
+    skipped_rounds: int = option(
+        5, "real nodes: rounds in a row below the quorum that end a run (0: they count)", ge=0
+    )
     late_rounds: int = option(1, "rounds after which a late update still counts", ge=0)
     late_weight: float = option(1.0, "weight of an update per round it is late", ge=0.0, le=1.0)
+    max_norm_ratio: float = option(
+        50.0, "refuse updates whose norm is this many times the usual one (0: no bound)", ge=0.0
+    )
     resends: int = option(2, "times a lost message is sent again in its round", ge=0)
     silence_seconds: float = option(
         0.0, "silence after which a message counts as lost (0: half the round's time)", ge=0.0
