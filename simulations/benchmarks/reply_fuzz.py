@@ -188,7 +188,8 @@ def _change_records(content: Content, draws: random.Random) -> None:
     if kind == 1:
         content[name + "x"] = record
     elif kind == 2:
-        content[name] = draws.choice([Values(), Values(loss=1.0), Arrays()])
+        others: list[Arrays | Values] = [Values(), Values(loss=1.0), Arrays()]
+        content[name] = draws.choice(others)
     elif kind == 3:
         content[name], content["another"] = record, type(record)(record)
 
