@@ -55,7 +55,12 @@ def commands() -> dict[str, set[str]]:
     def walk(command: click.Command, path: str) -> None:
         context = click.Context(command)
         params = command.get_params(context)
-        found[path] = {flag for param in params for flag in param.opts if flag.startswith("-")}
+        found[path] = {
+            flag
+            for param in params
+            for flag in [*param.opts, *param.secondary_opts]
+            if flag.startswith("-")
+        }
         for name in getattr(command, "table", ()):
             below = command.get_command(context, name)
             walk(below, f"{path} {name}".strip())
