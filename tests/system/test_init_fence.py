@@ -35,7 +35,7 @@ def made(tmp_path_factory):
 @pytest.mark.parametrize("folder", ["server", "node"])
 def test_systemd_finds_nothing_wrong_with_the_units(made, folder, tmp_path):
     units = sorted((made / folder / "systemd").glob("*.service"))
-    assert len(units) == {"server": 3, "node": 3}[folder]
+    assert len(units) == {"server": 4, "node": 3}[folder]
     assert _verified(units) == (0, "")
     broken = tmp_path / units[0].name
     broken.write_text(text_of(units[0]).replace("NoNewPrivileges", "NoSuchThing"))
