@@ -32,7 +32,16 @@ CHEAP = (
 # What a run or an `init` folder holds, and what a person's own folder is called in the documents.
 NOT_IN_THE_TREE = (
     *("config.toml", "metrics.jsonl", "clients.csv", "evaluation.csv", "environment.json"),
-    *("report.html", "live.json", "resume.toml", "results.json", "findings.json", "tuned.toml"),
+    *(
+        "report.html",
+        "live.json",
+        "resume.toml",
+        "results.json",
+        "findings.json",
+        "limits.toml",
+        "quotas.json",
+        "tuned.toml",
+    ),
     *("train.jsonl", "validation.jsonl", "test.jsonl", "ca.crt", "adapter_config.json"),
     *("adapters/", "adapters/CLASS/", "adapters/global/", "checkpoint/", "checkpoint/sent-ROUND/"),
     *("audit.jsonl", "latest.json", "federations/", "DIR/federations/NAME"),

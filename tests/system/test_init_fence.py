@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import time
+from pathlib import Path
 
 import crossplane
 import pytest
@@ -97,6 +98,17 @@ def test_the_fence_no_unit_has_two_of_data_key_socket_and_foreign_code(made):
         r"^m (\S+)\s+flexlora$", text_of(made / "node/systemd/sysusers-flexlora.conf"), re.M
     )
     assert set(members) == {users["trainer"], users["clientapps"]}
+
+
+def test_every_unit_of_flowers_programs_has_a_watchdog_and_a_supervisor_that_answers_it(made):
+    found = {}
+    for path in [*made.glob("*/systemd/flexlora-*.service")]:
+        values = unit(path)
+        script = text_of(Path(values["ExecStart"][0]))
+        assert values["Restart"] == ["on-failure"]
+        found[path.stem] = values.get("Type"), values.get("WatchdogSec"), " supervise -- " in script
+    assert found.pop("flexlora-trainer") == (None, None, False)
+    assert len(found) == 4 and set(map(str, found.values())) == {"(['notify'], ['60'], True)"}
 
 
 def locations(path):
