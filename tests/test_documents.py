@@ -55,7 +55,7 @@ KEY = re.compile(r"([a-z]+(?:\.[a-z0-9]+(?:-[a-z0-9]+)*)+)(?:=.*)?")
 # Options that the log and the changelog still name.
 REMOVED = {
     *("method.inherited", "method.realign", "method.restarts", "method.server-optimizer"),
-    "method.singular-values",
+    *("method.singular-values", "method.max-update-norm"),
 }
 HISTORY = ("CHANGELOG.md", "docs/log.md")
 SUFFIXES = (".py", ".md", ".toml", ".json", ".jsonl", ".csv", ".crt", ".key", ".pub", ".html")
