@@ -78,8 +78,8 @@ class Content(dict[str, Arrays | Values]):
     def of(cls, records: RecordDict) -> Content:
         content = cls()
         for name, record in records.items():
-            is_array = isinstance(record, ArrayRecord)
-            content[name] = Arrays(record) if is_array else Values(record)
+            values: Any = dict(record)
+            content[name] = Arrays(values) if isinstance(record, ArrayRecord) else Values(values)
         return content
 
     def copy(self) -> Content:
@@ -188,7 +188,7 @@ def _change_records(content: Content, draws: random.Random) -> None:
     elif kind == 2:
         content[name] = draws.choice([Values(), Values(loss=1.0), Arrays()])
     elif kind == 3:
-        content[name], content["another"] = record, type(record)(record)
+        content[name] = content["another"] = record
 
 
 def _change_keys(record: Values, draws: random.Random) -> None:
