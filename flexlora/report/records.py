@@ -62,9 +62,10 @@ class RunRecords:
 
     @property
     def num_rounds(self) -> int:
-        """The configured number of rounds."""
+        """The configured number of rounds, and one for each that is held again."""
         wanted = finite(self.setting("num-server-rounds"))
-        return int(wanted) if wanted is not None else max(self.last_round, 0)
+        again = sum(bool(row.get("held_again")) for row in self.rounds)
+        return int(wanted) + again if wanted is not None else max(self.last_round, 0)
 
     @property
     def finished(self) -> bool:

@@ -15,7 +15,9 @@ from flexlora.planning.rank_policies import RankPolicy
 from flexlora.seeds import numpy_generator
 from flexlora.server.members.bases import Base, KnownBase, choose_base, most_common
 from flexlora.server.members.bindings import Bindings
+from flexlora.server.members.versions import version_gap
 from flexlora.wire.jobs import Capability
+from flexlora.wire.packing import WIRE_VERSION
 
 __all__ = ["Member", "Roster", "sample"]
 
@@ -77,8 +79,9 @@ class Roster:
     ) -> Roster:
         """Members from the reports by node id; ``known`` classes (of a resumed run) are kept.
 
-        A node is left out with its cause if it cannot train, has another FlexLoRA version, reports
-        another base than the run's (``bases.py``), or uses a name that is another node's.
+        A node is left out, with its cause, if it cannot train, speaks another wire, has a FlexLoRA
+        too far from the server's (``versions.py``), reports another base than the run's
+        (``bases.py``), or uses a name that is another node's.
 
         Raises:
             UserError: no client can train.
@@ -204,9 +207,13 @@ def _by_client(reports: Mapping[int, Capability]) -> list[tuple[int, Capability]
 def _unfit(report: Capability, base: Base) -> str:
     if report.cause:
         return report.cause
-    if report.version != flexlora.__version__:
-        return f"FlexLoRA {report.version}, the server has {flexlora.__version__}"
-    return base.difference(report)
+    gap = version_gap(
+        report.version,
+        report.wire_version,
+        server_version=flexlora.__version__,
+        server_wire=WIRE_VERSION,
+    )
+    return gap or base.difference(report)
 
 
 def sample(client_ids: Iterable[str], count: int, *, seed: int, purpose: tuple) -> list[str]:

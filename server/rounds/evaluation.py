@@ -29,11 +29,7 @@ def evaluation_messages(
     """To the same clients in every round, each with every class's adapter (round 0: none)."""
     count = max(1, round(config.eval.fraction * len(roster.members)))
     chosen = sample(roster.members, count, seed=config.seed, purpose=("evaluate",))
-    payloads = {
-        name: pack(adapter, config.wire.dtype)
-        for name, adapter in served.items()
-        if server_round > 0
-    }
+    payloads = {name: pack(adapter, config.wire.dtype) for name, adapter in served.items()}
     content = encode_eval_job(
         payloads,
         server_round=server_round,

@@ -19,6 +19,7 @@ from flexlora.errors import UpdateRefused, reason
 from flexlora.lora.adapters import Adapter
 from flexlora.printable import printable
 from flexlora.server.transport.fields import check_capability, check_score, read_fields
+from flexlora.server.transport.flower_private import UNREADABLE
 from flexlora.wire.encoding import FACTORS, WireArray, decode_adapter, encode_adapter
 from flexlora.wire.jobs import Capability, EvalResult, Score, TrainResult
 from flexlora.wire.packing import (
@@ -38,7 +39,10 @@ __all__ = [
     "encode_eval_job",
     "encode_train_job",
     "pack",
+    "transient_cause",
 ]
+
+LONGEST_CAUSE = 300  # characters of a transient cause
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +65,7 @@ def encode_train_job(
     *,
     server_round: int,
     num_server_rounds: int,
+    skipped_rounds: int = 0,
     fingerprint: str = "",
     origin: str = "",
 ) -> RecordDict:
@@ -75,6 +80,7 @@ def encode_train_job(
             VERSION_KEY: WIRE_VERSION,
             "server-round": server_round,
             "num-server-rounds": num_server_rounds,
+            "skipped-rounds": skipped_rounds,
             "fingerprint": fingerprint,
             "origin": origin,
             "base-round": start.base_round,
@@ -124,6 +130,22 @@ def content_bytes(content: RecordDict) -> int:
     return sum(
         len(array.data) for record in content.array_records.values() for array in record.values()
     )
+
+
+def transient_cause(reply: Message) -> str:
+    """Why a node could not do what it was asked, where it says that this passes; else empty.
+
+    The trainer restarts or has other work, the disk is full. Whatever else is in the reply is not
+    read.
+    """
+    if reply.has_error() or not reply.has_content():
+        return ""
+    records = reply.content.config_records
+    report = records.get("report") or records.get("capability")
+    if report is None or report.get("transient") is not True:
+        return ""
+    cause = " ".join(str(report.get("cause", "")).split())[:LONGEST_CAUSE]
+    return cause or "the node gives no cause"
 
 
 def decode_capability(reply: Message) -> Capability:
@@ -198,6 +220,8 @@ def scores_of(report: Mapping) -> dict[str, Score]:
 
 def _error(reply: Message) -> str:
     words = printable(reply.error.reason or "no reason given", 1000)
+    if reply.error.code == UNREADABLE and reply.error.reason:
+        return words
     return f"Flower error {reply.error.code}: {words}"
 
 
