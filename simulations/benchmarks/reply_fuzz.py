@@ -78,10 +78,8 @@ class Content(dict[str, Arrays | Values]):
     def of(cls, records: RecordDict) -> Content:
         content = cls()
         for name, record in records.items():
-            if isinstance(record, ArrayRecord):
-                content[name] = Arrays(record)
-            else:
-                content[name] = Values(record)
+            values: Any = dict(record)
+            content[name] = Arrays(values) if isinstance(record, ArrayRecord) else Values(values)
         return content
 
     def copy(self) -> Content:
@@ -191,7 +189,7 @@ def _change_records(content: Content, draws: random.Random) -> None:
         others: list[Arrays | Values] = [Values(), Values(loss=1.0), Arrays()]
         content[name] = draws.choice(others)
     elif kind == 3:
-        content[name], content["another"] = record, type(record)(record)
+        content[name] = content["another"] = record
 
 
 def _change_keys(record: Values, draws: random.Random) -> None:
