@@ -10,6 +10,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 from flwr.app import MessageType, RecordDict
 
 import flexlora
-from flexlora.clients.failure_reply import cause_of, failure_reply
+from flexlora.clients.failure_reply import cause_of, reply_of
 from flexlora.clients.handler import answer
 from flexlora.clients.trainer.content_codec import (
     array_parts,
@@ -36,7 +37,7 @@ from flexlora.clients.trainer.trainer_pb2 import Call, Reply, Value
 from flexlora.clients.worker import Worker, worker_for
 from flexlora.config.resolve import Config
 from flexlora.data.row_bound import RowBound
-from flexlora.errors import UserError, one_line
+from flexlora.errors import UserError
 from flexlora.planning.probing import device_name, probe
 from flexlora.training.personal_store import PersonalStore
 from flexlora.training.uplink import feedback_store
@@ -193,7 +194,7 @@ class ResidentTrainer:
         self, message_type: str, call: Call, client_id: str, error: UserError
     ) -> PreparedReply:
         """The reply with a cause and nothing else."""
-        content = failure_reply(message_type, client_id, one_line(error))
+        content = reply_of(message_type, client_id, error)
         line = f"{describe_call(message_type, call)}: {cause_of(content)}"
         return PreparedReply(
             header=Reply(content=encode_header(content)), parts=array_parts(content), line=line
@@ -212,7 +213,7 @@ class ResidentTrainer:
         try:
             worker = self._worker(config, client_id)
         except Exception as error:
-            return failure_reply(message_type, client_id, one_line(error))
+            return reply_of(message_type, client_id, error)
         personal = PersonalStore(self._run_folder(call))
         with worker.interrupted_by(over):
             reply = answer(
@@ -226,7 +227,8 @@ class ResidentTrainer:
                 drop=True,
                 check=lambda job: self._check(job, worker),
             )
-        self.run_files.trim(at_work=[self._run_folder(call)])
+        with suppress(OSError):  # the reply is worth more
+            self.run_files.trim(at_work=[self._run_folder(call)])
         return reply
 
     def _worker(self, config: Config, client_id: str) -> Worker:
@@ -245,8 +247,7 @@ class ResidentTrainer:
                 worker.limit_rows(job.client_id, rows)
 
     def _run_folder(self, call: Call) -> Path:
-        """Where the client's factors and rounding errors of a run are; a resumed run names its
-        origin."""
+        """The client's factors and rounding errors of a run; a resumed run names its origin."""
         origin = _job_value(call, "origin").text
         return self.run_files.of_run(
             origin if origin.isascii() and origin.isdigit() else str(call.run_id)
