@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from flwr.app import MessageType
 
@@ -114,7 +114,8 @@ class OwnerRules:
         try:
             yield running
         finally:
-            running.count()
+            with suppress(OSError):  # what is done is done; the next request is not
+                running.count()
 
     def refuse_hours(self) -> None:
         """

@@ -10,6 +10,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -226,7 +227,8 @@ class ResidentTrainer:
                 drop=True,
                 check=lambda job: self._check(job, worker),
             )
-        self.run_files.trim(at_work=[self._run_folder(call)])
+        with suppress(OSError):  # the reply is worth more
+            self.run_files.trim(at_work=[self._run_folder(call)])
         return reply
 
     def _worker(self, config: Config, client_id: str) -> Worker:
@@ -245,8 +247,7 @@ class ResidentTrainer:
                 worker.limit_rows(job.client_id, rows)
 
     def _run_folder(self, call: Call) -> Path:
-        """Where the client's factors and rounding errors of a run are; a resumed run names its
-        origin."""
+        """The client's factors and rounding errors of a run; a resumed run names its origin."""
         origin = _job_value(call, "origin").text
         return self.run_files.of_run(
             origin if origin.isascii() and origin.isdigit() else str(call.run_id)
