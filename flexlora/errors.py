@@ -5,7 +5,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["RunFailed", "UpdateRefused", "UserError", "nearest", "one_line", "reason"]
+__all__ = [
+    "RunFailed",
+    "TooFewNodes",
+    "TooFewUpdates",
+    "UpdateRefused",
+    "UserError",
+    "nearest",
+    "one_line",
+    "reason",
+]
 
 
 class UserError(ValueError):
@@ -15,11 +24,19 @@ class UserError(ValueError):
     """
 
 
+class TooFewNodes(UserError):
+    """Fewer nodes than a run needs came in time; the same run may find them later."""
+
+
 class RunFailed(RuntimeError):
     """A run that came to its end and trained nothing, with the cause in one sentence.
 
     The command line prints the sentence and exits with status 1; Flower marks such a run as failed.
     """
+
+
+class TooFewUpdates(RunFailed):
+    """A run that ends since too many rounds in a row were skipped; resumed, it may find more."""
 
 
 class UpdateRefused(ValueError):

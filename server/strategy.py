@@ -16,6 +16,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -23,12 +24,12 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from flexlora.aggregation import make_method
+from flexlora.aggregation.engine.norm_bound import NormHistory
 from flexlora.aggregation.engine.open_round import OpenRound
 from flexlora.aggregation.engine.state import GlobalChange, State
 from flexlora.config.resolve import Config
 from flexlora.lora.adapters import Adapter
 from flexlora.lora.ranks import RankClass
-from flexlora.runs.audit import ROUND
 from flexlora.runs.folder import RunFolder
 from flexlora.runs.outcomes import Outcome
 from flexlora.runs.sources import Sources
@@ -50,7 +51,13 @@ from flexlora.server.rounds.round_metrics import RoundMetrics, class_metrics, mo
 from flexlora.server.rounds.round_plan import RoundPlan
 from flexlora.server.rounds.skipped_rounds import SkippedRounds
 from flexlora.server.settings import factoring_of
-from flexlora.server.transport.clocks import Clock, clock_of, clock_state, restore_clock
+from flexlora.server.transport.clocks import (
+    Clock,
+    clock_of,
+    clock_state,
+    is_measured,
+    restore_clock,
+)
 from flexlora.server.transport.exchange import ask
 from flexlora.server.transport.messages import content_bytes, pack
 from flexlora.server.transport.retry_queue import PendingMessage
@@ -86,12 +93,16 @@ class FlexLoRAStrategy(Strategy):
         self.config, self.run = config, run
         self.observer = observer or Observer()
         self.method = make_method(config.method.name, config.method)
+        self.initial: State | None = None  # round 0 of a run that starts from another's
         self.closed = state  # the state of the last round that was written whole
         self.origin = ""  # Flower's id of the first run in this folder
         self.sources: Sources | None = None  # default: the base of the roster
         self.num_rounds = config.num_server_rounds
-        self.membership = Membership(config, rank_classes or {}, self.observer.waiting)
-        self.selector = Selector(config, say=self.observer.waiting)
+        shapes = state.change.shapes if state is not None else None
+        say = self.observer.waiting
+        self.membership = Membership(config, rank_classes or {}, shapes, say)
+        self.selector = Selector(config, say=say)
+        self.norms = NormHistory()
         self.metrics = RoundMetrics(server_round=0)
         self.late = LateMessages(config.server.late_rounds)
         self.skipped = SkippedRounds(config.server.skipped_rounds)
@@ -145,10 +156,9 @@ class FlexLoRAStrategy(Strategy):
         if self._state is not None:
             first = self._state.round + 1
         else:
-            dtype = DTYPES["float64" if self.config.wire.dtype == "float64" else "float32"]
-            self._state = State(round=0, change=GlobalChange.zero(self.roster.shapes, dtype))
+            self._state = self.initial or self._zero()
         server_round = first - 1
-        measured = _is_measured(grid)
+        measured = is_measured(grid)
         self.skipped.limit *= measured
         while server_round < self.last_round and not self.ended:
             server_round += 1
@@ -167,31 +177,27 @@ class FlexLoRAStrategy(Strategy):
             cause = self.metrics.skipped
             self.ended = self.skipped.verdict(server_round, self.num_rounds, cause)
             if measured and not self.ended:
-                self._pause(clock)
+                self.skipped.pause(server_round, clock, self.config, self.observer.waiting)
         result.arrays = self.global_arrays()
         return result
+
+    def _zero(self) -> State:
+        """The base without any change."""
+        dtype = DTYPES["float64" if self.config.wire.dtype == "float64" else "float32"]
+        return State(round=0, change=GlobalChange.zero(self.roster.shapes, dtype))
 
     @property
     def last_round(self) -> int:
         """The number of the last round, from what was skipped so far."""
         return self.skipped.extended(self.num_rounds)
 
-    def _pause(self, clock: Clock) -> None:
-        """After a skipped round, time for what is missing to come back."""
-        most = self.config.server.wait_seconds
-        seconds = self.skipped.pause_seconds(self.metrics.server_round, most)
-        if seconds:
-            self.observer.waiting("the next round, as this one was skipped", seconds)
-        until = clock.now() + seconds
-        while clock.now() < until:
-            clock.wait_for_nodes(until)
-
     def restore(self, notes: Mapping[str, Any], grid: Grid) -> None:
         """Go on from a checkpoint's ``notes``: the clients' history, the clock, late messages."""
         if notes.get("history"):
             self.selector.history = History.from_dict(notes["history"])
+        self.norms = NormHistory.from_dict(notes.get("norms", {}))
         self.skipped.numbers = list(notes.get("skipped_rounds", []))
-        self.skipped.limit *= _is_measured(grid)
+        self.skipped.limit *= is_measured(grid)
         waited = notes.get("under_way", {})
         if self.run is not None and self.state.round < self.last_round and waited:
             self.late.send_again(self.run, waited, grid, self.roster, self._plan)
@@ -248,6 +254,8 @@ class FlexLoRAStrategy(Strategy):
                 starts,
                 plan.asked,
                 factor_gap=self.config.eval.factor_gap,
+                bound=self.norms.bound(self.config.server.max_norm_ratio),
+                most_updates=len(plan.asked) + len(self.late.pending),
             ),
             late=self.late,
             metrics=self.metrics,
@@ -277,12 +285,14 @@ class FlexLoRAStrategy(Strategy):
         for reply in replies:
             handler.handle(reply)
         began = time.perf_counter()
+        settled = handler.settle()
         self.metrics.skipped = handler.skipped(self.config.server.quorum)
         if self.metrics.skipped:
             self._state = self.state.unchanged()
             self.skipped.add(server_round)
         else:
             self._state = handler.opened.close()
+            self.norms.learn(server_round, settled.norms)
         for client_id, rank_class in sorted(handler.lowered.items()):
             member = self.roster.members[client_id]
             self.roster.members[client_id] = replace(member, rank_class=rank_class)
@@ -307,13 +317,20 @@ class FlexLoRAStrategy(Strategy):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
-        """To the same clients in every round, each with every class's adapter (round 0: none)."""
-        served, when = self.served(self.state), (server_round, self.last_round)
+        """To the same clients in every round, each with every class's adapter.
+
+        Round 0 has none: it is the base, unless the run starts from another's.
+        """
+        begun = server_round > 0 or self.initial is not None
+        served = self.served(self.state) if begun else {}
+        when = server_round, self.last_round
         return evaluation_messages(served, self.roster, self.config, *when, self.origin)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord:
         """Sums over clients, then means: per rank class, and each client at its own class."""
-        self._eval_results = evaluation_results(replies, self.roster, self.observer.evaluated)
+        self._eval_results = evaluation_results(
+            replies, self.roster, self.config, self.observer.evaluated
+        )
         return MetricRecord({**eval_metrics(self._eval_results, self.roster)})
 
     def _close_round(self, values: dict[str, Any], clock: Clock) -> None:
@@ -330,10 +347,11 @@ class FlexLoRAStrategy(Strategy):
             cells = [row.cells() for row in sorted(rows, key=lambda row: row.client_id)]
             evaluations = evaluation_rows(server_round, self._eval_results)
             self.run.append_round(values, cells, evaluations)
-            waited = self.late.write(self.run)
+            waited, wire = self.late.write(self.run), self.config.wire.dtype
+            log = partial(self.metrics.log, self.run.audit, self.state.round)
             sources = self.sources or Sources(base=self.roster.fingerprint)
             notes = {"history": history.to_dict(), "under_way": waited, **clock_state(clock)}
-            notes["sources"] = sources.to_dict()
+            notes["sources"], notes["norms"] = sources.to_dict(), self.norms.to_dict()
             if self.skipped.numbers:
                 notes["skipped_rounds"] = self.skipped.numbers
             if self.metrics.measured:  # the node ids of a simulation are Ray's of the day
@@ -347,25 +365,11 @@ class FlexLoRAStrategy(Strategy):
                 classes,
                 notes,
                 keep=self.config.server.keep_checkpoints,
-                before_commit=self._log_round,
+                before_commit=partial(log, self.roster.fingerprint, wire),
             )
             self.late.remove_unneeded(self.run)
         self._eval_results, self.closed = [], self.state
         self.observer.round_finished(values)
-
-    def _log_round(self, checkpoint_digest: str) -> None:
-        """The line of the round in the audit log, before its checkpoint becomes the current one."""
-        assert self.run is not None
-        rows = sorted(self.metrics.rows, key=lambda row: (row.client_id, row.late))
-        self.run.audit.append(
-            ROUND,
-            round=self.state.round,
-            checkpoint=checkpoint_digest,
-            base=self.roster.fingerprint,
-            wire=self.config.wire.dtype,
-            skipped=self.metrics.skipped,
-            clients=[row.logged() for row in rows],
-        )
 
     def served(
         self, state: State, rank_classes: Mapping[str, RankClass] | None = None
@@ -388,8 +392,3 @@ class FlexLoRAStrategy(Strategy):
         return ArrayRecord(
             {k: Array(a.dtype, a.shape, a.stype, bytes(a.data)) for k, a in arrays.items()}
         )
-
-
-def _is_measured(grid: Grid) -> bool:
-    """Whether rounds take the time of real nodes: not in a simulation of ours."""
-    return not (clock_of(grid).simulated or getattr(grid, "in_process", False))

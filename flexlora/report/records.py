@@ -18,6 +18,7 @@ from pathlib import Path
 from flexlora.config.paths import expanded
 from flexlora.config.resolve import KEYS, read_toml
 from flexlora.errors import UserError
+from flexlora.printable import from_cell
 from flexlora.runs.metrics_file import missing_files, read_rounds
 
 __all__ = ["SERIES_FILE", "RunRecords", "finite", "read_run"]
@@ -173,7 +174,7 @@ def _table(file: Path, last_round: int, columns: Sequence[str]) -> Iterator[dict
         for row in reader:
             whole, number = None not in row and None not in row.values(), row.get("round") or ""
             if whole and number.isdecimal() and len(number) < 10 and int(number) <= last_round:
-                yield row
+                yield {column: from_cell(cell) for column, cell in row.items()}
     except csv.Error as error:
         raise UserError(f"'{file}' cannot be read as a table: {error}.") from None
 

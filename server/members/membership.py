@@ -14,6 +14,8 @@ from flwr.serverapp import Grid
 
 from flexlora.config.resolve import Config
 from flexlora.lora.ranks import RankClass
+from flexlora.planning.base_modules import base_modules
+from flexlora.server.members.bases import KnownBase
 from flexlora.server.members.bindings import Bindings
 from flexlora.server.members.roster import Roster
 from flexlora.server.members.selection import wait_for_nodes
@@ -23,7 +25,9 @@ from flexlora.server.transport.backoff import backoff
 from flexlora.server.transport.clocks import clock_of
 from flexlora.server.transport.exchange import ask, send
 from flexlora.server.transport.flower_private import set_sender
+from flexlora.server.transport.link import Unreachable, link_of
 from flexlora.server.transport.messages import decode_capability
+from flexlora.server.transport.pulling import pull
 from flexlora.server.transport.retry_queue import PendingMessage
 from flexlora.wire.jobs import Capability
 
@@ -37,17 +41,20 @@ MOST_ROUNDS = 64  # between two queries to a node that does not answer
 class Membership:
     """The roster, queries to other nodes, and reports that are not in the roster yet.
 
-    ``known`` are the rank classes of a resumed run, ``bindings`` say which node has which name;
-    ``say`` is told who is waited for.
+    ``known`` are the rank classes of a resumed run and ``shapes`` those of its modules;
+    ``bindings`` say which node has which name; ``say`` is told who is waited for.
     """
 
     def __init__(
         self,
         config: Config,
         known: Mapping[str, RankClass],
+        shapes: Mapping[str, tuple[int, int]] | None = None,
         say: Say = lambda what, seconds: None,
     ) -> None:
         self.config, self.known, self.say = config, dict(known), say
+        modules = base_modules(config.model.name, config.lora.target_modules)
+        self.known_base = KnownBase(resumed=shapes, modules=modules)
         self.bindings = Bindings.of_environment()
         self.roster = Roster()
         self._open: dict[int, PendingMessage] = {}
@@ -85,7 +92,7 @@ class Membership:
                 self._open[pending.node_id] = pending
         self.bindings.read()
         policy = rank_policy_of(self.config)
-        self.roster = Roster.meet(reports, policy, self.known, self.bindings)
+        self.roster = Roster.meet(reports, policy, self.known, self.bindings, self.known_base)
         for node_id, report in reports.items():
             self._note(node_id, report, 0)
 
@@ -100,13 +107,13 @@ class Membership:
             return False, {}
         deadline = clock.now() + min(self.config.server.wait_seconds, timeout, LONGEST_WAIT_SECONDS)
         waiting = WaitReport(self.say, clock, deadline)
-        asked = self._poll(grid, server_round)
+        asked = self._poll(grid, server_round, deadline)
         while (open_ := [n for n in asked if n in self._open]) and clock.now() < deadline:
             waiting.report(SILENT, map(self._named, open_))
             clock.wait(deadline)
             self._read(grid, server_round)
         before = dict(self.roster.left_out)
-        joined = self._add_reports(grid)
+        joined = self._add_reports(grid, deadline)
         now = self.roster.left_out.items()
         return joined, {name: cause for name, cause in now if before.get(name) != cause}
 
@@ -114,24 +121,35 @@ class Membership:
         self, grid: Grid, pending: PendingMessage, client_id: str, server_round: int
     ) -> int | None:
         """The node id under which a client is back whose node has gone, if it is."""
-        self._poll(grid, server_round)
-        self._add_reports(grid, members_only=True)
+        now = clock_of(grid).now()
+        self._poll(grid, server_round, now)
+        self._add_reports(grid, now, members_only=True)
         node_id = self.roster.members[client_id].node_id
-        moved = node_id != pending.node_id and node_id in set(grid.get_node_ids())
+        moved = node_id != pending.node_id and node_id in self._connected(grid, now)
         return node_id if moved else None
 
-    def _poll(self, grid: Grid, server_round: int) -> list[int]:
+    @staticmethod
+    def _connected(grid: Grid, deadline: float) -> set[int]:
+        """The connected nodes; none where the SuperLink does not answer in time."""
+        try:
+            return link_of(grid).node_ids(deadline)
+        except Unreachable:
+            return set()
+
+    def _poll(self, grid: Grid, server_round: int, deadline: float) -> list[int]:
         """Query every unknown node that is connected and due, and read what has been answered.
 
         Returns the nodes that are asked and have not left a query open.
         """
-        connected = set(grid.get_node_ids())
+        connected = self._connected(grid, deadline)
+        if not connected:
+            return []
         self._answered &= connected
         members = {member.node_id for member in self.roster.members.values()}
         unknown = sorted(connected - members - self._answered)
         due = [node_id for node_id in unknown if self._is_due(node_id, server_round)]
         queries, silent = [_query(node_id) for node_id in due], set(self._open)
-        send(grid, queries)
+        send(grid, queries, deadline - clock_of(grid).now())
         for node_id, pending in zip(due, queries, strict=True):
             count, _ = self._queries.get(node_id, (0, 0))
             if node_id in self._open:
@@ -153,13 +171,14 @@ class Membership:
 
     def _read(self, grid: Grid, server_round: int) -> None:
         for node_id, pending in list(self._open.items()):
-            replies = list(grid.pull_messages(pending.open))[:1] if pending.open else []
-            if replies or not pending.open:
+            if not pending.open:
                 del self._open[node_id]
-            for reply in replies:
-                set_sender(reply, node_id)
-                self._reports[node_id] = decode_capability(reply)
-                self._note(node_id, self._reports[node_id], server_round)
+        waiting = [(pending, copy) for pending in self._open.values() for copy in pending.open]
+        for pending, _, reply in pull(grid, waiting):
+            if self._open.pop(pending.node_id, None) is not None:
+                set_sender(reply, pending.node_id)
+                self._reports[pending.node_id] = decode_capability(reply)
+                self._note(pending.node_id, self._reports[pending.node_id], server_round)
 
     def _note(self, node_id: int, report: Capability, server_round: int) -> None:
         """Record the answer of a node: an error reply of Flower has no version and is no answer."""
@@ -169,13 +188,15 @@ class Membership:
             count, _ = self._queries.get(node_id, (0, 0))
             self._queries[node_id] = max(1, count), server_round
 
-    def _add_reports(self, grid: Grid, *, members_only: bool = False) -> bool:
+    def _add_reports(self, grid: Grid, deadline: float, *, members_only: bool = False) -> bool:
         """Pass reports to the roster; True where a client joined.
 
         The report of a client whose former node is still connected waits until that node has gone.
         """
         self.bindings.read()
-        connected, ready = set(grid.get_node_ids()), {}
+        connected, ready = self._connected(grid, deadline), {}
+        if not connected:
+            return False
         for node_id, report in list(self._reports.items()):
             client_id = report.client_id
             refused = self.bindings.refusal(node_id, client_id)

@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 from flwr.serverapp import Grid
 
 from flexlora.config.resolve import Config
-from flexlora.errors import UserError
+from flexlora.errors import TooFewNodes, UserError
 from flexlora.server.members.roster import Roster
 from flexlora.server.members.sampling import History, Reachable, choose
 from flexlora.server.members.waiting import Say, WaitReport
 from flexlora.server.transport.backoff import backoff
 from flexlora.server.transport.clocks import clock_of
+from flexlora.server.transport.link import Unreachable, link_of
 
 __all__ = ["Selected", "Selector", "split_backing_off", "too_few", "wait_for_nodes"]
 
@@ -86,7 +87,10 @@ class Selector:
         deadline = clock.now() + self.config.server.wait_seconds
         waiting = WaitReport(self.say, clock, deadline)
         while True:
-            nodes = set(grid.get_node_ids())
+            try:
+                nodes = link_of(grid).node_ids(deadline)
+            except Unreachable:
+                nodes = set()
             found = [
                 Reachable(
                     client_id=client_id,
@@ -133,20 +137,29 @@ def wait_for_nodes(grid: Grid, config: Config, say: Say = lambda what, seconds: 
     """All connected nodes, once there are ``server.min-nodes``.
 
     Raises:
-        UserError: fewer came in ``server.wait-seconds``.
+        TooFewNodes: fewer came in ``server.wait-seconds``.
     """
     clock = clock_of(grid)
     deadline = clock.now() + config.server.wait_seconds
     waiting = WaitReport(say, clock, deadline)
-    while len(nodes := list(grid.get_node_ids())) < config.server.min_nodes:
+    while len(nodes := _reached(grid, deadline)) < config.server.min_nodes:
         if clock.now() >= deadline:
-            raise UserError(
+            raise TooFewNodes(
                 f"{len(nodes)} nodes are connected after {config.server.wait_seconds:g} s, "
                 f"expected {config.server.min_nodes}; start more or lower server.min-nodes."
             )
         waiting.report(f"nodes, {len(nodes)} of {config.server.min_nodes} are connected")
         clock.wait_for_nodes(deadline)
     return sorted(nodes)
+
+
+def _reached(grid: Grid, deadline: float) -> set[int]:
+    try:
+        return link_of(grid).node_ids(deadline)
+    except Unreachable as error:
+        raise UserError(
+            f"the SuperLink has not answered within server.wait-seconds: {error}; is it running?"
+        ) from None
 
 
 def too_few(count: int, quorum: int, what: str) -> str:

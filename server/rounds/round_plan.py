@@ -14,8 +14,8 @@ from flexlora.config.resolve import Config
 from flexlora.server.members.roster import Member
 from flexlora.server.settings import factoring_of
 from flexlora.server.transport.messages import Payload, content_bytes, encode_train_job, pack
-from flexlora.server.transport.retry_queue import PendingMessage
-from flexlora.wire.encoding import over_the_wire
+from flexlora.server.transport.retry_queue import REPORT_BYTES, PendingMessage
+from flexlora.wire.encoding import encoded_bytes, over_the_wire
 
 __all__ = ["RoundPlan"]
 
@@ -71,6 +71,10 @@ class RoundPlan:
             )
             for name, start in starts.items()
         }
+        most_bytes = {
+            name: encoded_bytes(start.trained, config.wire.dtype, start.trainable) + REPORT_BYTES
+            for name, start in starts.items()
+        }
         pending = {
             PendingMessage(
                 Message(
@@ -78,7 +82,8 @@ class RoundPlan:
                     dst_node_id=member.node_id,
                     message_type=MessageType.TRAIN,
                     group_id=str(server_round),
-                )
+                ),
+                most_bytes[member.rank_class.name],
             ): member.capability.client_id
             for member in members
         }

@@ -12,6 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from flexlora.config.resolve import Config
+from flexlora.server.members.waiting import Say
+from flexlora.server.transport.clocks import Clock
+
 __all__ = ["SkippedRounds"]
 
 FIRST_PAUSE_SECONDS = 15.0
@@ -45,6 +49,15 @@ class SkippedRounds:
         """Before the next round: 0 after one that counts, then 15, 30, 60 ... up to ``most``."""
         count = self.in_a_row(server_round) if self.limit else 0
         return min(most, FIRST_PAUSE_SECONDS * 2.0 ** (count - 1)) if count else 0.0
+
+    def pause(self, server_round: int, clock: Clock, config: Config, say: Say) -> None:
+        """Give what is missing time to come back after a skipped round."""
+        seconds = self.pause_seconds(server_round, config.server.wait_seconds)
+        if seconds:
+            say("the next round, as this one was skipped", seconds)
+        until = clock.now() + seconds
+        while clock.now() < until:
+            clock.wait_for_nodes(until)
 
     def verdict(self, server_round: int, num_rounds: int, cause: str) -> str:
         """Why the run ends after ``server_round``; empty where it goes on."""

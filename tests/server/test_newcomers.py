@@ -55,10 +55,13 @@ def test_a_newcomer_that_the_checkpoint_knows_keeps_its_rank():
 
 
 UNFIT = {
-    "version": ({"version": "0.0.1"}, "FlexLoRA 0.0.1, the server has"),
+    "version": ({"version": "3.0.1"}, "FlexLoRA 3.0.1, the server has"),
     "base": ({"fingerprint": "0" * 32}, "another base model"),
     "targets": ({"modules": ("x",), "out_features": (4,), "in_features": (4,)}, "other targets"),
-    "shapes": ({"out_features": (12, 6, 21)}, "its modules have other shapes"),
+    "shapes": (
+        {"out_features": (12, 6, 21)},
+        "module 'mlp.up': [out, in] is [21, 12]",
+    ),
     "its own word": ({"cause": "its disk is full"}, "its disk is full"),
 }
 
@@ -79,7 +82,7 @@ def test_one_that_was_repaired_is_asked_again_once_it_has_been_away():
     class Repaired(FaultyGrid):
         def answer(self, message):
             fixed = self.clock.now() > 25.0
-            self.reports = {} if fixed else {"zoe": capability("zoe", version="0.0.1")}
+            self.reports = {} if fixed else {"zoe": capability("zoe", version="3.0.1")}
             return super().answer(message)
 
     rows = []

@@ -28,6 +28,7 @@ from flexlora.config.resolve import Config
 from flexlora.seeds import derive_seed
 from flexlora.server.strategy import FlexLoRAStrategy
 from flexlora.wire.jobs import Capability, EvalResult, TrainResult
+from flexlora.wire.packing import WIRE_VERSION
 from one_round import SHAPES, noisy
 from spelled import of_names
 
@@ -85,6 +86,9 @@ class Moments:
     def wait(self, until):
         self.seconds = max(min(until, self.seconds + 0.5), math.nextafter(self.seconds, math.inf))
 
+    def hurry(self):
+        pass
+
     def wait_for_nodes(self, until):
         self.wait(until)
 
@@ -104,6 +108,7 @@ def capability(client_id, num_examples=10, **changes):
         client_id=client_id,
         num_examples=num_examples,
         version=flexlora.__version__,
+        wire_version=WIRE_VERSION,
         fingerprint="f" * 32,
         quantization="none",
         device="cpu",

@@ -74,7 +74,7 @@ def free_ports(count):
 def status(method, port, path, authority):
     """What whoever reaches the port that is open to sites is answered."""
     trusted = ssl.create_default_context(cafile=str(authority))
-    connection = http.client.HTTPSConnection("localhost", port, timeout=20, context=trusted)
+    connection = http.client.HTTPSConnection("localhost", port, timeout=120, context=trusted)
     try:
         connection.request(method, path, headers={"Content-Type": "application/x-protobuf"})
         return connection.getresponse().status
