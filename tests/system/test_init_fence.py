@@ -43,6 +43,20 @@ def test_systemd_finds_nothing_wrong_with_the_units(made, folder, tmp_path):
     assert "Unknown key 'NoSuchThing'" in _verified([broken])[1]
 
 
+@pytest.mark.skipif(not shutil.which("systemd-sysusers"), reason="no systemd here")
+@pytest.mark.parametrize("folder", ["server", "node"])
+def test_systemd_makes_every_user_that_a_unit_runs_as(made, folder, tmp_path):
+    """In a root of its own: an entry that it does not take is a line in a log, and no user."""
+    (tmp_path / "etc").mkdir()
+    files = sorted((made / folder / "systemd").glob("sysusers-*.conf"))
+    done = subprocess.run(
+        ["systemd-sysusers", f"--root={tmp_path}", *files], capture_output=True, text=True
+    )
+    made_users = {line.split(":")[0] for line in text_of(tmp_path / "etc/passwd").splitlines()}
+    wanted = {unit(path)["User"][0] for path in (made / folder / "systemd").glob("*.service")}
+    assert len(wanted) == 3 and wanted <= made_users, done.stderr
+
+
 def _verified(units):
     done = subprocess.run(
         ["systemd-analyze", "verify", "--man=no", *units], capture_output=True, text=True
@@ -163,7 +177,14 @@ def test_the_proxy_lets_the_fleet_path_and_health_pass_and_nothing_else(made):
     # What is matched is what is sent: with a path at its end nginx sends the one it has matched.
     for _, where, block in found:
         to = [line["args"][0] for line in block if line["directive"] == "proxy_pass"]
-        assert to in ([], [f"https://127.0.0.1:9093{where}"])
+        enrols = where.startswith("/flexlora/")
+        behind = "http://127.0.0.1:9095" if enrols else "https://127.0.0.1:9093"
+        assert to in ([], [f"{behind}{where}"])
+        limits = {line["directive"]: line["args"] for line in block}
+        assert ("limit_req" in limits) == enrols
+    assert answer(found, "GET", "/flexlora/enroll") == 403
+    assert answer(found, "POST", "/flexlora/ca.crt") == 403
+    assert answer(found, "POST", "/flexlora/other") == 404
     values = {line["directive"]: line["args"] for line in server}
     assert values["proxy_ssl_verify"] == ["on"]
     assert values["server_name"] == list(HOSTS)
