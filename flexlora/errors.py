@@ -8,6 +8,7 @@ from collections.abc import Iterable
 __all__ = [
     "RunFailed",
     "TooFewNodes",
+    "TooFewUpdates",
     "UpdateRefused",
     "UserError",
     "nearest",
@@ -32,6 +33,10 @@ class RunFailed(RuntimeError):
 
     The command line prints the sentence and exits with status 1; Flower marks such a run as failed.
     """
+
+
+class TooFewUpdates(RunFailed):
+    """A run that ends since too many rounds in a row were skipped; resumed, it may find more."""
 
 
 class UpdateRefused(ValueError):

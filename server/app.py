@@ -16,7 +16,7 @@ from flwr.serverapp import Grid, ServerApp
 import flexlora
 from flexlora.config.resolve import Config, of_flower, resolved
 from flexlora.deploy.request_watch import RequestWatch, watch_requests
-from flexlora.errors import RunFailed, TooFewNodes, UserError
+from flexlora.errors import RunFailed, TooFewNodes, TooFewUpdates, UserError
 from flexlora.runs.audit import RESUMED, STARTED
 from flexlora.runs.checkpoints import checkpoint_digest
 from flexlora.runs.folder import RunFolder
@@ -49,7 +49,7 @@ def main(grid: Grid, context: Context) -> None:
     watch_requests(ProtobufClient, RequestWatch())
     try:
         _run(grid, context)
-    except TooFewNodes:
+    except (TooFewNodes, TooFewUpdates):
         raise
     except (UserError, RunFailed) as error:
         if "server.metrics-port is" in str(error):  # somebody else's port: another day it is free
@@ -148,8 +148,10 @@ def federate(
                     fingerprint=strategy.roster.fingerprint,
                     fan_in_fan_out=strategy.roster.fan_in_fan_out,
                 )
-        if untrained or strategy.ended:
-            raise RunFailed(untrained or strategy.ended)
+        if strategy.ended:
+            raise TooFewUpdates(strategy.ended)
+        if untrained:
+            raise RunFailed(untrained)
         if config.server.publish:
             publish(strategy.run, config.server.publish, strategy.state.round)
     return strategy

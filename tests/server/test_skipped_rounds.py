@@ -7,7 +7,7 @@ import pytest
 from faulty_grid import SILENT, FaultyGrid, Told, lost, people, run, settings
 from federation import StopAt, Stopped, federation, rounds, same_bytes, small
 from flexlora.clients.messages import decode_train_job
-from flexlora.errors import RunFailed
+from flexlora.errors import RunFailed, TooFewUpdates
 from flexlora.report.records import read_run
 from flexlora.simulations.simulate import simulate
 from flexlora.training.schedule import TrainSettings, learning_rate_at
@@ -85,7 +85,9 @@ def test_between_skipped_rounds_a_run_pauses_for_longer_and_longer():
 def test_a_federation_that_ends_so_fails_and_keeps_its_last_adapter(tmp_path):
     grid = FaultyGrid(people(3), {(n, "client_1"): [SILENT] * 9 for n in range(2, 9)})
     changes = {**QUORUM, "server__quorum": 3, "server__skipped_rounds": 2, "out": ""}
-    with pytest.raises(RunFailed, match=r"2 rounds in a row .* after round 3, with 1 of 3 rounds"):
+    with pytest.raises(
+        TooFewUpdates, match=r"2 rounds in a row .* after round 3, with 1 of 3 rounds"
+    ):
         federation(grid, settings(**changes), tmp_path / "run")
     assert (tmp_path / "run/adapters/global/adapter_model.safetensors").is_file()
     assert [row["round"] for row in rounds(tmp_path / "run")] == [0, 1, 2, 3]

@@ -14,11 +14,12 @@ import sqlite3
 import sys
 import threading
 import time
+from contextlib import suppress
 
 import psutil
 import pytest
 
-from deployment import SLOWLY, Federation, Processes, once, tail, until, write_clients
+from deployment import NODE, SLOWLY, Federation, Processes, once, tail, until, write_clients
 from failing_proxy import FailingProxy
 from federation import client_rows, rounds, small
 
@@ -44,7 +45,7 @@ class Supervised(Federation):
         words[words.index(f"127.0.0.1:{self.port}")] = f"127.0.0.1:{proxy.port}"
         log = self.folder / f"node-{name}.log"
         words = [*FLEXLORA, "client", "supervise", "--", "flower-supernode", *words[1:]]
-        self.processes.start(words, log, self.folder / name, FLEXLORA_TEST_NODE=name)
+        self.processes.start(words, log, self.folder / name, **{NODE: name})
         until(lambda: "SuperNode ID" in tail(log), SLOWLY, lambda: tail(log))
         return log
 
@@ -65,17 +66,12 @@ def run_of(federation):
     return federation.run("run", config)
 
 
-def supernode_of(log):
+def supernode_of(processes, name):
     """The SuperNode that runs now, a child of its supervisor."""
-    name = log.stem.removeprefix("node-")
-    for process in psutil.process_iter():
-        try:
-            words = process.cmdline()
-            ours = process.environ().get("FLEXLORA_TEST_NODE") == name
-        except psutil.Error:
-            continue
-        if ours and words[1:4] == ["-m", "flexlora.clients.supervise", "flower-supernode"]:
-            return process
+    for process in processes.marked(name):
+        with suppress(psutil.Error):
+            if process.cmdline()[1:4] == ["-m", "flexlora.clients.supervise", "flower-supernode"]:
+                return process
     return None
 
 
@@ -105,7 +101,7 @@ def break_things(folder):
             processes.start(words, log, federation.folder / "idle")
             until(lambda: "SuperNode ID" in tail(log), SLOWLY, lambda: tail(log))
             told["idle"] = re.search(r"SuperNode ID: (\d+)", log.read_text())[1]
-            first = {name: supernode_of(logs[name]).pid for name in PAIR}
+            first = {name: supernode_of(processes, name).pid for name in PAIR}
             run = run_of(federation)
             told["run"] = str(run.folder)
 
@@ -117,7 +113,7 @@ def break_things(folder):
             proxy.fail(ERROR_SECONDS)
             run.closed(1, LONG, federation.logs)
             told["failed"] = dict(proxy.failed)
-            told["same"] = {name: supernode_of(logs[name]).pid for name in PAIR} == first
+            told["same"] = {name: supernode_of(processes, name).pid for name in PAIR} == first
 
             training("south", 2)
             held = threading.Event()
@@ -127,7 +123,7 @@ def break_things(folder):
             trainers["south"].process.kill()
             trainers["south"].process.wait()
             trainers["south"] = processes.trainer("south", data / "south")
-            supernode_of(logs["north"]).send_signal(signal.SIGKILL)
+            supernode_of(processes, "north").send_signal(signal.SIGKILL)
             run.finished(2, LONG, federation.logs)
             told["log"] = run.log.read_text()
         told["nodes"] = {name: log.read_text() for name, log in logs.items()}
