@@ -14,8 +14,8 @@ from flexlora.config.resolve import Config
 from flexlora.server.members.roster import Member
 from flexlora.server.settings import factoring_of
 from flexlora.server.transport.messages import Payload, content_bytes, encode_train_job, pack
-from flexlora.server.transport.retry_queue import PendingMessage
-from flexlora.wire.encoding import over_the_wire
+from flexlora.server.transport.retry_queue import REPORT_BYTES, PendingMessage
+from flexlora.wire.encoding import encoded_bytes, over_the_wire
 
 __all__ = ["RoundPlan"]
 
@@ -46,9 +46,14 @@ class RoundPlan:
         config: Config,
         server_round: int,
         num_rounds: int,
+        skipped: int,
         origin: str,
     ) -> RoundPlan:
-        """The round after ``state``; ``origin`` is Flower's id of the first run in the folder."""
+        """The round after ``state``.
+
+        ``skipped`` rounds before it do not count; ``origin`` is Flower's id of the first run in the
+        folder.
+        """
         classes = {m.rank_class.name: m.rank_class for m in members}
         starts = {
             name: method.start(state, rank_class, factoring_of(config))
@@ -60,9 +65,14 @@ class RoundPlan:
                 _payloads(start, config.wire.dtype),
                 server_round=server_round,
                 num_server_rounds=num_rounds,
+                skipped_rounds=skipped,
                 fingerprint=members[0].capability.fingerprint,  # all members hold the same base
                 origin=origin,
             )
+            for name, start in starts.items()
+        }
+        most_bytes = {
+            name: encoded_bytes(start.trained, config.wire.dtype, start.trainable) + REPORT_BYTES
             for name, start in starts.items()
         }
         pending = {
@@ -72,7 +82,8 @@ class RoundPlan:
                     dst_node_id=member.node_id,
                     message_type=MessageType.TRAIN,
                     group_id=str(server_round),
-                )
+                ),
+                most_bytes[member.rank_class.name],
             ): member.capability.client_id
             for member in members
         }

@@ -10,7 +10,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-__all__ = ["Clock", "Spent", "WallClock", "clock_of", "clock_state", "restore_clock"]
+__all__ = [
+    "Clock",
+    "Spent",
+    "WallClock",
+    "clock_of",
+    "clock_state",
+    "is_measured",
+    "restore_clock",
+]
+
+FIRST_PAUSE_SECONDS, PAUSE_GROWTH, LONGEST_PAUSE_SECONDS = 0.1, 1.3, 2.0  # between two polls
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +43,9 @@ class Clock(Protocol):
     def wait(self, until: float) -> None:
         """Let time pass to the next event, at most to ``until``."""
 
+    def hurry(self) -> None:
+        """A reply has come: the next may be close behind."""
+
     def wait_for_nodes(self, until: float) -> None:
         """Let time pass until a node may have come or gone, whatever replies are on their way."""
 
@@ -47,19 +60,23 @@ class Clock(Protocol):
 
 
 class WallClock:
-    """The machine's own time; waiting is polling."""
+    """The machine's own time. Waiting is polling, at a pace that slows down until a reply comes."""
 
     simulated = False
 
-    def __init__(self, poll_seconds: float = 0.1) -> None:
-        self.poll_seconds = poll_seconds
+    def __init__(self) -> None:
         self.busy_until: dict[str, float] = {}
+        self.pause = FIRST_PAUSE_SECONDS
 
     def now(self) -> float:
         return time.monotonic()
 
     def wait(self, until: float) -> None:
-        time.sleep(max(0.0, min(self.poll_seconds, until - time.monotonic())))
+        time.sleep(max(0.0, min(self.pause, until - time.monotonic())))
+        self.pause = min(PAUSE_GROWTH * self.pause, LONGEST_PAUSE_SECONDS)
+
+    def hurry(self) -> None:
+        self.pause = FIRST_PAUSE_SECONDS
 
     def wait_for_nodes(self, until: float) -> None:
         self.wait(until)
@@ -77,6 +94,11 @@ class WallClock:
 def clock_of(grid: Any) -> Clock:
     """The grid's own clock, or the wall's."""
     return getattr(grid, "clock", None) or WallClock()
+
+
+def is_measured(grid: Any) -> bool:
+    """Whether rounds take the time of real nodes: not in a simulation of ours."""
+    return not (clock_of(grid).simulated or getattr(grid, "in_process", False))
 
 
 def clock_state(clock: Clock) -> dict[str, Any]:

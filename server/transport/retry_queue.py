@@ -2,8 +2,9 @@
 
 Flower reports a lost message by an error in place of the reply, or not at all: a node that is
 stopped or killed, a process that dies, a reply that was not fetched in time, a node that comes back
-between two polls. A copy is a new message with the same records, which travel and are stored by
-their content. The first reply to any copy is the reply; the other copies are not pulled.
+between two polls. Of some failures the node itself says that they pass, as of a trainer that
+restarts. A copy is a new message with the same records, which travel and are stored by their
+content. The first reply to any copy is the reply; the other copies are not pulled.
 """
 
 from __future__ import annotations
@@ -21,12 +22,15 @@ from flexlora.server.transport.clocks import clock_of
 from flexlora.server.transport.flower_private import (
     EXPIRED_CODES,
     LOST_CODES,
-    ObjectPushError,
+    Handed,
     set_sender,
 )
+from flexlora.server.transport.link import Unreachable, link_of
+from flexlora.server.transport.messages import transient_cause
 
-__all__ = ["PendingMessage", "RetryPolicy", "RetryQueue"]
+__all__ = ["REPORT_BYTES", "PendingMessage", "RetryPolicy", "RetryQueue"]
 
+REPORT_BYTES = 4 * 2**20  # of a reply without factors: names and numbers
 LONGEST_PAUSE_SECONDS = 30
 NODE_CHECK_SECONDS = 1.0  # between two checks whether an absent node is back
 
@@ -57,9 +61,15 @@ class RetryPolicy:
 
 
 class PendingMessage:
-    """A message to one node, the copies of it that were sent, and whether one was answered."""
+    """A message to one node, the copies of it that were sent, and whether one was answered.
 
-    def __init__(self, message: Message) -> None:
+    Args:
+        most_bytes: a reply beyond it is refused unread.
+    """
+
+    def __init__(self, message: Message, most_bytes: int = REPORT_BYTES) -> None:
+        self.most_bytes = most_bytes
+        self.handed: dict[str, Handed] = {}  # replies that are to be read, by their copy's id
         self.message: Message | None = message
         self.metadata = message.metadata
         self.node_id = message.metadata.dst_node_id
@@ -138,7 +148,7 @@ class RetryQueue:
         on_resent: Callable[[PendingMessage, str], None],
         find_node: Callable[[PendingMessage], int | None],
     ) -> None:
-        self.grid, self.clock, self.policy = grid, clock_of(grid), policy
+        self.link, self.clock, self.policy = link_of(grid), clock_of(grid), policy
         self.deadline, self.on_resent, self.find_node = deadline, on_resent, find_node
         self.waiting = dict.fromkeys(messages)
 
@@ -150,13 +160,7 @@ class RetryQueue:
         now = self.clock.now()
         ttl = self.policy.ttl(self.deadline - now)
         messages = [pending.next_copy(node_id, ttl) for pending, node_id in ready]
-        loss = "no such node"  # Flower gives no id to a message for a node that it has forgotten
-        ids: list[str | None]
-        try:
-            ids = list(self.grid.push_messages(messages))
-        except ObjectPushError:
-            # A slow SuperLink may refuse records that it took when they came the first time.
-            ids, loss = [None] * len(messages), "its upload broke off"
+        ids, loss = self.link.push(messages, self.deadline)
         if len(ids) != len(messages):
             raise UserError(
                 f"the SuperLink took {len(ids)} of {len(messages)} messages, expected all; if its "
@@ -173,10 +177,11 @@ class RetryQueue:
         pending.open.remove(message_id)
         set_sender(reply, pending.node_id, message_id)
         code = reply.error.code if reply.has_error() else None
-        if code in LOST_CODES and pending in self.waiting:
+        loss = f"code {code}" if code in LOST_CODES else transient_cause(reply)
+        if loss and pending in self.waiting:
             pending.error = reply
-            return not self._lose_copy(pending, f"code {code}")
-        if code in EXPIRED_CODES or (code in LOST_CODES and pending.open):
+            return not self._lose_copy(pending, loss)
+        if code in EXPIRED_CODES or (loss and pending.open):
             return False  # of an earlier round, in which it was counted as missing
         pending.open.clear()
         pending.answered = True
@@ -203,7 +208,10 @@ class RetryQueue:
         due = [p for p in self.waiting if p.due is not None and p.due <= now]
         if not due:
             return
-        connected, ready = set(self.grid.get_node_ids()), []
+        try:
+            connected, ready = self.link.node_ids(now + NODE_CHECK_SECONDS), []
+        except Unreachable:
+            return  # all are still due
         for pending in due:
             here = pending.node_id in connected
             node_id = pending.node_id if here else self.find_node(pending)

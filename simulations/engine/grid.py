@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -227,22 +227,20 @@ class InProcessGrid(Grid):
             for place, key in enumerate(group):
                 self._unanswered[key].cohort, self._unanswered[key].place = cohort, place
 
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Replies to ``message_ids`` that have arrived, each given once; answering happens here."""
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
+        """Replies to ``message_ids`` that have arrived, each made as it is taken and given once."""
         # Trainings may end whose answers the server never takes; a resumed run finds those too.
         if self.clock is not None or self.worker.config.server.over_selection > 0:
             self._keep_trained()
-        replies = []
         for message_id in message_ids:
             arrived = self.clock is None or self.clock.arrived(message_id)
             if message_id in self._unanswered and arrived:
-                replies.append(self._answer(self._unanswered.pop(message_id), message_id))
-        return replies
+                yield self._answer(self._unanswered.pop(message_id), message_id)
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        return self.pull_messages(self.push_messages(messages))
+        return list(self.pull_messages(self.push_messages(messages)))
 
     def _client(self, message: Message) -> str:
         return self._clients[message.metadata.dst_node_id]

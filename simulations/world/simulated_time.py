@@ -73,6 +73,9 @@ class World:
         arrival = self._next_arrival()
         self._advance(self._next_change() if arrival == math.inf else arrival, until)
 
+    def hurry(self) -> None:
+        """Waiting ends with an event, whatever came before."""
+
     def wait_for_nodes(self, until: float) -> None:
         """On to the next change of who is online, or to an arrival that comes before it."""
         self._advance(min(self._next_arrival(), self._next_change()), until)
