@@ -155,7 +155,9 @@ def test_the_proxy_lets_the_fleet_path_and_health_pass_and_nothing_else(made):
     # What is matched is what is sent: with a path at its end nginx sends the one it has matched.
     for _, where, block in found:
         to = [line["args"][0] for line in block if line["directive"] == "proxy_pass"]
-        assert to in ([], [f"https://flexlora_superlink{where}"])
+        enrolment = where.startswith("/flexlora/")
+        there = "http://127.0.0.1:9095" if enrolment else "https://flexlora_superlink"
+        assert to in ([], [f"{there}{where}"])
     assert "upstream flexlora_superlink {\n    server 127.0.0.1:9093;" in text_of(
         made / "server" / "nginx" / "flexlora.conf"
     )
