@@ -2,14 +2,15 @@
 
     RecordDict  <->  Content (names, shapes, values, SHA-256 of the bytes)  +  parts up to 1 MiB
 
-Arrays follow each other without gaps, so that a thousand small ones fill a few parts. Parts are cut
-lazily: one part is held twice, never the whole content.
+Arrays follow each other without gaps; a message of ours holds one (``packing.py``). Parts are cut
+lazily and joined as they come: one part is held twice, never the whole content.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
+from io import BytesIO
 from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
@@ -163,21 +164,22 @@ def _named_arrays(record: Record, feed: _PartReader) -> dict[str, Array]:
 
 
 class _PartReader:
-    """Reads arrays out of parts of other sizes; copies each byte once, into its array."""
+    """Reads arrays out of parts; one part is held beside the array that it is written to."""
 
     def __init__(self, parts: Iterable[bytes]) -> None:
         self._parts, self._left = iter(parts), memoryview(b"")
         self._digest = hashlib.sha256()
 
     def take(self, size: int) -> bytes:
-        pieces = []
+        taken = BytesIO()  # grows as parts come, whatever size a header claims
         while size:
             if not self._left:
                 self._left = self._next()
-            pieces.append(self._left[:size])
-            size -= len(pieces[-1])
-            self._left = self._left[len(pieces[-1]) :]
-        return b"".join(pieces)
+            piece = self._left[:size]
+            taken.write(piece)
+            size -= len(piece)
+            self._left = self._left[len(piece) :]
+        return taken.getvalue()
 
     def _next(self) -> memoryview:
         for part in self._parts:

@@ -7,7 +7,6 @@ moves:
     ObjectPushError     what ``Grid.push_messages`` raises when an upload of records breaks off
     Run                 ``Run.create_empty(run_id=...)``, which a ``Grid`` of one's own must return
     TaskIdentity        ``Message(...)`` reads its sender from these three class attributes
-    TASK_HEARTBEAT      the method by which a ServerApp shows that it lives
     ProtobufClient      base of every HTTP client of Flower's; ``_send`` sends one request
                         (``flexlora/deploy/request_watch.py``)
     flower_superlink, flower_superexec
@@ -16,8 +15,9 @@ moves:
                         ``busy_timeout`` in milliseconds, before SQLite says "database is locked"
     Metadata            keeps ``_message_id``, ``_src_node_id`` and ``_reply_to_message_id`` in its
                         ``__dict__`` under these names
-    HttpGrid            ``_retry_invoker`` (with ``max_tries``), ``_runtime_client`` (with the three
-                        calls below, and an httpx client as ``_client``) and ``node``
+    HttpGrid            ``_client``, which ``_runtime_client`` gives and makes where it is None,
+                        with the calls below, a ``_retry_invoker`` (with ``max_tries``) and an httpx
+                        client as its own ``_client``; and ``node``
     PullMessages        hands each reply over once, with the tree of its objects
     PullObject          found and available, found and not uploaded yet, or not found
     objects             ``TYPE CHILD,CHILD LENGTH``, a zero byte, the body; an ``Array``'s body is
@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +58,6 @@ __all__ = [
     "LOST_CODES",
     "MOST_OBJECTS",
     "NODE_UNAVAILABLE",
-    "TASK_HEARTBEAT",
     "UNREADABLE",
     "Handed",
     "ObjectGone",
@@ -88,7 +88,6 @@ EXPIRED_CODES = frozenset({ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAG
 # All other codes are the client's own failure, which a second copy would only repeat.
 LOST_CODES = EXPIRED_CODES | {ErrorCode.NODE_UNAVAILABLE, ErrorCode.CLIENT_APP_CRASHED}
 
-TASK_HEARTBEAT = frozenset({"SendTaskHeartbeat"})  # of a ServerApp, about every 20 s
 # A SuperNode waits 30 s for an answer; Flower's own 5 s are short where many nodes write.
 DATABASE_SECONDS = 20
 
@@ -170,17 +169,25 @@ def pulls_by_itself(grid: Grid) -> bool:
 
 
 @contextmanager
-def tried_once(grid: Grid) -> Iterator[None]:
-    """Let Flower's client raise at the first failure, where it repeats some without end."""
-    invoker = getattr(grid, "_retry_invoker", None)
-    if invoker is None:
+def tried_once(grid: Any) -> Iterator[None]:
+    """Let Flower's client raise at the first failure, where it repeats some without end.
+
+    The grid has another client meanwhile, on the same connections: the one that Flower's threads
+    for heartbeats and logs hold goes on repeating.
+    """
+    if not isinstance(grid, HttpGrid):
         yield
         return
-    before, invoker.max_tries = invoker.max_tries, 1
+    patient: Any = grid._runtime_client
+    hasty = copy(patient)
+    hasty._retry_invoker = copy(patient._retry_invoker)
+    hasty._retry_invoker.max_tries = 1
+    grid._client = hasty
     try:
         yield
     finally:
-        invoker.max_tries = before
+        if grid._client is hasty:
+            grid._client = patient
 
 
 def is_outage(error: Exception) -> bool:

@@ -19,14 +19,19 @@ from flwr.serverapp import Grid
 
 from flexlora.errors import one_line
 from flexlora.server.transport.clocks import Clock, clock_of
-from flexlora.server.transport.flower_private import ObjectPushError, is_outage, tried_once
+from flexlora.server.transport.flower_private import (
+    ObjectPushError,
+    is_outage,
+    pulls_by_itself,
+    tried_once,
+)
 
 __all__ = ["Link", "Unreachable", "link_of"]
 
 LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 
-PUSHED_TOGETHER = 100  # messages in one request, which the SuperLink stores one by one
+PUSHED_TOGETHER = 100  # messages in one HTTP request: the SuperLink stores them one by one
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 10.0
 
 
@@ -102,9 +107,8 @@ class Link:
         """
         ids: list[str | None] = []
         loss = "no such node"  # Flower gives no id to a message for a node that it has forgotten
-        batches = [
-            messages[at : at + PUSHED_TOGETHER] for at in range(0, len(messages), PUSHED_TOGETHER)
-        ]
+        size = PUSHED_TOGETHER if pulls_by_itself(self.grid) else max(1, len(messages))
+        batches = [messages[at : at + size] for at in range(0, len(messages), size)]
         while batches:
             batch = batches.pop(0)
             taken: Sequence[str | None] = [None] * len(batch)

@@ -15,7 +15,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -196,16 +196,14 @@ class PulledGrid(Grid):
         self._trained += trained[::-1] if self.case.reversed else trained
         return ids
 
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        replies = []
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
         for message_id in message_ids:
             if message_id not in self._open or message_id in self._trained[1:]:
                 continue
             self._trained = [waiting for waiting in self._trained if waiting != message_id]
             message = self._open.pop(message_id)
             content = self.answers.to(message, message.metadata.dst_node_id - 1)
-            replies.append(Message(content, reply_to=message))
-        return replies
+            yield Message(content, reply_to=message)
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None

@@ -7,9 +7,9 @@ from importlib import metadata
 
 import httpx
 import pytest
-from flwr.app import Error, Message, RecordDict
-from flwr.proto.runtime_pb2 import AcquireTaskRequest
+from flwr.app import Array, ArrayRecord, Error, Message, RecordDict
 from flwr.supercore.heartbeat import make_task_heartbeat_fn_http
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
@@ -19,16 +19,30 @@ from flexlora.server.transport.flower_private import (
     EXPIRED_CODES,
     LOST_CODES,
     NODE_UNAVAILABLE,
+    UNREADABLE,
+    ObjectGone,
     ObjectPushError,
+    ObjectTooLarge,
     Run,
     act_as_server,
+    confirm,
+    error_reply,
+    inflate_object_from_contents,
+    is_outage,
+    object_head,
+    poll,
+    pull_object,
+    pulls_by_itself,
     set_message_id,
     set_sender,
+    tried_once,
 )
+from superlink_store import Store, content, http_grid, messages, status
 
 
 def test_the_codes_are_the_numbers_that_the_documents_name():
     assert {3, 4} == EXPIRED_CODES and {3, 4, 5, 8} == LOST_CODES and NODE_UNAVAILABLE == 5
+    assert UNREADABLE == 0
 
 
 def test_a_broken_upload_is_an_exception_of_its_own():
@@ -74,10 +88,8 @@ def test_a_server_error_at_the_heartbeat_of_a_serverapp_is_one_that_flower_retri
     beat = make_task_heartbeat_fn_http(client)
     with pytest.raises(httpx.HTTPStatusError):
         beat()
-    watch_requests(Client, RequestWatch(), flower_private.TASK_HEARTBEAT)
+    watch_requests(Client, RequestWatch())
     assert beat() is False
-    with pytest.raises(httpx.HTTPStatusError):
-        client.AcquireTask(AcquireTaskRequest())
     assert issubclass(FleetHttpClient, flower_private.ProtobufClient)
 
 
@@ -98,3 +110,69 @@ def test_the_superlinks_database_is_waited_for_longer(monkeypatch):
 def test_the_programs_are_those_that_flower_installs(name):
     (found,) = metadata.entry_points(group="console_scripts", name=name)
     assert flower_private.program(name) is found.load()
+
+
+def test_a_reply_is_handed_over_with_its_objects_pulled_and_confirmed():
+    store = Store()
+    grid = http_grid(store)
+    (pending,) = messages(1)
+    store.reply(pending.message, content(50), missing=("Array",))
+    (handed,) = poll(grid, ["m-0"])
+    assert handed.answers == "m-0" and handed.objects[0] == handed.reply_id
+    assert len(handed.objects) == 6 and handed.whole is None
+    parts = {name: pull_object(grid, name, 1000) for name in handed.objects}
+    assert list(parts.values()).count(None) == 1  # not uploaded yet
+    with pytest.raises(ObjectGone):
+        pull_object(grid, "f" * 64, 1000)
+    store.objects[handed.reply_id] = b"x" * 10_000
+    with pytest.raises(ObjectTooLarge, match="an object of 10,080 bytes"):
+        pull_object(grid, handed.reply_id, 1000)
+    assert grid._runtime_client._client.event_hooks["response"] == []
+    confirm(grid, handed.reply_id)
+    assert store.confirmed == [handed.reply_id]
+
+
+def test_flowers_client_repeats_a_503_without_end_and_is_tried_once_here():
+    grid = http_grid(Store())
+    assert pulls_by_itself(grid)
+    with tried_once(grid):
+        grid.store.failures = [status(503)]
+        with pytest.raises(httpx.HTTPStatusError):
+            poll(grid, ["m-0"])
+    assert grid._runtime_client._retry_invoker.max_tries is None
+
+
+def test_outages_are_told_from_faults():
+    gone = [status(500), status(503), status(429), httpx.ReadTimeout("x"), httpx.ConnectError("x")]
+    assert all(map(is_outage, gone))
+    assert is_outage(ValueError("Invalid protobuf response payload"))
+    ours = [status(403), status(404), ValueError("x"), UnicodeDecodeError("a", b"", 0, 1, "x")]
+    assert not any(map(is_outage, ours))
+
+
+def test_an_objects_head_names_its_type_and_children_and_an_array_its_chunks():
+    act_as_server(run_id=7)
+    message = Message(content(50), dst_node_id=3, message_type="train")
+    parts = {name: part.deflate() for name, part in get_all_nested_objects(message).items()}
+    kinds = [object_head(part)[0] for part in parts.values()]
+    assert sorted(kinds) == [
+        "Array",
+        "ArrayChunk",
+        "ArrayRecord",
+        "ConfigRecord",
+        "Message",
+        "RecordDict",
+    ]
+    (place,) = [k for k, kind in enumerate(kinds) if kind == "Array"]
+    array = list(parts)[place]
+    assert parts[array].split(b"\0", 1)[1].endswith(b'"arraychunk_ids": [0]}')
+    other = Array("uint8", (1,), "s", b"z")
+    made = inflate_object_from_contents(message.object_id, dict(parts), objects={array: other})
+    assert isinstance(made.content["a"], ArrayRecord) and made.content["a"]["a"] == other
+
+
+def test_an_error_can_stand_in_the_place_of_a_reply():
+    (pending,) = messages(1)
+    reply = error_reply(pending.metadata, UNREADABLE, "why")
+    assert (reply.error.code, reply.error.reason) == (0, "why")
+    assert reply.metadata.reply_to_message_id == "m-0" and reply.metadata.src_node_id == 10

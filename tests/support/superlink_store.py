@@ -146,10 +146,13 @@ class Retrying:
     """The store behind the invoker that Flower's client has around each request."""
 
     def __init__(self, store, invoker):
-        self._store, self._invoker, self._client = store, invoker, store._client
+        self._store, self._retry_invoker, self._client = store, invoker, store._client
 
     def __getattr__(self, name):
-        return lambda request: self._invoker.invoke(getattr(self._store, CALLS[name]), request)
+        if name not in CALLS:
+            raise AttributeError(name)
+        call = getattr(self._store, CALLS[name])
+        return lambda request: self._retry_invoker.invoke(call, request)
 
     def close(self):
         pass

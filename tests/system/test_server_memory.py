@@ -120,13 +120,12 @@ class Watched(PulledGrid):
         self.damaged, self.came = damaged, []
 
     def pull_messages(self, message_ids):
-        replies = list(super().pull_messages(message_ids))
-        for reply in replies:
+        for reply in super().pull_messages(message_ids):
             if trained(reply.content):
                 self.came.append(reply.content["report"]["client-id"])
                 if self.came[-1] in self.damaged:
                     reply.content["report"]["num-examples"] = 0
-        return replies
+            yield reply
 
 
 @pytest.mark.parametrize("reversed_order", [False, True])
