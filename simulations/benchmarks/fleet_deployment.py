@@ -1,8 +1,9 @@
 """A server as a deployment has it, each part a process of its own, on loopback.
 
-``flower-superlink`` with ``--database`` and ``--isolation process``, ``flower-superexec``, which
-starts the ServerApp as its child, and ``flwr run`` with an app that holds no code, as
-``flexlora server init`` lays them out. Whatever was started ends with the block.
+``flower-superlink`` with ``--database`` and ``--isolation process`` and ``flower-superexec``, which
+starts the ServerApp as its child, each under ``flexlora server supervise``, and ``flwr run`` with
+an app that holds no code, as ``flexlora server init`` lays them out. Whatever was started ends with
+the block.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -28,6 +30,8 @@ __all__ = ["Server", "free_port"]
 START_SECONDS, STOP_SECONDS, SUBMIT_SECONDS = 120.0, 15.0, 300.0
 LINK = '[superlink]\ndefault = "own"\n\n[superlink.own]\naddress = "{address}"\n{trust}\n'
 PEAK = "VmHWM:"
+HAS_SUPERVISOR = find_spec("flexlora.server.supervise") is not None  # an older tree has none
+SUPERVISED = ["flexlora", "server", "supervise", "--"] if HAS_SUPERVISOR else []
 MARK = "FLEXLORA_BENCHMARK_HOME"  # in the environment of whatever is started
 
 
@@ -64,11 +68,12 @@ class Server:
         where += ["--database", str(self.database)] if self.stored else []
         try:
             superlink = ["flower-superlink", *arguments, *where, "--isolation", "process"]
-            self.superlink = psutil.Process(self.start(superlink, "superlink").pid)
+            self.superlink = psutil.Process(self.start(SUPERVISED + superlink, "superlink").pid)
             self._wait_until_it_listens()
             trusting = ["--root-certificates", str(self.home / "ca.crt")] if self.tls else []
             words = ["--runtime-api-address", self.address, *(trusting or ["--insecure"])]
-            self.superexec = psutil.Process(self.start(["flower-superexec", *words], "apps").pid)
+            superexec = [*SUPERVISED, "flower-superexec", *words]
+            self.superexec = psutil.Process(self.start(superexec, "apps").pid)
         except BaseException:
             self.__exit__()
             raise
@@ -149,6 +154,8 @@ class Server:
         """Note processor seconds and peaks as of now; what has ended keeps its last ones."""
         found = {"superlink": self.superlink}
         with suppress(psutil.NoSuchProcess):
+            for child in self.superlink.children():
+                found["superlink"] = child
             for process in self.superexec.children(recursive=True):
                 with suppress(psutil.Error):
                     if any("flwr-serverapp" in word for word in process.cmdline()):

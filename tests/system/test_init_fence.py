@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import http.client
+import http.server
 import re
 import shutil
+import ssl
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -179,10 +183,13 @@ def test_the_proxy_lets_the_fleet_path_and_health_pass_and_nothing_else(made):
     for _, where, block in found:
         to = [line["args"][0] for line in block if line["directive"] == "proxy_pass"]
         enrols = where.startswith("/flexlora/")
-        behind = "http://127.0.0.1:9095" if enrols else "https://127.0.0.1:9093"
+        behind = "http://127.0.0.1:9095" if enrols else "https://flexlora_superlink"
         assert to in ([], [f"{behind}{where}"])
         limits = {line["directive"]: line["args"] for line in block}
         assert ("limit_req" in limits) == enrols
+    assert "upstream flexlora_superlink {\n    server 127.0.0.1:9093;" in text_of(
+        made / "server" / "nginx" / "flexlora.conf"
+    )
     assert answer(found, "GET", "/flexlora/enroll") == 403
     assert answer(found, "POST", "/flexlora/ca.crt") == 403
     assert answer(found, "POST", "/flexlora/other") == 404
@@ -241,6 +248,64 @@ def test_a_real_nginx_resolves_dots_and_escapes_before_it_matches(tmp_path):
         process.terminate()
         process.wait(120)
         remove_proxy_folder(port)
+
+
+@pytest.mark.skipif(not shutil.which("nginx"), reason="no nginx here")
+def test_the_proxy_keeps_its_connections_to_the_superlink(tmp_path):
+    """Twenty requests of one node cost the SuperLink one TLS handshake, not twenty."""
+    port = free_ports(2)
+    place = tmp_path / "server"
+    server_init(folder=str(place), host=["localhost"], port=port)
+    behind = counting_server(place, port + 1)
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen([place / "bin" / "start-proxy"], stderr=log)
+    try:
+        deadline = time.monotonic() + 120
+        while "start worker process" not in (tmp_path / "log").read_text():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        trusted = ssl.create_default_context(cafile=str(place / "ca.crt"))
+        node = http.client.HTTPSConnection("localhost", port, context=trusted, timeout=60)
+        for _ in range(20):
+            node.request("POST", "/v1/fleet/pull-messages", b"x")
+            reply = node.getresponse()
+            assert (reply.status, reply.read()) == (200, b"taken")
+        # One more where the machine stood still for longer than nginx keeps one.
+        assert len(behind.connections) < 5
+    finally:
+        process.terminate()
+        process.wait(60)
+        behind.shutdown()
+        behind.server_close()
+
+
+def counting_server(place, port):
+    """A SuperLink's side of the proxy, which answers everything and counts its connections."""
+
+    class Answering(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def setup(self):
+            self.server.connections.append(self.client_address)
+            super().setup()
+
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.send_header("Content-Length", "5")
+            self.end_headers()
+            self.wfile.write(b"taken")
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Answering)
+    server.daemon_threads, server.connections = True, []
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(place / "server.crt", place / "tls" / "server.key")
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server
 
 
 def test_compose_keeps_data_key_and_foreign_code_apart(made):
