@@ -11,10 +11,9 @@ from __future__ import annotations
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from flexlora.clients.failure_reply import failure_reply
+from flexlora.clients.failure_reply import reply_of
 from flexlora.clients.trainer.sockets import trainer_socket
 from flexlora.config.cores import wait_passively
-from flexlora.errors import one_line
 
 __all__ = ["app"]
 
@@ -30,7 +29,7 @@ def reply(message: Message, context: Context) -> Message:
         content = _answer(message, context)
     except Exception as error:
         name = str(context.node_config.get("client-id", f"node_{context.node_id}"))
-        content = failure_reply(message.metadata.message_type, name, one_line(error))
+        content = reply_of(message.metadata.message_type, name, error)
     return Message(content, reply_to=message)
 
 

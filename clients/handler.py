@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from flwr.app import Context, Message, MessageType, RecordDict
 
-from flexlora.clients.failure_reply import failure_reply
+from flexlora.clients.failure_reply import is_transient, reply_of
 from flexlora.clients.messages import (
     decode_evaluate_job,
     decode_train_job,
@@ -110,7 +110,7 @@ def answer(
         jobs = personal.attach_eval(jobs) if personal else jobs
         return encode_evaluate_result(worker.evaluate(jobs)[0])
     except Exception as error:
-        return failure_reply(message_type, client_id, one_line(error))
+        return reply_of(message_type, client_id, error)
 
 
 def _check_base(content: RecordDict, worker: Worker) -> None:
@@ -137,7 +137,7 @@ def _train(
     try:
         (result,) = worker.train([attached])
     except Exception as error:
-        result = failed_training(job, one_line(error))
+        result = replace(failed_training(job, one_line(error)), transient=is_transient(error))
     try:
         if personal is not None and not trouble:
             personal.keep([result], [job])

@@ -60,6 +60,7 @@ def decode_train_job(content: Mapping, client_id: str, memo: Memo | None = None)
         client_id=client_id,
         server_round=job["server-round"],
         num_server_rounds=job["num-server-rounds"],
+        skipped_rounds=int(job.get("skipped-rounds", 0)),
         start=start.sealed(),
     )
 

@@ -5,7 +5,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["RunFailed", "UpdateRefused", "UserError", "nearest", "one_line", "reason"]
+__all__ = [
+    "RunFailed",
+    "TooFewNodes",
+    "UpdateRefused",
+    "UserError",
+    "nearest",
+    "one_line",
+    "reason",
+]
 
 
 class UserError(ValueError):
@@ -13,6 +21,10 @@ class UserError(ValueError):
 
     The command line prints the sentence and exits with status 2, without a traceback.
     """
+
+
+class TooFewNodes(UserError):
+    """Fewer nodes than a run needs came in time; the same run may find them later."""
 
 
 class RunFailed(RuntimeError):

@@ -15,7 +15,8 @@ from flwr.serverapp import Grid, ServerApp
 
 import flexlora
 from flexlora.config.resolve import Config, of_flower, resolved
-from flexlora.errors import RunFailed
+from flexlora.deploy.request_watch import RequestWatch, watch_requests
+from flexlora.errors import RunFailed, TooFewNodes, UserError
 from flexlora.runs.audit import RESUMED, STARTED
 from flexlora.runs.checkpoints import checkpoint_digest
 from flexlora.runs.folder import RunFolder
@@ -24,11 +25,12 @@ from flexlora.runs.sources import Sources, check_same
 from flexlora.runs.verdict import nobody_trained
 from flexlora.server.observing.observed import observed
 from flexlora.server.observing.observer import LogObserver, Observer
+from flexlora.server.publishing import publish
 from flexlora.server.results import write_adapters
-from flexlora.server.resuming import destination_of, settle
+from flexlora.server.resuming import FINAL, check_start, destination_of, settle, start_state
 from flexlora.server.settings import check_config
 from flexlora.server.strategy import FlexLoRAStrategy
-from flexlora.server.transport.flower_private import retry_server_errors
+from flexlora.server.transport.flower_private import TASK_HEARTBEAT, ProtobufClient
 
 __all__ = ["app", "federate"]
 
@@ -38,8 +40,24 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run the federation of the run's configuration, or go on with it, in a run folder."""
-    retry_server_errors()
+    """Run the federation of the run's configuration, or go on with it, in a run folder.
+
+    Raises:
+        UserError, RunFailed: as ``federate``; with ``FINAL`` where a new try would end the same.
+    """
+    # A heartbeat that is answered 500 would be the last: the SuperLink then ends the run.
+    watch_requests(ProtobufClient, RequestWatch(), TASK_HEARTBEAT)
+    try:
+        _run(grid, context)
+    except TooFewNodes:
+        raise
+    except (UserError, RunFailed) as error:
+        if "server.metrics-port is" in str(error):  # somebody else's port: another day it is free
+            raise
+        raise type(error)(f"{FINAL}{error}") from None
+
+
+def _run(grid: Grid, context: Context) -> None:
     to = destination_of(resolved(Config.of(of_flower(context.run_config))), context.run_id)
     logger = logging.getLogger("flwr")
     logger.info("run folder: %s%s", to.folder.resolve(), ", going on" if to.resume else "")
@@ -94,9 +112,15 @@ def federate(
         compared = partial(_refuse_changed, out, config, allow_changed, flag)
         if state is not None and sources is not None:
             compared(sources)  # before the nodes are asked and anything is shown
+        if state is None and config.start_from:
+            strategy.initial = start_state(config)
         strategy.meet(grid)
         strategy.sources = sources or Sources(base=strategy.roster.fingerprint)
         if state is None:
+            if strategy.initial is not None:
+                check_start(strategy.initial, strategy.roster.shapes, config)
+                base = Sources(base=strategy.roster.fingerprint)  # the rows may be new ones
+                _refuse_changed(Path(config.start_from), config, allow_changed, flag, base)
             strategy.run = RunFolder.create(out, config, overwrite=overwrite)
             held.enter_context(exclusive_lock(out))
         else:
@@ -124,8 +148,10 @@ def federate(
                     fingerprint=strategy.roster.fingerprint,
                     fan_in_fan_out=strategy.roster.fan_in_fan_out,
                 )
-        if untrained:
-            raise RunFailed(untrained)
+        if untrained or strategy.ended:
+            raise RunFailed(untrained or strategy.ended)
+        if config.server.publish:
+            publish(strategy.run, config.server.publish, strategy.state.round)
     return strategy
 
 

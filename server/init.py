@@ -23,19 +23,27 @@ from typer import Argument, Option
 import flexlora
 from flexlora.commands.options import PATH
 from flexlora.config.resolve import flower_table
-from flexlora.deploy.certificates import Issued, alternative_names, make_authority, make_server
+from flexlora.deploy.certificates import Issued, make_authority, make_server
 from flexlora.deploy.folder import SECRET, File, check_free, fill_tree, write_folder
-from flexlora.deploy.hosts import Host, parse_host, parse_port, plain
+from flexlora.deploy.hosts import Host, join_address, parse_host, parse_port, plain
 from flexlora.deploy.machine import flower_version, programs, requirements
 from flexlora.deploy.node_keys import make_secret
 from flexlora.errors import UserError, nearest
+from flexlora.server.fleet.certificates import AUTHORITY_DAYS
+from flexlora.server.fleet.table import FleetTable
 
 __all__ = ["server_init"]
 
 TEMPLATES = Path(__file__).parent / "templates"
 DASHBOARD = TEMPLATES / "grafana-dashboard.json"
+ALERTS = TEMPLATES / "prometheus-alerts.yaml"
 PROXIES = ("nginx", "none")
-AUTHORITY_DAYS = 3650
+OF_PROXY = (
+    "bin/start-proxy",
+    "bin/start-enrolment",
+    "systemd/flexlora-enrolment.service",
+    "systemd/sysusers-flexlora-fleet.conf",
+)
 EMPTY = {"state": 0o700, "nodes/registered": 0o755, "docker/wheels": 0o755}
 
 
@@ -50,6 +58,11 @@ class Listening:
     def local(self) -> str:
         """``HOST:PORT`` on this machine."""
         return f"[::1]:{self.port}" if ":" in self.bind else f"127.0.0.1:{self.port}"
+
+    @property
+    def enrolment(self) -> int:
+        """The port of the enrolment behind the proxy."""
+        return self.port + 2 if self.port < 65534 else self.port - 2
 
     @classmethod
     def of(cls, port: int, proxy: str, hosts: Sequence[Host]) -> Listening:
@@ -109,13 +122,15 @@ def server_init(
 
 def _files(proxy: str, values: dict[str, str], authority: Issued, server: Issued) -> list[File]:
     def wanted(path: str) -> bool:
-        of_nginx = path.startswith("nginx/") or path == "bin/start-proxy"
+        of_nginx = path.startswith("nginx/") or path in OF_PROXY
         return proxy == "nginx" or not of_nginx
 
     return [
         *fill_tree(TEMPLATES / "folder", values, wanted=wanted),
         File(path="grafana-dashboard.json", content=DASHBOARD.read_bytes()),
+        File(path="prometheus-alerts.yaml", content=ALERTS.read_bytes()),
         File(path="app/pyproject.toml", content=_app()),
+        File(path="nodes/fleet.json", content=FleetTable().to_json()),
         File(path="ca.crt", content=authority.certificate_pem),
         File(path="private/ca.key", content=authority.key_pem, mode=SECRET),
         File(path="server.crt", content=server.certificate_pem),
@@ -134,7 +149,6 @@ def _values(
 ) -> dict[str, str]:
     """What the templates are filled in with, beside ``about``."""
     listening = Listening.of(port, proxy, hosts)
-    named = alternative_names(server.certificate)
     values = about | {
         "programs": programs(),
         "python": f"{sys.version_info.major}.{sys.version_info.minor}",
@@ -144,6 +158,8 @@ def _values(
         "uid": str(os.geteuid()),
         "gid": str(os.getegid()),
         "host": hosts[0].text,
+        "address": join_address(hosts[0].text, port),
+        "enrolment_port": str(listening.enrolment),
         "hosts": ", ".join(f"`{host.text}`" for host in hosts),
         "superlink_port": str(listening.port),
         "bind": listening.bind,
@@ -152,7 +168,6 @@ def _values(
         "authority_expires": _day(authority.certificate.not_valid_after_utc),
         "listen": "\n".join(f"    listen {where} ssl;" for where in _outside(port, hosts)),
         "server_names": " ".join(_server_name(host) for host in hosts),
-        "alternative_names": ", ".join(_openssl_name(name) for name in named),
         "superlink_addresses": "# Nodes connect from anywhere: no address is shut out.",
     }
     behind = proxy == "nginx"
@@ -188,7 +203,8 @@ def _app() -> bytes:
                         "serverapp": "flexlora.server.app:app",
                         "clientapp": "flexlora.clients.app:app",
                     },
-                    "config": flower_table(),
+                    # Few nodes, each asked for: everybody trains in every round.
+                    "config": flower_table() | {"fraction-train": 1.0},
                 }
             }
         },
@@ -206,11 +222,6 @@ def _outside(port: int, hosts: Sequence[Host]) -> list[str]:
 
 def _server_name(host: Host) -> str:
     return f"[{host.text}]" if isinstance(host.address, IPv6Address) else host.text
-
-
-def _openssl_name(name: str) -> str:
-    is_address = parse_host(name, "--host").address is not None
-    return f"{'IP' if is_address else 'DNS'}:{name}"
 
 
 def _day(moment: datetime) -> str:

@@ -8,18 +8,32 @@ configuration of the new run, it must equal the folder's in every key that clien
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tomli_w
 
+from flexlora.aggregation.engine.state import State
 from flexlora.config.resolve import Config
 from flexlora.errors import UserError
 from flexlora.runs.folder import RunFolder
 from flexlora.wire.files import write_atomically
 
-__all__ = ["Destination", "destination_of", "how_to_resume", "settle"]
+__all__ = [
+    "FINAL",
+    "RESUME_FILE",
+    "Destination",
+    "check_start",
+    "destination_of",
+    "how_to_resume",
+    "settle",
+    "start_state",
+]
 
+# Before the cause of a failure that the same run would meet again; ``flexlora server run`` reads it
+# in what Flower says of a run.
+FINAL = "not to be tried again: "
 RUN_ID, ORIGIN = "flower_run_id", "first_flower_run_id"  # in environment.json
 RESUME_FILE = "resume.toml"  # in the run folder: what `flwr run --run-config` is given
 
@@ -83,6 +97,37 @@ def _whole(folder: Path) -> str:
     if (folder / RESUME_FILE).is_file():
         return f"'{folder / RESUME_FILE}'"
     return f"a copy of '{folder / 'config.toml'}' with resume = \"{folder}\" in it"
+
+
+def start_state(config: Config) -> State:
+    """What the run in ``start-from`` has learned, as round 0 of another.
+
+    Raises:
+        UserError: it is no run folder, has finished no round, or was run with another method.
+    """
+    run, before = RunFolder.open(config.start_from)
+    if before.method.name != config.method.name:
+        raise UserError(
+            f"start-from is '{config.start_from}', a run of method.name={before.method.name}, "
+            f"expected one of {config.method.name} as this run's."
+        )
+    state, _ = run.load_checkpoint()
+    return replace(state, round=0)
+
+
+def check_start(state: State, shapes: Mapping[str, tuple[int, int]], config: Config) -> None:
+    """
+    Raises:
+        UserError: the state is of other modules, or of other shapes, than this run trains.
+    """
+    there = state.change.shapes
+    other = sorted(k for k in there.keys() | shapes.keys() if there.get(k) != shapes.get(k))
+    if other:
+        raise UserError(
+            f"start-from is '{config.start_from}', whose module '{other[0]}' is "
+            f"{there.get(other[0], 'not there')}, expected {shapes.get(other[0], 'none')}: give "
+            "lora.target-modules and the base of that run."
+        )
 
 
 def how_to_resume(folder: Path) -> str:

@@ -13,6 +13,7 @@ from flexlora.errors import UserError
 from flexlora.planning.memory_ranks import run_plan
 from flexlora.planning.rank_policies import RankPolicy
 from flexlora.planning.rank_tables import read_rank_table
+from flexlora.server.publishing import check_publish
 from flexlora.wire.feedback import check_wire
 
 __all__ = ["check_config", "factoring_of", "rank_policy_of"]
@@ -26,7 +27,8 @@ def check_config(config: Config) -> None:
     Raises:
         UserError: a key of ``flwr run`` alone, a template date that is none, a base that its
             config.json rules out, a wire that the method cannot use, ranks or shares that cannot
-            be, a carried rank in a table that the method does not read.
+            be, a carried rank in a table that the method does not read, a ``server.publish`` that
+            cannot be one.
     """
     if config.resume:
         raise UserError(
@@ -38,6 +40,7 @@ def check_config(config: Config) -> None:
             "allow-changed is true, which is for `flwr run` with resume; with `flexlora simulate` "
             "use --resume DIR --allow-changed."
         )
+    check_publish(config.server.publish)
     if Path(resolve_name(config.model.name)).is_dir():  # a hub model is the nodes' to fetch
         base_config(config.model.name)
     parse_date(config.data.template_date)

@@ -16,6 +16,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -23,12 +24,12 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from flexlora.aggregation import make_method
+from flexlora.aggregation.engine.norm_bound import NormHistory
 from flexlora.aggregation.engine.open_round import OpenRound
 from flexlora.aggregation.engine.state import GlobalChange, State
 from flexlora.config.resolve import Config
 from flexlora.lora.adapters import Adapter
 from flexlora.lora.ranks import RankClass
-from flexlora.runs.audit import ROUND
 from flexlora.runs.folder import RunFolder
 from flexlora.runs.outcomes import Outcome
 from flexlora.runs.sources import Sources
@@ -48,8 +49,15 @@ from flexlora.server.rounds.late_messages import LateMessages
 from flexlora.server.rounds.replies import ReplyHandler
 from flexlora.server.rounds.round_metrics import RoundMetrics, class_metrics, module_metrics
 from flexlora.server.rounds.round_plan import RoundPlan
+from flexlora.server.rounds.skipped_rounds import SkippedRounds
 from flexlora.server.settings import factoring_of
-from flexlora.server.transport.clocks import Clock, clock_of, clock_state, restore_clock
+from flexlora.server.transport.clocks import (
+    Clock,
+    clock_of,
+    clock_state,
+    is_measured,
+    restore_clock,
+)
 from flexlora.server.transport.exchange import ask
 from flexlora.server.transport.messages import content_bytes, pack
 from flexlora.server.transport.retry_queue import PendingMessage
@@ -85,14 +93,20 @@ class FlexLoRAStrategy(Strategy):
         self.config, self.run = config, run
         self.observer = observer or Observer()
         self.method = make_method(config.method.name, config.method)
+        self.initial: State | None = None  # round 0 of a run that starts from another's
         self.closed = state  # the state of the last round that was written whole
         self.origin = ""  # Flower's id of the first run in this folder
         self.sources: Sources | None = None  # default: the base of the roster
         self.num_rounds = config.num_server_rounds
-        self.membership = Membership(config, rank_classes or {})
-        self.selector = Selector(config)
+        shapes = state.change.shapes if state is not None else None
+        say = self.observer.waiting
+        self.membership = Membership(config, rank_classes or {}, shapes, say)
+        self.selector = Selector(config, say=say)
+        self.norms = NormHistory()
         self.metrics = RoundMetrics(server_round=0)
         self.late = LateMessages(config.server.late_rounds)
+        self.skipped = SkippedRounds(config.server.skipped_rounds)
+        self.ended = ""  # why the run ends before its last round
         self._state = state
         self._open: ReplyHandler | None = None
         self._eval_results: list[EvalResult] = []
@@ -125,8 +139,9 @@ class FlexLoRAStrategy(Strategy):
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: EvaluateFn | None = None,
     ) -> Result:
-        """Run rounds ``state.round + 1`` to ``num_rounds`` (default: the configuration's).
+        """Run the rounds after ``state`` until ``num_rounds`` count (default: the configuration's).
 
+        Where too many were skipped in a row it ends earlier, and ``ended`` says so.
         ``initial_arrays`` and the two configs are ignored: round 0 is the base itself, and clients
         read their settings from the run's configuration. ``evaluate_fn`` gets the global adapter.
 
@@ -141,37 +156,57 @@ class FlexLoRAStrategy(Strategy):
         if self._state is not None:
             first = self._state.round + 1
         else:
-            dtype = DTYPES["float64" if self.config.wire.dtype == "float64" else "float32"]
-            self._state = State(round=0, change=GlobalChange.zero(self.roster.shapes, dtype))
-        for server_round in range(first, self.num_rounds + 1):
+            self._state = self.initial or self._zero()
+        server_round = first - 1
+        measured = is_measured(grid)
+        self.skipped.limit *= measured
+        while server_round < self.last_round and not self.ended:
+            server_round += 1
             began = time.perf_counter()
-            measured = not (clock.simulated or getattr(grid, "in_process", False))
             self.metrics = RoundMetrics(server_round=server_round, measured=measured)
             values: dict[str, Any] = {"round": server_round}
             if server_round > 0:
                 values |= self._train(grid, server_round, timeout, result)
-            if self.config.eval.due(server_round, self.num_rounds):
+            if self.config.eval.due(server_round, self.last_round):
                 values |= self._evaluate(grid, server_round, timeout, result)
             if evaluate_fn is not None:
                 extra = evaluate_fn(server_round, self.global_arrays())
                 result.evaluate_metrics_serverapp[server_round] = extra or MetricRecord()
             values["seconds"] = time.perf_counter() - began
             self._close_round(values, clock)
+            cause = self.metrics.skipped
+            self.ended = self.skipped.verdict(server_round, self.num_rounds, cause)
+            if measured and not self.ended:
+                self.skipped.pause(server_round, clock, self.config, self.observer.waiting)
         result.arrays = self.global_arrays()
         return result
+
+    def _zero(self) -> State:
+        """The base without any change."""
+        dtype = DTYPES["float64" if self.config.wire.dtype == "float64" else "float32"]
+        return State(round=0, change=GlobalChange.zero(self.roster.shapes, dtype))
+
+    @property
+    def last_round(self) -> int:
+        """The number of the last round, from what was skipped so far."""
+        return self.skipped.extended(self.num_rounds)
 
     def restore(self, notes: Mapping[str, Any], grid: Grid) -> None:
         """Go on from a checkpoint's ``notes``: the clients' history, the clock, late messages."""
         if notes.get("history"):
             self.selector.history = History.from_dict(notes["history"])
+        self.norms = NormHistory.from_dict(notes.get("norms", {}))
+        self.skipped.numbers = list(notes.get("skipped_rounds", []))
+        self.skipped.limit *= is_measured(grid)
         waited = notes.get("under_way", {})
-        if self.run is not None and self.state.round < self.num_rounds and waited:
+        if self.run is not None and self.state.round < self.last_round and waited:
             self.late.send_again(self.run, waited, grid, self.roster, self._plan)
         restore_clock(notes, clock_of(grid))
 
     def meet(self, grid: Grid, timeout: float | None = None) -> None:
         """Wait for nodes, query their capabilities, and assign every client its rank class."""
-        self.membership.meet(grid, timeout or self.config.server.round_timeout_seconds)
+        timeout = timeout or self.config.server.round_timeout_seconds
+        self.membership.meet(grid, timeout)
         self.observer.met(self.roster)
 
     def _train(
@@ -184,13 +219,14 @@ class FlexLoRAStrategy(Strategy):
             self.observer.met(self.roster)
         self.metrics.rows += left_out_rows(server_round, left_out)
         messages = self.configure_train(server_round, ArrayRecord(), ConfigRecord(), grid)
-        self.observer.round_started(server_round, self.num_rounds, len(messages))
+        self.observer.round_started(server_round, self.last_round, len(messages))
         replies = self._handler.replies(grid, timeout)
         _, metrics = self.aggregate_train(server_round, replies)
         result.train_metrics_clientapp[server_round] = metrics
         seconds = clock.now() - began
         timed = self.metrics.apply_clock(clock, seconds)
-        return {**metrics, **self.metrics.exceptions(), **timed}
+        again = {"held_again": True} if self.metrics.skipped and self.skipped.limit else {}
+        return {**metrics, **self.metrics.exceptions(), **again, **timed}
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -218,6 +254,8 @@ class FlexLoRAStrategy(Strategy):
                 starts,
                 plan.asked,
                 factor_gap=self.config.eval.factor_gap,
+                bound=self.norms.bound(self.config.server.max_norm_ratio),
+                most_updates=len(plan.asked) + len(self.late.pending),
             ),
             late=self.late,
             metrics=self.metrics,
@@ -229,7 +267,8 @@ class FlexLoRAStrategy(Strategy):
         return [pending.message for pending in plan.pending if pending.message is not None]
 
     def _plan(self, state: State, members: Sequence[Member], server_round: int) -> RoundPlan:
-        when = server_round, self.num_rounds
+        skipped = self.skipped.before(server_round)
+        when = server_round, self.num_rounds, skipped
         return RoundPlan.of(self.method, state, members, self.config, *when, self.origin)
 
     @property
@@ -246,11 +285,14 @@ class FlexLoRAStrategy(Strategy):
         for reply in replies:
             handler.handle(reply)
         began = time.perf_counter()
+        settled = handler.settle()
         self.metrics.skipped = handler.skipped(self.config.server.quorum)
         if self.metrics.skipped:
             self._state = self.state.unchanged()
+            self.skipped.add(server_round)
         else:
             self._state = handler.opened.close()
+            self.norms.learn(server_round, settled.norms)
         for client_id, rank_class in sorted(handler.lowered.items()):
             member = self.roster.members[client_id]
             self.roster.members[client_id] = replace(member, rank_class=rank_class)
@@ -265,7 +307,7 @@ class FlexLoRAStrategy(Strategy):
     ) -> dict[str, Any]:
         messages = self.configure_evaluate(server_round, ArrayRecord(), ConfigRecord(), grid)
         if server_round == 0:
-            self.observer.round_started(server_round, self.num_rounds, len(messages))
+            self.observer.round_started(server_round, self.last_round, len(messages))
         pending = [PendingMessage(message) for message in messages]
         replies = (reply for _, reply in ask(grid, pending, self.config, timeout) if reply)
         scores = self.aggregate_evaluate(server_round, replies)
@@ -275,13 +317,20 @@ class FlexLoRAStrategy(Strategy):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
-        """To the same clients in every round, each with every class's adapter (round 0: none)."""
-        served, when = self.served(self.state), (server_round, self.num_rounds)
+        """To the same clients in every round, each with every class's adapter.
+
+        Round 0 has none: it is the base, unless the run starts from another's.
+        """
+        begun = server_round > 0 or self.initial is not None
+        served = self.served(self.state) if begun else {}
+        when = server_round, self.last_round
         return evaluation_messages(served, self.roster, self.config, *when, self.origin)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord:
         """Sums over clients, then means: per rank class, and each client at its own class."""
-        self._eval_results = evaluation_results(replies, self.roster, self.observer.evaluated)
+        self._eval_results = evaluation_results(
+            replies, self.roster, self.config, self.observer.evaluated
+        )
         return MetricRecord({**eval_metrics(self._eval_results, self.roster)})
 
     def _close_round(self, values: dict[str, Any], clock: Clock) -> None:
@@ -298,10 +347,13 @@ class FlexLoRAStrategy(Strategy):
             cells = [row.cells() for row in sorted(rows, key=lambda row: row.client_id)]
             evaluations = evaluation_rows(server_round, self._eval_results)
             self.run.append_round(values, cells, evaluations)
-            waited = self.late.write(self.run)
+            waited, wire = self.late.write(self.run), self.config.wire.dtype
+            log = partial(self.metrics.log, self.run.audit, self.state.round)
             sources = self.sources or Sources(base=self.roster.fingerprint)
             notes = {"history": history.to_dict(), "under_way": waited, **clock_state(clock)}
-            notes["sources"] = sources.to_dict()
+            notes["sources"], notes["norms"] = sources.to_dict(), self.norms.to_dict()
+            if self.skipped.numbers:
+                notes["skipped_rounds"] = self.skipped.numbers
             if self.metrics.measured:  # the node ids of a simulation are Ray's of the day
                 notes["nodes"] = self.membership.bindings.to_dict()
             members = self.roster.members.items()
@@ -313,25 +365,11 @@ class FlexLoRAStrategy(Strategy):
                 classes,
                 notes,
                 keep=self.config.server.keep_checkpoints,
-                before_commit=self._log_round,
+                before_commit=partial(log, self.roster.fingerprint, wire),
             )
             self.late.remove_unneeded(self.run)
         self._eval_results, self.closed = [], self.state
         self.observer.round_finished(values)
-
-    def _log_round(self, checkpoint_digest: str) -> None:
-        """The line of the round in the audit log, before its checkpoint becomes the current one."""
-        assert self.run is not None
-        rows = sorted(self.metrics.rows, key=lambda row: (row.client_id, row.late))
-        self.run.audit.append(
-            ROUND,
-            round=self.state.round,
-            checkpoint=checkpoint_digest,
-            base=self.roster.fingerprint,
-            wire=self.config.wire.dtype,
-            skipped=self.metrics.skipped,
-            clients=[row.logged() for row in rows],
-        )
 
     def served(
         self, state: State, rank_classes: Mapping[str, RankClass] | None = None

@@ -1,17 +1,50 @@
-"""What all tests share: one torch thread, no network, and tiny models by name."""
+"""What all tests share: one torch thread, no network, no wait for the disk, tiny models by name."""
 
+import gc
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded
 
+import hypothesis
 import pytest
 import torch
 
 import builders
+from flexlora.config import resolve
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 torch.set_num_threads(1)  # the matrices are tiny, and two busy cores make threads wait
+resolve.free_cores = lambda: 1  # the same, and no look at the cores for 0.2 s before each run
+os.fsync = os.fstat  # refuses what is not open, and waits for no disk: no test cuts the power
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
+
+# Files that mostly wait for processes, the longest first: other workers use the cores meanwhile.
+WAITING = (
+    "system/test_federation_faults.py",
+    "simulations/test_ray_pool.py",
+    "system/test_federation.py",
+    "system/test_init_walkthrough.py",
+    "clients/test_trainer_process.py",
+    "system/test_flower.py",
+    "simulations/test_cohort_benchmark.py",
+    "system/test_real_superlink.py",
+    "simulations/test_simulate.py",
+    "system/test_resume.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """The files that wait come first; the others keep their order."""
+    places = {name: place for place, name in enumerate(WAITING)}
+    items.sort(key=lambda item: places.get("/".join(item.path.parts[-2:]), len(places)))
+
+
+def pytest_collection_finish(session):
+    """What is loaded by now stays: no later garbage collection walks through it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(params=builders.ARCHITECTURES)

@@ -35,6 +35,7 @@ NOT_IN_THE_TREE = (
     *("report.html", "live.json", "resume.toml", "results.json", "findings.json", "tuned.toml"),
     *("train.jsonl", "validation.jsonl", "test.jsonl", "ca.crt", "adapter_config.json"),
     *("adapters/", "adapters/CLASS/", "adapters/global/", "checkpoint/", "checkpoint/sent-ROUND/"),
+    *("audit.jsonl", "latest.json", "federations/", "DIR/federations/NAME"),
     *("app/pyproject.toml", "private/ca.key", "config.json", "nodes/", "seeds.json"),
 )
 PLACEHOLDERS = {"NAME", "DIR", "RUN", "CLASS", "FILE", "FOLDER"}

@@ -15,13 +15,13 @@ FOLDERS = {
     "simulations": "flexlora.simulations",
 }
 # The rooms of flexlora/ from the ground up: a room imports from itself and from those before it.
-# What lies at the root (errors, seeds, units) is the ground. `algebra` knows matrices, not LoRA.
+# What lies at the root (`ROOT_FILES`) is the ground. `algebra` knows matrices, not LoRA.
 ROOMS = (
     *("root", "lora", "algebra", "aggregation", "data", "config", "wire", "training"),
     *("evaluation", "planning", "runs", "report", "deploy", "commands"),
 )
 NOT_EVEN_BELOW = {("algebra", "lora")}
-ROOT_FILES = {"__init__", "errors", "seeds", "units"}
+ROOT_FILES = {"__init__", "errors", "printable", "seeds", "units"}
 
 
 def modules():
@@ -56,7 +56,7 @@ def imports(name, tree, *, top_only=False):
 
 
 def room(name):
-    """``flexlora.training.slots`` -> ``training``; errors, seeds and units are ``root``."""
+    """``flexlora.training.slots`` -> ``training``; ``ROOT_FILES`` are ``root``."""
     part = name.split(".")[1]
     return "root" if part in ROOT_FILES else part
 

@@ -30,7 +30,7 @@ from flexlora.deploy.machine import flower_version, programs, requirements
 from flexlora.deploy.node_keys import make_node_keys, make_secret
 from flexlora.errors import UserError, nearest
 
-__all__ = ["client_init"]
+__all__ = ["client_init", "make_node"]
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
 DEVICES = ("auto", "cpu", "cuda")
@@ -71,6 +71,40 @@ def client_init(
     port: Annotated[int, Option(help="of this node on loopback")] = 9094,
 ) -> None:
     """Write the folder and print the next step.
+
+    Raises:
+        UserError: see ``make_node``.
+    """
+    path = make_node(
+        folder=folder,
+        superlink=superlink,
+        root_certificates=root_certificates,
+        data=data,
+        model=model,
+        client_id=client_id,
+        device=device,
+        quantization=quantization,
+        memory_limit=memory_limit,
+        port=port,
+    )
+    print(f"{path} is ready; follow {path}/README.md.")
+    print(f"Bring {path}/keys/node.pub to the server's owner: it lets this node in.")
+
+
+def make_node(
+    *,
+    folder: str,
+    superlink: str,
+    root_certificates: str,
+    data: str,
+    model: str,
+    client_id: str,
+    device: str,
+    quantization: str,
+    memory_limit: str,
+    port: int,
+) -> Path:
+    """Write the folder and print what was found in the data; returns its absolute path.
 
     Raises:
         UserError: a malformed address, certificate, data or model, a folder that is not empty, a
@@ -128,9 +162,8 @@ def client_init(
         File(path="keys/superexec.secret", content=make_secret(), mode=SECRET),
     ]
     write_folder(node.folder, files, empty=EMPTY)
-    print(f"{node.data}: {node.train_rows}.")
-    print(f"{node.folder} is ready; follow {node.folder}/README.md.")
-    print(f"Bring {node.folder}/keys/node.pub to the server's owner: it lets this node in.")
+    print(f"{node.data}: {node.train_rows}.", flush=True)
+    return node.folder
 
 
 def _check_socket(folder: Path) -> None:

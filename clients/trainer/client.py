@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ import grpc
 from flwr.app import Context, Message, MessageType, RecordDict
 
 import flexlora
+from flexlora.clients.failure_reply import Transient
 from flexlora.clients.trainer.content_codec import (
     PART_BYTES,
     ContentRefused,
@@ -26,6 +28,18 @@ from flexlora.errors import UserError
 __all__ = ["ask", "call_of", "health"]
 
 HEALTH_SECONDS = 10.0
+# A trainer that is started again loads its base; to a query, for which a run's start waits, the
+# answer comes sooner.
+PATIENCE_SECONDS = {MessageType.QUERY: 20.0, MessageType.TRAIN: 120.0, MessageType.EVALUATE: 120.0}
+PAUSE_SECONDS = 0.5
+# What passes by itself: the trainer ended, has other work, did not get the bytes.
+PASSING = frozenset(
+    {
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        grpc.StatusCode.CANCELLED,
+    }
+)
 _METHODS = {
     MessageType.QUERY: "Capability",
     MessageType.TRAIN: "Train",
@@ -34,12 +48,16 @@ _METHODS = {
 
 
 def ask(path: Path, message: Message, context: Context) -> RecordDict:
-    """The content of the trainer's reply to a message.
+    """The content of the trainer's reply to a message; waits for a trainer that is not there.
 
     Raises:
-        UserError: no trainer on ``path``, one that refuses, or one that ended meanwhile.
+        Transient: no trainer on ``path`` in time, one that is busy, or one that ended meanwhile.
+        UserError: a trainer that refuses.
     """
     content = message.content
+    deadline = time.monotonic() + PATIENCE_SECONDS[message.metadata.message_type]
+    while connection_error(path) and time.monotonic() < deadline:
+        time.sleep(PAUSE_SECONDS)
     call = call_of(message, context)
     with trainer_on(path) as stub:
         method = getattr(stub, _METHODS[message.metadata.message_type])
@@ -90,10 +108,10 @@ def health(path: Path) -> HealthReply:
 
 @contextmanager
 def trainer_on(path: Path) -> Iterator[TrainerStub]:
-    """A stub for one call; gRPC's errors become ``UserError``."""
+    """A stub for one call; gRPC's errors become ``UserError``, ``Transient`` where they pass."""
     why = connection_error(path)
     if why:
-        raise UserError(
+        raise Transient(
             f"the trainer on '{path}' cannot be reached: {why}; start it with `flexlora client "
             "serve`, or take trainer-socket out of the node config."
         )
@@ -105,7 +123,8 @@ def trainer_on(path: Path) -> Iterator[TrainerStub]:
         with grpc.insecure_channel(f"unix:{path}", options=options) as channel:
             yield TrainerStub(channel)
     except grpc.RpcError as error:
-        raise UserError(_sentence(path, error)) from None
+        kind = Transient if error.code() in PASSING else UserError
+        raise kind(_sentence(path, error)) from None
 
 
 def _sentence(path: Path, error: grpc.RpcError) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 from flwr.app import MessageType, RecordDict
 
 import flexlora
-from flexlora.clients.failure_reply import cause_of, failure_reply
+from flexlora.clients.failure_reply import cause_of, reply_of
 from flexlora.clients.handler import answer
 from flexlora.clients.trainer.content_codec import (
     array_parts,
@@ -28,7 +28,7 @@ from flexlora.clients.trainer.owner_config import OwnerConfig, data_digest, job_
 from flexlora.clients.trainer.reply_store import ReplyStore, StoredReply
 from flexlora.clients.trainer.trainer_pb2 import Call, Reply, Value
 from flexlora.clients.worker import Worker, worker_for
-from flexlora.errors import UserError, one_line
+from flexlora.errors import UserError
 from flexlora.planning.probing import device_name, probe
 from flexlora.training.personal_store import PersonalStore
 from flexlora.training.uplink import feedback_store
@@ -158,7 +158,7 @@ class ResidentTrainer:
         try:
             worker = self._worker(decode_entries(call.settings), client_id)
         except Exception as error:
-            return failure_reply(message_type, client_id, one_line(error))
+            return reply_of(message_type, client_id, error)
         personal = self._personal_store(call)
         return answer(
             message_type,

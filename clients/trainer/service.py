@@ -22,6 +22,7 @@ import grpc
 from flwr.app import MessageType
 
 import flexlora
+from flexlora.clients.failure_reply import is_transient
 from flexlora.clients.trainer.activity_log import ActivityLog
 from flexlora.clients.trainer.content_codec import PART_BYTES, ContentRefused, array_bytes
 from flexlora.clients.trainer.request_lock import Busy, RequestLock
@@ -156,6 +157,8 @@ def refusal(error: Exception) -> tuple[grpc.StatusCode, str]:
     for kind, status in statuses.items():
         if isinstance(error, kind):
             return status, str(error)
+    if is_transient(error):
+        return grpc.StatusCode.RESOURCE_EXHAUSTED, one_line(error)
     return grpc.StatusCode.INTERNAL, one_line(error)
 
 

@@ -52,21 +52,31 @@ COMMANDS: Table = {
 }
 CLIENT: Table = {
     "init": ("clients.setup.init:client_init", "write a ready folder: keys, scripts, units, steps"),
+    "enroll": (
+        "clients.setup.enroll:client_enroll",
+        "join with a token: folder, key, approval, start",
+    ),
     "serve": ("clients.trainer.command:serve", "keep the base loaded and train for ClientApps"),
+    "trust": ("clients.setup.trust:trust", "fetch the server's authorities, old and new"),
     "clock": ("clients.setup.clock:clock", "whether the server takes this machine's clock"),
     "health": ("clients.trainer.command:health", "how the trainer on this machine is"),
+    "supervise": ("clients.supervise:supervise", "keep a SuperNode or its SuperExec running"),
 }
 SERVER: Table = {
     "init": (
         "server.init:server_init",
         "write a ready folder: certificates, scripts, units, steps",
     ),
+    "supervise": ("server.supervise:supervise", "keep a SuperLink or its SuperExec running"),
+    "run": ("server.supervising.command:server_run", "start runs, follow and resume them"),
 }
 FLEET: Table = {
     "list": ("server.fleet.commands:fleet_list", "every node, its state and why"),
     "add": ("server.fleet.commands:fleet_add", "let nodes in by their public keys"),
     "revoke": ("server.fleet.commands:fleet_revoke", "refuse nodes from now on"),
     "rotate": ("server.fleet.commands:fleet_rotate", "replace a node's key, with an overlap"),
+    "invite": ("server.fleet.invite:fleet_invite", "a token by which nodes join"),
+    "serve": ("server.fleet.enrolment_service:fleet_serve", "answer nodes that join with a token"),
 }
 GROUPS = {"client": CLIENT, "server": SERVER, "fleet": FLEET}
 

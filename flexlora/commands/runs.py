@@ -105,7 +105,7 @@ def rollback(
 def audit(
     target: Annotated[str, Argument(metavar="RUN", click_type=PATH, help="a run folder")],
     head: Annotated[
-        str, Option(metavar="HASH", help="of a line noted earlier: it must be in the log")
+        str, Option(metavar="HASH", help="of a line, noted earlier: is it in the log?")
     ] = "",
 ) -> int:
     from flexlora.runs.audit_check import report_audit

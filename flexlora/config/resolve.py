@@ -41,6 +41,7 @@ Model = TypeVar("Model", bound=Options)
 METHOD = "carried"
 # Removed options that older versions wrote for every method, with the value that had no effect.
 RETIRED = {
+    "method.max-update-norm": 0.0,
     "method.realign": False,
     "method.restarts": 0,
     "method.singular-values": "b-heavy",

@@ -63,6 +63,9 @@ class Run(Options):
     allow_changed: bool = option(
         False, "`flwr run` goes on with `resume` though the nodes' base is another"
     )
+    start_from: PathKey = option(
+        "", "run folder from whose last round a new run starts (empty: base)"
+    )
     out: PathKey = option(
         "", "run folder of `flwr run` (default: runs/RUN_ID where the server runs)"
     )
@@ -245,8 +248,14 @@ class Server(Options):
     round_timeout_seconds: float = option(3600.0, "how long to wait for replies", ge=0.1)
     over_selection: float = option(0.0, "ask this share of clients more", ge=0.0, le=4.0)
     quorum: int = option(1, "updates below which a round changes nothing", ge=1)
+    skipped_rounds: int = option(
+        5, "real nodes: rounds in a row below the quorum that end a run (0: they count)", ge=0
+    )
     late_rounds: int = option(1, "rounds after which a late update still counts", ge=0)
     late_weight: float = option(1.0, "weight of an update per round it is late", ge=0.0, le=1.0)
+    max_norm_ratio: float = option(
+        50.0, "refuse updates whose norm is this many times the usual one (0: no bound)", ge=0.0
+    )
     resends: int = option(2, "times a lost message is sent again in its round", ge=0)
     silence_seconds: float = option(
         0.0, "silence after which a message counts as lost (0: half the round's time)", ge=0.0
@@ -259,6 +268,9 @@ class Server(Options):
     )
     keep_checkpoints: int = option(
         3, "checkpoints that a run keeps, to go back to with `flexlora rollback`", ge=1
+    )
+    publish: str = option(
+        "", "where a finished run's adapters go, such as s3://BUCKET/ADAPTERS or hf://USER/REPO"
     )
     metrics_port: int = option(0, "port of the Prometheus endpoint (0: none)", ge=0, le=65535)
     metrics_host: str = option("127.0.0.1", "address that the endpoint listens on")

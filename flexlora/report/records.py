@@ -18,6 +18,7 @@ from pathlib import Path
 from flexlora.config.paths import expanded
 from flexlora.config.resolve import KEYS, read_toml
 from flexlora.errors import UserError
+from flexlora.printable import from_cell
 from flexlora.runs.metrics_file import missing_files, read_rounds
 
 __all__ = ["SERIES_FILE", "RunRecords", "finite", "read_run"]
@@ -61,9 +62,10 @@ class RunRecords:
 
     @property
     def num_rounds(self) -> int:
-        """The configured number of rounds."""
+        """The configured number of rounds, and one for each that is held again."""
         wanted = finite(self.setting("num-server-rounds"))
-        return int(wanted) if wanted is not None else max(self.last_round, 0)
+        again = sum(bool(row.get("held_again")) for row in self.rounds)
+        return int(wanted) + again if wanted is not None else max(self.last_round, 0)
 
     @property
     def finished(self) -> bool:
@@ -172,7 +174,7 @@ def _table(file: Path, last_round: int, columns: Sequence[str]) -> Iterator[dict
         for row in reader:
             whole, number = None not in row and None not in row.values(), row.get("round") or ""
             if whole and number.isdecimal() and len(number) < 10 and int(number) <= last_round:
-                yield row
+                yield {column: from_cell(cell) for column, cell in row.items()}
     except csv.Error as error:
         raise UserError(f"'{file}' cannot be read as a table: {error}.") from None
 

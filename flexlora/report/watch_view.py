@@ -1,7 +1,6 @@
 """The display of ``flexlora watch``: a picture for a terminal, or a line per round.
 
-Client ids and causes come from clients, so characters that do not print are replaced: they could
-be commands to the terminal.
+Client ids and causes come from clients, so all words are made ``printable``.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from flexlora.printable import printable
 from flexlora.report.formats import format_metric
 from flexlora.report.records import RunRecords, finite
 from flexlora.runs.live_state import FINISHED, MEETING, TRAINING, WAITING, LiveState
@@ -45,7 +45,7 @@ def frame(
     """The picture of a run, at most ``width`` columns wide."""
     records, live = snapshot.records, snapshot.live
     parts: list[RenderableType] = [
-        Text(_safe(str(records.path)), style="bold", overflow="fold"),
+        Text(printable(str(records.path)), style="bold", overflow="fold"),
         Text(_plan(snapshot), overflow="fold"),
         _state_line(snapshot),
     ]
@@ -72,7 +72,7 @@ def _bar(records: RunRecords, width: int, *, ascii_only: bool) -> Text:
 
 def heading(snapshot: Snapshot) -> str:
     """The first line where the output is no terminal."""
-    return f"{_safe(str(snapshot.records.path))}: {_plan(snapshot)}"
+    return f"{printable(str(snapshot.records.path))}: {_plan(snapshot)}"
 
 
 def round_line(snapshot: Snapshot, row: Mapping[str, object]) -> str:
@@ -86,7 +86,7 @@ def round_line(snapshot: Snapshot, row: Mapping[str, object]) -> str:
         if value is not None:
             parts.append(f"{word} {format_metric(key, value)}".strip())
     if row.get("skipped"):
-        parts.append(_safe(str(row["skipped"])))
+        parts.append(printable(str(row["skipped"])))
     return "  ".join(parts)
 
 
@@ -106,7 +106,7 @@ def _plan(snapshot: Snapshot) -> str:
     named = ", ".join(f"{name} {count}" for name, count in classes.items())
     clients = f", {sum(classes.values())} clients: {named}" if classes else ""
     out = f"; {live.left_out} left out" if live is not None and live.left_out else ""
-    return _safe(f"{records.setting('method.name')} on {base}{clients}{out}")
+    return printable(f"{records.setting('method.name')} on {base}{clients}{out}")
 
 
 def _state_line(snapshot: Snapshot) -> Text:
@@ -134,7 +134,7 @@ def _state(snapshot: Snapshot) -> str:
     if live.state == FINISHED:
         return f"finished, round {records.last_round} {of}"
     if live.ended:
-        cause = f": {_safe(live.cause)}".rstrip(".") if live.cause else ""
+        cause = f": {printable(live.cause)}".rstrip(".") if live.cause else ""
         return f"{live.state} after round {records.last_round} {of}{cause}"
     if live.state == MEETING:
         return "meeting the clients"
@@ -168,7 +168,7 @@ def _losses(
     classes = [name for name in records.rank_classes if records.points(f"eval_loss/{name}")]
     keys |= {name: f"eval_loss/{name}" for name in classes[:most]}
     evaluated = [at for at, _ in records.points("eval_loss")]
-    label = max(len(_safe(name)) for name in (*keys, LOSSES))
+    label = max(len(printable(name)) for name in (*keys, LOSSES))
     fits = max(1, (width - label - SPARK_WIDTH - 2) // CELL_WIDTH)
     shown = evaluated if len(evaluated) <= fits else [*evaluated[:1], *evaluated[1 - fits :]]
     shown = shown[-1:] if fits == 1 else shown
@@ -181,7 +181,7 @@ def _losses(
         points = dict(records.points(key))
         cells = [format_metric(key, points.get(at)) for at in shown]
         course = sparkline(list(points.values()), SPARK_WIDTH, ascii_only=ascii_only)
-        table.add_row(_safe(name), *cells, course)
+        table.add_row(printable(name), *cells, course)
     yield table
     if len(classes) > most:
         yield Text(f"and {len(classes) - most} more rank classes")
@@ -195,7 +195,7 @@ def _current(live: LiveState) -> Iterator[Text]:
     counts += [f"{live.resent} messages sent again"] if live.resent else []
     yield Text(f"round {live.round}: {', '.join(counts)}", style="bold")
     if live.cause:
-        yield Text(_safe(live.cause), style="yellow", overflow="fold")
+        yield Text(printable(live.cause), style="yellow", overflow="fold")
     for failure in live.failures[-3:]:
         yield _one_line(f"  {failure.client_id}: {failure.cause}", "yellow")
     if live.replied and live.state == TRAINING:
@@ -224,16 +224,11 @@ def _totals(records: RunRecords) -> str:
 
 
 def _one_line(text: str, style: str) -> Text:
-    return Text(_safe(text), style=style, no_wrap=True, overflow="ellipsis")
-
-
-def _safe(text: str) -> str:
-    """The text with a space for every character that does not print."""
-    return "".join(letter if letter.isprintable() else " " for letter in text)
+    return Text(printable(text), style=style, no_wrap=True, overflow="ellipsis")
 
 
 def _sentence(text: str) -> str:
-    return _safe(text[:1].upper() + text[1:]).rstrip(".") + "."
+    return printable(text[:1].upper() + text[1:]).rstrip(".") + "."
 
 
 def sparkline(values: Sequence[float], width: int, *, ascii_only: bool = False) -> str:

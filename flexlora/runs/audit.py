@@ -7,6 +7,7 @@ breaking the chain; the hash of the last line stands for all of them.
     {..., "event": "round", "round", "checkpoint", "base", "wire", "skipped", "clients": [...]}
     {..., "event": "resumed" or "rolled back", "round", "checkpoint"}
     {..., "event": "adapters", "round", "files": {path below adapters/: SHA-256}}
+    {..., "event": "published", "round", "to"}
 
 A client of a round is ``{"client_id", "node_id", "outcome", "update", "num_examples", "weight",
 "rank_class", "base_round"}``: ``update`` is the digest of the factors that came
@@ -26,6 +27,7 @@ __all__ = [
     "ADAPTERS",
     "AUDIT_FILE",
     "FIRST",
+    "PUBLISHED",
     "RESUMED",
     "ROLLED_BACK",
     "ROUND",
@@ -38,7 +40,7 @@ __all__ = [
 AUDIT_FILE = "audit.jsonl"
 FIRST = "0" * 64  # what the first line has as the hash of the line before it
 STARTED, ROUND, RESUMED = "started", "round", "resumed"
-ROLLED_BACK, ADAPTERS = "rolled back", "adapters"
+ROLLED_BACK, ADAPTERS, PUBLISHED = "rolled back", "adapters", "published"
 
 
 class AuditLog:

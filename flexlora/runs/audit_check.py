@@ -19,6 +19,7 @@ from flexlora.runs.audit import (
     ADAPTERS,
     AUDIT_FILE,
     FIRST,
+    PUBLISHED,
     RESUMED,
     ROLLED_BACK,
     ROUND,
@@ -161,6 +162,8 @@ def _take(row: dict[str, Any], number: int, found: Findings, position: _Position
         files = row.get("files")
         position.adapters = files if isinstance(files, dict) else {}
         found.lines.append(f"adapters of round {at}: {len(position.adapters)} files")
+    elif event == PUBLISHED:
+        found.lines.append(f"published round {at}, to {row.get('to')}")
 
 
 def _round_line(row: dict[str, Any]) -> str:

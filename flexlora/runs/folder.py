@@ -38,6 +38,7 @@ from flexlora.config.paths import expanded
 from flexlora.config.resolve import Config, of_older, read_toml
 from flexlora.errors import UserError
 from flexlora.lora.ranks import RankClass
+from flexlora.printable import from_cell, to_cell
 from flexlora.runs.audit import AUDIT_FILE, AuditLog
 from flexlora.runs.checkpoints import load_checkpoint, load_notes, save_checkpoint
 from flexlora.runs.live_state import LIVE_FILE
@@ -169,7 +170,7 @@ class RunFolder:
         except (OSError, csv.Error) as error:
             raise UserError(f"'{self.path / name}' cannot be read as a table: {error}.") from None
         return [
-            row
+            {column: from_cell(cell) for column, cell in row.items()}
             for row in rows
             if _is_count(row.get("round") or "") and None not in row and None not in row.values()
         ]
@@ -260,6 +261,8 @@ def _csv_text(columns: Sequence[str], rows: Sequence[Mapping[str, object]], *, h
 
 
 def _cell(value: object) -> object:
+    if isinstance(value, str):
+        return to_cell(value)
     if isinstance(value, float):
         return "" if math.isnan(value) else f"{value:.6g}"
     return value

@@ -17,7 +17,7 @@ try:
 except ImportError:  # no such locks on this system
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["check_idle", "exclusive_lock"]
+__all__ = ["check_idle", "exclusive_lock", "only_one"]
 
 
 @contextmanager
@@ -38,6 +38,25 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
                 f"'{folder}' is a run that {who} is still writing; wait for it (`flexlora watch "
                 f"{folder}`), stop it, or give another --out."
             ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
+@contextmanager
+def only_one(file: Path, what: str) -> Iterator[None]:
+    """Lock ``file``, which is made, for this process until the end of the block.
+
+    Raises:
+        UserError: another process has the lock: somebody runs ``what`` already.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("ab") as held:
+        try:
+            if fcntl is not None:
+                fcntl.flock(held.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{what} is run by another process; stop that one first.") from None
         except OSError:  # a file system without locks
             pass
         yield

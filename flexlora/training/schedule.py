@@ -39,8 +39,9 @@ def num_steps(num_examples: int, settings: TrainSettings) -> int:
 
 
 def learning_rate_at(settings: TrainSettings, job: TrainJob, step: int, steps: int) -> float:
-    """The rate of one step; the schedule runs once over all rounds."""
-    progress = (job.server_round - 1 + step / steps) / job.num_server_rounds
+    """The rate of one step; the schedule runs once over all rounds that count."""
+    counted = job.server_round - 1 - job.skipped_rounds
+    progress = (counted + step / steps) / job.num_server_rounds
     factors = {
         "constant": 1.0,
         "linear": 1.0 - progress,

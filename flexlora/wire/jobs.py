@@ -61,6 +61,7 @@ class Capability:
 class TrainJob:
     """Train from ``start`` in round ``server_round`` of ``num_server_rounds``.
 
+    Of the rounds before it ``skipped_rounds`` do not count among these.
     ``personal`` are the client's personal factors of an earlier round; no message holds them.
     """
 
@@ -68,6 +69,7 @@ class TrainJob:
     server_round: int
     num_server_rounds: int
     start: Start
+    skipped_rounds: int = 0
     personal: Adapter | None = None
 
 
@@ -77,10 +79,11 @@ class TrainResult:
 
     ``note`` is a remark on a training that succeeded. A client without memory for its rank asks for
     ``asked_rank`` from the next round on; 0 asks for nothing; ``out_of_memory`` is
-    why there are no factors. ``loss_before`` and ``loss_after``
-    are over the rows of the first step, before any step and after the last; ``train_loss`` is the
-    mean over the steps. ``personal`` stays with the client: no message holds it. Nor ``too_many``,
-    for the engine: the fewest clients whose pass ran out of memory where fewer fitted, 0 for none.
+    why there are no factors; ``transient``: the same job may succeed in a while.
+    ``loss_before`` and ``loss_after`` are over the rows of the first step, before any step and
+    after the last; ``train_loss`` is the mean over the steps. ``personal`` stays with the client:
+    no message holds it. Nor ``too_many``, for the engine: the fewest clients whose pass ran out of
+    memory where fewer fitted, 0 for none.
     """
 
     client_id: str
@@ -97,6 +100,7 @@ class TrainResult:
     train_seconds: float = 0.0
     asked_rank: int = 0
     out_of_memory: bool = False
+    transient: bool = False
     note: str = ""
     cause: str = ""
     personal: Adapter | None = None

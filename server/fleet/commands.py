@@ -8,17 +8,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
 from typer import Argument, Option
 
 from flexlora.commands.options import PATH
-from flexlora.deploy.node_keys import read_public_key
+from flexlora.deploy.node_keys import fingerprint, parse_public_key, read_public_key
 from flexlora.errors import UserError, nearest
-from flexlora.server.fleet.listing import NodeRow, newest_members, read_refused, rows_of
+from flexlora.server.fleet.certificates import AUTHORITY_CHOICES, change_authority, renew
+from flexlora.server.fleet.invitations import PendingNodes
+from flexlora.server.fleet.listing import (
+    NodeRow,
+    newest_members,
+    pending_rows,
+    read_refused,
+    rows_of,
+)
 from flexlora.server.fleet.operations import Fleet, fleet_of, open_fleet, table_path
+from flexlora.server.fleet.table import moment
 
 __all__ = ["fleet_add", "fleet_list", "fleet_revoke", "fleet_rotate"]
 
@@ -36,6 +45,7 @@ COLUMNS = {
     "state": "STATE",
     "why": "WHY",
 }
+OVERLAP_DAYS, CERTIFICATE_DAYS = 7, 825
 SHOWN_KEY = 20  # characters of a fingerprint in the table; --json has it whole
 
 
@@ -55,6 +65,7 @@ def fleet_list(
     table, known, remarks = fleet_of(folder)
     run = newest_members(folder, Path(runs) if runs else None)
     rows = rows_of(table, known, run, read_refused(folder))
+    rows += pending_rows(PendingNodes(folder).all())
     if as_json:
         told = {"remarks": remarks, "run_written": run["written"]}
         print(json.dumps({**told, "nodes": [asdict(row) for row in rows]}, indent=1))
@@ -68,7 +79,9 @@ def fleet_add(
     name: Annotated[str, Argument(metavar="NAME", help="the node's name, its --client-id")] = "",
     key: Annotated[
         str,
-        Argument(metavar="KEY.pub", click_type=PATH, help="its public key (else nodes/NAME.pub)"),
+        Argument(
+            metavar="KEY.pub", click_type=PATH, help="its key (else: who waits, or nodes/NAME.pub)"
+        ),
     ] = "",
     everybody: Annotated[bool, Option("--all", help="every nodes/NAME.pub")] = False,
     server: Server = ".",
@@ -83,7 +96,7 @@ def fleet_add(
         raise UserError("expected NAME (with its KEY.pub), or --all for every key in nodes/.")
     with open_fleet(folder) as fleet:
         if not everybody:
-            print(_add(fleet, name, Path(key) if key else folder / "nodes" / f"{name}.pub"))
+            print(fleet.admit(name, read_public_key(Path(key))) if key else _add(fleet, name))
             return 0
         for done in [*fleet.settled, *fleet.register_again()]:
             print(done)
@@ -104,24 +117,47 @@ def fleet_revoke(
         UserError: no server folder, another operator at work.
     """
     with open_fleet(_folder(server)) as fleet:
-        return 2 if _each(names, fleet.revoke) else 0
+        return 2 if _each(names, lambda name: _revoke(fleet, name)) else 0
 
 
 def fleet_rotate(
-    name: Annotated[str, Argument(metavar="NAME", help="the node's name")],
-    key: Annotated[str, Argument(metavar="NEWKEY.pub", click_type=PATH, help="its next key")],
-    days: Annotated[int, Option(help="that the old key is admitted too, at most")] = 7,
+    name: Annotated[str, Argument(metavar="NAME", help="the node's name")] = "",
+    key: Annotated[str, Argument(metavar="NEWKEY.pub", click_type=PATH, help="its next key")] = "",
+    days: Annotated[
+        int, Option(help="that the old key is admitted too (default 7), or a certificate lasts")
+    ] = 0,
+    certificates: Annotated[
+        bool, Option("--certificates", help="a new certificate of the server")
+    ] = False,
+    authority: Annotated[
+        str, Option(metavar="new|only", help="add a new authority, or drop the old ones")
+    ] = "",
     server: Server = ".",
 ) -> None:
-    """Let a node in with a second key; the first ends when the second was seen.
+    """Let a node in with a second key; the first ends when the second was seen. Or renew what the
+    nodes trust the server by.
 
     Raises:
-        UserError: no such name, a key that is known already.
+        UserError: no such name, a key that is known already, an authority whose key is not here.
     """
-    if not 1 <= days <= 90:
-        raise UserError(f"--days is {days}, expected 1 to 90.")
-    with open_fleet(_folder(server)) as fleet:
-        print(fleet.rotate(name, read_public_key(Path(key)), days))
+    folder = _folder(server)
+    if [bool(name and key), certificates, bool(authority)].count(True) != 1 or bool(name) != bool(
+        key
+    ):
+        raise UserError("expected NAME NEWKEY.pub, or --certificates, or --authority new|only.")
+    if certificates:
+        print(renew(folder, days or CERTIFICATE_DAYS))
+    elif authority:
+        if authority not in AUTHORITY_CHOICES:
+            hint = nearest(authority, AUTHORITY_CHOICES)
+            raise UserError(f"--authority is '{authority}', expected new or only.{hint}")
+        print(change_authority(folder, authority))
+    else:
+        days = days or OVERLAP_DAYS
+        if not 1 <= days <= 90:
+            raise UserError(f"--days is {days}, expected 1 to 90.")
+        with open_fleet(folder) as fleet:
+            print(fleet.rotate(name, read_public_key(Path(key)), days))
 
 
 def _folder(server: str) -> Path:
@@ -130,17 +166,40 @@ def _folder(server: str) -> Path:
     return folder
 
 
-def _add(fleet: Fleet, name: str, file: Path) -> str:
-    if not file.is_file() and file.parent == fleet.folder / "nodes":
-        known = nearest(name, [path.stem for path in file.parent.glob("*.pub")])
-        raise UserError(f"{name}: '{file}' is not there; give its KEY.pub too.{known}")
-    return fleet.admit(name, read_public_key(file))
+def _add(fleet: Fleet, name: str) -> str:
+    """Admit the request that waits under a name, or ``nodes/NAME.pub``."""
+    waiting = PendingNodes(fleet.folder)
+    asked = waiting.get(name)
+    if asked is not None:
+        done = fleet.admit(name, parse_public_key(asked.public_key.encode(), name))
+        waiting.remove(name)
+        return done
+    files = fleet.folder / "nodes"
+    if (files / f"{name}.pub").is_file():
+        return _add_file(fleet, name)
+    known = nearest(
+        name, [*(p.stem for p in files.glob("*.pub")), *(n.name for n in waiting.all())]
+    )
+    raise UserError(
+        f"{name}: no node waits under this name, and '{files}/{name}.pub' is not there; give its "
+        f"KEY.pub too.{known}"
+    )
+
+
+def _revoke(fleet: Fleet, name: str) -> str:
+    """Revoke a node, or turn a waiting one away."""
+    waiting = PendingNodes(fleet.folder)
+    asked = waiting.get(name)
+    if asked is None or name in fleet.table.nodes:
+        return fleet.revoke(name)
+    waiting.put(replace(asked, refused=moment()))
+    return f"{name}: the request of {fingerprint(asked.public_key)} is refused."
 
 
 def _add_file(fleet: Fleet, name: str) -> str:
     """Admit ``nodes/NAME.pub`` and put it away."""
     file = fleet.folder / "nodes" / f"{name}.pub"
-    done = _add(fleet, name, file)
+    done = fleet.admit(name, read_public_key(file))
     away = fleet.folder / "nodes" / "registered"
     away.mkdir(exist_ok=True)
     file.replace(away / file.name)

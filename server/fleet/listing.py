@@ -22,9 +22,10 @@ from flexlora.deploy.node_keys import fingerprint, public_key_of_pem
 from flexlora.errors import UserError
 from flexlora.runs.members_file import MEMBERS_FILE, read_members
 from flexlora.server.fleet.control_api import KnownNode
+from flexlora.server.fleet.invitations import PendingNode
 from flexlora.server.fleet.table import RETIRING, REVOKED, FleetTable, NodeKey, moment
 
-__all__ = ["NodeRow", "newest_members", "read_refused", "rows_of"]
+__all__ = ["NodeRow", "newest_members", "pending_rows", "read_refused", "rows_of"]
 
 STATE_FOLDERS = ("state/serverapp", "/var/lib/flexlora-server")  # by hand; under systemd
 REFUSED_LOG = "state/refused.log"  # nginx writes it (nginx/flexlora.conf)
@@ -104,6 +105,25 @@ def rows_of(
         rows += [_row(name, key, known, run, refused, now) for key in current]
     listed = {key.node_id for keys in table.nodes.values() for key in keys}
     return rows + _unnamed(known.values(), listed)
+
+
+def pending_rows(waiting: Iterable[PendingNode]) -> list[NodeRow]:
+    """Nodes that have asked to be let in with an invitation."""
+    return [
+        NodeRow(
+            name=node.name,
+            key=fingerprint(node.public_key),
+            version=printable(node.version)[:32],
+            state="refused" if node.refused else "pending",
+            why=printable(
+                f"on {node.refused}"
+                if node.refused
+                else f"asked on {node.asked} from {node.address or 'here'}; `flexlora fleet add "
+                f"{node.name}` lets it in"
+            ),
+        )
+        for node in waiting
+    ]
 
 
 def _row(

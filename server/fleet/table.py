@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -23,7 +24,16 @@ try:
 except ImportError:  # no such locks on this system
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["ADMITTED", "RETIRING", "REVOKED", "FleetTable", "NodeKey", "changing", "moment"]
+__all__ = [
+    "ADMITTED",
+    "RETIRING",
+    "REVOKED",
+    "FleetTable",
+    "NodeKey",
+    "changing",
+    "give_to_owner",
+    "moment",
+]
 
 ADMITTED, RETIRING, REVOKED = "admitted", "retiring", "revoked"
 STATES = (ADMITTED, RETIRING, REVOKED)
@@ -95,18 +105,18 @@ class FleetTable:
         return cls(nodes=nodes)
 
     def write(self, path: Path) -> None:
-        """Replace the file; it belongs to whoever owns the folder, also where root writes it.
+        """Replace the file; it belongs to whoever owns the folder, also where root writes it."""
+        write_atomically(path, self.to_json())
+        path.chmod(0o644)
+        give_to_owner(path)
 
-        Node ids are text: they have 64 bits, and JSON readers round such numbers.
-        """
+    def to_json(self) -> bytes:
+        """The file's content; node ids are text, since JSON readers round numbers of 64 bits."""
         rows = {
             name: [asdict(key) | {"node_id": str(key.node_id)} for key in keys]
             for name, keys in sorted(self.nodes.items())
         }
-        text = json.dumps({"format": FORMAT, "nodes": rows}, indent=1) + "\n"
-        write_atomically(path, text.encode())
-        path.chmod(0o644)
-        _give_to_owner(path)
+        return (json.dumps({"format": FORMAT, "nodes": rows}, indent=1) + "\n").encode()
 
     def is_revoked(self, name: str) -> bool:
         """Whether no key of a known name is admitted any more."""
@@ -145,11 +155,11 @@ class FleetTable:
 
 
 @contextmanager
-def changing(path: Path) -> Iterator[None]:
+def changing(path: Path, wait_seconds: float = 10.0) -> Iterator[None]:
     """Lock the table against other operators until the end of the block.
 
     Raises:
-        UserError: somebody else is changing it, or the folder cannot be written to.
+        UserError: somebody else is changing it all the time, or the folder cannot be written to.
     """
     try:
         lock = path.with_suffix(".lock").open("a")
@@ -157,20 +167,30 @@ def changing(path: Path) -> Iterator[None]:
         reason = error.strerror or error
         raise UserError(f"'{path.parent}' cannot be written to: {reason}; use sudo?") from None
     with lock:
-        _give_to_owner(path.with_suffix(".lock"))
-        try:
-            if fcntl is not None:
-                fcntl.flock(lock.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another `flexlora fleet` is changing '{path}'; run this again when it is done."
-            ) from None
-        except OSError:  # a file system without locks
-            pass
+        give_to_owner(path.with_suffix(".lock"))
+        deadline = time.monotonic() + wait_seconds
+        while not _locked(lock.fileno()):
+            if time.monotonic() >= deadline:
+                raise UserError(
+                    f"another `flexlora fleet` is changing '{path}' for {wait_seconds:g} s; run "
+                    "this again when it is done."
+                )
+            time.sleep(0.05)
         yield
 
 
-def _give_to_owner(path: Path) -> None:
+def _locked(number: int) -> bool:
+    try:
+        if fcntl is not None:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True
+
+
+def give_to_owner(path: Path) -> None:
     if os.geteuid() == 0:
         owner = path.parent.stat()
         os.chown(path, owner.st_uid, owner.st_gid)

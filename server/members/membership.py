@@ -7,16 +7,19 @@ and is recognised by its client's own id. A node that did not answer is asked ag
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from flexlora.config.resolve import Config
 from flexlora.lora.ranks import RankClass
+from flexlora.planning.base_modules import base_modules
+from flexlora.server.members.bases import KnownBase
 from flexlora.server.members.bindings import Bindings
 from flexlora.server.members.roster import Roster
 from flexlora.server.members.selection import wait_for_nodes
+from flexlora.server.members.waiting import Say, WaitReport
 from flexlora.server.settings import rank_policy_of
 from flexlora.server.transport.backoff import backoff
 from flexlora.server.transport.clocks import clock_of
@@ -31,17 +34,27 @@ from flexlora.wire.jobs import Capability
 __all__ = ["Membership"]
 
 LONGEST_WAIT_SECONDS = 30.0  # for the answer of a new node, before a round starts
+SILENT = "nodes that have not answered (does a ClientApp run there?)"
 MOST_ROUNDS = 64  # between two queries to a node that does not answer
 
 
 class Membership:
     """The roster, queries to other nodes, and reports that are not in the roster yet.
 
-    ``known`` are the rank classes of a resumed run, ``bindings`` say which node has which name.
+    ``known`` are the rank classes of a resumed run and ``shapes`` those of its modules;
+    ``bindings`` say which node has which name; ``say`` is told who is waited for.
     """
 
-    def __init__(self, config: Config, known: Mapping[str, RankClass]) -> None:
-        self.config, self.known = config, dict(known)
+    def __init__(
+        self,
+        config: Config,
+        known: Mapping[str, RankClass],
+        shapes: Mapping[str, tuple[int, int]] | None = None,
+        say: Say = lambda what, seconds: None,
+    ) -> None:
+        self.config, self.known, self.say = config, dict(known), say
+        modules = base_modules(config.model.name, config.lora.target_modules)
+        self.known_base = KnownBase(resumed=shapes, modules=modules)
         self.bindings = Bindings.of_environment()
         self.roster = Roster()
         self._open: dict[int, PendingMessage] = {}
@@ -52,20 +65,34 @@ class Membership:
     def meet(self, grid: Grid, timeout: float) -> None:
         """Wait for nodes, query their capabilities, and assign every client its rank class.
 
+        A node that does not answer in ``server.wait-seconds`` is left out, and joins later if its
+        answer comes.
+
         Raises:
             UserError: too few nodes in time, no client can train, or a damaged table of the fleet.
         """
         self.bindings.read()
-        queries = [_query(node_id) for node_id in wait_for_nodes(grid, self.config)]
-        reports = {
-            pending.node_id: decode_capability(reply)
-            if reply is not None
-            else Capability.failed(f"node_{pending.node_id}", "no answer to the query")
-            for pending, reply in ask(grid, queries, self.config, timeout)
-        }
+        queries = [_query(node_id) for node_id in wait_for_nodes(grid, self.config, self.say)]
+        clock = clock_of(grid)
+        if not clock.simulated:
+            timeout = min(timeout, max(self.config.server.wait_seconds, LONGEST_WAIT_SECONDS))
+        waiting = WaitReport(self.say, clock, clock.now() + timeout)
+        reports = {}
+
+        def on_wait(silent: Iterable[PendingMessage]) -> None:
+            waiting.report(SILENT, [self._named(pending.node_id) for pending in silent])
+
+        for pending, reply in ask(grid, queries, self.config, timeout, on_wait):
+            if reply is not None:
+                reports[pending.node_id] = decode_capability(reply)
+                continue
+            cause = f"no answer to the query within {timeout:g} s"
+            reports[pending.node_id] = Capability.failed(f"node_{pending.node_id}", cause)
+            if pending.open:
+                self._open[pending.node_id] = pending
         self.bindings.read()
         policy = rank_policy_of(self.config)
-        self.roster = Roster.meet(reports, policy, self.known, self.bindings)
+        self.roster = Roster.meet(reports, policy, self.known, self.bindings, self.known_base)
         for node_id, report in reports.items():
             self._note(node_id, report, 0)
 
@@ -79,8 +106,10 @@ class Membership:
         if clock.simulated:
             return False, {}
         deadline = clock.now() + min(self.config.server.wait_seconds, timeout, LONGEST_WAIT_SECONDS)
+        waiting = WaitReport(self.say, clock, deadline)
         asked = self._poll(grid, server_round, deadline)
-        while any(node_id in self._open for node_id in asked) and clock.now() < deadline:
+        while (open_ := [n for n in asked if n in self._open]) and clock.now() < deadline:
+            waiting.report(SILENT, map(self._named, open_))
             clock.wait(deadline)
             self._read(grid, server_round)
         before = dict(self.roster.left_out)
@@ -108,7 +137,10 @@ class Membership:
             return set()
 
     def _poll(self, grid: Grid, server_round: int, deadline: float) -> list[int]:
-        """Query every unknown node that is connected and due, and read what has been answered."""
+        """Query every unknown node that is connected and due, and read what has been answered.
+
+        Returns the nodes that are asked and have not left a query open.
+        """
         connected = self._connected(grid, deadline)
         if not connected:
             return []
@@ -116,16 +148,23 @@ class Membership:
         members = {member.node_id for member in self.roster.members.values()}
         unknown = sorted(connected - members - self._answered)
         due = [node_id for node_id in unknown if self._is_due(node_id, server_round)]
-        queries = [_query(node_id) for node_id in due]
+        queries, silent = [_query(node_id) for node_id in due], set(self._open)
         send(grid, queries, deadline - clock_of(grid).now())
         for node_id, pending in zip(due, queries, strict=True):
             count, _ = self._queries.get(node_id, (0, 0))
+            if node_id in self._open:
+                pending.open += self._open[node_id].open
             self._open[node_id], self._queries[node_id] = pending, (count + 1, server_round)
         self._read(grid, server_round)
-        return due
+        return [node_id for node_id in due if node_id not in silent]
+
+    def _named(self, node_id: int) -> str:
+        """A node's id, and its name where the fleet's table has it."""
+        name = self.bindings.name_of(node_id)
+        return f"{node_id} ({name})" if name else str(node_id)
 
     def _is_due(self, node_id: int, server_round: int) -> bool:
-        if node_id in self._reports or node_id in self._open:
+        if node_id in self._reports:
             return False
         count, last = self._queries.get(node_id, (0, 0))
         return not count or server_round >= last + backoff(count, MOST_ROUNDS)

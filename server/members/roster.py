@@ -5,7 +5,6 @@ A client is identified by its own id. Flower draws node ids anew in every run; t
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -14,8 +13,11 @@ from flexlora.errors import UserError
 from flexlora.lora.ranks import RankClass
 from flexlora.planning.rank_policies import RankPolicy
 from flexlora.seeds import numpy_generator
+from flexlora.server.members.bases import Base, KnownBase, choose_base, most_common
 from flexlora.server.members.bindings import Bindings
+from flexlora.server.members.versions import version_gap
 from flexlora.wire.jobs import Capability
+from flexlora.wire.packing import WIRE_VERSION
 
 __all__ = ["Member", "Roster", "sample"]
 
@@ -39,18 +41,26 @@ class Roster:
     members: dict[str, Member] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     disputed: dict[str, str] = field(default_factory=dict)
-    shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
-    fan_in_fan_out: bool = False
+    base: Base = field(default_factory=Base)
 
     @property
     def coverage(self) -> str:
-        """Which modules LoRA does not reach, as the members say it: they hold the same base."""
-        return next((m.capability.coverage for m in self.members.values()), "")
+        """Which modules LoRA does not reach, as most members say it: they hold the same base."""
+        return most_common(m.capability.coverage for m in self.members.values())
 
     @property
     def fingerprint(self) -> str:
         """Of the base that all members hold."""
-        return next((m.capability.fingerprint for m in self.members.values()), "")
+        return self.base.fingerprint
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """``(out_features, in_features)`` of every target module of that base."""
+        return self.base.shapes
+
+    @property
+    def fan_in_fan_out(self) -> bool:
+        return self.base.fan_in_fan_out
 
     @property
     def rank_classes(self) -> dict[str, RankClass]:
@@ -65,11 +75,13 @@ class Roster:
         policy: RankPolicy,
         known: Mapping[str, RankClass] | None = None,
         bindings: Bindings | None = None,
+        known_base: KnownBase | None = None,
     ) -> Roster:
         """Members from the reports by node id; ``known`` classes (of a resumed run) are kept.
 
-        A node is left out, with its cause, if it cannot train, has another FlexLoRA version, holds
-        another base than most, or uses a name that is another node's.
+        A node is left out, with its cause, if it cannot train, speaks another wire, has a FlexLoRA
+        too far from the server's (``versions.py``), reports another base than the run's
+        (``bases.py``), or uses a name that is another node's.
 
         Raises:
             UserError: no client can train.
@@ -77,10 +89,10 @@ class Roster:
         roster, bindings = cls(), bindings or Bindings(None)
         reports = roster._without_impostors(reports, bindings)
         fit: dict[str, tuple[int, Capability]] = {}
-        base = _most_common_base(reports.values())
+        roster.base = choose_base(reports.values(), known_base or KnownBase())
         for node_id, report in _by_client(reports):
             client_id = report.client_id
-            cause = _unfit(report, base) or policy.too_small(report)
+            cause = _unfit(report, roster.base) or policy.too_small(report)
             holder = bindings.holder(client_id, node_id, reports)
             if not cause and holder is not None:
                 cause = roster._claim(client_id, node_id, holder)
@@ -101,8 +113,6 @@ class Roster:
             capabilities={client_id: report for client_id, (_, report) in fit.items()},
         )
         table = {**assigned, **(known or {})}
-        first = next(iter(fit.values()))[1]
-        roster.shapes, roster.fan_in_fan_out = first.shapes, first.fan_in_fan_out
         roster.members = {
             client_id: Member(node_id=node_id, capability=report, rank_class=table[client_id])
             for client_id, (node_id, report) in fit.items()
@@ -122,14 +132,11 @@ class Roster:
         the classes of members do not change. A client that does not fit is left out with its
         cause. Returns the ids of the new members.
         """
-        base = (self.fingerprint, tuple(self.shapes))
         bindings = bindings or Bindings(None)
         joined = []
         for node_id, report in _by_client(self._without_impostors(reports, bindings)):
             client_id = report.client_id
-            cause = _unfit(report, base) or policy.too_small(report)
-            if not cause and report.shapes != self.shapes:
-                cause = "its modules have other shapes"
+            cause = _unfit(report, self.base) or policy.too_small(report)
             if not cause and client_id in self.members:
                 member = self.members[client_id]
                 self.members[client_id] = replace(member, node_id=node_id, capability=report)
@@ -197,20 +204,16 @@ def _by_client(reports: Mapping[int, Capability]) -> list[tuple[int, Capability]
     return sorted(reports.items(), key=lambda item: (item[1].client_id, item[0]))
 
 
-def _most_common_base(reports: Iterable[Capability]) -> tuple:
-    """The base that most of the able nodes hold (ties: the first by fingerprint)."""
-    votes = Counter((r.fingerprint, r.modules) for r in reports if not r.cause)
-    return min(votes, key=lambda key: (-votes[key], key)) if votes else ("", ())
-
-
-def _unfit(report: Capability, base: tuple) -> str:
+def _unfit(report: Capability, base: Base) -> str:
     if report.cause:
         return report.cause
-    if report.version != flexlora.__version__:
-        return f"FlexLoRA {report.version}, the server has {flexlora.__version__}"
-    if (report.fingerprint, report.modules) != base:
-        return f"another base model or other targets (fingerprint {report.fingerprint[:12]})"
-    return ""
+    gap = version_gap(
+        report.version,
+        report.wire_version,
+        server_version=flexlora.__version__,
+        server_wire=WIRE_VERSION,
+    )
+    return gap or base.difference(report)
 
 
 def sample(client_ids: Iterable[str], count: int, *, seed: int, purpose: tuple) -> list[str]:

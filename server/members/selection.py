@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from flwr.serverapp import Grid
 
 from flexlora.config.resolve import Config
-from flexlora.errors import UserError
+from flexlora.errors import TooFewNodes, UserError
 from flexlora.server.members.roster import Roster
 from flexlora.server.members.sampling import History, Reachable, choose
+from flexlora.server.members.waiting import Say, WaitReport
 from flexlora.server.transport.backoff import backoff
 from flexlora.server.transport.clocks import clock_of
 from flexlora.server.transport.link import Unreachable, link_of
@@ -40,8 +41,13 @@ class Selected:
 class Selector:
     """Applies ``sampling.policy``, ``server.over-selection`` and ``server.quorum``."""
 
-    def __init__(self, config: Config, history: History | None = None) -> None:
-        self.config, self.history = config, history or History()
+    def __init__(
+        self,
+        config: Config,
+        history: History | None = None,
+        say: Say = lambda what, seconds: None,
+    ) -> None:
+        self.config, self.history, self.say = config, history or History(), say
 
     def select(self, grid: Grid, roster: Roster, server_round: int) -> Selected:
         """The clients of one round; none where fewer than the quorum can be reached in time."""
@@ -79,6 +85,7 @@ class Selector:
         """The clients that can be reached once they are a quorum, or when the wait is over."""
         clock = clock_of(grid)
         deadline = clock.now() + self.config.server.wait_seconds
+        waiting = WaitReport(self.say, clock, deadline)
         while True:
             try:
                 nodes = link_of(grid).node_ids(deadline)
@@ -95,6 +102,9 @@ class Selector:
             ]
             if len(found) >= self.config.server.quorum or clock.now() >= deadline:
                 return found
+            here = {client.client_id for client in found}
+            what = f"{self.config.server.quorum - len(found)} more clients to be connected"
+            waiting.report(what, sorted(roster.members.keys() - here))
             clock.wait_for_nodes(deadline)
 
 
@@ -123,20 +133,22 @@ def split_backing_off(
     return [client for client in reachable if client.client_id not in sitting_out], sitting_out
 
 
-def wait_for_nodes(grid: Grid, config: Config) -> list[int]:
+def wait_for_nodes(grid: Grid, config: Config, say: Say = lambda what, seconds: None) -> list[int]:
     """All connected nodes, once there are ``server.min-nodes``.
 
     Raises:
-        UserError: fewer came in ``server.wait-seconds``.
+        TooFewNodes: fewer came in ``server.wait-seconds``.
     """
     clock = clock_of(grid)
     deadline = clock.now() + config.server.wait_seconds
+    waiting = WaitReport(say, clock, deadline)
     while len(nodes := _reached(grid, deadline)) < config.server.min_nodes:
         if clock.now() >= deadline:
-            raise UserError(
+            raise TooFewNodes(
                 f"{len(nodes)} nodes are connected after {config.server.wait_seconds:g} s, "
                 f"expected {config.server.min_nodes}; start more or lower server.min-nodes."
             )
+        waiting.report(f"nodes, {len(nodes)} of {config.server.min_nodes} are connected")
         clock.wait_for_nodes(deadline)
     return sorted(nodes)
 

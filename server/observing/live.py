@@ -60,6 +60,10 @@ class LiveObserver(Observer):
         if opened:
             self._open()
 
+    def waiting(self, what: str, seconds: float) -> None:
+        text = f"waiting for {what}, at most {seconds:.0f} s more"
+        self._change(cause=text[:MAX_CAUSE_LENGTH])
+
     def met(self, roster: Roster) -> None:
         classes = Counter(member.rank_class.name for member in roster.members.values())
         ordered = {name: classes[name] for name in roster.rank_classes}
@@ -76,6 +80,7 @@ class LiveObserver(Observer):
             resent=0,
             replied=(),
             failures=(),
+            cause="",
             round_started=time.time(),
         )
         self._open()

@@ -59,6 +59,7 @@ class MembersObserver(Observer):
                 "device": member.capability.device,
                 "quantization": member.capability.quantization,
                 "version": member.capability.version,
+                "wire_version": member.capability.wire_version,
                 **self._heard.get(client_id, {}),
             }
             for client_id, member in sorted(self._roster.members.items())

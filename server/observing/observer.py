@@ -27,6 +27,9 @@ class Observer:
     def read(self, layouts: Mapping[str, int]) -> None:
         """A simulation's rows that were read from keys of other tools: how many, by these keys."""
 
+    def waiting(self, what: str, seconds: float) -> None:
+        """The run waits for ``what``, nodes or clients, and for ``seconds`` more at most."""
+
     def met(self, roster: Roster) -> None:
         """The members, their rank classes and who was left out; again when they change."""
 
@@ -57,6 +60,9 @@ class LogObserver(Observer):
 
     def __init__(self, logger: logging.Logger) -> None:
         self.logger = logger
+
+    def waiting(self, what: str, seconds: float) -> None:
+        self.logger.info("waiting for %s, at most %.0f s more", what, seconds)
 
     def met(self, roster: Roster) -> None:
         for name in roster.rank_classes:
@@ -105,6 +111,9 @@ class Observers(Observer):
 
     def read(self, layouts: Mapping[str, int]) -> None:
         self._pass_on("read", layouts)
+
+    def waiting(self, what: str, seconds: float) -> None:
+        self._pass_on("waiting", what, seconds)
 
     def met(self, roster: Roster) -> None:
         self._pass_on("met", roster)

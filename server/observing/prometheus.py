@@ -31,7 +31,7 @@ from flexlora.runs.outcomes import Outcome
 from flexlora.server.members.roster import Roster
 from flexlora.server.observing.observer import Observer
 
-__all__ = ["PrometheusObserver", "metrics_endpoint"]
+__all__ = ["PrometheusObserver", "listening", "metrics_endpoint"]
 
 LOG = logging.getLogger(__name__)
 ROUND_BUCKETS = (1, 2, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 7200, 21600)
@@ -67,6 +67,11 @@ class PrometheusObserver(Observer):
     def _of_rounds(self, registry: CollectorRegistry) -> None:
         self.round = Gauge("flexlora_round", "Round in progress", registry=registry)
         self.rounds = Counter("flexlora_rounds", "Rounds of training done", registry=registry)
+        text = "Rounds that changed nothing"
+        self.skipped = Counter("flexlora_rounds_skipped", text, registry=registry)
+        text = "When the last round was finished, in seconds since the epoch"
+        self.moment = Gauge("flexlora_round_finished_timestamp_seconds", text, registry=registry)
+        self.moment.set_to_current_time()  # of the process, until there is one
         self.planned = Gauge("flexlora_rounds_planned", "Rounds of the run", registry=registry)
         self.seconds = Histogram(
             "flexlora_round_seconds", "Seconds of a round", registry=registry, buckets=ROUND_BUCKETS
@@ -113,6 +118,9 @@ class PrometheusObserver(Observer):
     def resent(self, client_id: str, attempt: int, cause: str) -> None:
         self.resends.inc()
 
+    def round_skipped(self, server_round: int, cause: str) -> None:
+        self.skipped.inc()
+
     def round_finished(self, metrics: Mapping[str, object]) -> None:
         self._set_loss(ALL_CLASSES, "train", metrics.get("train_loss"))
         self._set_loss(ALL_CLASSES, self._split, metrics.get("eval_loss"))
@@ -120,6 +128,7 @@ class PrometheusObserver(Observer):
             self._set_loss(name, self._split, metrics.get(f"eval_loss/{name}"))
         for direction, key in DIRECTIONS.items():
             self.bytes.labels(direction=direction).inc(_number(metrics.get(key)) or 0.0)
+        self.moment.set_to_current_time()
         if metrics["round"]:
             self.rounds.inc()
             self.seconds.observe(_number(metrics.get("seconds")) or 0.0)
@@ -150,18 +159,29 @@ def metrics_endpoint(config: Config) -> Iterator[list[PrometheusObserver]]:
         return
     registry = CollectorRegistry()
     observer = PrometheusObserver(config, registry)
-    try:
+    with listening(host, port):
         server, thread = start_http_server(port, addr=host, registry=registry)
-    except OSError as error:
-        raise UserError(_refusal(host, port, error)) from None
-    if not _is_loopback(host):
-        LOG.warning("metrics are served on %s to whoever reaches port %d", host, port)
     try:
         yield [observer]
     finally:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@contextmanager
+def listening(host: str, port: int) -> Iterator[None]:
+    """Say in words why an endpoint cannot listen, and who reaches one that can.
+
+    Raises:
+        UserError: the port is taken or not allowed, or the host is no address of this machine.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(_refusal(host, port, error)) from None
+    if not _is_loopback(host):
+        LOG.warning("metrics are served on %s to whoever reaches port %d", host, port)
 
 
 def _refusal(host: str, port: int, error: OSError) -> str:

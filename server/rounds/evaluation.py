@@ -10,6 +10,7 @@ from flwr.app import Message, MessageType
 from flexlora.config.resolve import Config
 from flexlora.evaluation.evaluate import BASE
 from flexlora.lora.adapters import Adapter
+from flexlora.printable import printable
 from flexlora.server.members.roster import Roster, sample
 from flexlora.server.transport.messages import decode_eval_result, encode_eval_job, pack
 from flexlora.wire.jobs import PERSONAL, EvalResult, Score
@@ -28,11 +29,7 @@ def evaluation_messages(
     """To the same clients in every round, each with every class's adapter (round 0: none)."""
     count = max(1, round(config.eval.fraction * len(roster.members)))
     chosen = sample(roster.members, count, seed=config.seed, purpose=("evaluate",))
-    payloads = {
-        name: pack(adapter, config.wire.dtype)
-        for name, adapter in served.items()
-        if server_round > 0
-    }
+    payloads = {name: pack(adapter, config.wire.dtype) for name, adapter in served.items()}
     content = encode_eval_job(
         payloads,
         server_round=server_round,
@@ -52,9 +49,15 @@ def evaluation_messages(
 
 
 def evaluation_results(
-    replies: Iterable[Message], roster: Roster, on_evaluated: Callable[[str, str], None]
+    replies: Iterable[Message],
+    roster: Roster,
+    config: Config,
+    on_evaluated: Callable[[str, str], None],
 ) -> list[EvalResult]:
-    """The members' results, one per client; ``on_evaluated`` gets each client and its cause."""
+    """The members' results, one per client; ``on_evaluated`` gets each client and its cause.
+
+    A result that no evaluation of this run can have is that client's failure and has no scores.
+    """
     by_node = {member.node_id: member for member in roster.members.values()}
     results: dict[str, EvalResult] = {}
     for reply in replies:
@@ -64,9 +67,28 @@ def evaluation_results(
         result, client_id = decode_eval_result(reply), member.capability.client_id
         if not result.cause and result.client_id != client_id:
             result = EvalResult(client_id=client_id, cause=f"replied as '{result.client_id}'")
+        if odd := _impossible(result, roster, config):
+            result = EvalResult(client_id=client_id, cause=odd)
         results[client_id] = replace(result, client_id=client_id)
         on_evaluated(client_id, result.cause)
     return list(results.values())
+
+
+def _impossible(result: EvalResult, roster: Roster, config: Config) -> str:
+    """Why the scores cannot be those of this run's rows; empty if they can."""
+    known = {*roster.rank_classes, BASE, PERSONAL}
+    for name, score in result.scores.items():
+        if name not in known:
+            return f"scores of '{printable(name, 40)}', which was not sent"
+        most = config.eval.max_examples or score.rows
+        if score.rows > most:
+            return f"{score.rows} rows under '{name}', eval.max-examples is {most}"
+        if score.tokens > score.rows * config.train.max_length:
+            return (
+                f"{score.tokens} tokens in {score.rows} rows under '{name}', train.max-length is "
+                f"{config.train.max_length}"
+            )
+    return ""
 
 
 def eval_metrics(results: Sequence[EvalResult], roster: Roster) -> dict[str, float]:

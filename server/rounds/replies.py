@@ -14,7 +14,8 @@ from dataclasses import dataclass, field, replace
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from flexlora.aggregation.engine.open_round import OpenRound
+from flexlora.aggregation.engine.norm_bound import norms_of
+from flexlora.aggregation.engine.open_round import OpenRound, Settled
 from flexlora.aggregation.engine.starts import Start
 from flexlora.aggregation.engine.updates import Update, check_update
 from flexlora.config.resolve import Config
@@ -66,6 +67,7 @@ class ReplyHandler:
     counted: int = 0  # updates of this round in the sum
     counted_late: int = 0  # updates of earlier rounds in it
     _handled: set[PendingMessage] = field(default_factory=set)
+    _counted_rows: dict[str, tuple[ClientRow, Update]] = field(default_factory=dict)
 
     @property
     def enough(self) -> bool:
@@ -144,6 +146,47 @@ class ReplyHandler:
             sender = self.plan.pending[pending] if pending else sender
             LOG.warning("%s: %s in round %d, dropped", sender, what, self.plan.server_round)
 
+    def settle(self) -> Settled:
+        """Apply the bounds that needed all updates, once no reply can come any more.
+
+        Observers hear only now of the updates that had to wait for that.
+        """
+        waited = not self.opened.decides
+        settled = self.opened.settle()
+        for key, (row, update) in self._counted_rows.items():
+            if key in settled.refused:
+                cause = f"client {row.client_id}: {settled.refused[key]}"
+                row.outcome, row.cause = (
+                    Outcome.REFUSED,
+                    "; ".join(filter(None, (row.cause, cause))),
+                )
+                self.counted, self.counted_late = (
+                    self.counted - (not update.late),
+                    self.counted_late - update.late,
+                )
+            else:
+                self._note_share(row, settled.shares.get(key, 1.0))
+                self._lower_if_pruned(row.client_id, update)
+            if waited:
+                self.observer.replied(row.client_id, row.outcome, row.cause, row.late)
+        return settled
+
+    @staticmethod
+    def _note_share(row: ClientRow, share: float) -> None:
+        """Say in the row how much of its weight an update beyond the largest share has."""
+        if share < 1.0:
+            row.discount *= share
+            note = f"it counts {share:.3g} times, the largest share of a round's weight"
+            row.note = "; ".join(filter(None, (row.note, note)))
+
+    def _lower_if_pruned(self, client_id: str, update: Update) -> None:
+        """A client that pruned terms stays at the rank that it came back with."""
+        start = self.sent[update.rank_class].for_client(client_id)
+        rank = max(factors.rank for factors in update.adapter.values())
+        sent = max(factors.rank for factors in start.trained.values())
+        if start.local.prune_factor and rank < sent and not update.late:
+            self.lowered[client_id] = self._member(client_id).rank_class.lowered(rank)
+
     def skipped(self, quorum: int) -> str:
         """Why the round changes nothing: fewer clients or updates than ``quorum``; else empty."""
         counted = self.counted + self.counted_late
@@ -177,7 +220,8 @@ class ReplyHandler:
             row.note = "; ".join(filter(None, (pending.note, disputed)))
             row.bytes_down = max(1, pending.sent) * self.plan.class_bytes[row.rank_class]
         self.metrics.rows.append(row)
-        self.observer.replied(row.client_id, row.outcome, row.cause, row.late)
+        if self.opened.decides or row.outcome is not Outcome.OK:
+            self.observer.replied(row.client_id, row.outcome, row.cause, row.late)
 
     def _add(
         self, client_id: str, start_name: str, reply: Message, late: LateMessage | None = None
@@ -202,19 +246,17 @@ class ReplyHandler:
             return row
         try:
             update = self._validated(member, start, result)
-            self.opened.add(update if late is None else self._discounted(update, late))
+            update = update if late is None else self._discounted(update, late)
+            self.opened.add(update)
         except UpdateRefused as error:
             row.outcome, row.cause = Outcome.REFUSED, str(error)
             return row
         row.outcome, row.cause = Outcome.OK, result.note
+        self._counted_rows[update.key] = row, replace(update, adapter=update.adapter.to("meta"))
         if late is not None:
             self.counted_late += 1
-            return row
-        self.counted += 1
-        rank = max(factors.rank for factors in update.adapter.values())
-        sent = max(factors.rank for factors in start.trained.values())
-        if start.local.prune_factor and rank < sent:
-            self.lowered[client_id] = member.rank_class.lowered(rank)
+        else:
+            self.counted += 1
         return row
 
     def _validated(self, member: Member, start: Start, result: TrainResult) -> Update:
@@ -240,14 +282,17 @@ class ReplyHandler:
             base_round=result.base_round,
             digest=result.digest,
         )
-        check_update(
-            update,
-            start.trained,
-            digest=start.digest,
-            max_norm=self.config.method.max_update_norm,
-            local=start.local,
+        check_update(update, start.trained, digest=start.digest, local=start.local)
+        named, sent = (
+            (result.rank_class, result.base_round),
+            (start.rank_class.name, start.base_round),
         )
-        return update
+        if named != sent:
+            raise UpdateRefused(
+                f"client {client_id}: trained '{named[0]}' of round {named[1]} by its word, it was "
+                f"sent '{sent[0]}' of round {sent[1]}."
+            )
+        return replace(update, norms=norms_of(update.adapter, start.trained))
 
     def _discounted(self, update: Update, late: LateMessage) -> Update:
         """The update of an earlier round, which counts less.

@@ -13,6 +13,7 @@ from flexlora.aggregation.engine.state import State, effective_rank
 from flexlora.algebra.linalg import energy_kept
 from flexlora.lora.adapters import Adapter
 from flexlora.lora.ranks import RankClass
+from flexlora.runs.audit import ROUND, AuditLog
 from flexlora.runs.outcomes import Outcome
 from flexlora.server.members.sampling import History
 from flexlora.server.rounds.client_rows import ClientRow
@@ -47,6 +48,21 @@ class RoundMetrics:
             )
             seconds = row.seconds if self.measured else simulated
             history.learn(row.client_id, self.server_round, row.train_loss, seconds)
+
+    def log(
+        self, audit: AuditLog, state_round: int, fingerprint: str, wire: str, checkpoint: str
+    ) -> None:
+        """The line of the round in the audit log, before its ``checkpoint`` is the current one."""
+        rows = sorted(self.rows, key=lambda row: (row.client_id, row.late))
+        audit.append(
+            ROUND,
+            round=state_round,
+            checkpoint=checkpoint,
+            base=fingerprint,
+            wire=wire,
+            skipped=self.skipped,
+            clients=[row.logged() for row in rows],
+        )
 
     def totals(self) -> dict[str, float]:
         """Counts, bytes, and the mean training loss of the updates summed.

@@ -46,9 +46,14 @@ class RoundPlan:
         config: Config,
         server_round: int,
         num_rounds: int,
+        skipped: int,
         origin: str,
     ) -> RoundPlan:
-        """The round after ``state``; ``origin`` is Flower's id of the first run in the folder."""
+        """The round after ``state``.
+
+        ``skipped`` rounds before it do not count; ``origin`` is Flower's id of the first run in the
+        folder.
+        """
         classes = {m.rank_class.name: m.rank_class for m in members}
         starts = {
             name: method.start(state, rank_class, factoring_of(config))
@@ -60,6 +65,7 @@ class RoundPlan:
                 _payloads(start, config.wire.dtype),
                 server_round=server_round,
                 num_server_rounds=num_rounds,
+                skipped_rounds=skipped,
                 fingerprint=members[0].capability.fingerprint,  # all members hold the same base
                 origin=origin,
             )

@@ -10,7 +10,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-__all__ = ["Clock", "Spent", "WallClock", "clock_of", "clock_state", "restore_clock"]
+__all__ = [
+    "Clock",
+    "Spent",
+    "WallClock",
+    "clock_of",
+    "clock_state",
+    "is_measured",
+    "restore_clock",
+]
 
 FIRST_PAUSE_SECONDS, PAUSE_GROWTH, LONGEST_PAUSE_SECONDS = 0.1, 1.3, 2.0  # between two polls
 
@@ -86,6 +94,11 @@ class WallClock:
 def clock_of(grid: Any) -> Clock:
     """The grid's own clock, or the wall's."""
     return getattr(grid, "clock", None) or WallClock()
+
+
+def is_measured(grid: Any) -> bool:
+    """Whether rounds take the time of real nodes: not in a simulation of ours."""
+    return not (clock_of(grid).simulated or getattr(grid, "in_process", False))
 
 
 def clock_state(clock: Clock) -> dict[str, Any]:

@@ -44,11 +44,15 @@ def retry_policy(grid: Grid, config: Config, timeout: float) -> RetryPolicy:
 
 
 def ask(
-    grid: Grid, messages: Sequence[PendingMessage], config: Config, timeout: float
+    grid: Grid,
+    messages: Sequence[PendingMessage],
+    config: Config,
+    timeout: float,
+    on_wait: Callable[[Iterable[PendingMessage]], None] = lambda waiting: None,
 ) -> Iterator[tuple[PendingMessage, Message | None]]:
     """``exchange`` without waiting for nodes that have gone: for queries and evaluation."""
     policy = replace(retry_policy(grid, config, timeout), patience_seconds=0.0)
-    return exchange(grid, messages, timeout=timeout, policy=policy)
+    return exchange(grid, messages, timeout=timeout, policy=policy, on_wait=on_wait)
 
 
 def send(grid: Grid, messages: Iterable[PendingMessage], seconds: float = 0.0) -> None:
@@ -73,6 +77,7 @@ def exchange(
     on_resent: Callable[[PendingMessage, str], None] = lambda pending, loss: None,
     find_node: Callable[[PendingMessage], int | None] = lambda pending: None,
     order: Mapping[PendingMessage, int] = MappingProxyType({}),
+    on_wait: Callable[[Iterable[PendingMessage]], None] = lambda waiting: None,
 ) -> Iterator[tuple[PendingMessage, Message | None]]:
     """``(message, reply)`` as replies come, each message once; ``None`` where no reply came.
 
@@ -84,6 +89,7 @@ def exchange(
         find_node: the id under which a node is back whose own id is gone.
         order: of replies that are there at the same time the lowest is read first; by default they
             are read in the order of the messages.
+        on_wait: called before every wait with the messages that are not answered.
     """
     clock = clock_of(grid)
     deadline = clock.now() + timeout
@@ -115,6 +121,7 @@ def exchange(
                 break
             for pending in queue.resend_due():
                 yield pending, pending.error
+            on_wait(queue.waiting)
             clock.wait(min(deadline, queue.next_due))
     needless = enough()
     for pending in queue.waiting:

@@ -7,12 +7,18 @@ moves:
     ObjectPushError     what ``Grid.push_messages`` raises when an upload of records breaks off
     Run                 ``Run.create_empty(run_id=...)``, which a ``Grid`` of one's own must return
     TaskIdentity        ``Message(...)`` reads its sender from these three class attributes
+    TASK_HEARTBEAT      the method by which a ServerApp shows that it lives
+    ProtobufClient      base of every HTTP client of Flower's; ``_send`` sends one request
+                        (``flexlora/deploy/request_watch.py``)
+    flower_superlink, flower_superexec
+                        the programs of these names, as functions without arguments
+    SQLITE_PRAGMAS      what ``sql_mixin`` sets on every connection to a SuperLink's database;
+                        ``busy_timeout`` in milliseconds, before SQLite says "database is locked"
     Metadata            keeps ``_message_id``, ``_src_node_id`` and ``_reply_to_message_id`` in its
                         ``__dict__`` under these names
     HttpGrid            ``_client``, which ``_runtime_client`` gives and makes where it is None,
                         with the calls below, a ``_retry_invoker`` (with ``max_tries``) and an httpx
                         client as its own ``_client``; and ``node``
-    http_retry          ``_RETRYABLE_STATUS_CODES``, which its invoker reads at each failure
     PullMessages        hands each reply over once, with the tree of its objects
     PullObject          found and available, found and not uploaded yet, or not found
     objects             ``TYPE CHILD,CHILD LENGTH``, a zero byte, the body; an ``Array``'s body is
@@ -21,7 +27,7 @@ moves:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
 from dataclasses import dataclass
@@ -42,7 +48,7 @@ from flwr.supercore.inflatable.inflatable_utils import (
     ObjectPushError,
     inflate_object_from_contents,
 )
-from flwr.supercore.retry import http_retry
+from flwr.supercore.protobuf.client import ProtobufClient
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid.http_grid import HttpGrid
@@ -53,11 +59,13 @@ __all__ = [
     "LOST_CODES",
     "MOST_OBJECTS",
     "NODE_UNAVAILABLE",
+    "TASK_HEARTBEAT",
     "UNREADABLE",
     "Handed",
     "ObjectGone",
     "ObjectPushError",
     "ObjectTooLarge",
+    "ProtobufClient",
     "Run",
     "act_as_server",
     "confirm",
@@ -66,12 +74,13 @@ __all__ = [
     "is_outage",
     "object_head",
     "poll",
+    "program",
     "pull_object",
     "pulls_by_itself",
-    "retry_server_errors",
     "set_message_id",
     "set_sender",
     "tried_once",
+    "wait_for_database",
 ]
 
 UNREADABLE: int = ErrorCode.UNKNOWN  # our own, for a reply that cannot be read
@@ -80,6 +89,30 @@ NODE_UNAVAILABLE: int = ErrorCode.NODE_UNAVAILABLE
 EXPIRED_CODES = frozenset({ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE})
 # All other codes are the client's own failure, which a second copy would only repeat.
 LOST_CODES = EXPIRED_CODES | {ErrorCode.NODE_UNAVAILABLE, ErrorCode.CLIENT_APP_CRASHED}
+
+TASK_HEARTBEAT = frozenset({"SendTaskHeartbeat"})  # of a ServerApp, about every 20 s
+# A SuperNode waits 30 s for an answer; Flower's own 5 s are short where many nodes write.
+DATABASE_SECONDS = 20
+
+
+def program(name: str) -> Callable[[], object]:
+    """``flower-superlink`` or ``flower-superexec``, which load what no ServerApp needs."""
+    if name == "flower-superlink":
+        from flwr.superlink.cli import flower_superlink
+
+        return flower_superlink
+    from flwr.supercore.cli import flower_superexec
+
+    return flower_superexec
+
+
+def wait_for_database() -> None:
+    """Have this process wait ``DATABASE_SECONDS`` for a lock on the SuperLink's database."""
+    from flwr.supercore import sql_mixin
+
+    others = [pair for pair in sql_mixin.SQLITE_PRAGMAS if pair[0] != "busy_timeout"]
+    longer = ("busy_timeout", str(1000 * DATABASE_SECONDS))
+    vars(sql_mixin)["SQLITE_PRAGMAS"] = (longer, *others)
 
 
 def act_as_server(run_id: int) -> None:
@@ -158,15 +191,6 @@ def tried_once(grid: Any) -> Iterator[None]:
     finally:
         if grid._client is hasty:
             grid._client = patient
-
-
-def retry_server_errors() -> None:
-    """Let Flower's HTTP clients in this process repeat any status that ``is_outage`` counts.
-
-    Its threads for heartbeats and logs end at a 500, and a run without heartbeats is ended.
-    """
-    repeated: Any = frozenset({*BUSY, *range(500, 600)})
-    http_retry._RETRYABLE_STATUS_CODES = repeated
 
 
 def is_outage(error: Exception) -> bool:

@@ -15,8 +15,10 @@ from dataclasses import dataclass, fields
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from flexlora.aggregation.engine.starts import Start
-from flexlora.errors import UpdateRefused
+from flexlora.errors import UpdateRefused, reason
 from flexlora.lora.adapters import Adapter
+from flexlora.printable import printable
+from flexlora.server.transport.fields import check_capability, check_score, read_fields
 from flexlora.server.transport.flower_private import UNREADABLE
 from flexlora.wire.encoding import FACTORS, WireArray, decode_adapter, encode_adapter
 from flexlora.wire.jobs import Capability, EvalResult, Score, TrainResult
@@ -37,7 +39,10 @@ __all__ = [
     "encode_eval_job",
     "encode_train_job",
     "pack",
+    "transient_cause",
 ]
+
+LONGEST_CAUSE = 300  # characters of a transient cause
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +65,7 @@ def encode_train_job(
     *,
     server_round: int,
     num_server_rounds: int,
+    skipped_rounds: int = 0,
     fingerprint: str = "",
     origin: str = "",
 ) -> RecordDict:
@@ -74,6 +80,7 @@ def encode_train_job(
             VERSION_KEY: WIRE_VERSION,
             "server-round": server_round,
             "num-server-rounds": num_server_rounds,
+            "skipped-rounds": skipped_rounds,
             "fingerprint": fingerprint,
             "origin": origin,
             "base-round": start.base_round,
@@ -125,17 +132,33 @@ def content_bytes(content: RecordDict) -> int:
     )
 
 
+def transient_cause(reply: Message) -> str:
+    """Why a node could not do what it was asked, where it says that this passes; else empty.
+
+    The trainer restarts or has other work, the disk is full. Whatever else is in the reply is not
+    read.
+    """
+    if reply.has_error() or not reply.has_content():
+        return ""
+    records = reply.content.config_records
+    report = records.get("report") or records.get("capability")
+    if report is None or report.get("transient") is not True:
+        return ""
+    cause = " ".join(str(report.get("cause", "")).split())[:LONGEST_CAUSE]
+    return cause or "the node gives no cause"
+
+
 def decode_capability(reply: Message) -> Capability:
     """A node's reply to the query; an error or unreadable reply is a capability with a cause."""
     if reply.has_error():
         return Capability.failed(f"node_{reply.metadata.src_node_id}", _error(reply))
     try:
-        capability = Capability(**_fields(Capability, reply.content["capability"]))
-        if not capability.cause and (not capability.shapes or capability.num_examples < 1):
-            raise ValueError("no modules or no examples, and no cause")
+        record = reply.content["capability"]
+        capability = Capability(**read_fields(Capability, record))
+        check_capability(record, capability)
         return capability
-    except (KeyError, TypeError, ValueError) as error:
-        cause = f"unreadable capability report: {error}"
+    except Exception as error:  # whatever it is, the node sent it
+        cause = f"unreadable capability report: {_words(error)}"
         return Capability.failed(f"node_{reply.metadata.src_node_id}", cause)
 
 
@@ -148,7 +171,7 @@ def decode_train_result(reply: Message, start: Start | None = None) -> TrainResu
     if reply.has_error():
         raise UpdateRefused(_error(reply))
     try:
-        values = _fields(TrainResult, reply.content["report"])
+        values = read_fields(TrainResult, reply.content["report"])
         adapter = None
         if records := reply.content.array_records:
             arrays = {name: array for record in records.values() for name, array in record.items()}
@@ -162,8 +185,8 @@ def decode_train_result(reply: Message, start: Start | None = None) -> TrainResu
         if adapter is not None and not math.isfinite(result.train_loss):
             raise ValueError(f"train-loss is {result.train_loss}")
         return result
-    except (KeyError, TypeError, ValueError) as error:
-        raise UpdateRefused(f"unreadable reply: {error}") from None
+    except Exception as error:  # whatever it is, the node sent it
+        raise UpdateRefused(f"unreadable reply: {_words(error)}") from None
 
 
 def decode_eval_result(reply: Message) -> EvalResult:
@@ -173,13 +196,12 @@ def decode_eval_result(reply: Message) -> EvalResult:
     try:
         report = reply.content["report"]
         scores = scores_of(report)
-        odd = [n for s in scores.values() for n, v in vars(s).items() if not 0 <= v < math.inf]
-        if odd:
-            raise ValueError(f"'{odd[0]}' is negative or not finite")
-        values = _fields(EvalResult, {k: report[k] for k in ("client-id", "cause")})
+        for name, score in scores.items():
+            check_score(name, score)
+        values = read_fields(EvalResult, {k: report[k] for k in ("client-id", "cause")})
         return EvalResult(**values, scores=scores)
-    except (KeyError, TypeError, ValueError) as error:
-        cause = f"unreadable scores: {error}"
+    except Exception as error:  # whatever it is, the node sent it
+        cause = f"unreadable scores: {_words(error)}"
         return EvalResult(client_id=f"node_{reply.metadata.src_node_id}", cause=cause)
 
 
@@ -191,41 +213,17 @@ def scores_of(report: Mapping) -> dict[str, Score]:
     if len(set(names)) != len(names) or {len(c) for c in columns.values()} != {len(names)}:
         raise ValueError("the lists of scores and of rank classes have different lengths")
     return {
-        name: Score(**_fields(Score, {key: column[k] for key, column in columns.items()}))
+        name: Score(**read_fields(Score, {key: column[k] for key, column in columns.items()}))
         for k, name in enumerate(names)
     }
 
 
 def _error(reply: Message) -> str:
+    words = printable(reply.error.reason or "no reason given", 1000)
     if reply.error.code == UNREADABLE and reply.error.reason:
-        return reply.error.reason
-    return f"Flower error {reply.error.code}: {reply.error.reason or 'no reason given'}"
+        return words
+    return f"Flower error {reply.error.code}: {words}"
 
 
-def _fields(kind: type, record: Mapping) -> dict:
-    """The record's values under the dataclass's names and types; lists become tuples.
-
-    Raises:
-        TypeError: a value of another type than the field's.
-    """
-    types = {field.name: str(field.type) for field in fields(kind)}
-    values = {}
-    for key, value in record.items():
-        name = key.replace("-", "_")
-        if name not in types:
-            continue
-        if isinstance(value, list):
-            value = tuple(value)
-        if not _is(types[name], value):
-            raise TypeError(f"'{key}' is {value!r}, expected {types[name]}")
-        values[name] = value
-    return values
-
-
-def _is(annotation: str, value: object) -> bool:
-    if annotation.startswith("tuple["):
-        inner = annotation.removeprefix("tuple[").split(",")[0]
-        return isinstance(value, tuple) and all(_is(inner, item) for item in value)
-    if annotation == "float":
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return type(value).__name__ == annotation
+def _words(error: Exception) -> str:
+    return printable(reason(error), 1000)

@@ -2,8 +2,9 @@
 
 Flower reports a lost message by an error in place of the reply, or not at all: a node that is
 stopped or killed, a process that dies, a reply that was not fetched in time, a node that comes back
-between two polls. A copy is a new message with the same records, which travel and are stored by
-their content. The first reply to any copy is the reply; the other copies are not pulled.
+between two polls. Of some failures the node itself says that they pass, as of a trainer that
+restarts. A copy is a new message with the same records, which travel and are stored by their
+content. The first reply to any copy is the reply; the other copies are not pulled.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from flexlora.server.transport.flower_private import (
     set_sender,
 )
 from flexlora.server.transport.link import Unreachable, link_of
+from flexlora.server.transport.messages import transient_cause
 
 __all__ = ["REPORT_BYTES", "PendingMessage", "RetryPolicy", "RetryQueue"]
 
@@ -175,10 +177,11 @@ class RetryQueue:
         pending.open.remove(message_id)
         set_sender(reply, pending.node_id, message_id)
         code = reply.error.code if reply.has_error() else None
-        if code in LOST_CODES and pending in self.waiting:
+        loss = f"code {code}" if code in LOST_CODES else transient_cause(reply)
+        if loss and pending in self.waiting:
             pending.error = reply
-            return not self._lose_copy(pending, f"code {code}")
-        if code in EXPIRED_CODES or (code in LOST_CODES and pending.open):
+            return not self._lose_copy(pending, loss)
+        if code in EXPIRED_CODES or (loss and pending.open):
             return False  # of an earlier round, in which it was counted as missing
         pending.open.clear()
         pending.answered = True

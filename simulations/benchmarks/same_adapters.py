@@ -55,7 +55,7 @@ def main() -> int:
     options = parser.parse_args()
     same = True
     print(f"{'case':<20}{'before':<14}{'after':<14}")
-    with _tree(options.before) as before, _tree(options.after) as after:
+    with tree_of(options.before) as before, tree_of(options.after) as after:
         for case in options.only or CASES:
             sides = (before, options.before_set), (after, options.after_set)
             digests = [_digest(tree, case, sets, options.known) for tree, sets in sides]
@@ -67,7 +67,7 @@ def main() -> int:
 
 
 @contextlib.contextmanager
-def _tree(name: str) -> Iterator[Path]:
+def tree_of(name: str) -> Iterator[Path]:
     """A folder as it is; a commit in a worktree, with the links that older commits lack."""
     if Path(name).is_dir():
         yield Path(name).resolve()

@@ -29,6 +29,7 @@ from flexlora.seeds import generator, numpy_generator
 from flexlora.simulations.world.clock_models import clock_shape
 from flexlora.wire.encoding import DTYPES
 from flexlora.wire.jobs import Capability, EvalResult, Score, TrainResult
+from flexlora.wire.packing import WIRE_VERSION
 
 __all__ = ["ECHO", "FEDAVG", "Answers", "ServerCase", "content_bytes"]
 
@@ -142,6 +143,7 @@ class Answers:
             client_id=client_id,
             num_examples=EXAMPLES,
             version=flexlora.__version__,
+            wire_version=WIRE_VERSION,
             fingerprint="shapes alone",
             quantization="none",
             device="none",

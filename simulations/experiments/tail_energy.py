@@ -18,6 +18,7 @@ from pathlib import Path
 from flexlora.aggregation.engine.state import GlobalChange, State
 from flexlora.algebra.linalg import FactoredSVD, inner_product
 from flexlora.lora.ranks import RankClass
+from flexlora.printable import from_cell
 from flexlora.runs.checkpoints import load_checkpoint
 from flexlora.server.observing.observer import Observer
 
@@ -101,6 +102,6 @@ def _weights(
     with file.open(encoding="utf-8", newline="") as handle:
         for row in csv.DictReader(handle):
             if row["round"] == str(server_round) and row["status"] == "ok":
-                kind = classes[row["client_id"]]
+                kind = classes[from_cell(row["client_id"])]
                 weights[kind] = weights.get(kind, 0) + int(row["num_examples"])
     return weights

@@ -35,7 +35,7 @@ def held(monkeypatch):
 
     def train(self, jobs):
         begun.set()
-        assert go.wait(30)
+        assert go.wait(240)
         return plain(self, jobs)
 
     monkeypatch.setattr(Worker, "train", train)
@@ -56,14 +56,14 @@ def test_a_second_request_waits_for_the_first(data, tmp_path, held):
     config = run_config()
     with resident(data, tmp_path / "kept") as made:
         first, one = in_thread(lambda: made.ask(train_message(config), config))
-        assert begun.wait(20)
+        assert begun.wait(120)
         second, two = in_thread(lambda: made.ask(evaluate_message(config), config))
         third, three = in_thread(lambda: made.ask(train_message(config), config))
         time.sleep(0.3)
         assert health(made.path).doing == "train, run 7, round 1" and not two and not three
         go.set()
         for thread in (first, second, third):
-            thread.join(20)
+            thread.join(120)
         assert [cause_of(reply[0]) for reply in (one, two, three)] == ["", "", ""]
         # The third was the same as the first: when its turn came, it had been done.
         assert (made.trainer.totals.trained, made.trainer.totals.from_disk) == (1, 1)
@@ -80,13 +80,13 @@ def test_who_waits_too_long_is_told_for_whom_and_the_kept_are_answered_meanwhile
         kept = made.ask(train_message(config), config)
         go.clear(), begun.clear()
         working, done = in_thread(lambda: made.ask(train_message(other), other))
-        assert begun.wait(20)
+        assert begun.wait(120)
         refused = cause_of(made.ask(evaluate_message(config), config))
         assert "busy (train, run 7, round 1" in refused and "waited 0 s" in refused
         assert values_of(made.ask(train_message(config), config)) == values_of(kept)
         assert not done
         go.set()
-        working.join(20)
+        working.join(120)
 
 
 def test_a_training_whose_caller_has_gone_is_finished_and_kept(data, tmp_path, held):
@@ -97,7 +97,7 @@ def test_a_training_whose_caller_has_gone_is_finished_and_kept(data, tmp_path, h
         with trainer_on(made.path) as stub:
             call = call_of(message, made.context(config))
             answers = stub.Train(questions(call, message.content))
-            assert begun.wait(20)
+            assert begun.wait(120)
             answers.cancel()
         go.set()
         reply = made.ask(train_message(config), config)
@@ -110,14 +110,14 @@ def test_a_stop_lets_the_training_end_and_takes_no_more(data, tmp_path, held):
     config = run_config()
     with resident(data, tmp_path / "kept") as made:
         working, done = in_thread(lambda: made.ask(train_message(config), config))
-        assert begun.wait(20)
-        stopping, ended = in_thread(lambda: made.stop(20.0))
+        assert begun.wait(120)
+        stopping, ended = in_thread(lambda: made.stop(120.0))
         while not health(made.path).stopping:
             time.sleep(0.02)
         refused = made.ask(evaluate_message(config), config)
         assert "the trainer is stopping" in cause_of(refused)
         go.set()
-        working.join(20), stopping.join(20)
+        working.join(120), stopping.join(120)
         assert ended == [True] and cause_of(done[0]) == "" and trained(done[0])
         assert not made.path.exists()
 
@@ -127,9 +127,9 @@ def test_a_stop_does_not_wait_longer_than_its_grace(data, tmp_path, held):
     config = run_config()
     with resident(data, tmp_path / "kept") as made:
         working, done = in_thread(lambda: made.ask(train_message(config), config))
-        assert begun.wait(20)
+        assert begun.wait(120)
         assert made.stop(0.2) is False
-        working.join(20)
+        working.join(120)
         assert "went away while it was asked" in cause_of(done[0]) and not made.path.exists()
         go.set()
 

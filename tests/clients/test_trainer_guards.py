@@ -9,12 +9,14 @@ import stat
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
 import pytest
 from flwr.app import Message
 
 import flexlora
 from flexlora.clients import handler
+from flexlora.clients.trainer import client
 from flexlora.clients.trainer.client import call_of, health, questions, trainer_on
 from flexlora.clients.trainer.service import Limits, listen
 from flexlora.clients.trainer.sockets import DEAD, connection_error
@@ -24,6 +26,7 @@ from flexlora.server.transport.messages import (
     decode_capability,
     decode_eval_result,
     decode_train_result,
+    transient_cause,
 )
 from flexlora.wire.jobs import Capability, EvalResult, TrainResult
 from packed import trained
@@ -175,6 +178,13 @@ def test_a_stale_socket_is_replaced(trainer):
     server.stop(0).wait()
 
 
+@pytest.fixture
+def impatient(monkeypatch):
+    """A trainer that is not there is not waited for."""
+    monkeypatch.setattr(client, "PATIENCE_SECONDS", dict.fromkeys(client.PATIENCE_SECONDS, 0.0))
+
+
+@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("kind", ["query", "train", "evaluate"])
 def test_a_trainer_that_is_not_there_is_a_cause_and_no_fallback(tmp_path, monkeypatch, kind):
     config = run_config()
@@ -190,14 +200,26 @@ def test_a_trainer_that_is_not_there_is_a_cause_and_no_fallback(tmp_path, monkey
     cause = cause_of(content)
     assert f"'{gone}' cannot be reached: there is no such socket" in cause and "\n" not in cause
     reply = Message(content, reply_to=message)
+    assert transient_cause(reply) == cause[:300]
     decode, failed = {
         "query": (decode_capability, Capability.failed("site", cause)),
-        "train": (decode_train_result, TrainResult.failed("site", cause)),
+        "train": (decode_train_result, replace(TrainResult.failed("site", cause), transient=True)),
         "evaluate": (decode_eval_result, EvalResult(client_id="site", cause=cause)),
     }[kind]
     assert repr(decode(reply)) == repr(failed)
 
 
+def test_a_trainer_that_comes_back_in_time_is_asked(trainer, monkeypatch):
+    """Its socket is away when the question comes, and there again two looks later."""
+    looks = iter(["there is no such socket"] * 2)
+    monkeypatch.setattr(client, "connection_error", lambda path: next(looks, ""))
+    monkeypatch.setattr(client, "PAUSE_SECONDS", 0.0)
+    config = run_config()
+    assert cause_of(asked(query_message(), trainer.context(config))) == ""
+    assert next(looks, None) is None
+
+
+@pytest.mark.usefixtures("impatient")
 def test_the_environment_names_the_trainer_of_a_real_node_only(trainer, data, monkeypatch):
     config = run_config()
     monkeypatch.setenv("FLEXLORA_TRAINER_SOCKET", str(trainer.path) + ".gone")
@@ -231,6 +253,6 @@ def test_a_clientapp_with_a_trainer_loads_no_torch(trainer, tmp_path):
     """Whether it is answered or not."""
     for path, start in ((trainer.path, "fine"), (tmp_path / "gone", "the trainer on")):
         run = subprocess.run(
-            [sys.executable, "-c", CHILD, str(path)], capture_output=True, text=True, timeout=60
+            [sys.executable, "-c", CHILD, str(path)], capture_output=True, text=True, timeout=300
         )
         assert run.stdout.startswith(start) and run.stdout.endswith("False False\n"), run

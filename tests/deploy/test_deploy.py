@@ -34,7 +34,7 @@ def issued(tmp_path_factory):
 
 
 def run(*words):
-    done = subprocess.run([*map(str, words)], capture_output=True, text=True, timeout=30)
+    done = subprocess.run([*map(str, words)], capture_output=True, text=True, timeout=300)
     return done.returncode, done.stdout + done.stderr
 
 

@@ -26,6 +26,7 @@ from flexlora.server.members.roster import Roster
 from flexlora.server.settings import check_config, rank_policy_of
 from flexlora.training.slots import find_targets
 from flexlora.wire.jobs import Capability
+from flexlora.wire.packing import WIRE_VERSION
 
 GIB = 2**30
 
@@ -260,6 +261,7 @@ def report(client_id="a", **values):
     honest = {
         "num_examples": 10_000,
         "version": flexlora.__version__,
+        "wire_version": WIRE_VERSION,
         "fingerprint": "f",
         "quantization": "none",
         "device": "cpu (x86_64)",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 
 import pytest
 
@@ -16,7 +17,10 @@ from watching import alive, run_in_progress, shown
 
 
 @pytest.fixture
-def going(tmp_path):
+def going(tmp_path, monkeypatch):
+    """A run in progress, and a clock that stands: ages are what they are on a busy machine too."""
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now)
     return run_in_progress(tmp_path / "run")
 
 

@@ -61,7 +61,7 @@ class Witness(Observer):
     def round_finished(self, metrics):
         self.note("finished", lambda live: live.state == "waiting")
 
-    def note(self, event, there, seconds=3.0):
+    def note(self, event, there, seconds=120.0):
         until = time.monotonic() + seconds
         found = read_live(self.folder)
         while self.folder.exists() and time.monotonic() < until:
@@ -229,7 +229,7 @@ def test_every_reader_sees_a_whole_file_and_few_writes(tmp_path, monkeypatch):
     live.round_started(1, 2, 10**6)
     texts, began = set(), time.monotonic()
     # The writer has the time that this loop leaves it: a busy machine takes longer.
-    while time.monotonic() - began < (1.0 if len(texts) >= 3 else 30.0):
+    while time.monotonic() - began < (1.0 if len(texts) >= 3 else 120.0):
         for number in range(50):
             live.replied(f"client_{number}", Outcome.OK, "", False)
         if (tmp_path / LIVE_FILE).exists():
@@ -243,7 +243,7 @@ def test_every_reader_sees_a_whole_file_and_few_writes(tmp_path, monkeypatch):
 def test_it_says_that_it_is_alive_while_nothing_happens(tmp_path, monkeypatch):
     monkeypatch.setattr(live_module, "SHORTEST_SECONDS", 0.01)
     live = LiveObserver(tmp_path, opened=True, heartbeat=0.05)
-    seen, until = set(), time.monotonic() + 5
+    seen, until = set(), time.monotonic() + 120
     while len(seen) < 4 and time.monotonic() < until:
         state = read_live(tmp_path)
         seen |= {state.updated} if state is not None else set()

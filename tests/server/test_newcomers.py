@@ -55,10 +55,13 @@ def test_a_newcomer_that_the_checkpoint_knows_keeps_its_rank():
 
 
 UNFIT = {
-    "version": ({"version": "0.0.1"}, "FlexLoRA 0.0.1, the server has"),
+    "version": ({"version": "3.0.1"}, "FlexLoRA 3.0.1, the server has"),
     "base": ({"fingerprint": "0" * 32}, "another base model"),
     "targets": ({"modules": ("x",), "out_features": (4,), "in_features": (4,)}, "other targets"),
-    "shapes": ({"out_features": (12, 6, 21)}, "its modules have other shapes"),
+    "shapes": (
+        {"out_features": (12, 6, 21)},
+        "module 'mlp.up': [out, in] is [21, 12]",
+    ),
     "its own word": ({"cause": "its disk is full"}, "its disk is full"),
 }
 
@@ -79,7 +82,7 @@ def test_one_that_was_repaired_is_asked_again_once_it_has_been_away():
     class Repaired(FaultyGrid):
         def answer(self, message):
             fixed = self.clock.now() > 25.0
-            self.reports = {} if fixed else {"zoe": capability("zoe", version="0.0.1")}
+            self.reports = {} if fixed else {"zoe": capability("zoe", version="3.0.1")}
             return super().answer(message)
 
     rows = []
@@ -93,11 +96,11 @@ def test_one_that_was_repaired_is_asked_again_once_it_has_been_away():
 def test_a_node_that_did_not_answer_at_first_is_asked_again_and_less_and_less():
     rows = []
     config = {"num_server_rounds": 8, "server__round_timeout_seconds": 20.0}
-    fates = {("query", "client_1"): [lost(8, 0.0)] * 3 + [SILENT]}  # once, and twice again
+    fates = {("query", "client_1"): [lost(8, 0.0)] * 3 + [SILENT] * 9}  # then in rounds 1, 3, 7
     grid, strategy = grown(fates=fates, later={}, rows=rows, changes=config)
     assert strategy.roster.left_out["node_11"].startswith("Flower error 8")
     times = asked(grid, "client_1")
-    assert len(times) == 4 and trained(rows, "client_1") == []
+    assert len(times) == 6 and trained(rows, "client_1") == []
     fates = {("query", "client_1"): [lost(8, 0.0)] * 4}
     grid, strategy = grown(fates=fates, later={}, rows=rows, changes=config)
     assert trained(rows, "client_1") == [3, 4, 5, 6, 7, 8]
@@ -139,3 +142,41 @@ def test_a_newcomer_that_the_table_of_ranks_does_not_name_is_left_out(tmp_path):
     (row,) = [row for row in rows if row["client_id"] == "zoe"]
     assert row["status"] == "left out" and "has no entry for client 'zoe'" in row["cause"]
     assert len(strategy.roster.members) == 3 and strategy.state.round == 4
+
+
+def test_a_node_without_a_client_app_delays_the_start_by_wait_seconds_and_is_named():
+    """The round's time is 100 s; the clock is the grid's."""
+    told, rows = Told(), []
+    fates = {("query", "client_1"): [SILENT] * 9}
+    grid = FaultyGrid(people(3), fates)
+    changes = {"num_server_rounds": 2, "server__wait_seconds": 40.0, "server__resends": 0}
+    run(grid, settings(**changes), rows=rows, observer=told)
+    first = min(sent[3] for sent in grid.pushed if sent[0] == "train")
+    assert 40.0 <= first < 45.0
+    assert trained(rows, "client_0") == [1, 2] and trained(rows, "client_1") == []
+    said = [(what, seconds) for what, seconds in told.of("waiting") if "ClientApp" in what]
+    assert all(what.endswith(": 11") for what, _ in said), "by its node id"
+    lefts = [seconds for _, seconds in said[:4]]
+    assert lefts == pytest.approx([38.0, 34.0, 26.0, 10.0], abs=1.0)
+    assert "no answer to the query within 40 s" in told.of("met")[0][0].left_out["node_11"]
+
+
+def test_its_answer_is_read_when_it_comes_and_it_joins():
+    """No second query is needed: that to the meeting is answered in round 1."""
+    rows = []
+    fates = {("query", "client_1"): [Fate(seconds=45.0), SILENT]} | slow_rounds(20.0)
+    grid = FaultyGrid(people(3), fates)
+    changes = {**LONG, "server__wait_seconds": 40.0, "server__resends": 0}
+    run(grid, settings(**changes), rows=rows)
+    assert trained(rows, "client_1") == [2, 3, 4]
+
+
+def test_a_run_says_how_many_nodes_it_waits_for_and_who_is_not_connected():
+    told = Told()
+    away = {10: [(0.0, 20.0)]}  # node 10 is away for 20 s at the start, node 11 after round 1
+    grid = FaultyGrid(people(2), away={**away, 11: [(22.0, 60.0)]}, fates=slow_rounds(2.0))
+    changes = {"num_server_rounds": 2, "server__min_nodes": 2, "server__quorum": 2}
+    run(grid, settings(**changes), observer=told)
+    said = [what for what, _ in told.of("waiting")]
+    assert said[0] == "nodes, 1 of 2 are connected"
+    assert "1 more clients to be connected: client_1" in said

@@ -25,7 +25,7 @@ from flexlora.server.transport.retry_queue import PendingMessage, RetryPolicy
 from flexlora.wire.encoding import over_the_wire
 from one_round import distance, no_change, same_bits
 
-ONE = {"num_server_rounds": 1}
+ONE = {"num_server_rounds": 1, "server__skipped_rounds": 0}
 TWICE = RetryPolicy(resends=2, silence_seconds=40.0, patience_seconds=60.0)
 
 
@@ -50,6 +50,8 @@ RECOVERED = {
     "a message that is gone": ([lost(3)], "sent 2 times (code 3)"),
     "silence": ([SILENT], "sent 2 times (silent for 40 s)"),
     "twice": ([lost(5), lost(8)], "sent 3 times (code 5, code 8)"),
+    "a trainer that restarts": ([Fate(passing="no trainer")], "sent 2 times (no trainer)"),
+    "that, then code 8": ([Fate(passing="busy"), lost(8)], "sent 3 times (busy, code 8)"),
     "silence, then an error": ([Fate(seconds=60.0, code=5), lost(8), REPLY], "sent 3 times"),
 }
 
@@ -327,7 +329,7 @@ def exact(grid, strategy, counted):
         sent[name] = type(start)(
             **{**vars(start), "trained": over_the_wire(start.trained, "float64")}
         ).sealed()
-    opened = OpenRound(method, state, sent)
+    opened = OpenRound(method, state, sent, most_updates=len(counted))
     for client_id in counted:
         result = grid.results[1, client_id]
         opened.add(

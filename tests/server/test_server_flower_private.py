@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import sqlite3
+from importlib import metadata
+
 import httpx
 import pytest
 from flwr.app import Array, ArrayRecord, Error, Message, RecordDict
+from flwr.proto.runtime_pb2 import AcquireTaskRequest
+from flwr.supercore.heartbeat import make_task_heartbeat_fn_http
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
-from flwr.supercore.retry import make_simple_http_retry_invoker
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supernode.fleet_http_client import FleetHttpClient
 
+from flexlora.deploy.request_watch import RequestWatch, watch_requests
+from flexlora.server.transport import flower_private
 from flexlora.server.transport.flower_private import (
     EXPIRED_CODES,
     LOST_CODES,
@@ -26,7 +34,6 @@ from flexlora.server.transport.flower_private import (
     poll,
     pull_object,
     pulls_by_itself,
-    retry_server_errors,
     set_message_id,
     set_sender,
     tried_once,
@@ -97,26 +104,6 @@ def test_flowers_client_repeats_a_503_without_end_and_is_tried_once_here():
     assert grid._runtime_client._retry_invoker.max_tries is None
 
 
-def test_a_500_ends_flowers_threads_unless_it_is_among_the_codes_that_are_repeated(monkeypatch):
-    from flwr.supercore.retry import http_retry
-
-    monkeypatch.setattr(http_retry, "_RETRYABLE_STATUS_CODES", http_retry._RETRYABLE_STATUS_CODES)
-    monkeypatch.setattr(http_retry.time, "sleep", lambda seconds: None)
-    failures = [status(500), status(429)]
-
-    def beat():
-        if failures:
-            raise failures.pop()
-        return "beats"
-
-    invoker = make_simple_http_retry_invoker()
-    with pytest.raises(httpx.HTTPStatusError):
-        invoker.invoke(beat)
-    retry_server_errors()
-    failures.append(status(500))
-    assert invoker.invoke(beat) == "beats"
-
-
 def test_outages_are_told_from_faults():
     gone = [status(500), status(503), status(429), httpx.ReadTimeout("x"), httpx.ConnectError("x")]
     assert all(map(is_outage, gone))
@@ -151,3 +138,44 @@ def test_an_error_can_stand_in_the_place_of_a_reply():
     reply = error_reply(pending.metadata, UNREADABLE, "why")
     assert (reply.error.code, reply.error.reason) == (0, "why")
     assert reply.metadata.reply_to_message_id == "m-0" and reply.metadata.src_node_id == 10
+
+
+def test_a_server_error_at_the_heartbeat_of_a_serverapp_is_one_that_flower_retries():
+    """Flower's own heartbeat function, over its own client: at a 500 it raises, and is not called
+    again; at a 503 it says False, and is."""
+
+    class Interceptor:
+        def intercept(self, context, call_next):
+            return httpx.Response(500, request=context.request)
+
+    class Client(RuntimeHttpClient):
+        _send = RuntimeHttpClient._send
+
+    client = Client("http://127.0.0.1:1", interceptors=[Interceptor()])
+    beat = make_task_heartbeat_fn_http(client)
+    with pytest.raises(httpx.HTTPStatusError):
+        beat()
+    watch_requests(Client, RequestWatch(), flower_private.TASK_HEARTBEAT)
+    assert beat() is False
+    with pytest.raises(httpx.HTTPStatusError):
+        client.AcquireTask(AcquireTaskRequest())
+    assert issubclass(FleetHttpClient, flower_private.ProtobufClient)
+
+
+def test_the_superlinks_database_is_waited_for_longer(monkeypatch):
+    from flwr.supercore import sql_mixin
+
+    monkeypatch.setattr(sql_mixin, "SQLITE_PRAGMAS", sql_mixin.SQLITE_PRAGMAS)
+    before = dict(sql_mixin.SQLITE_PRAGMAS)
+    assert before["busy_timeout"] == "5000" and before["journal_mode"] == "WAL"
+    flower_private.wait_for_database()
+    assert dict(sql_mixin.SQLITE_PRAGMAS) == before | {"busy_timeout": "20000"}
+    connection = sqlite3.connect(":memory:")
+    sql_mixin._set_sqlite_pragmas(connection, None)
+    assert connection.execute("PRAGMA busy_timeout").fetchone() == (20000,)
+
+
+@pytest.mark.parametrize("name", ["flower-superlink", "flower-superexec"])
+def test_the_programs_are_those_that_flower_installs(name):
+    (found,) = metadata.entry_points(group="console_scripts", name=name)
+    assert flower_private.program(name) is found.load()

@@ -95,7 +95,7 @@ def test_the_order_of_arrival_changes_nothing(worker, tmp_path):
     ("change", "cause"),
     [
         ({"fingerprint": "0" * 32}, "another base model"),
-        ({"version": "0.0.1"}, "FlexLoRA 0.0.1, the server has"),
+        ({"version": "3.0.1"}, "FlexLoRA 3.0.1, the server has"),
         ({"modules": ("lm_head",), "out_features": (4,), "in_features": (4,)}, "other targets"),
         ({"cause": "OSError: no disk"}, "OSError: no disk"),
     ],

@@ -6,14 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-import reference
 from builders import random_adapter
 from flexlora import Adapter
 from flexlora.aggregation import METHODS, make_method
 from flexlora.aggregation.engine.open_round import OpenRound
 from flexlora.aggregation.engine.starts import LocalPlan, Start
 from flexlora.aggregation.engine.state import GlobalChange, State
-from flexlora.aggregation.engine.updates import Update, check_update
+from flexlora.aggregation.engine.updates import LARGEST_NORM, Update, check_update
 from flexlora.errors import UpdateRefused
 from flexlora.lora.ranks import RankClass
 
@@ -80,14 +79,14 @@ def bad_updates(update, shapes):
         ("digest", replace(update, digest="e" * 64), "started from eeeeeeeeeeee, this round sent"),
         ("no digest", replace(update, digest=""), "started from nothing, this round sent dddd"),
         (
-            "norm",
-            replace(update, adapter=adapter.map(lambda t: 50 * t)),
-            "norm is .*, the bound is",
+            "a product beyond float32",
+            replace(update, adapter=adapter.map(lambda t: torch.full_like(t, 1e30))),
+            "client 17, module 'attn.q': the norms of lora_A and of .*must not exceed 1.15e.18",
         ),
         (
-            "overflow",
-            replace(update, adapter=adapter.map(lambda t: torch.full_like(t, 1e30))),
-            "client 17",
+            "one factor beyond float32's squares",
+            swapped(update, "attn.v", lora_A=adapter["attn.v"].lora_A * 1e25),
+            "module 'attn.v': the norms of lora_A",
         ),
     ]
     for value in (math.nan, math.inf, -math.inf):
@@ -113,27 +112,28 @@ BAD = names_of_bad_updates()
 def test_a_bad_update_is_refused_by_its_cause(expected, cause):
     bad, message = BAD[cause]
     with pytest.raises(UpdateRefused, match=message):
-        check_update(bad, expected, digest="d" * 64, max_norm=1000.0)
+        check_update(bad, expected, digest="d" * 64)
 
 
 def test_a_good_update_passes(update, expected):
-    check_update(update, expected, digest="d" * 64, max_norm=1000.0)
+    check_update(update, expected, digest="d" * 64)
     check_update(update, expected)
 
 
-def test_an_update_that_overflows_is_refused_without_a_bound_too(expected):
-    """Finite factors whose product is not: G would hold infinity from then on."""
-    with pytest.raises(UpdateRefused):
-        check_update(BAD["overflow"][0], expected, digest="d" * 64)
+def test_factors_up_to_the_largest_norm_pass_and_none_above(update, expected):
+    """The law is in the norms: half of them is no reason, twice is."""
+    half = swapped(update, "attn.v", lora_B=filled(update.adapter["attn.v"], 0.5 * LARGEST_NORM))
+    check_update(half, expected)
+    twice = swapped(update, "attn.v", lora_B=filled(update.adapter["attn.v"], 2.0 * LARGEST_NORM))
+    with pytest.raises(UpdateRefused, match="must not exceed"):
+        check_update(twice, expected)
 
 
-def test_the_norm_is_that_of_the_whole_delta_weight(update, expected):
-    norm = math.sqrt(
-        sum(float(reference.delta_weight(f).square().sum()) for f in update.adapter.values())
-    )
-    check_update(update, expected, max_norm=norm * 1.0001)
-    with pytest.raises(UpdateRefused, match="the update's norm is"):
-        check_update(update, expected, max_norm=norm * 0.9999)
+def filled(factors, bound):
+    """A ``lora_B`` of equal entries for which ``max(|sB|, |A| |sB|)`` is ``bound``."""
+    largest = max(1.0, float(factors.lora_A.double().norm())) * factors.scaling
+    entry = bound / largest / factors.lora_B.numel() ** 0.5
+    return torch.full_like(factors.lora_B, entry)
 
 
 def run_round(name, shapes, expected, updates):
@@ -144,7 +144,7 @@ def run_round(name, shapes, expected, updates):
     refused = []
     for update in updates:
         try:
-            check_update(update, expected, digest="d" * 64, max_norm=1000.0)
+            check_update(update, expected, digest="d" * 64)
             opened.add(update)
         except UpdateRefused as error:
             refused.append(str(error))

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from federation import StopAt, Stopped, client_rows, rounds, small, untimed
+from federation import StopAt, Stopped, adapter_bytes, client_rows, rounds, small, untimed
 from flexlora.errors import RunFailed
 from flexlora.server.observing.observer import Observer
 from flexlora.simulations import simulate as simulation
@@ -151,6 +151,10 @@ def test_two_workers_keep_the_bytes_that_one_keeps(tmp_path):
         found = sorted(root.rglob("*.safetensors"))
         files.append({str(path.relative_to(root)): path.read_bytes() for path in found})
     assert files[0] == files[1] and files[0]
+    one, two = tmp_path / "1", tmp_path / "2"
+    assert adapter_bytes(one) == adapter_bytes(two)
+    for read in (rounds, client_rows):
+        assert untimed(read(one)) == untimed(read(two))
 
 
 class Held(Observer):

@@ -19,7 +19,7 @@ from flexlora.simulations.engine.ray_pool import RayPool
 from flexlora.simulations.engine.ray_start import Session
 from flexlora.wire.jobs import EvalJob, EvalResult
 
-PATIENCE = 60.0
+PATIENCE = 300.0
 
 
 class Rehearsal(RayPool):

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.slow
 CONFIG = resolved(small(clients__count=8, engine__workers=2, train__max_steps=10))
 WORKER_CONFIG = CONFIG
 LONG = CONFIG.with_values({"train.max-steps": 150})  # seconds: time to be killed in
-PATIENCE = 120.0
+PATIENCE = 300.0
 
 
 @pytest.fixture(scope="module")

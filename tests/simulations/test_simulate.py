@@ -29,6 +29,7 @@ from federation import (
     untimed,
 )
 from flexlora.clients.worker import worker_for
+from flexlora.config import resolve
 from flexlora.config.paths import EMBEDDED
 from flexlora.config.resolve import Config, resolved
 from flexlora.lora.adapters import Adapter
@@ -185,13 +186,14 @@ def test_the_resolved_configuration_repeats_the_run_bit_for_bit(smoke, tmp_path)
 
 @pytest.mark.slow
 def test_the_same_configuration_in_two_processes_gives_identical_bytes(tmp_path):
+    """This process and one of its own."""
     config = small(num_server_rounds=2, lora__dropout=0.1)
     folders = [tmp_path / name for name in ("a", "b")]
-    runs = [command("simulate", *as_sets(config), "--out", folder) for folder in folders]
-    for run in runs:
-        status, _, errors = finished(run)
-        assert (status, errors) == (0, "")
+    run = command("simulate", *as_sets(config), "--out", folders[0])
+    simulate(config, folders[1])  # meanwhile
     simulate(config.with_values({"seed": 1}), tmp_path / "other")
+    status, _, errors = finished(run)
+    assert (status, errors) == (0, "")
     first = adapter_bytes(folders[0])
     assert first and first == adapter_bytes(folders[1])
     assert first != adapter_bytes(tmp_path / "other")  # the comparison can tell runs apart
@@ -263,8 +265,11 @@ sys.exit(main(sys.argv[1:]))
 
 
 @pytest.mark.slow
-def test_one_process_and_two_give_the_same_bytes_also_where_one_of_them_is_killed(tmp_path):
-    """The killed worker's cohort is trained again: every client is there in the end."""
+def test_one_process_and_two_of_which_one_is_killed_give_the_same_bytes(tmp_path):
+    """The killed worker's cohort is trained again: every client is there in the end.
+
+    ``test_engine_keeping.py`` has two of which none is killed.
+    """
     many = {"clients__count": 16, "engine__cohort_size": 2, "train__max_steps": 10}
     config = small(num_server_rounds=2, personal__rank=2, **many)
     simulate(config, tmp_path / "alone")
@@ -272,20 +277,17 @@ def test_one_process_and_two_give_the_same_bytes_also_where_one_of_them_is_kille
     arguments = ["simulate", *as_sets(two), "--out", str(tmp_path / "killed")]
     script = [sys.executable, "-c", TWO_WORKERS_ONE_KILLED, *arguments]
     environment = os.environ | ONE_THREAD
-    ended = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=300)
+    ended = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=900)
     assert ended.returncode == 0 and ended.stderr.count("killed ") == 1, ended.stderr
-    status, _, _ = finished(command("simulate", *as_sets(two), "--out", tmp_path / "together"))
-    assert status == 0
-    for name in ("killed", "together"):
-        assert adapter_bytes(tmp_path / "alone") == adapter_bytes(tmp_path / name)
-        for read in (client_rows, rounds):
-            assert untimed(read(tmp_path / "alone")) == untimed(read(tmp_path / name))
+    assert adapter_bytes(tmp_path / "alone") == adapter_bytes(tmp_path / "killed")
+    for read in (client_rows, rounds):
+        assert untimed(read(tmp_path / "alone")) == untimed(read(tmp_path / "killed"))
 
 
 def test_the_machines_threads_and_the_cohort_plan_stand_in_the_resolved_configuration(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0})  # a machine of one core
+    monkeypatch.setattr(resolve, "free_cores", lambda: 1)  # a machine of one core
     simulate(small(engine__threads=0, engine__cohort_size=3), tmp_path / "run")
     values = tomllib.loads((tmp_path / "run" / "config.toml").read_text())["engine"]
     assert values["threads"] == 1 and values["cohort-size"] == 3

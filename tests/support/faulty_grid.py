@@ -17,6 +17,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 import flexlora
+from flexlora.clients.failure_reply import failure_reply
 from flexlora.clients.messages import (
     decode_train_job,
     encode_capability,
@@ -27,6 +28,7 @@ from flexlora.config.resolve import Config
 from flexlora.seeds import derive_seed
 from flexlora.server.strategy import FlexLoRAStrategy
 from flexlora.wire.jobs import Capability, EvalResult, TrainResult
+from flexlora.wire.packing import WIRE_VERSION
 from one_round import SHAPES, noisy
 from spelled import of_names
 
@@ -52,11 +54,15 @@ def settings(**changes):
 
 @dataclass(frozen=True, kw_only=True)
 class Fate:
-    """What becomes of one copy: a reply after ``seconds``, Flower's error ``code``, or silence."""
+    """What becomes of one copy: a reply after ``seconds``, Flower's error ``code``, or silence.
+
+    With ``passing`` the reply is a failure that the node says will pass.
+    """
 
     seconds: float = 1.0
     code: int = 0
     silent: bool = False
+    passing: str = ""
 
 
 REPLY, SILENT = Fate(), Fate(silent=True)
@@ -102,6 +108,7 @@ def capability(client_id, num_examples=10, **changes):
         client_id=client_id,
         num_examples=num_examples,
         version=flexlora.__version__,
+        wire_version=WIRE_VERSION,
         fingerprint="f" * 32,
         quantization="none",
         device="cpu",
@@ -200,6 +207,13 @@ class FaultyGrid(Grid):
             reply = Message(Error(code=fate.code, reason="as written"), reply_to=message)
             reply.metadata.__dict__["_src_node_id"] = SUPERLINK
             return [reply]
+        if fate.passing:
+            kind, client_id = (
+                message.metadata.message_type,
+                self.clients[message.metadata.dst_node_id],
+            )
+            content = failure_reply(kind, client_id, fate.passing, transient=True)
+            return [Message(content, reply_to=message)]
         return [self.answer(message)]
 
     def answer(self, message):

@@ -34,6 +34,7 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": 
 
 SMALL = {
     "clients.count": 4,
+    "population.examples": "lognormal:24:0.4",  # few to encode, and unequal
     "method.name": "flexlora",
     "num-server-rounds": 1,
     "fraction-train": 1.0,
@@ -80,7 +81,7 @@ def command(*arguments, **options):
     )
 
 
-def finished(process, timeout=120):
+def finished(process, timeout=600):
     """``(exit status, stdout, stderr)`` of ``command(...)``; a process that hangs is killed."""
     try:
         out, err = process.communicate(timeout=timeout)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import shutil
 import socket
 import ssl
 from contextlib import ExitStack
@@ -32,6 +33,11 @@ def node_of(place, name="node", **changes):
         "device": "cpu",
     }
     return values | changes
+
+
+def remove_proxy_folder(port):
+    """Where an nginx that root has started keeps its bodies."""
+    shutil.rmtree(f"/var/lib/flexlora-proxy-{port}", ignore_errors=True)
 
 
 def text_of(path):
@@ -68,7 +74,7 @@ def free_ports(count):
 def status(method, port, path, authority):
     """What whoever reaches the port that is open to sites is answered."""
     trusted = ssl.create_default_context(cafile=str(authority))
-    connection = http.client.HTTPSConnection("localhost", port, timeout=20, context=trusted)
+    connection = http.client.HTTPSConnection("localhost", port, timeout=120, context=trusted)
     try:
         connection.request(method, path, headers={"Content-Type": "application/x-protobuf"})
         return connection.getresponse().status

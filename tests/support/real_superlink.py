@@ -48,7 +48,7 @@ def real_superlink(folder, *arguments, roots=None):
             list(map(str, command)), env=environment, cwd=folder, stdout=log, stderr=log
         )
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         with socket.socket() as probe:
             while probe.connect_ex(("127.0.0.1", port)):
                 assert process.poll() is None and time.monotonic() < deadline, (
@@ -59,15 +59,15 @@ def real_superlink(folder, *arguments, roots=None):
     finally:
         started = [process, *psutil.Process(process.pid).children(recursive=True)]
         process.terminate()
-        _, alive = psutil.wait_procs([psutil.Process(p.pid) for p in started[1:]], timeout=10)
+        _, alive = psutil.wait_procs([psutil.Process(p.pid) for p in started[1:]], timeout=60)
         for left in alive:
             left.kill()
-        process.wait(timeout=20)
+        process.wait(timeout=60)
 
 
 def flwr(environment, *words):
     done = subprocess.run(
-        [BIN / "flwr", *words], env=environment, capture_output=True, text=True, timeout=60
+        [BIN / "flwr", *words], env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

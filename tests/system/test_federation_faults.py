@@ -62,6 +62,7 @@ RESUMED = {
     "num_server_rounds": 4,
     "server__quorum": 2,
     "server__silence_seconds": 2.0,
+    "server__skipped_rounds": 0,
     "server__resends": 1,
     "server__round_timeout_seconds": float(LONG),
 }
@@ -167,7 +168,7 @@ def break_and_resume(processes, trainers, told):
     until(lambda: trainers["north"].doing(f"train, run {first.id}, round 3"), LONG, federation.logs)
     federation.superlink.kill()
     told["before"] = rounds(first.folder)
-    until(lambda: not federation.listens(), 10, federation.logs)
+    until(lambda: not federation.listens(), SLOWLY, federation.logs)
     federation.ready()
     changes = {**RESUMED, **IMPATIENT, "server__min_nodes": 2}
     second = federation.run("again", run_of(**changes, resume=str(first.folder)))

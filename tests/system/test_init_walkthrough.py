@@ -22,7 +22,7 @@ import tomli_w
 
 from federation import ONE_THREAD, SMALL, client_rows, rounds
 from flexlora.commands.cli import main
-from init_folders import free_ports, status
+from init_folders import free_ports, remove_proxy_folder, status
 from trainers import write_rows
 
 pytestmark = pytest.mark.slow
@@ -43,6 +43,8 @@ def person():
         for left in alive:
             left.kill()
         shutil.rmtree(folder)
+        for port in someone.ports:
+            remove_proxy_folder(port)
 
 
 def steps(readme):
@@ -61,7 +63,7 @@ class Person:
     """Follows a README in terminals whose output is kept."""
 
     def __init__(self, place):
-        self.place, self.terminals = place, []
+        self.place, self.terminals, self.ports = place, [], []
         self.environment = {
             **os.environ,
             **ONE_THREAD,
@@ -82,13 +84,13 @@ class Person:
                 ["bash", "-c", text], stdout=out, stderr=out, env=self.environment
             )
         self.terminals.append((process, log))
-        deadline = time.monotonic() + 150
+        deadline = time.monotonic() + 600
         while ready not in log.read_text():
             assert process.poll() is None, f"{text}{log.read_text()}"
             assert time.monotonic() < deadline, f"{text}{log.read_text()}"
             time.sleep(0.2)
 
-    def run(self, text, timeout=400):
+    def run(self, text, timeout=900):
         """A command that ends; its output."""
         done = subprocess.run(
             ["bash", "-c", text],
@@ -134,7 +136,7 @@ class Person:
 def init_both(place, proxy):
     """Both folders, made by the commands that the walk-through in the repository names."""
     write_rows(place / "rows")
-    port, node_port = free_ports(2), free_ports(1)
+    port, node_port = free_ports(3), free_ports(1)
     server, node = place / "server", place / "node"
     words = ["--host", "localhost", "--host", "127.0.0.1", "--port", str(port), "--proxy", proxy]
     assert main(["server", "init", str(server), *words]) == 0
@@ -166,6 +168,7 @@ def configure(app):
 )
 def test_two_readmes_word_by_word_give_a_node_that_trains(person, proxy):
     server, node, port = init_both(person.place, proxy)
+    person.ports.append(port)
     seen = {}
 
     def bring_the_key(text):
@@ -179,7 +182,7 @@ def test_two_readmes_word_by_word_give_a_node_that_trains(person, proxy):
         seen[text] = out
         if "fleet add" in text:  # "Now the node's owner starts it, as the README there says"
             seen |= dict(person.follow(node / "README.md", lambda text: None))
-    (run,) = (server / "state" / "serverapp" / "runs").iterdir()
+    run = server / "state" / "serverapp" / "runs" / "app-0001"
     rows = client_rows(run, 1)
     told = [(row["client_id"], row["status"], row["cause"]) for row in rows]
     assert told == [("site-a", "ok", "")], person.told()

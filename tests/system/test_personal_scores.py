@@ -21,6 +21,7 @@ from flexlora.config.resolve import Config
 from flexlora.data.tasks import generate_rows
 from flexlora.evaluation.evaluate import BASE, PERSONAL
 from flexlora.lora.ranks import RankClass
+from flexlora.server.members.bases import Base
 from flexlora.server.members.roster import Member, Roster
 from flexlora.server.rounds.evaluation import eval_metrics, evaluation_rows
 from flexlora.server.transport.messages import decode_eval_result
@@ -152,7 +153,7 @@ def roster(**classes):
             )
             for k, (name, rank) in enumerate(classes.items())
         },
-        shapes={"q": (8, 8), "v": (4, 8)},
+        base=Base(modules=("q", "v"), out_features=(8, 4), in_features=(8, 8)),
     )
 
 

@@ -80,7 +80,7 @@ def found(case):
         for name, (words, one) in asked.items()
     }
     try:
-        told = {name: process.communicate(timeout=240) for name, process in started.items()}
+        told = {name: process.communicate(timeout=600) for name, process in started.items()}
     finally:
         for process in started.values():
             process.kill()

@@ -4,23 +4,45 @@ A floating-point sum depends on its order, so the order is a function of which c
 by rank, then by client id, late updates last. An update that arrives before its turn waits, on disk
 beyond ``waiting_bytes``. The resulting bits depend on the set of updates alone, and the memory of a
 round is that of its sums.
+
+Two bounds keep one client from making the round its own: on the norm of its update
+(``norm_bound.py``) and on its share of the weight (``weight_cap.py``). Where they need to know the
+others first, the update waits for them, at most until ``settle``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from flexlora.aggregation.engine.factor_gap import FactorGap
 from flexlora.aggregation.engine.method import Method
+from flexlora.aggregation.engine.norm_bound import NormBound, Norms
 from flexlora.aggregation.engine.starts import Start
 from flexlora.aggregation.engine.state import State
 from flexlora.aggregation.engine.sums import Sums
 from flexlora.aggregation.engine.updates import Update
 from flexlora.aggregation.engine.waiting import WAITING_BYTES, WaitingUpdates
+from flexlora.aggregation.engine.weight_cap import largest_share, weight_level
 from flexlora.errors import UpdateRefused
 
-__all__ = ["OpenRound"]
+__all__ = ["OpenRound", "Settled"]
+
+UNBOUNDED = NormBound(factor=0.0)
+ROUNDING = 1e-9  # an update this near its largest share waits until the round is complete
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settled:
+    """By the updates' keys: why some are not in the sum, and how many times others count in it.
+
+    ``shares`` are factors below 1, of updates beyond their share of the weight. ``norms`` are those
+    of the updates in the sum.
+    """
+
+    refused: Mapping[str, str] = field(default_factory=dict)
+    shares: Mapping[str, float] = field(default_factory=dict)
+    norms: tuple[Norms, ...] = ()
 
 
 class OpenRound:
@@ -32,6 +54,8 @@ class OpenRound:
         clients: the clients that were asked, each with the name of its rank class. Updates are then
             added as soon as all before them are in; without ``clients`` they wait for ``close``.
         factor_gap: report by module how far averaging factors would be from averaging products.
+        bound: of the norms of updates that have them.
+        most_updates: how many updates may come at most, where shares are bounded; 0: they are not.
     """
 
     def __init__(
@@ -43,6 +67,8 @@ class OpenRound:
         *,
         factor_gap: bool = False,
         waiting_bytes: int = WAITING_BYTES,
+        bound: NormBound = UNBOUNDED,
+        most_updates: int = 0,
     ) -> None:
         self.method, self.state, self.sent = method, state, sent
         shapes, device = state.change.shapes, state.device
@@ -55,43 +81,72 @@ class OpenRound:
         }
         self._order = sorted(self._places, key=self._places.__getitem__)
         self._next = 0
-        self._seen: set[str] = set()
+        self._norms: dict[str, Norms | None] = {}  # of the updates that are in
+        self._weights: dict[str, float] = {}
         self._skipped: set[str] = set()
         self._waiting = WaitingUpdates(waiting_bytes)
+        self._bound, self._most_updates = bound, most_updates
+        self._settled: Settled | None = None
+
+    @property
+    def decides(self) -> bool:
+        """Whether ``add`` knows the bound of norms; else ``settle`` may still refuse updates."""
+        return self._bound.decides
 
     def add(self, update: Update) -> None:
         """Take one checked update: added to the sums now or when all before it are in.
 
         Raises:
-            UpdateRefused: a second update of a client, one of a client that was skipped, or one
-                whose start the method has to know and this round did not send. The round is then
-                as it was.
+            UpdateRefused: a second update of a client, one of a client that was skipped, one whose
+                start the method has to know and this round did not send, or one whose norm is
+                beyond the bound, where that is known. The round is then as it was.
         """
-        if update.key in self._seen:
+        if update.key in self._norms:
             raise UpdateRefused(f"client {update.client_id}: a second update in the same round.")
         if update.key in self._skipped:
             raise UpdateRefused(f"client {update.client_id}: this round went on without it.")
         self.sums.check(update)
+        if self._bound.decides and (cause := self._refusal(update.norms)):
+            raise UpdateRefused(f"client {update.client_id}: {cause}")
         if update.discount == 0.0:  # in no denominator either: the round is the one without it
             self.skip(update.key)
             return
-        self._seen.add(update.key)
+        self._norms[update.key] = update.norms
+        self._weights[update.key] = update.discount * self.method.needs.weight(update)
         self._places.setdefault(update.key, self._place(update))
         self._waiting.put(update)
         self._accumulate_ready()
 
     def skip(self, client_id: str) -> None:
         """No update of this client will come: those after it need not wait for it."""
-        if client_id not in self._seen:
+        if client_id not in self._norms:
             self._skipped.add(client_id)
             self._accumulate_ready()
 
+    def settle(self) -> Settled:
+        """Apply both bounds, now that no further update will come."""
+        if self._settled is None:
+            refused = self._refuse_beyond_bound()
+            level = self._level(0) if self._most_updates else None
+            shares = {
+                key: level / weight
+                for key, weight in sorted(self._weights.items())
+                if level is not None and weight > level
+            }
+            norms = tuple(norms for norms in self._norms.values() if norms is not None)
+            self._settled = Settled(refused=refused, shares=shares, norms=norms)
+        return self._settled
+
     def close(self) -> State:
         """The next state; the unchanged one if no update came."""
-        if not self._seen:
+        shares = self.settle().shares
+        if not self._norms:
+            self._waiting.close()
             return self.state.unchanged()
-        for client_id in sorted(self._waiting, key=self._places.__getitem__):
-            update = self._waiting.take(client_id)
+        for key in sorted(self._waiting, key=self._places.__getitem__):
+            update = self._waiting.take(key)
+            if key in shares:
+                update = replace(update, discount=update.discount * shares[key])
             for sums in self._sums:
                 sums.add(update)
         self._waiting.close()
@@ -111,13 +166,43 @@ class OpenRound:
         late = start.base_round != self.state.round
         return late or bool(self._order), start.rank_class.rank, update.key
 
+    def _refusal(self, norms: Norms | None) -> str:
+        return "" if norms is None else self._bound.refusal(norms)
+
+    def _refuse_beyond_bound(self) -> dict[str, str]:
+        """Judge the updates that had to wait for the others' norms; drops the refused ones."""
+        if self._bound.decides:
+            return {}
+        self._bound = self._bound.with_round(norms for norms in self._norms.values() if norms)
+        causes = {key: self._refusal(norms) for key, norms in self._norms.items()}
+        refused = {key: cause for key, cause in sorted(causes.items()) if cause}
+        for key in refused:
+            self._waiting.take(key)
+            del self._norms[key], self._weights[key]
+            self._skipped.add(key)
+        return refused
+
+    def _level(self, more: int) -> float:
+        """The weight above which updates are cut, if ``more`` may come beside those that are in."""
+        weights = list(self._weights.values())
+        count = sum(weight > 0.0 for weight in weights) + more
+        return weight_level(weights, largest_share(count) if count else None)
+
     def _accumulate_ready(self) -> None:
+        """Add what comes next in the order, as far as both bounds certainly allow it."""
+        if not self._bound.decides:
+            return
+        level = None
+        if self._most_updates:
+            level = (1.0 - ROUNDING) * self._level(max(0, self._most_updates - len(self._weights)))
         while self._next < len(self._order):
-            client_id = self._order[self._next]
-            if client_id in self._waiting:
-                update = self._waiting.take(client_id)
+            key = self._order[self._next]
+            if key in self._waiting:
+                if level is not None and self._weights[key] > level:
+                    return
+                update = self._waiting.take(key)
                 for sums in self._sums:
                     sums.add(update)
-            elif client_id not in self._skipped:
+            elif key not in self._skipped:
                 return
             self._next += 1

@@ -89,7 +89,6 @@ class MethodOptions(Options):
     """The options of every method; ``name`` is the key in ``METHODS``."""
 
     name: str = option("", "the aggregation method")
-    max_update_norm: float = option(0.0, "refuse updates of a larger norm (0: no bound)", ge=0.0)
 
 
 class StepOptions(MethodOptions):

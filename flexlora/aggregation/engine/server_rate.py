@@ -17,7 +17,7 @@ from flexlora.aggregation.engine.product_sums import factors_term
 from flexlora.algebra.decompose import MatrixSum
 from flexlora.lora.adapters import Adapter
 
-__all__ = ["LARGEST_RATE", "ChangeNorms"]
+__all__ = ["LARGEST_RATE", "ChangeNorms", "change_energy"]
 
 LARGEST_RATE = 2.0
 
@@ -28,9 +28,9 @@ class ChangeNorms:
     def __init__(self) -> None:
         self._energy = self._total = 0.0
 
-    def add(self, adapter: Adapter, weight: float, minus: Adapter | None = None) -> None:
-        """Add the change ``adapter - minus``; costs O((m + n) r^2) a module."""
-        self._energy += weight * sum(_change(adapter, minus, name).energy() for name in adapter)
+    def add(self, energy: float, weight: float) -> None:
+        """Add one change by its squared norm (``change_energy``)."""
+        self._energy += weight * energy
         self._total += weight
 
     def rate(self, mean: Mapping[str, MatrixSum]) -> float:
@@ -45,10 +45,15 @@ class ChangeNorms:
         return max(1.0, energy / (2.0 * of_mean))
 
 
-def _change(adapter: Adapter, minus: Adapter | None, name: str) -> MatrixSum:
+def change_energy(adapter: Adapter, start: Adapter | None = None) -> float:
+    """``|s B A - start|^2`` over all modules, in float64; costs O((m + n) r^2) a module."""
+    return sum(_change(adapter, start, name).energy() for name in adapter)
+
+
+def _change(adapter: Adapter, start: Adapter | None, name: str) -> MatrixSum:
     factors = adapter[name]
-    start = () if minus is None else (factors_term(-1.0, minus[name]),)
+    minus = () if start is None else (factors_term(-1.0, start[name]),)
     return MatrixSum(
         shape=(factors.out_features, factors.in_features),
-        terms=(factors_term(1.0, factors), *start),
+        terms=(factors_term(1.0, factors), *minus),
     )

@@ -23,7 +23,7 @@ import torch
 from flexlora.aggregation.engine.band_sums import BandSums
 from flexlora.aggregation.engine.factor_sums import FactorSums
 from flexlora.aggregation.engine.product_sums import ProductSums, factors_term
-from flexlora.aggregation.engine.server_rate import ChangeNorms
+from flexlora.aggregation.engine.server_rate import ChangeNorms, change_energy
 from flexlora.aggregation.engine.starts import Start
 from flexlora.aggregation.engine.updates import Update
 from flexlora.algebra.decompose import LazySums, MatrixSum
@@ -114,7 +114,13 @@ class Sums:
         if needs.bands or needs.band_changes:
             self._bands.add(adapter, weight, minus=start if needs.band_changes else None)
         if needs.norms:
-            self._norms.add(adapter, weight, minus=start if needs.starts else None)
+            self._norms.add(self._energy(update, adapter, start), weight)
+
+    def _energy(self, update: Update, adapter: Adapter, start: Adapter | None) -> float:
+        """``|D|^2`` of the update's change, by the one route that gives its bits."""
+        if update.norms is not None and self.needs.starts:
+            return update.norms.change
+        return change_energy(adapter, start if self.needs.starts else None)
 
     def _moved(self, adapter: Adapter) -> Adapter:
         """The adapter where the sums are: itself where it is there."""

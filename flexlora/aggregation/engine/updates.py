@@ -8,12 +8,16 @@ from numbers import Integral
 
 import torch
 
+from flexlora.aggregation.engine.norm_bound import Norms
 from flexlora.aggregation.engine.starts import LocalPlan
-from flexlora.algebra.linalg import product_norm
 from flexlora.errors import UpdateRefused, nearest
 from flexlora.lora.adapters import Adapter, LoRAFactors
 
-__all__ = ["Update", "check_update"]
+__all__ = ["LARGEST_NORM", "Update", "check_update"]
+
+# Of a module's factors and of their product: weights times it, sums of thousands of such, and the
+# product of two mean factors are still finite in float32.
+LARGEST_NORM = 2.0**60
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +26,7 @@ class Update:
 
     ``rank_class`` is the name of that start and ``digest`` its content. A ``late`` update belongs
     to an earlier round (``base_round``). Whatever weight the method gives an update, it counts
-    ``discount`` times that in all sums (``sums.py``).
+    ``discount`` times that in all sums (``sums.py``). Without ``norms`` no norm bound applies.
 
     Raises:
         ValueError: a discount outside 0 to 1.
@@ -36,6 +40,7 @@ class Update:
     digest: str = ""
     late: bool = False
     discount: float = 1.0
+    norms: Norms | None = None
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.discount <= 1.0:
@@ -52,7 +57,6 @@ def check_update(
     expected: Adapter,
     *,
     digest: str | None = None,
-    max_norm: float = 0.0,
     local: LocalPlan = LocalPlan(),
 ) -> None:
     """Refuse an invalid update; ``expected`` is the adapter that this client was sent.
@@ -61,8 +65,8 @@ def check_update(
 
     Raises:
         UpdateRefused: a module missing or unknown, a shape, rank, alpha or dtype other than sent,
-            NaN or infinity, a number of examples that is not positive, a norm beyond ``max_norm``
-            (of the whole update's ``delta_weight``, 0 for no bound), or another start than sent.
+            NaN or infinity, factors too large to be summed in float32 (``LARGEST_NORM``), a number
+            of examples that is not positive, or another start than sent.
     """
     who = f"client {update.client_id}"
     n = update.num_examples
@@ -81,15 +85,19 @@ def check_update(
             f"{who}: the update {what} module '{name}'.{nearest(name, expected)} "
             "Was another base or target list used?"
         )
-    energy = 0.0
     for name, factors in update.adapter.items():
         _check_factors(f"{who}, module '{name}'", factors, expected[name], local)
-        energy += (factors.scaling * product_norm(factors.lora_B, factors.lora_A)) ** 2
-    # Finite factors can have a product that float32 cannot hold.
-    bound = max_norm or torch.finfo(torch.float32).max
-    if not math.sqrt(energy) <= bound:
+        _check_sizes(f"{who}, module '{name}'", factors)
+
+
+def _check_sizes(who: str, factors: LoRAFactors) -> None:
+    """Finite factors can have a product that float32 cannot hold: ``|s B A| <= |s B| |A|``."""
+    A = float(factors.lora_A.double().norm())
+    B = factors.scaling * float(factors.lora_B.double().norm())
+    if not max(A, B, A * B) <= LARGEST_NORM:
         raise UpdateRefused(
-            f"{who}: the update's norm is {math.sqrt(energy):.3g}, the bound is {bound:.3g}."
+            f"{who}: the norms of lora_A and of scaling * lora_B are {A:.3g} and {B:.3g}; "
+            f"they and their product must not exceed {LARGEST_NORM:.3g}. Did training diverge?"
         )
 
 

@@ -5,81 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from contextlib import contextmanager
-from datetime import UTC, datetime
 
 import pytest
 
-from flexlora.deploy.node_keys import make_node_keys, parse_public_key
+from fleet_fakes import new_key
 from flexlora.errors import UserError
-from flexlora.server.fleet import operations
-from flexlora.server.fleet.control_api import KeyTaken, KnownNode
+from flexlora.server.fleet.control_api import KnownNode
 from flexlora.server.fleet.operations import open_fleet
 from flexlora.server.fleet.table import REVOKED, FleetTable, changing, moment
-
-SEEN = datetime(2026, 11, 30, 12, tzinfo=UTC)
-
-
-class Superlink:
-    """What Flower's Control API does with keys; ``fails`` breaks the next call of a kind off."""
-
-    def __init__(self):
-        self.rows, self.fails = {}, set()
-
-    def nodes(self):
-        return list(self.rows.values())
-
-    def register(self, pem, name):
-        self._break("register")
-        if any(row.pem == pem.strip() for row in self.rows.values()):
-            raise KeyTaken("known")
-        node_id = 1000 + len(self.rows)
-        row = KnownNode(node_id=node_id, pem=pem.strip(), name=name, status="registered", seen=None)
-        self.rows[node_id] = row
-        self._break("after register")
-        return node_id
-
-    def unregister(self, node_id):
-        self._break("unregister")
-        self._set(node_id, "unregistered", self.rows[node_id].seen)
-
-    def connect(self, node_id):
-        self._set(node_id, "online", SEEN)
-
-    def _set(self, node_id, status, seen):
-        row = self.rows[node_id]
-        self.rows[node_id] = KnownNode(
-            node_id=node_id, pem=row.pem, name=row.name, status=status, seen=seen
-        )
-
-    def _break(self, where):
-        if where in self.fails:
-            self.fails.remove(where)
-            raise UserError("the SuperLink does not answer")
-
-
-@pytest.fixture
-def superlink(monkeypatch):
-    own = Superlink()
-
-    @contextmanager
-    def api(folder):
-        yield own
-
-    monkeypatch.setattr(operations, "control_api", api)
-    return own
-
-
-@pytest.fixture
-def folder(tmp_path, superlink):
-    (tmp_path / "flwr").mkdir()
-    (tmp_path / "flwr" / "config.toml").touch()
-    (tmp_path / "nodes").mkdir()
-    return tmp_path
-
-
-def new_key():
-    return parse_public_key(make_node_keys("k").public, "k")
 
 
 def table_of(folder):
@@ -206,7 +139,8 @@ def test_two_operators_do_not_change_the_table_at_once(folder):
     )
     try:
         assert other.stdout.readline() == b"held\n"
-        with pytest.raises(UserError, match="another `flexlora fleet` is changing"), changing(path):
+        words = "another `flexlora fleet` is changing"
+        with pytest.raises(UserError, match=words), changing(path, wait_seconds=0.2):
             pass
     finally:
         other.communicate()

@@ -1,0 +1,100 @@
+"""Judge a Flower process by the requests it sends, and have it retry a server's error.
+
+Nothing that can be asked from outside says whether a SuperNode works: its health endpoint answers
+after its main loop has ended, and the server's view of a node is open to the server's owner alone.
+Its own requests say it:
+
+    SendNodeHeartbeat    about every 20 s, from a thread of its own
+    PullMessages         every 3 s; after any other request of the main loop another one follows
+                         soon, but after ConfirmMessageReceived, when the node trains
+
+Flower retries 502, 503, 504 and broken connections. A 500 ends the main loop or the heartbeat, and
+is what a SuperLink answers whose SQLite says "database is locked". ``watch_requests`` has Flower
+read a 500 as 503. One that goes on for minutes is no lock, and the process then starts anew.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["RequestWatch", "watch_requests"]
+
+LOG = logging.getLogger(__name__)
+HEARTBEAT, ACTIVATE, CONFIRM = "SendNodeHeartbeat", "ActivateNode", "ConfirmMessageReceived"
+HEARTBEAT_SECONDS = 120.0
+STALL_SECONDS = 300.0  # a request lives 30 s at most without a byte, a pause between two tries 20 s
+ERROR_SECONDS = 120.0
+
+
+class RequestWatch:
+    """The requests of a process that is a SuperNode or not; ``clock`` gives seconds."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._lock = clock, threading.Lock()
+        self._active = False
+        self._heartbeat = 0.0
+        self._last: tuple[str, float] = ("", 0.0)  # of the main loop
+        self._failing: dict[str, float] = {}  # method: since when it is answered by errors alone
+
+    def sent(self, method: str) -> None:
+        with self._lock:
+            if method == HEARTBEAT:
+                self._heartbeat = self._clock()
+            else:
+                self._last = method, self._clock()
+
+    def answered(self, method: str, *, error: bool) -> None:
+        """``error``: by a status 500."""
+        with self._lock:
+            if error:
+                self._failing.setdefault(method, self._clock())
+            else:
+                self._failing.pop(method, None)
+            if method == ACTIVATE and not error and not self._active:
+                self._active, self._heartbeat = True, self._clock()
+
+    def trouble(self) -> str:
+        """Why the process should start anew; empty where it works."""
+        now = self._clock()
+        with self._lock:
+            for method, since in self._failing.items():
+                if now > since + ERROR_SECONDS:
+                    return f"the server has answered {method} by errors for {now - since:.0f} s"
+            if not self._active:
+                return ""
+            method, when = self._last
+            if now > self._heartbeat + HEARTBEAT_SECONDS:
+                return f"it has sent no heartbeat for {now - self._heartbeat:.0f} s"
+            if method != CONFIRM and now > when + STALL_SECONDS:
+                return f"it has sent nothing for {now - when:.0f} s after {method}"
+        return ""
+
+
+def watch_requests(client: Any, watch: RequestWatch, only: frozenset[str] | None = None) -> None:
+    """Report what every instance of Flower's HTTP ``client`` sends, and turn 500 into 503.
+
+    With ``only`` the requests of these methods alone.
+
+    The class has ``_send(context, **options)``, which returns a response with ``status_code``;
+    ``context.rpc_method`` is a path that ends in the method's name.
+    """
+    send = client._send
+
+    def watched(self: Any, context: Any, **options: Any) -> Any:
+        method = context.rpc_method.rpartition("/")[2]
+        if only is not None and method not in only:
+            return send(self, context, **options)
+        watch.sent(method)
+        response = send(self, context, **options)
+        failed = response.status_code == 500
+        watch.answered(method, error=failed)
+        if failed:
+            LOG.warning("the server answered %s by an error (500); it is asked again", method)
+            response.status_code = 503
+        return response
+
+    client._send = watched

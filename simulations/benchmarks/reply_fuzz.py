@@ -1,0 +1,370 @@
+"""Decode many damaged replies, and find what gets through that must not.
+
+    python -m flexlora.simulations.benchmarks.reply_fuzz                100,000 replies
+    python -m flexlora.simulations.benchmarks.reply_fuzz --replies 5000 --seed 3
+
+A reply is one that a node sends (a capability, a training in each wire dtype, an evaluation) with
+one to four changes at places drawn from all of its records: values, types, lists, keys, whole
+records, and fields and bytes of arrays, whatever the packing. Every reply must be a result, a
+refusal, or a failure with a cause. An update that passes the server's checks is looked at again by
+other means: its modules, shapes, dtype, start and numbers; so is what a capability or a score that
+passed says. Anything else is an escape, and is printed with the seed that repeats it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import time
+from collections import Counter
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+
+import flexlora
+from flexlora.aggregation import make_method
+from flexlora.aggregation.engine.norm_bound import norms_of
+from flexlora.aggregation.engine.starts import Factoring, Start
+from flexlora.aggregation.engine.state import GlobalChange, State
+from flexlora.aggregation.engine.updates import Update, check_update
+from flexlora.clients.messages import (
+    encode_capability,
+    encode_evaluate_result,
+    encode_train_result,
+)
+from flexlora.errors import UpdateRefused
+from flexlora.lora.adapters import Adapter
+from flexlora.lora.ranks import RankClass
+from flexlora.server.transport import messages
+from flexlora.wire.jobs import Capability, EvalResult, Score, TrainResult
+
+__all__ = ["Case", "Outcomes", "cases", "damaged", "run"]
+
+SHAPES = {"layers.0.q": (6, 8), "layers.0.v": (3, 8), "layers.1.q": (6, 8)}
+WIRES = ("float32", "bfloat16", "int8", "float64")
+WORDS = (
+    "",
+    "x" * 5000,
+    "\x1b[2J",
+    "=1+1",
+    "\ud800",
+    "a\x00b",
+    "../../etc",
+    "\u202eabc",
+    "layers.0.q",
+)
+NUMBERS = (0, -1, 1, 2, 7, 2**31, 2**40, 2**62, 2**63, 2**64, -(2**63), 10**30)
+FLOATS = (math.nan, math.inf, -math.inf, 0.0, -1.0, 1e-320, 1e38, 1e300, 0.5)
+SCALARS: tuple[Any, ...] = (*WORDS, *NUMBERS, *FLOATS, True, False, b"", b"\xff" * 9, None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A valid reply; ``start`` is what a train reply was trained from."""
+
+    kind: str
+    content: RecordDict
+    start: Start | None = None
+
+
+@dataclass(kw_only=True)
+class Outcomes:
+    """What came of the replies, and those that got through, with the seed of each."""
+
+    counts: Counter
+    escapes: list[str]
+    seconds: float
+
+
+def cases() -> list[Case]:
+    """A reply of every kind."""
+    names = tuple(SHAPES)
+    capability = Capability(
+        client_id="client_1",
+        num_examples=40,
+        version=flexlora.__version__,
+        fingerprint="f" * 32,
+        quantization="none",
+        device="cpu",
+        runs=("matmul",),
+        modules=names,
+        out_features=tuple(SHAPES[name][0] for name in names),
+        in_features=tuple(SHAPES[name][1] for name in names),
+    )
+    score = Score(loss=30.0, tokens=20, rows=4, exact_match=1.0, rouge_l=2.0, generated=4)
+    evaluation = EvalResult(client_id="client_1", scores={"rank_4": score, "personal": score})
+    return [
+        Case(kind="capability", content=encode_capability(capability)),
+        Case(kind="evaluate", content=encode_evaluate_result(evaluation)),
+        *(_trained(dtype) for dtype in WIRES),
+    ]
+
+
+def _trained(dtype: str) -> Case:
+    wide = torch.float64 if dtype == "float64" else torch.float32
+    state = State(round=2, change=GlobalChange.zero(SHAPES, wide))
+    start = make_method("residual").start(state, RankClass.of(3), Factoring(alpha=16.0)).sealed()
+    generator = torch.Generator().manual_seed(0)
+    noise = {
+        name: factors.map(lambda t: t + 0.1 * torch.randn(t.shape, generator=generator).to(t))
+        for name, factors in start.trained.items()
+    }
+    result = TrainResult(
+        client_id="client_1",
+        rank_class=start.rank_class.name,
+        base_round=2,
+        digest=start.digest,
+        num_examples=30,
+        adapter=Adapter(noise),
+        steps=5,
+        tokens=100,
+        train_loss=1.5,
+        train_seconds=2.0,
+    )
+    content = encode_train_result(result, dtype=dtype, start=start)
+    return Case(kind=f"train {dtype}", content=content, start=start)
+
+
+def damaged(content: RecordDict, draws: random.Random) -> RecordDict:
+    """A copy with one to four changes."""
+    copy = RecordDict({name: deepcopy(record) for name, record in content.items()})
+    for _ in range(draws.choice((1, 1, 1, 2, 4))):
+        try:
+            _change(copy, draws)
+        except (TypeError, ValueError, KeyError):  # Flower's records do not take the value
+            continue
+    return copy
+
+
+def _change(content: RecordDict, draws: random.Random) -> None:
+    if not content or draws.random() < 0.03:
+        return _change_records(content, draws)
+    name = draws.choice(sorted(content))
+    record = content[name]
+    if isinstance(record, ArrayRecord):
+        return _change_array(record, draws)
+    if not record or draws.random() < 0.1:
+        return _change_keys(record, draws)
+    key = draws.choice(sorted(record))
+    value = _other(record[key], draws)
+    # Past the checks of Flower's own records: a node need not run Flower's code.
+    record._data[key] = value
+    return None
+
+
+def _change_records(content: RecordDict, draws: random.Random) -> None:
+    """Remove a record, rename one, or put another kind in its place."""
+    name = draws.choice(sorted(content)) if content else "report"
+    record = content.pop(name) if name in content else ConfigRecord()
+    kind = draws.randrange(4)
+    if kind == 1:
+        content[name + "x"] = record
+    elif kind == 2:
+        content[name] = draws.choice([ConfigRecord(), MetricRecord({"loss": 1.0}), ArrayRecord()])
+    elif kind == 3:
+        content[name], content["another"] = record, deepcopy(record)
+
+
+def _change_keys(record: Any, draws: random.Random) -> None:
+    """Remove a key, rename one, or add one."""
+    key = draws.choice(sorted(record)) if record else "client-id"
+    value = record.pop(key) if key in record else 1
+    if draws.random() < 0.5:
+        record._data[draws.choice([key + "x", key.upper(), "", "num-examples", "cause"])] = value
+
+
+def _change_array(record: ArrayRecord, draws: random.Random) -> None:
+    key = draws.choice(sorted(record)) if record else "packed"
+    if draws.random() < 0.05 or key not in record:
+        record[draws.choice(["packed", "other", ""])] = Array("uint8", (0,), "flexlora.raw", b"")
+        return
+    old = record[key]
+    fields = {"dtype": old.dtype, "shape": old.shape, "stype": old.stype, "data": bytes(old.data)}
+    field = draws.choice(["dtype", "shape", "stype", "data", "data", "data"])
+    if field == "data":
+        fields["data"] = _other_bytes(fields["data"], draws)
+        if draws.random() < 0.3:
+            fields["shape"] = (len(fields["data"]),)
+    elif field == "shape":
+        sides = [0, 1, -1, 2**31, 2**62, 2**63, len(fields["data"])]
+        fields["shape"] = tuple(draws.choice(sides) for _ in range(draws.randrange(4)))
+    else:
+        fields[field] = draws.choice(["", "int8", "float32", "pickle", "numpy.ndarray", "uint8"])
+    record[key] = Array(**fields)
+
+
+def _other_bytes(data: bytes, draws: random.Random) -> bytes:
+    kind = draws.randrange(6)
+    if kind == 0:
+        return data[: draws.randrange(len(data) + 1)]
+    if kind == 1:
+        return data + bytes(draws.randrange(1, 64))
+    if kind == 2:
+        return b""
+    changed = bytearray(data)
+    if not changed:
+        return b"\x00"
+    at = draws.randrange(len(changed))
+    if kind == 3:  # one number becomes NaN, infinity or the largest
+        odd = draws.choice([b"\x00\x00\xc0\x7f", b"\x00\x00\x80\x7f", b"\xff\xff\x7f\x7f"])
+        changed[at - at % 4 : at - at % 4 + 4] = odd
+        return bytes(changed[: len(data)])
+    if kind == 4:  # many numbers of any size
+        span = min(len(changed) - at, 64)
+        changed[at : at + span] = draws.randbytes(span)
+        return bytes(changed)
+    changed[at] ^= 1 << draws.randrange(8)
+    return bytes(changed)
+
+
+def _other(value: Any, draws: random.Random) -> Any:
+    """Another value: of the same type mostly, else of any."""
+    if isinstance(value, list) and draws.random() < 0.8:
+        return _other_list(value, draws)
+    if draws.random() < 0.6:
+        same: dict[type, tuple] = {str: WORDS, int: NUMBERS, float: FLOATS, bool: (True, False)}
+        if type(value) in same:
+            return draws.choice(same[type(value)])
+    return draws.choice([*SCALARS, [], [1, "a", None], ["x"] * 200, {}, [[1]]])
+
+
+def _other_list(value: list, draws: random.Random) -> list:
+    changed, kind = list(value), draws.randrange(6)
+    at = draws.randrange(len(changed)) if changed else 0
+    if kind == 0:
+        return changed[:at]
+    if kind == 1:
+        return changed + changed[:1]
+    if kind == 2:
+        draws.shuffle(changed)
+    elif kind == 3:
+        return changed * 3
+    elif changed:
+        changed[at] = _other(changed[at], draws)
+    return changed
+
+
+def judged(case: Case, content: RecordDict) -> tuple[str, str]:
+    """What the server makes of a reply, and what is wrong with that: empty if nothing."""
+    metadata = SimpleNamespace(src_node_id=7)
+    reply: Any = SimpleNamespace(has_error=lambda: False, content=content, metadata=metadata)
+    if case.kind == "capability":
+        report = messages.decode_capability(reply)
+        return ("failed", "") if report.cause else ("accepted", _odd_capability(report))
+    if case.kind == "evaluate":
+        result = messages.decode_eval_result(reply)
+        return ("failed", "") if result.cause else ("accepted", _odd_scores(result))
+    assert case.start is not None
+    try:
+        trained = messages.decode_train_result(reply, case.start)
+        if trained.adapter is None:
+            return "failed", ""
+        update = Update(
+            client_id="client_1",
+            adapter=trained.adapter,
+            num_examples=trained.num_examples,
+            digest=trained.digest,
+        )
+        check_update(update, case.start.trained, digest=case.start.digest)
+    except UpdateRefused:
+        return "refused", ""
+    return "accepted", _odd_update(update, trained, case.start)
+
+
+def _odd_update(update: Update, result: TrainResult, start: Start) -> str:
+    if set(update.adapter) != set(start.trained) or update.digest != start.digest:
+        return "other modules or another start"
+    for name, factors in update.adapter.items():
+        for label in ("lora_A", "lora_B"):
+            got, sent = getattr(factors, label), getattr(start.trained[name], label)
+            if (
+                got.shape != sent.shape
+                or got.dtype != sent.dtype
+                or got.isfinite().sum() < got.numel()
+            ):
+                return f"{name}.{label} is {got.dtype} {tuple(got.shape)}, or not finite"
+        product = factors.lora_B.float() @ factors.lora_A.float()
+        if not bool((product * product).isfinite().all()):
+            return f"the product of {name} is not finite in float32"
+    numbers = (
+        result.train_loss,
+        result.train_seconds,
+        *vars(norms_of(update.adapter, start.trained)).values(),
+    )
+    if not all(map(math.isfinite, numbers)) or not 0 <= result.train_loss <= 1000:
+        return f"numbers {numbers}"
+    return _odd_words((result.note, result.cause))
+
+
+def _odd_capability(report: Capability) -> str:
+    features = sum(report.out_features) + sum(report.in_features)
+    if not 1 <= report.num_examples <= 2**40 or not 1 <= features <= 2**30:
+        return f"{report.num_examples} examples, {features} features"
+    if len(set(report.modules)) != len(report.out_features) or len(report.client_id) > 128:
+        return "modules or names"
+    return _odd_words((report.client_id, report.device, report.coverage, *report.runs))
+
+
+def _odd_scores(result: EvalResult) -> str:
+    for score in result.scores.values():
+        if not 0 <= score.loss <= 1000 * score.tokens or not score.exact_match <= score.rows:
+            return f"{score}"
+    return _odd_words((result.client_id, result.cause))
+
+
+def _odd_words(words: tuple[str, ...]) -> str:
+    return next((f"{w[:40]!r}" for w in words if not w.isprintable() or len(w) > 4000), "")
+
+
+def replies(count: int, seed: int) -> Iterator[tuple[int, Case, RecordDict]]:
+    """``count`` damaged replies; each has a seed of its own."""
+    whole = cases()
+    for k in range(count):
+        case = whole[k % len(whole)]
+        yield seed + k, case, damaged(case.content, random.Random(seed + k))
+
+
+def run(count: int, seed: int = 0, *, until_escape: bool = False) -> Outcomes:
+    """Decode ``count`` replies; ``seconds`` are those of decoding and checking alone."""
+    outcomes = Outcomes(counts=Counter(), escapes=[], seconds=0.0)
+    for number, case, content in replies(count, seed):
+        began = time.perf_counter()
+        try:
+            outcome, odd = judged(case, content)
+        except Exception as error:
+            outcome, odd = "raised", f"{type(error).__name__}: {error}"[:200]
+        outcomes.seconds += time.perf_counter() - began
+        outcomes.counts[case.kind, outcome] += 1
+        if odd:
+            outcomes.escapes.append(f"seed {number}, {case.kind}: {odd}")
+            if until_escape:
+                break
+    return outcomes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Decode damaged replies and count escapes.")
+    parser.add_argument("--replies", type=int, default=100_000)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    outcomes = run(options.replies, options.seed)
+    for (kind, outcome), count in sorted(outcomes.counts.items()):
+        print(f"{kind:<16} {outcome:<9} {count:>7}")
+    for escape in outcomes.escapes[:20]:
+        print(f"ESCAPED: {escape}")
+    print(
+        f"{options.replies} replies, {len(outcomes.escapes)} escapes, {outcomes.seconds:.1f} s, "
+        f"{1e4 * outcomes.seconds / options.replies:.2f} s for 10,000"
+    )
+    if outcomes.escapes:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
