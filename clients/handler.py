@@ -6,6 +6,7 @@ own process loads the base. A failure becomes a reply with its cause.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from flwr.app import Context, Message, MessageType, RecordDict
@@ -24,7 +25,7 @@ from flexlora.config.resolve import Config
 from flexlora.errors import UserError, one_line
 from flexlora.training.personal_store import PersonalStore
 from flexlora.training.uplink import Uplink, add_note
-from flexlora.wire.jobs import TrainJob
+from flexlora.wire.jobs import EvalJob, TrainJob
 
 __all__ = ["answer", "answer_here", "worker_of"]
 
@@ -81,6 +82,7 @@ def answer(
     feedback: PersonalStore | None = None,
     free_bytes: int | None = None,
     drop: bool = False,
+    check: Callable[[TrainJob | EvalJob], None] = lambda job: None,
 ) -> RecordDict:
     """The reply of ``client_id`` to a content.
 
@@ -91,6 +93,7 @@ def answer(
             when the base was loaded already.
         drop: empty ``content`` once it is decoded, so that the arrays' bytes are freed before
             training.
+        check: raises where the decoded job is not to be done.
     """
     try:
         if message_type == MessageType.QUERY:
@@ -101,10 +104,12 @@ def answer(
         _check_base(content, worker)
         if message_type == MessageType.TRAIN:
             job = decode_train_job(content, client_id)
+            check(job)
             if drop:
                 content.clear()
             return _train(job, worker, personal, feedback)
         jobs = [decode_evaluate_job(content, client_id)]
+        check(jobs[0])
         if drop:
             content.clear()
         jobs = personal.attach_eval(jobs) if personal else jobs

@@ -7,7 +7,8 @@ worker loads one base of each in use, and a pass trains clients of one quantizat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -19,6 +20,7 @@ from flexlora.config.resolve import Config
 from flexlora.data.caps import capped_rows
 from flexlora.data.clients import ClientData, client_rows
 from flexlora.data.collation import Example
+from flexlora.data.row_bound import RowBound, bounded_rows
 from flexlora.errors import UserError, nearest, one_line
 from flexlora.evaluation.evaluate import evaluate
 from flexlora.evaluation.padding import takes_padding
@@ -36,15 +38,17 @@ from flexlora.wire.packing import WIRE_VERSION
 
 __all__ = ["Worker", "failed_training", "worker_for"]
 
-_workers: dict[Config, Worker] = {}
+ALL_ROWS = RowBound()
+_workers: dict[tuple[Config, RowBound], Worker] = {}
 
 
-def worker_for(config: Config) -> Worker:
-    """This process's worker for ``config``, made at the first call."""
-    if config not in _workers:
+def worker_for(config: Config, bound: RowBound = ALL_ROWS) -> Worker:
+    """This process's worker for ``config`` and the rows in ``bound``, made at the first call."""
+    key = config, bound
+    if key not in _workers:
         _workers.clear()  # one configuration at a time
-        _workers[config] = Worker(config)
-    return _workers[config]
+        _workers[key] = Worker(config, bound)
+    return _workers[key]
 
 
 class Worker:
@@ -56,8 +60,9 @@ class Worker:
             cannot run.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, bound: RowBound = ALL_ROWS) -> None:
         self.config = config
+        self._interrupt: Callable[[], str] | None = None
         torch.set_num_threads(
             config.engine.threads or min(torch.get_num_threads(), allowed_cores())
         )
@@ -70,6 +75,7 @@ class Worker:
             seed=config.seed,
             tasks=config.data.tasks,
         )
+        rows = bounded_rows(rows, bound)
         rows = capped_rows(rows, config.population.examples, seed=config.seed)
         device = pick_device(config.engine.device)
         wide = torch.float64 if config.wire.dtype == "float64" else torch.float32
@@ -125,6 +131,20 @@ class Worker:
                 device=config.engine.device,
             )
         return bases
+
+    def limit_rows(self, client_id: str, rows: int) -> None:
+        """Train this client with at most so many rows in a pass; its gradients are the same."""
+        for passes in (self._global_passes, self._personal_passes):
+            passes.rows_in_pass[client_id] = min(rows, passes.rows_in_pass.get(client_id, rows))
+
+    @contextmanager
+    def interrupted_by(self, interrupt: Callable[[], str] | None) -> Iterator[None]:
+        """Ask ``interrupt`` before every pass inside the block: a reason ends what is under way."""
+        self._interrupt = interrupt
+        try:
+            yield
+        finally:
+            self._interrupt = None
 
     def sources(self) -> Sources:
         """The base and the rows, to compare with those of another day."""
@@ -245,6 +265,7 @@ class Worker:
             [self.train_rows(job) for job in jobs],
             settings,
             pad_token_id=self.base.pad_token_id,
+            interrupt=self._interrupt,
         )
 
     def evaluate(self, jobs: Sequence[EvalJob]) -> list[EvalResult]:
@@ -266,6 +287,7 @@ class Worker:
                 [self.held_out(job.client_id) for job in jobs],
                 batch_size=size,
                 max_new_tokens=self.config.eval.max_new_tokens,
+                interrupt=self._interrupt,
             )
 
         try:

@@ -36,7 +36,9 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> object:
     if name == "__version__":
-        return importlib.import_module("importlib.metadata").version("flexlora")
+        # Kept: it is read from the disk, and a server compares it with that of every node.
+        globals()[name] = importlib.import_module("importlib.metadata").version("flexlora")
+        return globals()[name]
     if name not in _HOME:
         raise AttributeError(f"module 'flexlora' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME[name]), name)

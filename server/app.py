@@ -30,7 +30,7 @@ from flexlora.server.results import write_adapters
 from flexlora.server.resuming import FINAL, check_start, destination_of, settle, start_state
 from flexlora.server.settings import check_config
 from flexlora.server.strategy import FlexLoRAStrategy
-from flexlora.server.transport.flower_private import TASK_HEARTBEAT, ProtobufClient
+from flexlora.server.transport.flower_private import ProtobufClient
 
 __all__ = ["app", "federate"]
 
@@ -45,8 +45,8 @@ def main(grid: Grid, context: Context) -> None:
     Raises:
         UserError, RunFailed: as ``federate``; with ``FINAL`` where a new try would end the same.
     """
-    # A heartbeat that is answered 500 would be the last: the SuperLink then ends the run.
-    watch_requests(ProtobufClient, RequestWatch(), TASK_HEARTBEAT)
+    # A 500 would end the run, or the heartbeat, after which the SuperLink ends it.
+    watch_requests(ProtobufClient, RequestWatch())
     try:
         _run(grid, context)
     except TooFewNodes:

@@ -63,21 +63,9 @@ def roll_back(target: str, server_round: int) -> RunFolder:
     """
     run, config = RunFolder.open(target)
     with exclusive_lock(run.path):
-        kept = kept_rounds(run.checkpoint)
-        if server_round not in kept:
-            rounds = ", ".join(map(str, kept))
-            raise UserError(
-                f"'{target}' has no checkpoint of round {server_round}, but of {rounds}; "
-                "server.keep-checkpoints is how many are kept."
-            )
-        state, by_client = run.load_checkpoint(server_round)
-        _, digest = checkpoint_digest(run.checkpoint, kept[-1])
-        with run.writing(f"the way back to round {server_round}"):
-            was = {"from_round": kept[-1], "from_checkpoint": digest}
-            _, digest = checkpoint_digest(run.checkpoint, server_round)
-            run.audit.append(ROLLED_BACK, round=server_round, checkpoint=digest, **was)
-            go_back(run.checkpoint, server_round)
+        _go_back(run, server_round)
         _forget_later(run, server_round)
+        state, by_client = run.load_checkpoint()
         classes = {r.name: r for r in sorted(by_client.values(), key=lambda r: (r.rank, r.name))}
         strategy, sources = FlexLoRAStrategy(config), run.sources()
         adapters = {**strategy.served(state, classes), "global": strategy.global_adapter(state)}
@@ -90,6 +78,28 @@ def roll_back(target: str, server_round: int) -> RunFolder:
             fan_in_fan_out=bool(run.load_notes().get("fan_in_fan_out", False)),
         )
     return run
+
+
+def _go_back(run: RunFolder, server_round: int) -> None:
+    """The line in the log, then the rename.
+
+    Raises:
+        UserError: a round that is not kept, a damaged checkpoint, a folder that cannot be written.
+    """
+    kept = kept_rounds(run.checkpoint)
+    if server_round not in kept:
+        raise UserError(
+            f"'{run.path}' has no checkpoint of round {server_round}, but of "
+            f"{', '.join(map(str, kept))}; server.keep-checkpoints is how many are kept."
+        )
+    now = None if server_round == kept[-1] else server_round
+    run.load_checkpoint(now)  # refused before anything is written
+    _, digest = checkpoint_digest(run.checkpoint, now)
+    _, left = checkpoint_digest(run.checkpoint)
+    with run.writing(f"the way back to round {server_round}"):
+        was = {"from_round": kept[-1], "from_checkpoint": left}
+        run.audit.append(ROLLED_BACK, round=server_round, checkpoint=digest, **was)
+        go_back(run.checkpoint, server_round)
 
 
 def _forget_later(run: RunFolder, server_round: int) -> None:

@@ -32,11 +32,21 @@ CHEAP = (
 # What a run or an `init` folder holds, and what a person's own folder is called in the documents.
 NOT_IN_THE_TREE = (
     *("config.toml", "metrics.jsonl", "clients.csv", "evaluation.csv", "environment.json"),
-    *("report.html", "live.json", "resume.toml", "results.json", "findings.json", "tuned.toml"),
+    *(
+        "report.html",
+        "live.json",
+        "resume.toml",
+        "results.json",
+        "findings.json",
+        "limits.toml",
+        "quotas.json",
+        "tuned.toml",
+    ),
     *("train.jsonl", "validation.jsonl", "test.jsonl", "ca.crt", "adapter_config.json"),
     *("adapters/", "adapters/CLASS/", "adapters/global/", "checkpoint/", "checkpoint/sent-ROUND/"),
     *("audit.jsonl", "latest.json", "federations/", "DIR/federations/NAME"),
     *("app/pyproject.toml", "private/ca.key", "config.json", "nodes/", "seeds.json"),
+    *("nodes/fleet.json", "members.json"),
 )
 PLACEHOLDERS = {"NAME", "DIR", "RUN", "CLASS", "FILE", "FOLDER"}
 FILE = re.compile(r"[\w.-]*[\w-](?:/[\w.-]+)*(?:\.(?:py|md|toml|jsonl?|csv|svg|proto|html)|/)")
@@ -234,7 +244,9 @@ def test_documents_show_something_of_each_kind():
     assert len(COMMANDS) > 60 and blocks("python") and blocks("jsonl")
     shown = {" ".join(command.arguments) for command in COMMANDS if command.whole}
     for name in commands():
-        assert name in ("", "client", "server") or any(text.startswith(name) for text in shown)
+        assert name in ("", "client", "server", "fleet") or any(
+            text.startswith(name) for text in shown
+        )
 
 
 def test_the_readme_is_one_page():

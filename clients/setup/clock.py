@@ -31,7 +31,14 @@ from flexlora.deploy.tls_checks import check_certificate, inspect_endpoint, unve
 from flexlora.errors import UserError
 from flexlora.units import human_seconds
 
-__all__ = ["check_clock", "clock", "compare_clocks", "default_trust", "watch_clock"]
+__all__ = [
+    "check_clock",
+    "clock",
+    "clock_of_server",
+    "compare_clocks",
+    "default_trust",
+    "watch_clock",
+]
 
 NAME = "clock"
 REMEDY = "timedatectl set-ntp true (here or on the server)"
@@ -126,21 +133,30 @@ def clock(
     Raises:
         UserError: a malformed address, seconds below 0.
     """
-    host, port = split_address(superlink, "--superlink")
     if not watch >= 0:
         raise UserError(f"--watch is {watch:g}, expected 0 or more seconds.")
-    roots = Path(root_certificates) if root_certificates else None
-
-    def check() -> Finding:
-        return check_clock(host, port, roots=roots)
-
+    split_address(superlink, "--superlink")
     if watch:
         parent = os.getppid()
-        watch_clock(check, seconds=watch, alive=lambda: os.getppid() == parent)
+        watch_clock(
+            lambda: clock_of_server(superlink, root_certificates),
+            seconds=watch,
+            alive=lambda: os.getppid() == parent,
+        )
         return 0
-    finding = check()
+    finding = clock_of_server(superlink, root_certificates)
     _print(finding)
     return int(finding.status == "failed")
+
+
+def clock_of_server(superlink: str, root_certificates: str) -> Finding:
+    """``check_clock`` with a command line's values.
+
+    Raises:
+        UserError: a malformed address.
+    """
+    host, port = split_address(superlink, "--superlink")
+    return check_clock(host, port, roots=Path(root_certificates) if root_certificates else None)
 
 
 def watch_clock(check: Callable[[], Finding], *, seconds: float, alive: Callable[[], bool]) -> None:

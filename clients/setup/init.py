@@ -128,6 +128,7 @@ def make_node(
     name, is_local = _model(model)
 
     from flexlora.clients.setup.machine_plan import count_train_rows, plan_machine  # loads torch
+    from flexlora.clients.trainer.limits import limits_text
 
     count = count_train_rows(rows, model=model)
     node = CheckedInit(
@@ -156,6 +157,7 @@ def make_node(
     files = [
         *fill_tree(TEMPLATES / "folder", values),
         File(path="ca.crt", content=node.authorities.pem),
+        File(path="limits.toml", content=limits_text(memory=plan.memory_limit).encode()),
         File(path="findings.json", content=(json.dumps(asdict(plan), indent=1) + "\n").encode()),
         File(path="keys/node", content=keys.private, mode=SECRET),
         File(path="keys/node.pub", content=keys.public),

@@ -47,7 +47,6 @@ class MachinePlan:
     def values(self) -> dict[str, str]:
         """Values for the templates."""
         default = Model().dtype
-        limit = f"--memory-limit {self.memory_limit} " if self.memory_limit else ""
         absent = f"; not: {', '.join(self.absent)}" if self.absent else ""
         return {
             "device": self.device,
@@ -55,7 +54,6 @@ class MachinePlan:
             "free": human_bytes(self.memory_bytes),
             "kernels": f"these ran here: {', '.join(self.kernels) or 'none'}{absent}",
             "quantization": self.quantization,
-            "memory_limit": limit,
             "sets": f"--set model.dtype={self.dtype} " if self.dtype != default else "",
             "fits": (
                 f"rank {self.rank} ({self.reason}), {human_bytes(self.needed_bytes)} "

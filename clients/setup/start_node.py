@@ -36,7 +36,7 @@ def start_node(folder: Path, seconds: float = SLOWLY) -> None:
     logs.mkdir(parents=True, exist_ok=True)
     started: list[subprocess.Popen] = []
     try:
-        for script, words in READY.items():
+        for script in READY:
             log = logs / f"{script.removeprefix('start-')}.log"
             with log.open("w", encoding="utf-8") as out:
                 process = subprocess.Popen(
@@ -48,7 +48,7 @@ def start_node(folder: Path, seconds: float = SLOWLY) -> None:
                     start_new_session=True,
                 )
             started.append(process)
-            _wait_until_ready(process, log, words, seconds)
+            _wait_until_ready(script, process, log, seconds)
             print(f"{script}: process {process.pid}, {log}", flush=True)
     except BaseException:
         for process in started:
@@ -60,12 +60,12 @@ def start_node(folder: Path, seconds: float = SLOWLY) -> None:
     (folder / "state" / "pids").write_text(text, encoding="ascii")
 
 
-def _wait_until_ready(process: subprocess.Popen, log: Path, words: str, seconds: float) -> None:
+def _wait_until_ready(script: str, process: subprocess.Popen, log: Path, seconds: float) -> None:
     deadline = time.monotonic() + seconds
-    while words not in (text := log.read_text(encoding="utf-8", errors="replace")):
+    while READY[script] not in (text := log.read_text(encoding="utf-8", errors="replace")):
         ended = process.poll()
         if ended is not None or time.monotonic() > deadline:
             how = f"ended with status {ended}" if ended is not None else "is not ready in time"
             last = " / ".join([line for line in text.splitlines() if line.strip()][-TAIL:])
-            raise RunFailed(f"{Path(str(process.args[0])).name} {how}: {last} ({log})")
+            raise RunFailed(f"{script} {how}: {last} ({log})")
         time.sleep(0.2)

@@ -21,7 +21,9 @@ from flexlora.units import human_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from flexlora.clients.trainer.activity_log import ActivityLog
+    from flexlora.clients.trainer.limits import OwnerLimits
     from flexlora.clients.trainer.resident import ResidentTrainer
+    from flexlora.clients.trainer.trainer_pb2 import HealthReply
     from flexlora.config.resolve import Config
 
 __all__ = ["health", "serve"]
@@ -40,6 +42,10 @@ def serve(
     client_id: Annotated[str, Option(metavar="NAME", help="this node's name")] = "",
     quantization: Annotated[str, Option(help="none, 8bit or nf4")] = "none",
     device: Annotated[str, Option(help="auto, cpu or cuda")] = "auto",
+    limits: Annotated[
+        str,
+        Option(metavar="FILE", click_type=PATH, help="what a run may ask, as client init writes"),
+    ] = "",
     memory_limit: Annotated[str, Option(metavar="SIZE", help="bytes to use, like 6GiB")] = "",
     state: Annotated[
         str, Option(metavar="DIR", click_type=PATH, help="folder of the finished replies")
@@ -65,6 +71,7 @@ def serve(
     from rich.console import Console
 
     from flexlora.clients.trainer.activity_log import ActivityLog
+    from flexlora.clients.trainer.limits import OwnerLimits
     from flexlora.clients.trainer.owner_config import OwnerConfig
     from flexlora.clients.trainer.reply_store import ReplyStore, default_folder
     from flexlora.clients.trainer.resident import ResidentTrainer
@@ -73,7 +80,8 @@ def serve(
     for flag, value in {"--keep-hours": keep_hours, "--wait": wait, "--grace": grace}.items():
         if not value >= 0:
             raise UserError(f"{flag} is {value:g}, expected 0 or more.")
-    limits = Limits(request_bytes=parse_bytes(max_request, "--max-request"), wait_seconds=wait)
+    allowed = OwnerLimits.read(limits) if limits else OwnerLimits()
+    received = Limits(request_bytes=parse_bytes(max_request, "--max-request"), wait_seconds=wait)
     console = Console(highlight=False, markup=False)
     with ActivityLog(console) as log, stop_signals() as signals:
         owner = OwnerConfig.of(
@@ -84,7 +92,7 @@ def serve(
             client_id=client_id,
             sets=tuple(sets or ()),
         )
-        limit = _enforced(memory_limit, owner.config, log)
+        limit = _enforced(_memory(memory_limit, allowed), owner.config, log)
         replies = ReplyStore(
             Path(state) if state else default_folder(),
             max_bytes=parse_bytes(keep, "--keep"),
@@ -92,11 +100,13 @@ def serve(
         )
         log.line(f"loading {model}")
         try:
-            trainer = ResidentTrainer(owner=owner, replies=replies, limit_bytes=limit)
+            trainer = ResidentTrainer(
+                owner=owner, replies=replies, limits=allowed, limit_bytes=limit
+            )
         except BaseException:
             replies.close()
             raise
-        service = TrainerService(trainer, limits=limits, log=log)
+        service = TrainerService(trainer, limits=received, log=log)
         try:
             server = listen(service, path, group)
             server.start()
@@ -115,12 +125,23 @@ def serve(
     return 0
 
 
-def health(socket: Socket = "") -> int:
-    """Print the trainer's state; exit status 1 if it is stopping.
+def health(
+    socket: Socket = "",
+    superlink: Annotated[
+        str, Option(metavar="HOST:PORT", help="compare this machine's clock with the server's")
+    ] = "",
+    root_certificates: Annotated[
+        str, Option(metavar="CA.crt", click_type=PATH, help="who signed the server's certificate")
+    ] = "",
+) -> int:
+    """Print the trainer's state, the owner's limits and their use.
+
+    The exit status is 1 if the trainer is stopping or the server would refuse this clock.
 
     Raises:
-        UserError: no trainer on the socket.
+        UserError: no trainer on the socket, a malformed address.
     """
+    from flexlora.clients.setup.clock import clock_of_server
     from flexlora.clients.trainer import client
 
     state = client.health(_socket(socket))
@@ -135,10 +156,31 @@ def health(socket: Socket = "") -> int:
         "done": f"{state.trained} trained, {state.evaluated} evaluated, "
         f"{state.from_disk} from disk",
         "kept": f"{state.kept_files} replies, {human_bytes(state.kept_bytes)}",
+        "private": f"files of {state.private_runs} runs, {human_bytes(state.private_bytes)}",
+        **_limits(state),
     }
+    finding = clock_of_server(superlink, root_certificates) if superlink else None
+    if finding is not None:
+        lines["clock"] = f"{finding.status}: {finding.message}"
     for name, text in lines.items():
         print(f"{name:<8} {text}")
-    return 1 if state.stopping else 0
+    return int(state.stopping or (finding is not None and finding.status == "failed"))
+
+
+def _limits(state: HealthReply) -> dict[str, str]:
+    """The owner's limits, a line for each section; quotas with what is used of them."""
+    from flexlora.clients.trainer.content_codec import decode_entries
+
+    lines: dict[str, list[str]] = {}
+    for key, value in decode_entries(state.limits).items():
+        section, _, name = key.partition(".")
+        if section not in ("day", "week") and value != "":
+            text = f"{value:,g}" if isinstance(value, float) else f"{value}"
+            lines.setdefault(section, []).append(f"{name} {text}")
+    for quota in state.quotas:
+        section, _, name = quota.key.partition(".")
+        lines.setdefault(section, []).append(f"{name} {quota.used:,.0f} of {quota.allowed:,.0f}")
+    return {section: ", ".join(texts) for section, texts in lines.items()}
 
 
 def _socket(given: str) -> Path:
@@ -153,6 +195,20 @@ def _checked_socket(given: str, group: str) -> Path:
     if group:
         sockets.group_number(group)
     return path
+
+
+def _memory(given: str, allowed: OwnerLimits) -> str:
+    """The memory limit of the command line or of the file.
+
+    Raises:
+        UserError: both say it.
+    """
+    if given and allowed.request.memory:
+        raise UserError(
+            f"--memory-limit is {given} and request.memory in the limits' file is "
+            f"{allowed.request.memory}; give one of them."
+        )
+    return given or allowed.request.memory
 
 
 def _enforced(memory_limit: str, config: Config, log: ActivityLog) -> int:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from flwr.app import MessageType, RecordDict
@@ -24,14 +25,23 @@ from flexlora.clients.trainer.content_codec import (
     decode_entries,
     encode_header,
 )
+from flexlora.clients.trainer.limits import DAY, OwnerLimits
+from flexlora.clients.trainer.memory_limit import rows_that_fit
 from flexlora.clients.trainer.owner_config import OwnerConfig, data_digest, job_config
+from flexlora.clients.trainer.owner_rules import OwnerRules
+from flexlora.clients.trainer.quota_ledger import QuotaLedger
 from flexlora.clients.trainer.reply_store import ReplyStore, StoredReply
+from flexlora.clients.trainer.run_files import RunFiles
 from flexlora.clients.trainer.trainer_pb2 import Call, Reply, Value
 from flexlora.clients.worker import Worker, worker_for
+from flexlora.config.resolve import Config
+from flexlora.data.row_bound import RowBound
 from flexlora.errors import UserError
 from flexlora.planning.probing import device_name, probe
 from flexlora.training.personal_store import PersonalStore
 from flexlora.training.uplink import feedback_store
+from flexlora.units import parse_bytes
+from flexlora.wire.jobs import EvalJob, TrainJob
 
 __all__ = ["PreparedReply", "ResidentTrainer", "Totals", "describe_call"]
 
@@ -75,15 +85,24 @@ class ResidentTrainer:
 
     owner: OwnerConfig
     replies: ReplyStore
+    limits: OwnerLimits = field(default_factory=OwnerLimits)
     limit_bytes: int = 0
     totals: Totals = field(default_factory=Totals)
 
     def __post_init__(self) -> None:
+        ledger = QuotaLedger(self.replies.folder / "quotas.json")
+        self.rules = OwnerRules(self.limits, ledger)
+        self.bound = RowBound(**dict(self.limits.data))
+        self.run_files = RunFiles(
+            self.replies.folder / "personal",
+            max_bytes=parse_bytes(self.limits.files.max_bytes, "files.max-bytes"),
+            max_seconds=self.limits.files.days * DAY,
+        )
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="trainer")
         self._thread.submit(self._load).result()
 
     def _load(self) -> None:
-        worker = worker_for(self.owner.config)
+        worker = worker_for(self.owner.config, self.bound)
         first = worker.capability(worker.client_ids[0])
         if first.cause:
             raise UserError(f"nothing can be trained here: {first.cause}.")
@@ -91,6 +110,7 @@ class ResidentTrainer:
         self.free_bytes = min(first.free_bytes, self.limit_bytes or first.free_bytes)
         self.fingerprint = worker.base.fingerprint
         self.rows = worker.data.count(first.client_id, "train")
+        self.held_rows = worker.data.held(first.client_id)
         self.device, self.kernels = device_name(worker.base.device), probe(worker.base.device)
 
     def check(self, call: Call) -> str:
@@ -120,6 +140,18 @@ class ResidentTrainer:
         line = f"{describe_call(message_type, call)}: answered from disk"
         return PreparedReply.stored(stored, line, repeated=True)
 
+    def refuse(self, message_type: str, call: Call, client_id: str) -> PreparedReply | None:
+        """The reply to a call that asks for more than the owner allows; None if it does not.
+
+        Nothing of the call but its header has been read by then.
+        """
+        try:
+            config = job_config(self.owner.config, decode_entries(call.settings))
+            self.rules.refuse_settings(message_type, config, self.held_rows)
+        except UserError as error:
+            return self._failed(message_type, call, client_id, error)
+        return None
+
     def work(
         self, message_type: str, call: Call, client_id: str, parts: Iterable[bytes]
     ) -> PreparedReply:
@@ -129,8 +161,14 @@ class ResidentTrainer:
             ContentRefused: bytes that do not match the call's header.
         """
         started = time.perf_counter()
-        done = self._thread.submit(self._answer, message_type, call, client_id, parts)
-        content = done.result()
+        config = job_config(self.owner.config, decode_entries(call.settings))
+        try:
+            with self.rules.begin(message_type, config, self.held_rows) as running:
+                over = running.over if running else None
+                given = (message_type, call, client_id, config, parts, over)
+                content = self._thread.submit(self._answer, *given).result()
+        except UserError as error:
+            return self._failed(message_type, call, client_id, error)
         cause, seconds = cause_of(content), time.perf_counter() - started
         outcome = cause or _summary(message_type, content)
         line = f"{describe_call(message_type, call)}: {outcome}, {seconds:.1f} s"
@@ -151,37 +189,68 @@ class ResidentTrainer:
         self._thread.shutdown(wait=False, cancel_futures=True)
         self.replies.close()
 
-    def _answer(
-        self, message_type: str, call: Call, client_id: str, parts: Iterable[bytes]
-    ) -> RecordDict:
-        content = decode_content(call.content, parts)
-        try:
-            worker = self._worker(decode_entries(call.settings), client_id)
-        except Exception as error:
-            return reply_of(message_type, client_id, error)
-        personal = self._personal_store(call)
-        return answer(
-            message_type,
-            content,
-            worker,
-            client_id,
-            personal=personal if worker.config.personal.rank else None,
-            feedback=feedback_store(personal),
-            free_bytes=self.free_bytes,
-            drop=True,
+    def _failed(
+        self, message_type: str, call: Call, client_id: str, error: UserError
+    ) -> PreparedReply:
+        """The reply with a cause and nothing else."""
+        content = reply_of(message_type, client_id, error)
+        line = f"{describe_call(message_type, call)}: {cause_of(content)}"
+        return PreparedReply(
+            header=Reply(content=encode_header(content)), parts=array_parts(content), line=line
         )
 
-    def _worker(self, run: Mapping[str, object], client_id: str) -> Worker:
+    def _answer(
+        self,
+        message_type: str,
+        call: Call,
+        client_id: str,
+        config: Config,
+        parts: Iterable[bytes],
+        over: Callable[[], str] | None,
+    ) -> RecordDict:
+        content = decode_content(call.content, _received(parts, over))
+        try:
+            worker = self._worker(config, client_id)
+        except Exception as error:
+            return reply_of(message_type, client_id, error)
+        personal = PersonalStore(self._run_folder(call))
+        with worker.interrupted_by(over):
+            reply = answer(
+                message_type,
+                content,
+                worker,
+                client_id,
+                personal=personal if worker.config.personal.rank else None,
+                feedback=feedback_store(personal),
+                free_bytes=self.free_bytes,
+                drop=True,
+                check=lambda job: self._check(job, worker),
+            )
+        self.run_files.trim(at_work=[self._run_folder(call)])
+        return reply
+
+    def _worker(self, config: Config, client_id: str) -> Worker:
         """The worker of a run's configuration; the base is the same for all runs."""
-        worker = worker_for(job_config(self.owner.config, run))
+        worker = worker_for(config, self.bound)
         worker.data.rename(client_id)
         return worker
 
-    def _personal_store(self, call: Call) -> PersonalStore:
-        """The client's factors and rounding errors of a run; a resumed run names its origin."""
+    def _check(self, job: TrainJob | EvalJob, worker: Worker) -> None:
+        """Refuse ranks that are too high, and keep a training on the CPU within the memory."""
+        self.rules.refuse_job(job)
+        on_cpu = worker.base.device.type == "cpu"
+        if self.limit_bytes and on_cpu and isinstance(job, TrainJob):
+            rows = rows_that_fit(worker.config, job, self.limit_bytes)
+            if rows < worker.config.train.per_device_train_batch_size:
+                worker.limit_rows(job.client_id, rows)
+
+    def _run_folder(self, call: Call) -> Path:
+        """Where the client's factors and rounding errors of a run are; a resumed run names its
+        origin."""
         origin = _job_value(call, "origin").text
-        run = origin if origin.isascii() and origin.isdigit() else call.run_id
-        return PersonalStore(self.replies.folder / "personal" / f"run-{run}")
+        return self.run_files.of_run(
+            origin if origin.isascii() and origin.isdigit() else str(call.run_id)
+        )
 
     def _file_name(self, message_type: str, call: Call, client_id: str) -> str:
         """A file name that holds a digest of all that the reply depends on."""
@@ -190,10 +259,22 @@ class ResidentTrainer:
         same.node_id, same.client_id = 0, client_id  # Flower may give a node another number
         state = data_digest(self.owner.config.data.path)
         digest = hashlib.sha256(f"{self.fingerprint}|{state}|".encode())
-        digest.update(repr(sorted(self.owner.config.flat().items())).encode())
+        digest.update(repr((sorted(self.owner.config.flat().items()), self.bound)).encode())
         digest.update(same.SerializeToString(deterministic=True))
         server_round = _server_round(call)
         return f"{message_type}-run{call.run_id}-round{server_round}-{digest.hexdigest()[:40]}"
+
+
+def _received(parts: Iterable[bytes], over: Callable[[], str] | None) -> Iterator[bytes]:
+    """The parts of a request, until ``over`` gives a reason to end it.
+
+    Raises:
+        UserError: with the reason.
+    """
+    for part in parts:
+        yield part
+        if over and (why := over()):
+            raise UserError(f"ended while its arrays came: {why}")
 
 
 def _is_repeatable(message_type: str, call: Call) -> bool:

@@ -24,11 +24,23 @@ from flwr.app import MessageType
 import flexlora
 from flexlora.clients.failure_reply import is_transient
 from flexlora.clients.trainer.activity_log import ActivityLog
-from flexlora.clients.trainer.content_codec import PART_BYTES, ContentRefused, array_bytes
+from flexlora.clients.trainer.content_codec import (
+    PART_BYTES,
+    ContentRefused,
+    array_bytes,
+    encode_entries,
+)
 from flexlora.clients.trainer.request_lock import Busy, RequestLock
 from flexlora.clients.trainer.resident import PreparedReply, ResidentTrainer, describe_call
 from flexlora.clients.trainer.sockets import check_free, open_to, remove
-from flexlora.clients.trainer.trainer_pb2 import Answer, Call, HealthReply, HealthRequest, Question
+from flexlora.clients.trainer.trainer_pb2 import (
+    Answer,
+    Call,
+    HealthReply,
+    HealthRequest,
+    Question,
+    Quota,
+)
 from flexlora.clients.trainer.trainer_pb2_grpc import TrainerServicer, add_TrainerServicer_to_server
 from flexlora.errors import UserError, one_line
 
@@ -78,6 +90,7 @@ class TrainerService(TrainerServicer):
     def Health(self, request: HealthRequest, context: Context) -> HealthReply:
         doing, seconds = self.lock.current
         trainer, (files, size) = self.trainer, self.trainer.replies.usage()
+        runs, private = trainer.run_files.usage()
         return HealthReply(
             version=flexlora.__version__,
             fingerprint=trainer.fingerprint,
@@ -92,6 +105,13 @@ class TrainerService(TrainerServicer):
             kept_files=files,
             kept_bytes=size,
             free_bytes=trainer.free_bytes,
+            limits=encode_entries(trainer.limits.flat()),
+            quotas=[
+                Quota(key=key, used=used, allowed=allowed)
+                for key, used, allowed in trainer.rules.quotas()
+            ],
+            private_runs=runs,
+            private_bytes=private,
             **vars(trainer.totals),
         )
 
@@ -116,6 +136,9 @@ class TrainerService(TrainerServicer):
         stored = self.trainer.find(message_type, call, client_id)
         if stored is not None:
             return stored
+        refused = self.trainer.refuse(message_type, call, client_id)
+        if refused is not None:
+            return refused
         doing = describe_call(message_type, call)
         with self.lock.held(doing, context.is_active), self.log.running(doing):
             # The same call may have been answered while this one waited.

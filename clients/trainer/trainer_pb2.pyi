@@ -157,8 +157,18 @@ class HealthRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class Quota(_message.Message):
+    __slots__ = ("key", "used", "allowed")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    USED_FIELD_NUMBER: _ClassVar[int]
+    ALLOWED_FIELD_NUMBER: _ClassVar[int]
+    key: str
+    used: float
+    allowed: float
+    def __init__(self, key: _Optional[str] = ..., used: _Optional[float] = ..., allowed: _Optional[float] = ...) -> None: ...
+
 class HealthReply(_message.Message):
-    __slots__ = ("version", "fingerprint", "model", "quantization", "device", "runs", "absent", "doing", "seconds", "stopping", "trained", "evaluated", "from_disk", "kept_files", "kept_bytes", "free_bytes")
+    __slots__ = ("version", "fingerprint", "model", "quantization", "device", "runs", "absent", "doing", "seconds", "stopping", "trained", "evaluated", "from_disk", "kept_files", "kept_bytes", "free_bytes", "limits", "quotas", "private_runs", "private_bytes")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -175,6 +185,10 @@ class HealthReply(_message.Message):
     KEPT_FILES_FIELD_NUMBER: _ClassVar[int]
     KEPT_BYTES_FIELD_NUMBER: _ClassVar[int]
     FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LIMITS_FIELD_NUMBER: _ClassVar[int]
+    QUOTAS_FIELD_NUMBER: _ClassVar[int]
+    PRIVATE_RUNS_FIELD_NUMBER: _ClassVar[int]
+    PRIVATE_BYTES_FIELD_NUMBER: _ClassVar[int]
     version: str
     fingerprint: str
     model: str
@@ -191,4 +205,8 @@ class HealthReply(_message.Message):
     kept_files: int
     kept_bytes: int
     free_bytes: int
-    def __init__(self, version: _Optional[str] = ..., fingerprint: _Optional[str] = ..., model: _Optional[str] = ..., quantization: _Optional[str] = ..., device: _Optional[str] = ..., runs: _Optional[_Iterable[str]] = ..., absent: _Optional[_Iterable[str]] = ..., doing: _Optional[str] = ..., seconds: _Optional[float] = ..., stopping: bool = ..., trained: _Optional[int] = ..., evaluated: _Optional[int] = ..., from_disk: _Optional[int] = ..., kept_files: _Optional[int] = ..., kept_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ...) -> None: ...
+    limits: _containers.RepeatedCompositeFieldContainer[Entry]
+    quotas: _containers.RepeatedCompositeFieldContainer[Quota]
+    private_runs: int
+    private_bytes: int
+    def __init__(self, version: _Optional[str] = ..., fingerprint: _Optional[str] = ..., model: _Optional[str] = ..., quantization: _Optional[str] = ..., device: _Optional[str] = ..., runs: _Optional[_Iterable[str]] = ..., absent: _Optional[_Iterable[str]] = ..., doing: _Optional[str] = ..., seconds: _Optional[float] = ..., stopping: bool = ..., trained: _Optional[int] = ..., evaluated: _Optional[int] = ..., from_disk: _Optional[int] = ..., kept_files: _Optional[int] = ..., kept_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., limits: _Optional[_Iterable[_Union[Entry, _Mapping]]] = ..., quotas: _Optional[_Iterable[_Union[Quota, _Mapping]]] = ..., private_runs: _Optional[int] = ..., private_bytes: _Optional[int] = ...) -> None: ...

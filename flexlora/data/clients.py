@@ -134,6 +134,10 @@ class ClientData:
         (only,) = self._rows.values()
         self._rows = {client_id: only}
 
+    def held(self, client_id: str) -> dict[str, int]:
+        """The number of rows of every split, those that are too long included."""
+        return {split: len(rows) for split, rows in self._rows[client_id].items()}
+
     def count(self, client_id: str, split: str) -> RowCount:
         """The number of rows of one split, after the length limit."""
         examples, dropped = self._encode(client_id, split)

@@ -74,10 +74,8 @@ class RequestWatch:
         return ""
 
 
-def watch_requests(client: Any, watch: RequestWatch, only: frozenset[str] | None = None) -> None:
+def watch_requests(client: Any, watch: RequestWatch) -> None:
     """Report what every instance of Flower's HTTP ``client`` sends, and turn 500 into 503.
-
-    With ``only`` the requests of these methods alone.
 
     The class has ``_send(context, **options)``, which returns a response with ``status_code``;
     ``context.rpc_method`` is a path that ends in the method's name.
@@ -86,8 +84,6 @@ def watch_requests(client: Any, watch: RequestWatch, only: frozenset[str] | None
 
     def watched(self: Any, context: Any, **options: Any) -> Any:
         method = context.rpc_method.rpartition("/")[2]
-        if only is not None and method not in only:
-            return send(self, context, **options)
         watch.sent(method)
         response = send(self, context, **options)
         failed = response.status_code == 500

@@ -8,12 +8,13 @@ the prompt alone with the reference, never the teacher-forced argmax, which sees
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from flexlora.data.collation import Example, collate
+from flexlora.errors import UserError
 from flexlora.evaluation.cohorts import EvalPlan, carried_adapter
 from flexlora.evaluation.generation import generate_answers, passes
 from flexlora.evaluation.text_scores import exact_match, rouge_l
@@ -34,11 +35,16 @@ def answer_loss_sums(
     *,
     batch_size: int,
     pad_token_id: int,
+    go_on: Callable[[], None] = lambda: None,
 ) -> list[list[float]]:
-    """Summed answer loss ``[K][rows]`` of each row ``examples[k]`` under slot k."""
+    """Summed answer loss ``[K][rows]`` of each row ``examples[k]`` under slot k.
+
+    ``go_on`` is called before every pass and may raise.
+    """
     sums = [[0.0] * len(rows) for rows in examples]
     lengths = [[len(row.input_ids) for row in rows] for rows in examples]
     for indices in passes(lengths, batch_size):
+        go_on()
         rows = [[examples[k][i] for i in chosen] for k, chosen in enumerate(indices)]
         parts = answer_losses(slots, collate(rows, pad_token_id=pad_token_id))
         for k, part in enumerate(parts):
@@ -56,17 +62,26 @@ def evaluate(
     *,
     batch_size: int,
     max_new_tokens: int,
+    interrupt: Callable[[], str] | None = None,
 ) -> list[EvalResult]:
     """Scores of every job's adapters on its rows ``examples[k]``, in the order of the jobs.
 
     Jobs with equal adapters share passes; personal factors (``EvalJob.personal``) run in cohorts.
+    ``interrupt`` is asked before every pass and every generated token; a reason ends all of it.
 
     Raises:
+        UserError: ``interrupt`` gave a reason.
         ValueError: an adapter that does not fit the model, or personal factors over an adapter
             that the job does not have.
     """
     plan = EvalPlan(jobs=jobs, examples=examples)
-    scorer = _Scorer(slots=slots, base=base, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    scorer = _Scorer(
+        slots=slots,
+        base=base,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        interrupt=interrupt,
+    )
     scores: list[dict[str, Score]] = [{} for _ in jobs]
     try:
         for members in plan.groups():
@@ -95,6 +110,7 @@ class _Scorer:
     base: BaseModel
     batch_size: int
     max_new_tokens: int
+    interrupt: Callable[[], str] | None = None
 
     def shared(self, job: EvalJob, rows: Sequence[Example]) -> dict[str, list[Score]]:
         """Scores of each row by name: under each of the job's adapters, or under the bare base."""
@@ -118,10 +134,21 @@ class _Scorer:
         self.slots.load(adapters, carried=None if carried is None else [carried] * len(adapters))
         return self._scores(examples, jobs[0].generate)
 
+    def _go_on(self) -> None:
+        why = self.interrupt() if self.interrupt is not None else ""
+        if why:
+            raise UserError(f"the evaluation is ended: {why}")
+
     def _scores(self, examples: Sequence[Sequence[Example]], generate: bool) -> list[list[Score]]:
         """``[K][rows]`` scores of the rows ``examples[k]`` under slot k."""
         pad = self.base.pad_token_id
-        sums = answer_loss_sums(self.slots, examples, batch_size=self.batch_size, pad_token_id=pad)
+        sums = answer_loss_sums(
+            self.slots,
+            examples,
+            batch_size=self.batch_size,
+            pad_token_id=pad,
+            go_on=self._go_on,
+        )
         scores = [
             [
                 Score(loss=loss, tokens=row.answer_tokens, rows=1)
@@ -138,6 +165,7 @@ class _Scorer:
             max_new_tokens=self.max_new_tokens,
             batch_size=self.batch_size,
             pad_token_id=pad,
+            go_on=self._go_on if self.interrupt is not None else None,
         )
         return [
             [_with_text(*row) for row in zip(scores[k], rows, texts[k], strict=True)]

@@ -12,7 +12,7 @@ punctuation may be part of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,8 +47,12 @@ def generate_answers(
     max_new_tokens: int,
     batch_size: int,
     pad_token_id: int,
+    go_on: Callable[[], None] | None = None,
 ) -> list[list[str]]:
-    """Greedy answers ``[K][rows]`` of slot k to the prompts ``examples[k]``, up to their end."""
+    """Greedy answers ``[K][rows]`` of slot k to the prompts ``examples[k]``, up to their end.
+
+    ``go_on`` is called before every token and may raise.
+    """
     learned = {end for rows in examples for row in rows for end in row.ends}
     longest = getattr(text_config(slots.model.config), "max_position_embeddings", None)
     answers = [[""] * len(rows) for rows in examples]
@@ -59,7 +63,7 @@ def generate_answers(
         for picked in passes(lengths, batch_size):
             indices = [[chosen[k][i] for i in ids] for k, ids in enumerate(picked)]
             rows = [[examples[k][i] for i in ids] for k, ids in enumerate(indices)]
-            texts = _answer(slots, rows, config, tokenizer, pad_token_id)
+            texts = _answer(slots, rows, config, tokenizer, pad_token_id, go_on)
             for k, ids in enumerate(indices):
                 for i, text in zip(ids, texts[k], strict=True):
                     answers[k][i] = text
@@ -96,13 +100,16 @@ def _answer(
     config: Any,
     tokenizer: Any,
     pad_token_id: int,
+    go_on: Callable[[], None] | None,
 ) -> list[list[str]]:
     """Answers to the rows of one pass, by slot."""
     batch = collate_prompts(rows, pad_token_id=pad_token_id)
+    asked = {} if go_on is None else {"stopping_criteria": [_asking(go_on)]}
     with _generation_config(slots.model, config):
         output = slots.model.generate(
             input_ids=batch.input_ids.to(slots.device),
             attention_mask=batch.attention_mask.to(slots.device),
+            **asked,
         )
     per_slot = batch.input_ids.shape[0] // len(rows)
     new = output[:, batch.input_ids.shape[1] :].cpu()
@@ -111,6 +118,16 @@ def _answer(
         _decoded([_answer_of(new[k * per_slot + i], ends, never) for i in range(n)], tokenizer)
         for k, n in enumerate(map(len, rows))
     ]
+
+
+def _asking(go_on: Callable[[], None]) -> Callable[..., Tensor]:
+    """A stopping criterion that stops no row."""
+
+    def no_row(input_ids: Tensor, *_: Any, **__: Any) -> Tensor:
+        go_on()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    return no_row
 
 
 def _answer_of(ids: Tensor, ends: set[int], never: set[int]) -> Tensor:

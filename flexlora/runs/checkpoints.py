@@ -64,11 +64,7 @@ def save_checkpoint(
     ``notes`` is further state that a resume needs, as JSON values. ``before_commit`` is called with
     the digest of the state's file once that is on disk, before the checkpoint becomes the current.
     """
-    tensors = {f"extra/{key}": tensor.contiguous() for key, tensor in state.extra.items()}
-    for name, svd in state.change.items():
-        for label in ("U", "S", "Vh"):
-            tensors[f"change/{name}/{label}"] = getattr(svd, label).contiguous()
-    data = save(tensors)
+    data = save(_tensors(state))
     file, digest = f"{_stem(state.round)}.safetensors", hashlib.sha256(data).hexdigest()
     write_atomically(folder / file, data)
     index = {
@@ -90,6 +86,14 @@ def save_checkpoint(
     written = _files(folder)
     kept = sorted(at for at in set(written.values()) if at <= state.round)[-keep:]
     _remove(path for path, at in written.items() if at not in kept)
+
+
+def _tensors(state: State) -> dict[str, torch.Tensor]:
+    tensors = {f"extra/{key}": tensor.contiguous() for key, tensor in state.extra.items()}
+    for name, svd in state.change.items():
+        for label in ("U", "S", "Vh"):
+            tensors[f"change/{name}/{label}"] = getattr(svd, label).contiguous()
+    return tensors
 
 
 def _stem(server_round: int) -> str:
@@ -127,13 +131,13 @@ def kept_rounds(folder: Path) -> list[int]:
 
 
 def go_back(folder: Path, server_round: int) -> None:
-    """Make the checkpoint of an earlier round, which must be a kept one, the current.
+    """Make the checkpoint of a kept round the current one.
 
     Raises:
         UserError: it is damaged; the current one is as before.
     """
-    load_checkpoint(folder, server_round)
     if server_round != _read_index(folder, None)["round"]:
+        load_checkpoint(folder, server_round)
         write_atomically(folder / CURRENT, (folder / _index_file(server_round)).read_bytes())
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from flexlora.data.collation import Batch, Example, collate
+from flexlora.errors import UserError
 from flexlora.lora.adapters import Adapter
 from flexlora.seeds import derive_seed
 from flexlora.training.layers import DropoutStream
@@ -38,11 +39,16 @@ def train(
     settings: TrainSettings,
     *,
     pad_token_id: int = 0,
+    interrupt: Callable[[], str] | None = None,
 ) -> list[TrainResult]:
     """Train ``jobs[k]`` on ``examples[k]``, all in the same passes; results in the order of jobs.
 
+    Args:
+        interrupt: asked before every pass; a reason ends the training, and no step counts.
+
     Raises:
         ValueError: no jobs, a job without examples, or jobs that train different factors.
+        UserError: ``interrupt`` gave a reason.
     """
     if not jobs or not all(examples):
         raise ValueError("every job needs at least one example; skip clients without rows.")
@@ -59,6 +65,7 @@ def train(
         steps=[steps[k] for k in order],
         settings=settings,
         pad_token_id=pad_token_id,
+        interrupt=interrupt,
     )
     try:
         by_slot = cohort.run()
@@ -79,6 +86,8 @@ class _Cohort:
     steps: list[int]
     settings: TrainSettings
     pad_token_id: int
+    interrupt: Callable[[], str] | None = None
+    done: int = 0  # steps
 
     def run(self) -> list[dict]:
         starts = [job.start.for_client(job.client_id) for job in self.jobs]
@@ -117,6 +126,7 @@ class _Cohort:
                 self._pull(active)
                 clip_rows(self.slots.gradients[:active], self.settings.max_grad_norm)
                 self.optimizer.step(self.slots.gradients, self._rates(step, active))
+                self.done = step + 1
                 before = before or self._per_token(self.first_sums, first_rows)
                 for k in range(active):
                     losses[k] += step_losses[k] / self.steps[k]
@@ -127,6 +137,14 @@ class _Cohort:
             self._result(k, losses[k], tokens[k], before[k], after[k], pruned[k])
             for k in range(len(after))
         ]
+
+    def _go_on(self) -> None:
+        """Raise where ``interrupt`` has a reason: before a pass, with the factors as they are."""
+        why = self.interrupt() if self.interrupt is not None else ""
+        if why:
+            raise UserError(
+                f"ended after {self.done} of {self.steps[0]} steps, which do not count: {why}"
+            )
 
     def _align(self) -> None:
         """Align ``lora_A`` of every slot with its gradient over its first batches."""
@@ -195,6 +213,7 @@ class _Cohort:
         self.slots.gradients.zero_()
         losses = [0.0] * active
         for micro in range(math.ceil(max(len(indices) for indices in rows) / size)):
+            self._go_on()
             span = slice(micro * size, (micro + 1) * size)
             batch = self._collate([indices[span] for indices in rows])
             if dropout:
@@ -242,6 +261,7 @@ class _Cohort:
         """Mean loss of each slot on the given rows, without dropout."""
         size, sums = self.settings.rows_per_pass, [0.0] * len(indices)
         for at in range(0, max(len(rows) for rows in indices), size):
+            self._go_on()
             parts = answer_losses(
                 self.slots, self._collate([rows[at : at + size] for rows in indices])
             )

@@ -44,6 +44,28 @@ __all__ = ["ReplyHandler"]
 LOG = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Summed:
+    """The row of an update that was added, and the class of a client that pruned its terms."""
+
+    row: ClientRow
+    late: bool
+    lowered: RankClass | None
+
+
+def _pruned_class(member: Member, start: Start, update: Update) -> RankClass | None:
+    """The class at which a client stays that came back at a lower rank."""
+    if update.late or not start.local.prune_factor:
+        return None
+    rank = max(factors.rank for factors in update.adapter.values())
+    sent = max(factors.rank for factors in start.trained.values())
+    return member.rank_class.lowered(rank) if rank < sent else None
+
+
+def _joined(*parts: str) -> str:
+    return "; ".join(filter(None, parts))
+
+
 @dataclass(kw_only=True)
 class ReplyHandler:
     """One open round of training: every reply is added to the method's sum or refused.
@@ -67,7 +89,7 @@ class ReplyHandler:
     counted: int = 0  # updates of this round in the sum
     counted_late: int = 0  # updates of earlier rounds in it
     _handled: set[PendingMessage] = field(default_factory=set)
-    _counted_rows: dict[str, tuple[ClientRow, Update]] = field(default_factory=dict)
+    _summed: dict[str, _Summed] = field(default_factory=dict)  # by the update's key
 
     @property
     def enough(self) -> bool:
@@ -153,39 +175,23 @@ class ReplyHandler:
         """
         waited = not self.opened.decides
         settled = self.opened.settle()
-        for key, (row, update) in self._counted_rows.items():
+        for key, summed in self._summed.items():
+            row = summed.row
             if key in settled.refused:
                 cause = f"client {row.client_id}: {settled.refused[key]}"
-                row.outcome, row.cause = (
-                    Outcome.REFUSED,
-                    "; ".join(filter(None, (row.cause, cause))),
-                )
-                self.counted, self.counted_late = (
-                    self.counted - (not update.late),
-                    self.counted_late - update.late,
-                )
-            else:
-                self._note_share(row, settled.shares.get(key, 1.0))
-                self._lower_if_pruned(row.client_id, update)
+                row.outcome, row.cause = Outcome.REFUSED, _joined(row.cause, cause)
+                self.counted -= not summed.late
+                self.counted_late -= summed.late
+            elif summed.lowered is not None:
+                self.lowered[row.client_id] = summed.lowered
+            if key in settled.shares:
+                share = settled.shares[key]
+                row.discount *= share
+                note = f"it counts {share:.3g} times, the largest share of a round's weight"
+                row.note = _joined(row.note, note)
             if waited:
                 self.observer.replied(row.client_id, row.outcome, row.cause, row.late)
         return settled
-
-    @staticmethod
-    def _note_share(row: ClientRow, share: float) -> None:
-        """Say in the row how much of its weight an update beyond the largest share has."""
-        if share < 1.0:
-            row.discount *= share
-            note = f"it counts {share:.3g} times, the largest share of a round's weight"
-            row.note = "; ".join(filter(None, (row.note, note)))
-
-    def _lower_if_pruned(self, client_id: str, update: Update) -> None:
-        """A client that pruned terms stays at the rank that it came back with."""
-        start = self.sent[update.rank_class].for_client(client_id)
-        rank = max(factors.rank for factors in update.adapter.values())
-        sent = max(factors.rank for factors in start.trained.values())
-        if start.local.prune_factor and rank < sent and not update.late:
-            self.lowered[client_id] = self._member(client_id).rank_class.lowered(rank)
 
     def skipped(self, quorum: int) -> str:
         """Why the round changes nothing: fewer clients or updates than ``quorum``; else empty."""
@@ -196,7 +202,7 @@ class ReplyHandler:
     def _record_late(self, row: ClientRow, late: LateMessage) -> None:
         """The joules of a late row were counted in the round that sent the message."""
         prefix = f"late: trained from round {late.start.base_round}"
-        row.late, row.cause = True, "; ".join(filter(None, (prefix, row.cause)))
+        row.late, row.cause = True, _joined(prefix, row.cause)
         weight = self._weight(late)
         if row.outcome is Outcome.OK and weight < 1.0:
             row.discount, row.note = weight, f"it counts {weight:g} times"
@@ -252,11 +258,10 @@ class ReplyHandler:
             row.outcome, row.cause = Outcome.REFUSED, str(error)
             return row
         row.outcome, row.cause = Outcome.OK, result.note
-        self._counted_rows[update.key] = row, replace(update, adapter=update.adapter.to("meta"))
-        if late is not None:
-            self.counted_late += 1
-        else:
-            self.counted += 1
+        lowered = _pruned_class(member, start, update)
+        self._summed[update.key] = _Summed(row=row, late=update.late, lowered=lowered)
+        self.counted += not update.late
+        self.counted_late += update.late
         return row
 
     def _validated(self, member: Member, start: Start, result: TrainResult) -> Update:

@@ -7,7 +7,6 @@ moves:
     ObjectPushError     what ``Grid.push_messages`` raises when an upload of records breaks off
     Run                 ``Run.create_empty(run_id=...)``, which a ``Grid`` of one's own must return
     TaskIdentity        ``Message(...)`` reads its sender from these three class attributes
-    TASK_HEARTBEAT      the method by which a ServerApp shows that it lives
     ProtobufClient      base of every HTTP client of Flower's; ``_send`` sends one request
                         (``flexlora/deploy/request_watch.py``)
     flower_superlink, flower_superexec
@@ -59,7 +58,6 @@ __all__ = [
     "LOST_CODES",
     "MOST_OBJECTS",
     "NODE_UNAVAILABLE",
-    "TASK_HEARTBEAT",
     "UNREADABLE",
     "Handed",
     "ObjectGone",
@@ -90,7 +88,6 @@ EXPIRED_CODES = frozenset({ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAG
 # All other codes are the client's own failure, which a second copy would only repeat.
 LOST_CODES = EXPIRED_CODES | {ErrorCode.NODE_UNAVAILABLE, ErrorCode.CLIENT_APP_CRASHED}
 
-TASK_HEARTBEAT = frozenset({"SendTaskHeartbeat"})  # of a ServerApp, about every 20 s
 # A SuperNode waits 30 s for an answer; Flower's own 5 s are short where many nodes write.
 DATABASE_SECONDS = 20
 

@@ -132,16 +132,21 @@ def measured(case: FleetCase, tree: Path) -> dict[str, Any]:
         RuntimeError: the case ended without numbers, or its processes imported another tree.
     """
     paths = os.pathsep.join([str(tree), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(
+    process = subprocess.Popen(
         [sys.executable, "-m", RUN, case.to_json()],
         env={**os.environ, "PYTHONPATH": paths},
         cwd=tree,
         stdout=subprocess.PIPE,
         text=True,
     )
-    if done.returncode:
+    try:
+        told, _ = process.communicate()
+    finally:
+        process.terminate()  # it ends its own processes; nothing where it is over
+        process.wait()
+    if process.returncode:
         raise RuntimeError(f"the case of {case.nodes} nodes failed; its words are above.")
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(told.splitlines()[-1])
     if Path(found["tree"]).resolve() != (tree / "flexlora").resolve():
         raise RuntimeError(f"{found['tree']} was measured, expected {tree / 'flexlora'}.")
     return found

@@ -92,8 +92,8 @@ class FleetCase:
             "out": str(home / "run"),
             **(REAL if self.real else {}),
         }
-        more = dict(pair.split("=", 1) for pair in self.settings)
-        return Config.of(values).with_values(more)
+        pairs = [f"{key}={value}" for key, value in values.items()]
+        return Config.resolve(sets=[*pairs, *self.settings])
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -119,9 +119,12 @@ class Answers:
             return encode_capability(replace(self._capability, client_id=client_id))
         job: Any = message.content.config_records["job"]
         if kind == MessageType.EVALUATE:
-            scores = dict.fromkeys(
-                list(job["rank-classes"]) or [BASE], Score(loss=1.0, tokens=1, rows=1)
-            )
+            # Of its own, since the SuperLink stores equal records of all nodes once.
+            names = list(job["rank-classes"]) or [BASE]
+            scores = {
+                name: Score(loss=1.0 + 1e-6 * place + 1e-3 * order, tokens=1, rows=1)
+                for order, name in enumerate(names)
+            }
             return encode_evaluate_result(EvalResult(client_id=client_id, scores=scores))
         key = int(job["server-round"]), str(job["rank-class"])
         if key not in self._starts:

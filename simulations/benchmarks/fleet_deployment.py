@@ -28,6 +28,7 @@ __all__ = ["Server", "free_port"]
 START_SECONDS, STOP_SECONDS, SUBMIT_SECONDS = 120.0, 15.0, 300.0
 LINK = '[superlink]\ndefault = "own"\n\n[superlink.own]\naddress = "{address}"\n{trust}\n'
 PEAK = "VmHWM:"
+MARK = "FLEXLORA_BENCHMARK_HOME"  # in the environment of whatever is started
 
 
 class Server:
@@ -46,9 +47,9 @@ class Server:
         self.peaks = {"superlink": 0, "serverapp": 0}
         self.seconds = {"superlink": 0.0, "serverapp": 0.0}
         self.ended = ""  # which process, where one has ended before its time
-        self._processes: list[subprocess.Popen] = []
         path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
         self.environment = {**os.environ, **QUIET, "FLWR_HOME": str(home / "flwr"), "PATH": path}
+        self.environment[MARK] = str(home)
 
     def __enter__(self) -> Server:
         (self.home / "flwr").mkdir()
@@ -74,19 +75,26 @@ class Server:
         return self
 
     def __exit__(self, *_: object) -> None:
-        started: list[psutil.Process] = []
-        for process in self._processes:
+        # By the mark, since a ServerApp whose SuperExec has died is nobody's child.
+        alive = self._marked()
+        for process in alive:
             with suppress(psutil.NoSuchProcess):
-                known = psutil.Process(process.pid)
-                started += [*known.children(recursive=True), known]
-        for known in started:
-            with suppress(psutil.NoSuchProcess):
-                known.terminate()
-        alive = psutil.wait_procs(started, timeout=STOP_SECONDS)[1]
-        for known in alive:
-            with suppress(psutil.NoSuchProcess):
-                known.kill()
+                process.terminate()
         psutil.wait_procs(alive, timeout=STOP_SECONDS)
+        while left := self._marked():
+            for process in left:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(left, timeout=STOP_SECONDS)
+
+    def _marked(self) -> list[psutil.Process]:
+        """The processes that were started under this home, zombies left out."""
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if process.environ().get(MARK) == str(self.home):
+                    found.append(process)
+        return found
 
     def start(
         self, words: Sequence[str], log: str, more: Mapping[str, str] | None = None
@@ -101,7 +109,6 @@ class Server:
                 stdout=file,
                 stderr=file,
             )
-        self._processes.append(process)
         return process
 
     def submit(self, config: Config) -> None:

@@ -10,6 +10,7 @@ evaluation) and the last one, so that the start does not count.
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -36,7 +37,8 @@ class Stubs:
 
     def __init__(self, server: Server, case: FleetCase) -> None:
         words = [sys.executable, "-m", STUBS, server.address, case.to_json(), str(server.home)]
-        with (server.home / "stubs.log").open("w", encoding="utf-8") as log:
+        self._log = server.home / "stubs.log"
+        with self._log.open("w", encoding="utf-8") as log:
             self._process = subprocess.Popen(
                 words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
             )
@@ -54,7 +56,7 @@ class Stubs:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError("the stub nodes ended; their words are in stubs.log.")
+            raise RuntimeError(f"the stub nodes ended: {self._log.read_text()[-2000:]}")
         return json.loads(line)
 
     def done(self) -> dict[str, Any]:
@@ -163,7 +165,8 @@ def _found(case: FleetCase, watch: Watch, submitted: float, last: dict[str, Any]
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Print what one case has found."""
+    """Print what one case has found; what it started ends with it, also when it is terminated."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="fl") as name:
         print(json.dumps(measured(FleetCase.from_json(arguments[0]), Path(name))))
 

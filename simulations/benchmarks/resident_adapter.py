@@ -145,8 +145,8 @@ def random_adapter(model: str, rank: int) -> Adapter:
 class _EchoTrainer(ResidentTrainer):
     """A resident trainer that hands back the factors it is to train."""
 
-    def _worker(self, run: Mapping[str, object], client_id: str) -> Worker:
-        return cast(Worker, _Echo(super()._worker(run, client_id)))
+    def _worker(self, config: Config, client_id: str) -> Worker:
+        return cast(Worker, _Echo(super()._worker(config, client_id)))
 
 
 class _Echo:

@@ -152,6 +152,6 @@ def test_the_committed_stubs_are_those_of_the_proto_file():
     text = (ROOT / "clients" / "trainer" / "trainer.proto").read_text()
     messages, calls = declared(text)
     assert (messages, calls) == generated()
-    assert len(messages) == 18 and calls["Train"] == (True, "Question", True, "Answer")
+    assert len(messages) == 19 and calls["Train"] == (True, "Question", True, "Answer")
     for old, new in (("uint64 run_id = 3", "uint64 run_id = 4"), ("sint64 whole", "int64 whole")):
         assert old in text and declared(text.replace(old, new)) != generated()

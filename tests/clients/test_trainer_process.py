@@ -81,7 +81,7 @@ def test_what_was_trained_outlasts_a_kill_and_sigterm_leaves_no_socket(place, ca
 
 @pytest.mark.slow
 def test_sigterm_aborts_a_training_that_outlasts_its_grace(place):
-    config = run_config(train__max_steps=1_000_000)
+    config = run_config(train__max_steps=100_000)
     process = serving(place, "--grace", "0.5")
     asking = subprocess.Popen(
         [sys.executable, "-c", ASK, str(place["socket"])],
@@ -100,14 +100,14 @@ def test_sigterm_aborts_a_training_that_outlasts_its_grace(place):
         assert "went away while it was asked" in asking.communicate(timeout=300)[0]
     finally:
         asking.kill()
-    assert not list(place["state"].glob("*.reply*")) and config.train.max_steps == 1_000_000
+    assert not list(place["state"].glob("*.reply*")) and config.train.max_steps == 100_000
 
 
 ASK = """
 import sys
 from pathlib import Path
 from trainers import asked, context_of, run_config, train_message
-config = run_config(train__max_steps=1_000_000)
+config = run_config(train__max_steps=100_000)
 node = {"trainer_socket": sys.argv[1], "client_id": "site"}
 print(asked(train_message(config), context_of(config, **node))["report"]["cause"])
 """

@@ -26,7 +26,7 @@ def test_no_damaged_reply_escapes():
     kinds = {case.kind for case in reply_fuzz.cases()}
     for outcome in ("accepted", "failed"):  # both sides are reached, of every kind
         assert {kind for kind, o in outcomes.counts if o == outcome} == kinds
-    print(f"{COUNT} replies decoded in {outcomes.seconds:.1f} s")
+    print(f"{COUNT} replies decoded in {outcomes.seconds:.1f} CPU seconds")
 
 
 def nothing(*args, **options):

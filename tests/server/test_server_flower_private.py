@@ -8,7 +8,6 @@ from importlib import metadata
 import httpx
 import pytest
 from flwr.app import Array, ArrayRecord, Error, Message, RecordDict
-from flwr.proto.runtime_pb2 import AcquireTaskRequest
 from flwr.supercore.heartbeat import make_task_heartbeat_fn_http
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.runtime import RuntimeHttpClient
@@ -72,6 +71,45 @@ def test_ids_and_senders_can_be_set_and_are_read_back():
     assert (reply.metadata.src_node_id, reply.metadata.reply_to_message_id) == (9, "m-2")
     set_sender(reply, 4)
     assert (reply.metadata.src_node_id, reply.metadata.reply_to_message_id) == (4, "m-2")
+
+
+def test_a_server_error_at_the_heartbeat_of_a_serverapp_is_one_that_flower_retries():
+    """Flower's own heartbeat function, over its own client: at a 500 it raises, and is not called
+    again; at a 503 it says False, and is."""
+
+    class Interceptor:
+        def intercept(self, context, call_next):
+            return httpx.Response(500, request=context.request)
+
+    class Client(RuntimeHttpClient):
+        _send = RuntimeHttpClient._send
+
+    client = Client("http://127.0.0.1:1", interceptors=[Interceptor()])
+    beat = make_task_heartbeat_fn_http(client)
+    with pytest.raises(httpx.HTTPStatusError):
+        beat()
+    watch_requests(Client, RequestWatch())
+    assert beat() is False
+    assert issubclass(FleetHttpClient, flower_private.ProtobufClient)
+
+
+def test_the_superlinks_database_is_waited_for_longer(monkeypatch):
+    from flwr.supercore import sql_mixin
+
+    monkeypatch.setattr(sql_mixin, "SQLITE_PRAGMAS", sql_mixin.SQLITE_PRAGMAS)
+    before = dict(sql_mixin.SQLITE_PRAGMAS)
+    assert before["busy_timeout"] == "5000" and before["journal_mode"] == "WAL"
+    flower_private.wait_for_database()
+    assert dict(sql_mixin.SQLITE_PRAGMAS) == before | {"busy_timeout": "20000"}
+    connection = sqlite3.connect(":memory:")
+    sql_mixin._set_sqlite_pragmas(connection, None)
+    assert connection.execute("PRAGMA busy_timeout").fetchone() == (20000,)
+
+
+@pytest.mark.parametrize("name", ["flower-superlink", "flower-superexec"])
+def test_the_programs_are_those_that_flower_installs(name):
+    (found,) = metadata.entry_points(group="console_scripts", name=name)
+    assert flower_private.program(name) is found.load()
 
 
 def test_a_reply_is_handed_over_with_its_objects_pulled_and_confirmed():
@@ -138,44 +176,3 @@ def test_an_error_can_stand_in_the_place_of_a_reply():
     reply = error_reply(pending.metadata, UNREADABLE, "why")
     assert (reply.error.code, reply.error.reason) == (0, "why")
     assert reply.metadata.reply_to_message_id == "m-0" and reply.metadata.src_node_id == 10
-
-
-def test_a_server_error_at_the_heartbeat_of_a_serverapp_is_one_that_flower_retries():
-    """Flower's own heartbeat function, over its own client: at a 500 it raises, and is not called
-    again; at a 503 it says False, and is."""
-
-    class Interceptor:
-        def intercept(self, context, call_next):
-            return httpx.Response(500, request=context.request)
-
-    class Client(RuntimeHttpClient):
-        _send = RuntimeHttpClient._send
-
-    client = Client("http://127.0.0.1:1", interceptors=[Interceptor()])
-    beat = make_task_heartbeat_fn_http(client)
-    with pytest.raises(httpx.HTTPStatusError):
-        beat()
-    watch_requests(Client, RequestWatch(), flower_private.TASK_HEARTBEAT)
-    assert beat() is False
-    with pytest.raises(httpx.HTTPStatusError):
-        client.AcquireTask(AcquireTaskRequest())
-    assert issubclass(FleetHttpClient, flower_private.ProtobufClient)
-
-
-def test_the_superlinks_database_is_waited_for_longer(monkeypatch):
-    from flwr.supercore import sql_mixin
-
-    monkeypatch.setattr(sql_mixin, "SQLITE_PRAGMAS", sql_mixin.SQLITE_PRAGMAS)
-    before = dict(sql_mixin.SQLITE_PRAGMAS)
-    assert before["busy_timeout"] == "5000" and before["journal_mode"] == "WAL"
-    flower_private.wait_for_database()
-    assert dict(sql_mixin.SQLITE_PRAGMAS) == before | {"busy_timeout": "20000"}
-    connection = sqlite3.connect(":memory:")
-    sql_mixin._set_sqlite_pragmas(connection, None)
-    assert connection.execute("PRAGMA busy_timeout").fetchone() == (20000,)
-
-
-@pytest.mark.parametrize("name", ["flower-superlink", "flower-superexec"])
-def test_the_programs_are_those_that_flower_installs(name):
-    (found,) = metadata.entry_points(group="console_scripts", name=name)
-    assert flower_private.program(name) is found.load()

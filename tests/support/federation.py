@@ -34,7 +34,7 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": 
 
 SMALL = {
     "clients.count": 4,
-    "population.examples": "lognormal:24:0.4",  # few to encode, and unequal
+    "population.examples": "lognormal:48:0.4",  # few to encode, and unequal
     "method.name": "flexlora",
     "num-server-rounds": 1,
     "fraction-train": 1.0,

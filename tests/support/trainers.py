@@ -21,6 +21,7 @@ from flexlora.aggregation import make_method
 from flexlora.aggregation.engine.starts import Factoring
 from flexlora.aggregation.engine.state import GlobalChange, State
 from flexlora.clients.app import app
+from flexlora.clients.trainer.limits import OwnerLimits
 from flexlora.clients.trainer.owner_config import OwnerConfig
 from flexlora.clients.trainer.reply_store import ReplyStore
 from flexlora.clients.trainer.resident import ResidentTrainer
@@ -212,18 +213,39 @@ class Resident:
         return stop(self.service, self.server, self.path, grace)
 
 
+def allowed_by(**values):
+    """The owner's limits with some changed: ``allowed_by(**{"train.max-steps": 3})``."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "limits.toml"
+        path.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()))
+        return OwnerLimits.read(path)
+
+
 @contextmanager
 def resident(
-    data, state, *, limits=None, client_id="", limit_bytes=0, keep_bytes=10**8, group="", name="s"
+    data,
+    state,
+    *,
+    limits=None,
+    allowed=None,
+    client_id="",
+    limit_bytes=0,
+    keep_bytes=10**8,
+    group="",
+    name="s",
 ):
-    """A trainer of the embedded base over ``data``, its replies kept in ``state``."""
+    """A trainer of the embedded base over ``data``, its replies kept in ``state``.
+
+    ``allowed`` are the owner's limits, by dotted key or as a whole.
+    """
     node = OwnerConfig.of(
         model="embedded", data=str(data), client_id=client_id, sets=("engine.threads=1",)
     )
     # A path of a test's own folder may be too long for a socket.
     folder = Path(tempfile.mkdtemp(prefix="flx-"))
     kept = ReplyStore(Path(state), max_bytes=keep_bytes, max_seconds=3600.0)
-    trainer = ResidentTrainer(owner=node, replies=kept, limit_bytes=limit_bytes)
+    allowed = allowed_by(**allowed or {}) if not isinstance(allowed, OwnerLimits) else allowed
+    trainer = ResidentTrainer(owner=node, replies=kept, limits=allowed, limit_bytes=limit_bytes)
     service = TrainerService(trainer, limits=limits or Limits(wait_seconds=30.0))
     server = listen(service, folder / name, group)
     server.start()

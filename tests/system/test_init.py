@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
+import resource
 import shutil
 import stat
 import subprocess
@@ -22,6 +24,7 @@ from flwr.common.config import parse_config_args
 from flexlora.clients.setup import machine_plan
 from flexlora.clients.setup.init import client_init
 from flexlora.clients.setup.machine_plan import plan_machine
+from flexlora.clients.trainer.limits import OwnerLimits
 from flexlora.commands.cli import main
 from flexlora.config.paths import EMBEDDED
 from flexlora.config.resolve import Config, all_keys, flatten, of_flower
@@ -98,7 +101,8 @@ def test_the_servers_app_is_flowers_and_holds_no_code(made):
     table = tomllib.loads(text_of(app / "pyproject.toml"))["tool"]["flwr"]["app"]
     values = flatten(table["config"])
     assert values.keys() == all_keys().keys()
-    assert Config.of(of_flower(values)) == Config()
+    wanted = Config.of({"fraction-train": 1.0})  # few nodes: everybody in every round
+    assert Config.of(of_flower(values)) == wanted != Config()
     ours = tomllib.loads(text_of(ROOT / "pyproject.toml"))
     assert table["components"] == ours["tool"]["flwr"]["app"]["components"]
 
@@ -114,7 +118,9 @@ def test_flower_knows_every_flag_of_the_scripts(made):
     flags = {}
     for path in [*(made / "server" / "bin").iterdir(), *(made / "node" / "bin").iterdir()]:
         for command, rest in re.findall(
-            r"^exec (\S+) ((?:.*\\\n)*.*)$", text_of(path), re.MULTILINE
+            r"^exec (?:flexlora \w+ supervise -- )?(\S+) ((?:.*\\\n)*.*)$",
+            text_of(path),
+            re.MULTILINE,
         ):
             flags.setdefault(command, set()).update(re.findall(r"(?<!\S)--[a-z-]+", rest))
     parsers = {
@@ -182,7 +188,7 @@ def test_a_small_memory_takes_a_smaller_base_and_a_broken_kernel_is_not_proposed
     large = plan_machine(model=config, memory_limit="64GiB", **asked)
     small = plan_machine(model=config, memory_limit="2.5GiB", **asked)
     assert (large.quantization, small.quantization) == ("none", "nf4")
-    assert "--memory-limit 2.5GiB " in small.values()["memory_limit"]
+    assert small.memory_limit == "2.5GiB"
     broken = Probe(runs=("bf16",), absent=("nf4: no such kernel", "8bit: no", "adamw_8bit: no"))
     monkeypatch.setattr(machine_plan, "probe", lambda device: broken)
     with pytest.raises(UserError, match="does not fit"):
@@ -202,6 +208,20 @@ def test_without_a_proxy_the_readme_says_so_and_nothing_names_one(tmp_path):
             tmp_path / name / "systemd/flexlora-superlink.service"
         )
     assert "[::1]:7000" in text_of(tmp_path / "six/bin/start-serverapps")
+
+
+def test_the_superlink_may_open_as_many_files_as_the_machine_lets_it(made, tmp_path):
+    """A thousand nodes keep 2,000 connections, beyond the usual soft limit of 1,024 files."""
+    script = re.sub(
+        r"(?m)^exec .*", "exec sh -c 'ulimit -n'", text_of(made / "server/bin/start-superlink")
+    )
+    (tmp_path / "start").write_text(script.split("'ulimit -n'")[0] + "'ulimit -n'\n")
+    limited = f"ulimit -S -n 256; exec sh {tmp_path / 'start'}"
+    environment = {**os.environ, "STATE_DIRECTORY": str(tmp_path), "CREDENTIALS_DIRECTORY": "/"}
+    done = subprocess.run(["sh", "-c", limited], env=environment, capture_output=True, text=True)
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    assert done.stdout.split() == [str(hard)], done.stderr
+    assert "LimitNOFILE=" in text_of(made / "server/systemd/flexlora-superlink.service")
 
 
 @pytest.mark.parametrize(
@@ -305,4 +325,6 @@ def test_a_server_known_by_its_address_is_the_only_one_that_is_reached(made, tmp
     text = text_of(tmp_path / "node" / unit)
     assert "\nIPAddressDeny=any\nIPAddressAllow=localhost 10.1.2.3\n" in text
     trainer = text_of(tmp_path / "node/bin/start-trainer")
-    assert "--quantization nf4 " in trainer and "--memory-limit 8GiB " in trainer
+    assert "--quantization nf4 " in trainer
+    assert f"--limits {tmp_path}/node/limits.toml " in trainer and "memory-limit" not in trainer
+    assert OwnerLimits.read(tmp_path / "node/limits.toml").request.memory == "8GiB"
