@@ -233,8 +233,8 @@ def _parser() -> argparse.ArgumentParser:
 def _print(rows: Sequence[FleetRow]) -> None:
     table = Table(box=None, pad_edge=False)
     table.add_column("name", no_wrap=True)
-    columns = ["round s", "link s", "app s", "nodes s", "requests", "KB down", "KB up"]
-    columns += ["link MB", "app MB", "db MB", "start s", "error", "met"]
+    columns = ["round s", "link s", "app s", "nodes s", "calls", "KB down", "KB up"]
+    columns += ["link MB", "app MB", "db MB", "start", "error", "met"]
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
