@@ -23,7 +23,6 @@ hypothesis.settings.load_profile("any machine")
 # Files that mostly wait for processes, the longest first: other workers use the cores meanwhile.
 WAITING = (
     "system/test_federation_faults.py",
-    "simulations/test_ray_pool.py",
     "system/test_federation.py",
     "system/test_init_walkthrough.py",
     "clients/test_trainer_process.py",

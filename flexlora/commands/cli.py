@@ -68,7 +68,7 @@ SERVER: Table = {
         "write a ready folder: certificates, scripts, units, steps",
     ),
     "supervise": ("server.supervise:supervise", "keep a SuperLink or its SuperExec running"),
-    "run": ("server.supervising.command:server_run", "start runs, follow and resume them"),
+    "run": ("server.following.command:server_run", "start runs, follow and resume them"),
 }
 FLEET: Table = {
     "list": ("server.fleet.commands:fleet_list", "every node, its state and why"),

@@ -18,44 +18,44 @@ from federation import ROOT
 from flexlora.config.resolve import Config
 from flexlora.errors import UserError
 from flexlora.runs.outcomes import Outcome
+from flexlora.server.following.follower import Follower
+from flexlora.server.following.metrics import follower_endpoint, free_port
+from flexlora.server.following.place import Place
 from flexlora.server.init import server_init
 from flexlora.server.observing.prometheus import PrometheusObserver, metrics_endpoint
-from flexlora.server.supervising.metrics import free_port, supervisor_endpoint
-from flexlora.server.supervising.place import Place
-from flexlora.server.supervising.supervisor import Supervisor
 
 ALERTS = ROOT / "server" / "templates" / "prometheus-alerts.yaml"
 RULES = [rule for group in yaml.safe_load(ALERTS.read_text())["groups"] for rule in group["rules"]]
 
 
 @pytest.fixture
-def supervisor(tmp_path):
+def follower(tmp_path):
     server_init(folder=str(tmp_path / "server"), host=["localhost"], port=9092, proxy="none")
-    return Supervisor(Place.of(str(tmp_path / "server")), None, print)
+    return Follower(Place.of(str(tmp_path / "server")), None, print)
 
 
 @contextmanager
-def served(supervisor, **keys):
+def served(follower, **keys):
     port = free_port()
     config = Config.of({"server.metrics-port": port, **keys})
-    with supervisor_endpoint(config, supervisor):
+    with follower_endpoint(config, follower):
         yield port
 
 
-def with_serverapp(supervisor, port):
-    """The supervisor follows a run whose ServerApp serves its metrics on ``port``."""
-    supervisor._note(serverapp_port=port)
-    supervisor.state = "running"
+def with_serverapp(follower, port):
+    """The follower follows a run whose ServerApp serves its metrics on ``port``."""
+    follower._note(serverapp_port=port)
+    follower.state = "running"
 
 
-def test_every_name_label_and_value_of_an_alert_is_served(supervisor):
+def test_every_name_label_and_value_of_an_alert_is_served(follower):
     inner = free_port()
     with (
         metrics_endpoint(Config.of({"server.metrics-port": inner})) as (observer,),
-        served(supervisor) as port,
+        served(follower) as port,
     ):
         observer.round_finished({"round": 1})
-        with_serverapp(supervisor, inner)
+        with_serverapp(follower, inner)
         found = set(samples(scraped(port)))
     assert len(RULES) >= 8 and len({rule["alert"] for rule in RULES}) == len(RULES)
     asked = set()
@@ -78,40 +78,40 @@ def test_promtool_finds_nothing_wrong():
     assert done.returncode == 0, done.stderr
 
 
-def test_the_last_values_stay_when_the_server_app_is_gone(supervisor):
+def test_the_last_values_stay_when_the_server_app_is_gone(follower):
     inner = free_port()
-    with served(supervisor) as port:
+    with served(follower) as port:
         assert "flexlora_round " not in scraped(port), "nothing has run yet"
-        assert samples(scraped(port))["flexlora_supervisor_state", (("state", "idle"),)] == 1
+        assert samples(scraped(port))["flexlora_federation_state", (("state", "idle"),)] == 1
         with metrics_endpoint(Config.of({"server.metrics-port": inner})) as (observer,):
             observer.round_started(3, 8, 2)
             observer.round_skipped(3, "skipped")
-            with_serverapp(supervisor, inner)
+            with_serverapp(follower, inner)
             assert samples(scraped(port))["flexlora_round", ()] == 3
-        supervisor.state = "waiting"
+        follower.state = "waiting"
         after = samples(scraped(port))
         assert after["flexlora_round", ()] == 3 and after["flexlora_rounds_skipped_total", ()] == 1
         states = {labels[0][1]: v for (name, labels), v in after.items() if name.endswith("state")}
         assert states == {"idle": 0, "waiting": 1, "running": 0, "failed": 0}
-    with served(supervisor) as port:
-        assert samples(scraped(port))["flexlora_round", ()] == 3, "the next supervisor knows them"
+    with served(follower) as port:
+        assert samples(scraped(port))["flexlora_round", ()] == 3, "the next follower knows them"
 
 
-def test_a_server_app_that_hangs_does_not_hang_the_page(supervisor):
-    with socket.socket() as silent, served(supervisor) as port:
+def test_a_server_app_that_hangs_does_not_hang_the_page(follower):
+    with socket.socket() as silent, served(follower) as port:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
-        with_serverapp(supervisor, silent.getsockname()[1])
-        assert "flexlora_supervisor_state" in scraped(port)
+        with_serverapp(follower, silent.getsockname()[1])
+        assert "flexlora_federation_state" in scraped(port)
 
 
-def test_only_the_metrics_are_there_and_the_port_is_free_afterwards(supervisor):
-    with served(supervisor) as port:
+def test_only_the_metrics_are_there_and_the_port_is_free_afterwards(follower):
+    with served(follower) as port:
         with pytest.raises(urllib.request.HTTPError) as refusal:
             scraped(port, "/")
         assert refusal.value.code == 404
         taken = pytest.raises(UserError, match=rf"metrics-port is {port}, which another process")
-        with taken, served(supervisor, **{"server.metrics-port": port}):
+        with taken, served(follower, **{"server.metrics-port": port}):
             raise AssertionError("it must not listen")
     with pytest.raises(urllib.request.URLError):
         scraped(port)

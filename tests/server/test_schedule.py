@@ -7,7 +7,7 @@ import time
 import pytest
 
 from flexlora.errors import UserError
-from flexlora.server.supervising.schedule import Schedule
+from flexlora.server.following.schedule import Schedule
 
 
 def at(hour, minute=0, day=1):

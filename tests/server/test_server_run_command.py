@@ -10,10 +10,10 @@ from types import SimpleNamespace
 import pytest
 
 from flexlora.commands.cli import main
+from flexlora.server.following import command
+from flexlora.server.following.follower import Follower
+from flexlora.server.following.place import Place
 from flexlora.server.init import server_init
-from flexlora.server.supervising import command
-from flexlora.server.supervising.place import Place
-from flexlora.server.supervising.supervisor import Supervisor
 
 
 @pytest.fixture
@@ -33,13 +33,13 @@ def stopped(monkeypatch):
 
 
 def following(monkeypatch, then):
-    """A supervisor that follows run 7, and then ``then()`` happens."""
+    """A follower that follows run 7, and then ``then()`` happens."""
 
     def run(self):
         self._note(run_id="7", open=True)
         return then()
 
-    monkeypatch.setattr(Supervisor, "run", run)
+    monkeypatch.setattr(Follower, "run", run)
 
 
 @pytest.mark.parametrize("status", [0, 1])

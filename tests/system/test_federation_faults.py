@@ -35,7 +35,7 @@ pytestmark = pytest.mark.slow
 
 NAMES = ("north", "south", "west")
 PAIR = ("north", "south")
-OLD_VERSION = "0.0.9"
+OTHER_VERSION = "3.0.1"
 LONG = 2 * SLOWLY  # for what includes the minute that Flower waits
 
 
@@ -117,7 +117,7 @@ def start_odd_nodes(federation, data):
     federation.start("base", data_path=data / "west", model_path=other)
     patch = federation.folder / "older"
     patch.mkdir()
-    text = f"import flexlora\nflexlora.__version__ = '{OLD_VERSION}'\n"
+    text = f"import flexlora\nflexlora.__version__ = '{OTHER_VERSION}'\n"
     (patch / "sitecustomize.py").write_text(text)
     older = {"PYTHONPATH": str(patch)}
     federation.start("version", data_path=data / "west", environment=older)
@@ -295,7 +295,7 @@ def test_nodes_that_do_not_fit_are_left_out_with_their_cause(told):
     causes = {row["client_id"]: row["cause"] for row in rows if row["status"] == "left out"}
     assert len(causes) == 3
     assert re.search("another base model .*fingerprint", causes["base"])
-    assert OLD_VERSION in causes["version"] and "the server has" in causes["version"]
+    assert OTHER_VERSION in causes["version"] and "the server has" in causes["version"]
     assert any("holds nothing, expected train.jsonl" in cause for cause in causes.values())
 
 

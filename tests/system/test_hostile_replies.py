@@ -118,20 +118,34 @@ HONEST = ("a", "b", "slow")
 
 
 class Rows:
-    """Notes every client's outcome; the slow node may go on when all others have one."""
+    """Notes every client's outcome."""
 
-    def __init__(self, released):
-        self.released, self.rows = released, {}
+    def __init__(self):
+        self.rows = {}
 
     def replied(self, client_id, outcome, cause, late):
         self.rows[client_id] = (outcome, cause)
-        if len(self.rows) == len(LIARS) + len(HONEST) - 1:
-            self.released.set()
 
     def __getattr__(self, event):
         if event.startswith("_"):
             raise AttributeError(event)
         return lambda *args: None
+
+
+class Releasing(FlexLoRAStrategy):
+    """Notes whose replies come, and lets the slow node go on when all others have come."""
+
+    def aggregate_train(self, server_round, replies):
+        self.heard = []
+
+        def noted():
+            for reply in replies:
+                self.heard.append(reply.metadata.src_node_id)
+                if len(self.heard) == len(LIARS) + len(HONEST) - 1:
+                    self.released.set()
+                yield reply
+
+        return super().aggregate_train(server_round, noted())
 
 
 def config():
@@ -148,7 +162,7 @@ def config():
 def attacked(tmp_path_factory):
     """The strategy, the outcomes and the log of a run with liars."""
     folder, released = tmp_path_factory.mktemp("superlink"), threading.Event()
-    replies, rows = FaultyGrid({}), Rows(released)
+    replies, rows = FaultyGrid({}), Rows()
     records = []
     handler = logging.Handler()
     handler.emit = lambda record: records.append(record.getMessage())
@@ -163,7 +177,8 @@ def attacked(tmp_path_factory):
         nodes += [Slow(where, "slow", replies, released)]
         with RunningFleet(nodes) as fleet:
             fleet.entered(120.0)
-            strategy = FlexLoRAStrategy(config(), observer=rows)
+            strategy = Releasing(config(), observer=rows)
+            strategy.released = released
             strategy.start(grid)
             ids = {node.name: node.node.node_id for node in nodes}
     logging.getLogger("flexlora").removeHandler(handler)
@@ -180,9 +195,9 @@ def test_what_a_liar_uploads_is_its_own_failed_row(attacked, liar):
 
 
 def test_the_others_count_and_a_slow_upload_holds_up_nobody(attacked):
-    _, rows, _, _ = attacked
-    assert {rows[name][0] for name in HONEST} == {Outcome.OK}
-    assert list(rows)[-1] == "slow"
+    strategy, rows, _, ids = attacked
+    assert {rows[name][0] for name in HONEST} == {Outcome.OK}, rows
+    assert strategy.heard[-1] == ids["slow"] and len(strategy.heard) == len(ids)
 
 
 def test_the_sum_is_that_of_a_round_in_which_the_liars_failed(attacked):

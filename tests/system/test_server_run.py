@@ -128,7 +128,7 @@ def operate(folder):
         command += ["server", "run", server]
         with RunningFleet([node]) as fleet:
             fleet.entered(PATIENCE)
-            supervisors = {
+            followers = {
                 name: processes.start([*command, name], logs[name], folder / f"home-{name}")
                 for name in ROUNDS
             }
@@ -137,18 +137,18 @@ def operate(folder):
                 index = path / "checkpoint" / "round-000001.json"
                 until(lambda index=index: index.is_file(), PATIENCE, told)
             os.kill(read_live(run).pid, signal.SIGKILL)
-            supervisors["north"].send_signal(signal.SIGINT)
-            seen["interrupted"] = supervisors["north"].wait(PATIENCE)
+            followers["north"].send_signal(signal.SIGINT)
+            seen["interrupted"] = followers["north"].wait(PATIENCE)
             node.released.set()
             seen["north said"] = logs["north"].read_text()
             words = [*command, "north"]
-            supervisors["north"] = processes.start(words, logs["north"], folder / "home-north")
-            waiting = 'flexlora_supervisor_state{state="waiting"} 1.0'
+            followers["north"] = processes.start(words, logs["north"], folder / "home-north")
+            waiting = 'flexlora_federation_state{state="waiting"} 1.0'
             until(lambda: waiting in page(metrics), PATIENCE, told)
             seen["between"] = page(metrics)
-            for name, supervisor in supervisors.items():
-                until(lambda s=supervisor: s.poll() is not None, PATIENCE, told)
-                seen[name] = supervisor.poll()
+            for name, follower in followers.items():
+                until(lambda s=follower: s.poll() is not None, PATIENCE, told)
+                seen[name] = follower.poll()
             seen["refusals"] = [str(refusal) for refusal in node.refusals]
     return {
         **seen,
@@ -196,6 +196,6 @@ def test_each_learned_what_it_learns_alone(name, made, tmp_path):
 
 def test_the_metrics_stay_up_while_nothing_runs(made):
     between = made["between"]
-    assert "flexlora_supervisor_starts 1.0" in between
+    assert "flexlora_federation_starts 1.0" in between
     assert "flexlora_round " in between and "flexlora_info{" in between, "the last values"
     assert "flexlora_disk_free_bytes " in between

@@ -1,4 +1,4 @@
-"""The supervisor against a Flower of the test's own: what it starts again, what it gives up."""
+"""The follower against a Flower of the test's own: what it starts again, what it gives up."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from flexlora.errors import UserError
 from flexlora.runs.folder import RunFolder
 from flexlora.runs.live_state import FAILED, TRAINING, LiveState, process_space, write_live
 from flexlora.runs.lock import only_one
+from flexlora.server.following.flower_commands import FlowerCommands, NoAnswer
+from flexlora.server.following.follower import Follower, Pace
+from flexlora.server.following.place import Place, Standing
 from flexlora.server.init import server_init
 from flexlora.server.resuming import FINAL, settle
-from flexlora.server.supervising.flower_commands import FlowerCommands, Unreachable
-from flexlora.server.supervising.place import Place, Standing
-from flexlora.server.supervising.supervisor import Pace, Supervisor
 from init_folders import tree
 
 FAST = Pace(look=0.001, ask=0.001, dead=0.05, first_pause=0.001, longest_pause=0.002, attempts=3)
@@ -90,45 +90,45 @@ def finished(path, rounds, run_id):
     (run.checkpoint / "current.json").write_text("{}")
 
 
-def supervised(place, *script, pace=FAST, **clock):
+def followed(place, *script, pace=FAST, **clock):
     said, flower = [], Flower(place, *script)
-    supervisor = Supervisor(place, flower, said.append, pace=pace, **clock)
-    return supervisor, flower, said
+    follower = Follower(place, flower, said.append, pace=pace, **clock)
+    return follower, flower, said
 
 
 def test_a_run_that_finishes_is_submitted_once_into_a_folder_of_its_own(place):
-    supervisor, flower, said = supervised(place, (9, DONE))
-    assert supervisor.run() == 0
+    follower, flower, said = followed(place, (9, DONE))
+    assert follower.run() == 0
     (values,) = flower.submitted
     assert values["out"] == str(place.state / "runs" / "app-0001") and "resume" not in values
     assert values["server.metrics-port"] == 0 and flower.stopped == []
-    assert "finished" in said[-1] and supervisor.state == "idle"
+    assert "finished" in said[-1] and follower.state == "idle"
     assert place.read_standing().open is False
-    again, flower, _ = supervised(place, (9, DONE))
+    again, flower, _ = followed(place, (9, DONE))
     assert again.run() == 0, "the next command is the next run"
     assert flower.submitted[0]["out"].endswith("app-0002")
 
 
 def test_a_run_whose_server_app_was_killed_goes_on_in_its_folder(place):
-    supervisor, flower, said = supervised(place, (3, KILLED), (5, KILLED), (9, DONE))
-    assert supervisor.run() == 0
+    follower, flower, said = followed(place, (3, KILLED), (5, KILLED), (9, DONE))
+    assert follower.run() == 0
     first, second, third = flower.submitted
     assert first["out"] and not first.get("resume")
     for values in (second, third):
         assert values["resume"] == first["out"]
         assert values["train.learning-rate"] == small().train.learning_rate
-    assert "ended after round 2 (Task failed" in "".join(said) and supervisor.starts == 3
+    assert "ended after round 2 (Task failed" in "".join(said) and follower.starts == 3
 
 
 def test_one_that_died_before_any_checkpoint_begins_anew(place):
-    supervisor, flower, _ = supervised(place, (0, KILLED), (9, DONE))
-    assert supervisor.run() == 0
+    follower, flower, _ = followed(place, (0, KILLED), (9, DONE))
+    assert follower.run() == 0
     assert [values.get("resume") for values in flower.submitted] == [None, None]
     assert len({values["out"] for values in flower.submitted}) == 1
     run = RunFolder(place.run_folder(2))
-    supervisor, flower, _ = supervised(place, (0, KILLED), (9, DONE))
+    follower, flower, _ = followed(place, (0, KILLED), (9, DONE))
     run.path.mkdir(parents=True)  # rows without a checkpoint
-    assert supervisor.run() == 0
+    assert follower.run() == 0
     assert flower.submitted[-1]["out"].endswith("app-0003")
 
 
@@ -136,8 +136,8 @@ def test_the_pauses_grow_are_bounded_and_start_over_with_a_new_round(place):
     pace = Pace(look=0.0, ask=0.0, first_pause=10.0, longest_pause=45.0, attempts=4)
     slept = []
     killed = [(0, KILLED)] * 3 + [(2, KILLED)] + [(2, KILLED)] * 4
-    supervisor, flower, said = supervised(place, *killed, pace=pace, sleep=slept.append)
-    assert supervisor.run() == 1
+    follower, flower, said = followed(place, *killed, pace=pace, sleep=slept.append)
+    assert follower.run() == 1
     assert [s for s in slept if s] == [10.0, 20.0, 40.0, 10.0, 20.0, 40.0, 45.0]
     assert len(flower.submitted) == 8 and flower.script == []
     assert "failed 5 times without closing a round: Task failed" in said[-1]
@@ -146,35 +146,35 @@ def test_the_pauses_grow_are_bounded_and_start_over_with_a_new_round(place):
 
 def test_what_is_final_is_not_tried_again(place):
     cause = f"ServerApp failed with exception: {FINAL}no client was trained in 8 rounds."
-    supervisor, flower, said = supervised(place, (3, ("finished:failed", cause)))
-    assert supervisor.run() == 1 and len(flower.submitted) == 1
+    follower, flower, said = followed(place, (3, ("finished:failed", cause)))
+    assert follower.run() == 1 and len(flower.submitted) == 1
     assert "failed: no client was trained in 8 rounds." in said[-1] and FINAL not in said[-1]
 
 
 def test_a_run_that_somebody_stops_stays_stopped(place):
-    supervisor, flower, said = supervised(place, (3, ("finished:stopped", "")))
-    assert supervisor.run() == 1 and len(flower.submitted) == 1
+    follower, flower, said = followed(place, (3, ("finished:stopped", "")))
+    assert follower.run() == 1 and len(flower.submitted) == 1
     assert "was stopped" in said[-1]
 
 
 def test_a_superlink_that_is_away_is_waited_for_and_told_once(place):
-    away = Unreachable("connection refused")
+    away = NoAnswer("connection refused")
     answers = [away, away, away, ("running", ""), DONE]
-    supervisor, flower, said = supervised(place, (9, answers))
-    assert supervisor.run() == 0 and len(flower.submitted) == 1
+    follower, flower, said = followed(place, (9, answers))
+    assert follower.run() == 0 and len(flower.submitted) == 1
     assert [line for line in said if "does not answer" in line] == [
         "the SuperLink does not answer (connection refused); asking on."
     ]
-    supervisor, flower, said = supervised(place, (3, [away] * 200 + [DONE]))
+    follower, flower, said = followed(place, (3, [away] * 200 + [DONE]))
     after_submit(flower, pid=dead_process())
-    assert supervisor.run() == 0 and flower.stopped == [], "who is away is not told to stop a run"
-    supervisor, flower, said = supervised(place, away, (9, DONE))
-    assert supervisor.run() == 0 and "connection refused" in "".join(said)
+    assert follower.run() == 0 and flower.stopped == [], "who is away is not told to stop a run"
+    follower, flower, said = followed(place, away, (9, DONE))
+    assert follower.run() == 0 and "connection refused" in "".join(said)
 
 
 def test_a_database_that_was_lost_does_not_lose_the_run(place):
-    supervisor, flower, _ = supervised(place, (3, ("unknown", "not known")), (9, DONE))
-    assert supervisor.run() == 0 and flower.submitted[1]["resume"]
+    follower, flower, _ = followed(place, (3, ("unknown", "not known")), (9, DONE))
+    assert follower.run() == 0 and flower.submitted[1]["resume"]
 
 
 def dead_process():
@@ -200,24 +200,24 @@ def after_submit(flower, **values):
 def test_a_server_app_that_is_gone_is_stopped_at_flowers_side(place):
     """Flower says that it runs: nobody there, or its last words were that it failed."""
     for live in ({"pid": dead_process()}, {"pid": os.getpid(), "state": FAILED}):
-        supervisor, flower, _ = supervised(place, (3, ("running", "")), (9, DONE))
+        follower, flower, _ = followed(place, (3, ("running", "")), (9, DONE))
         after_submit(flower, **live)
-        assert supervisor.run() == 0
+        assert follower.run() == 0
         assert len(flower.stopped) == 1 and len(flower.submitted) == 2
 
 
 def test_a_live_file_of_the_process_before_says_nothing_of_this_one(place):
-    supervisor, flower, _ = supervised(place, (3, KILLED), (9, [("starting", "")] * 80 + [DONE]))
+    follower, flower, _ = followed(place, (3, KILLED), (9, [("starting", "")] * 80 + [DONE]))
     after_submit(flower, pid=dead_process(), started=0.0)
-    assert supervisor.run() == 0 and flower.stopped == []
+    assert follower.run() == 0 and flower.stopped == []
 
 
-def test_a_supervisor_that_was_killed_follows_its_run_again(place):
-    supervisor, flower, _ = supervised(place, (3, [("running", "")]))
+def test_a_follower_that_was_killed_follows_its_run_again(place):
+    follower, flower, _ = followed(place, (3, [("running", "")]))
     flower.status = lambda run_id: (_ for _ in ()).throw(KeyError("kill -9"))
     with pytest.raises(KeyError):
-        supervisor.run()
-    again, flower, _ = supervised(place, (9, DONE))
+        follower.run()
+    again, flower, _ = followed(place, (9, DONE))
     flower.now = DONE
     assert again.run() == 0
     assert flower.submitted == [], "no second run beside the first"
@@ -225,13 +225,13 @@ def test_a_supervisor_that_was_killed_follows_its_run_again(place):
 
 
 def test_ctrl_c_stops_the_run_and_the_next_command_goes_on_with_it(place):
-    supervisor, flower, said = supervised(place, (3, [KeyboardInterrupt()]))
+    follower, flower, said = followed(place, (3, [KeyboardInterrupt()]))
     flower.status = lambda run_id: (_ for _ in ()).throw(KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
-        supervisor.run()
-    supervisor.stop()
+        follower.run()
+    follower.stop()
     assert flower.stopped == ["101"] and "goes on with it" in said[-1]
-    again, flower, _ = supervised(place, (9, DONE))
+    again, flower, _ = followed(place, (9, DONE))
     assert again.run() == 0
     assert flower.submitted[0]["resume"].endswith("app-0001")
 
@@ -259,11 +259,9 @@ def test_a_schedule_makes_a_new_folder_each_time_that_starts_from_the_last(place
 
     clock = {"now": lambda: moment[0], "sleep": sleep}
     cause = ("finished:failed", f"{FINAL}no room on the disk.")
-    supervisor, flower, said = supervised(
-        place, (9, DONE), (3, cause), (9, DONE), Enough(), **clock
-    )
+    follower, flower, said = followed(place, (9, DONE), (3, cause), (9, DONE), Enough(), **clock)
     with pytest.raises(Enough):
-        supervisor.run()
+        follower.run()
     folders = [values["out"][-8:] for values in flower.submitted]
     assert folders == ["app-0001", "app-0002", "app-0003", "app-0004"]
     starts = [values.get("start-from", "")[-8:] for values in flower.submitted]
@@ -279,14 +277,14 @@ def test_a_federation_can_wait_for_another_ones_run(place):
     scheduled(place, after="north finished")
     looks = []
 
-    class Watching(Supervisor):
+    class Watching(Follower):
         def _wait(self, condition, what):
             looks.append((condition(), what))
             north.write_standing(Standing(finished_at=time.time()))
             assert condition()
 
-    supervisor = Watching(place, Flower(place, (9, DONE)), looks.append, pace=FAST)
-    assert supervisor.run() == 0
+    follower = Watching(place, Flower(place, (9, DONE)), looks.append, pace=FAST)
+    assert follower.run() == 0
     assert looks[0] == (False, "the next run starts once north has finished one")
 
 
@@ -298,8 +296,8 @@ def test_each_federation_has_its_own_app_folders_and_notes(place):
     north = Place.of(str(place.folder), "north")
     assert north.app == place.folder / "federations" / "north"
     assert north.run_folder(1).name == "north-0001" and place.run_folder(1).name == "app-0001"
-    supervisor, flower, _ = supervised(north, (9, DONE))
-    assert supervisor.run() == 0 and "north-0001" in flower.submitted[0]["out"]
+    follower, flower, _ = followed(north, (9, DONE))
+    assert follower.run() == 0 and "north-0001" in flower.submitted[0]["out"]
     assert place.read_standing() == Standing()
 
 
@@ -341,7 +339,7 @@ def test_what_is_no_server_folder_is_refused_and_nothing_is_written(place, tmp_p
     }
 
 
-def test_of_two_supervisors_of_a_federation_the_second_is_refused(place, capsys):
+def test_of_two_followers_of_a_federation_the_second_is_refused(place, capsys):
     with only_one(place.notes / "app.lock", "it"):
         assert "run by another process" in refused(capsys, place.folder)
 
@@ -373,7 +371,7 @@ def test_flowers_commands_are_read_as_they_answer(place, tmp_path):
     assert commands.submit(tmp_path / "run.toml") == "7"
     assert commands.status("7") == ("finished:failed", "why")
     assert commands.status("8")[0] == "unknown"
-    with pytest.raises(Unreachable, match=r"^no such run$"):
+    with pytest.raises(NoAnswer, match=r"^no such run$"):
         commands.stop("7")
     first = log.read_text().splitlines()[0].split()
     assert first[0] == str(place.notes / "flwr")

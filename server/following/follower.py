@@ -4,7 +4,7 @@ A run that ended for a cause that may pass (its ServerApp was killed, the SuperL
 goes on from its last checkpoint, after a pause that doubles each time; a round that was
 closed since makes the count start over. What a ServerApp says is final (a wrong key, no room on the
 disk, nobody was trained) ends the run. The standing on disk names the run that is followed, so that
-a supervisor that was killed follows it again.
+a follower that was killed follows it again.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from flexlora.config.resolve import read_toml
 from flexlora.errors import UserError
 from flexlora.runs.folder import RunFolder
 from flexlora.runs.live_state import LiveState, process_space, read_live
+from flexlora.server.following.flower_commands import NoAnswer
+from flexlora.server.following.place import Place, Standing
+from flexlora.server.following.schedule import ADAPTER, Schedule
 from flexlora.server.resuming import FINAL, RESUME_FILE
-from flexlora.server.supervising.flower_commands import Unreachable
-from flexlora.server.supervising.place import Place, Standing
-from flexlora.server.supervising.schedule import ADAPTER, Schedule
 from flexlora.wire.files import write_atomically
 
-__all__ = ["Commands", "Pace", "Supervisor"]
+__all__ = ["Commands", "Follower", "Pace"]
 
 IDLE, WAITING, RUNNING, FAILED = "idle", "waiting", "running", "failed"
 COMPLETED, STOPPED, FINISHED = "finished:completed", "finished:stopped", "finished:"
@@ -60,7 +60,7 @@ class Pace:
         return min(self.first_pause * 2.0 ** (attempt - 1), self.longest_pause)
 
 
-class Supervisor:
+class Follower:
     """One federation; ``state`` and ``starts`` are for its metrics, ``say`` prints a line."""
 
     def __init__(
@@ -104,7 +104,7 @@ class Supervisor:
         try:
             self.commands.stop(standing.run_id)
             self.say(f"run {standing.run_id} is stopped; `flexlora server run` goes on with it.")
-        except Unreachable as error:
+        except NoAnswer as error:
             self.say(f"run {standing.run_id} could not be stopped: {error}")
         self._note(run_id="")
 
@@ -146,7 +146,7 @@ class Supervisor:
                 if not self.standing.run_id:
                     self._submit()
                 status, details = self._follow()
-            except Unreachable as error:
+            except NoAnswer as error:
                 status, details = "not submitted", str(error)
             if status == COMPLETED:
                 return self._ended(0, f"finished: {self.standing.folder}")
@@ -240,7 +240,7 @@ class Supervisor:
             found = self.commands.status(run_id)
             self._said = ""
             return found
-        except Unreachable as error:
+        except NoAnswer as error:
             if not self._said:
                 self.say(f"the SuperLink does not answer ({error}); asking on.")
             self._said = str(error)

@@ -1,4 +1,4 @@
-"""``flwr run``, ``list`` and ``stop`` as the supervisor calls them: processes, answers in JSON."""
+"""``flwr run``, ``list`` and ``stop`` as the follower calls them: processes, answers in JSON."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from flexlora.errors import UserError
-from flexlora.server.supervising.place import Place
+from flexlora.server.following.place import Place
 
-__all__ = ["FlowerCommands", "Unreachable"]
+__all__ = ["FlowerCommands", "NoAnswer"]
 
 CONNECTION = "flexlora"  # in flwr/config.toml of the server folder
 TIMEOUT_SECONDS = 120.0
 MOST_CHARACTERS = 300
 
 
-class Unreachable(RuntimeError):
+class NoAnswer(RuntimeError):
     """The SuperLink did not answer a command, with what the command said."""
 
 
@@ -52,7 +52,7 @@ class FlowerCommands:
         """Start a run with the values of a TOML file over the app's own; returns its id.
 
         Raises:
-            Unreachable: it was not taken.
+            NoAnswer: it was not taken.
         """
         answer = self._call("run", str(self.app), CONNECTION, "--run-config", str(run_config))
         return str(answer["run-id"])
@@ -63,7 +63,7 @@ class FlowerCommands:
         A run that the SuperLink does not know, as its database is another, is ``unknown``.
 
         Raises:
-            Unreachable: the SuperLink did not answer.
+            NoAnswer: the SuperLink did not answer.
         """
         runs = self._call("list", CONNECTION)["runs"]
         run = next((run for run in runs if run["run-id"] == run_id), None)
@@ -74,13 +74,13 @@ class FlowerCommands:
     def stop(self, run_id: str) -> None:
         """
         Raises:
-            Unreachable: the SuperLink did not answer.
+            NoAnswer: the SuperLink did not answer.
         """
         self._call("stop", run_id, CONNECTION)
 
     def _call(self, *words: str) -> dict[str, Any]:
         try:
-            # A session of its own: Ctrl-C in the terminal is the supervisor's to answer.
+            # A session of its own: Ctrl-C in the terminal is the follower's to answer.
             done = subprocess.run(
                 [self.program, *words, "--format", "json"],
                 env=self.environment,
@@ -91,11 +91,11 @@ class FlowerCommands:
                 start_new_session=True,
             )
         except subprocess.TimeoutExpired:
-            raise Unreachable(f"`flwr {words[0]}` took over {TIMEOUT_SECONDS:g} s") from None
+            raise NoAnswer(f"`flwr {words[0]}` took over {TIMEOUT_SECONDS:g} s") from None
         answer = _json_in(done.stdout)
         if done.returncode or not answer.get("success"):
             said = answer.get("error-message") or done.stderr or done.stdout
-            raise Unreachable(" ".join(str(said).split())[:MOST_CHARACTERS] or "no answer")
+            raise NoAnswer(" ".join(str(said).split())[:MOST_CHARACTERS] or "no answer")
         return answer
 
 

@@ -2,7 +2,7 @@
 
 The ServerApp's own endpoint lives as long as its process. It is given a free port of the loopback;
 this endpoint passes on what it says, keeps its last answer when it is gone, and adds the
-supervisor's own metrics. ``templates/prometheus-alerts.yaml`` has alerts over both.
+follower's own metrics. ``templates/prometheus-alerts.yaml`` has alerts over both.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from flexlora.config.resolve import Config
+from flexlora.server.following.follower import FAILED, IDLE, RUNNING, WAITING, Follower
 from flexlora.server.observing.prometheus import listening
-from flexlora.server.supervising.supervisor import FAILED, IDLE, RUNNING, WAITING, Supervisor
 
-__all__ = ["free_port", "supervisor_endpoint"]
+__all__ = ["follower_endpoint", "free_port"]
 
 STATES = (IDLE, WAITING, RUNNING, FAILED)
 TIMEOUT_SECONDS = 2.0
@@ -39,28 +39,28 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-class _OfSupervisor(Collector):
-    """The supervisor's standing as metrics, read at every scrape."""
+class _OfFollower(Collector):
+    """The follower's standing as metrics, read at every scrape."""
 
-    def __init__(self, supervisor: Supervisor) -> None:
-        self.supervisor = supervisor
+    def __init__(self, follower: Follower) -> None:
+        self.follower = follower
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        supervisor, standing = self.supervisor, self.supervisor.standing
-        text = "What the supervisor of the federation does: 1 for one of the states"
-        state = GaugeMetricFamily("flexlora_supervisor_state", text, labels=["state"])
+        follower, standing = self.follower, self.follower.standing
+        text = "What the follower of the federation does: 1 for one of the states"
+        state = GaugeMetricFamily("flexlora_federation_state", text, labels=["state"])
         for name in STATES:
-            state.add_metric([name], float(supervisor.state == name))
+            state.add_metric([name], float(follower.state == name))
         yield state
         values = {
-            "starts": ("Times that a ServerApp was started by this supervisor", supervisor.starts),
+            "starts": ("Times that a ServerApp was started by this follower", follower.starts),
             "runs_finished": ("Runs of the federation that finished", standing.finished),
             "runs_failed": ("Runs of the federation that failed", standing.failed),
         }
         for name, (text, value) in values.items():
-            yield GaugeMetricFamily(f"flexlora_supervisor_{name}", text, value=float(value))
+            yield GaugeMetricFamily(f"flexlora_federation_{name}", text, value=float(value))
         text = "Free bytes of the disk with the run folders"
-        free = shutil.disk_usage(_existing(supervisor.place.state)).free
+        free = shutil.disk_usage(_existing(follower.place.state)).free
         yield GaugeMetricFamily("flexlora_disk_free_bytes", text, value=float(free))
 
 
@@ -69,13 +69,13 @@ def _existing(path: Path) -> Path:
 
 
 class _Pages:
-    """The ServerApp's last answer, in memory and in a file for the next supervisor."""
+    """The ServerApp's last answer, in memory and in a file for the next follower."""
 
-    def __init__(self, supervisor: Supervisor) -> None:
-        self.supervisor = supervisor
-        self.file = supervisor.place.notes / f"{supervisor.place.name}-metrics.txt"
+    def __init__(self, follower: Follower) -> None:
+        self.follower = follower
+        self.file = follower.place.notes / f"{follower.place.name}-metrics.txt"
         self.registry = CollectorRegistry()
-        self.registry.register(_OfSupervisor(supervisor))
+        self.registry.register(_OfFollower(follower))
         self.last = self.file.read_bytes() if self.file.is_file() else b""
         self._lock = threading.Lock()
 
@@ -84,8 +84,8 @@ class _Pages:
         return self.last + generate_latest(self.registry)
 
     def refresh(self) -> None:
-        port = self.supervisor.standing.serverapp_port
-        if not port or self.supervisor.state != RUNNING:
+        port = self.follower.standing.serverapp_port
+        if not port or self.follower.state != RUNNING:
             return
         try:
             address = f"http://127.0.0.1:{port}/metrics"
@@ -100,7 +100,7 @@ class _Pages:
 
 
 @contextmanager
-def supervisor_endpoint(config: Config, supervisor: Supervisor) -> Iterator[None]:
+def follower_endpoint(config: Config, follower: Follower) -> Iterator[None]:
     """Serve ``/metrics`` where ``server.metrics-host`` and ``-port`` say, if a port is given.
 
     Raises:
@@ -109,7 +109,7 @@ def supervisor_endpoint(config: Config, supervisor: Supervisor) -> Iterator[None
     if config.server.metrics_port == 0:
         yield
         return
-    pages, over = _Pages(supervisor), threading.Event()
+    pages, over = _Pages(follower), threading.Event()
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:

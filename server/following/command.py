@@ -11,11 +11,11 @@ from typer import Argument
 
 from flexlora.commands.options import PATH
 from flexlora.runs.lock import only_one
+from flexlora.server.following.flower_commands import FlowerCommands
+from flexlora.server.following.follower import Follower
+from flexlora.server.following.metrics import follower_endpoint, free_port
+from flexlora.server.following.place import APP, Place
 from flexlora.server.settings import check_config
-from flexlora.server.supervising.flower_commands import FlowerCommands
-from flexlora.server.supervising.metrics import free_port, supervisor_endpoint
-from flexlora.server.supervising.place import APP, Place
-from flexlora.server.supervising.supervisor import Supervisor
 
 __all__ = ["server_run"]
 
@@ -39,12 +39,12 @@ def server_run(
 
     Raises:
         UserError: no such folder or federation, a configuration that cannot be, a port that is
-            taken, another supervisor of the same federation.
+            taken, another follower of the same federation.
     """
     place = Place.of(folder, name)
     config = place.config()
     check_config(config)
-    supervisor = Supervisor(
+    follower = Follower(
         place,
         FlowerCommands.of(place),
         _say,
@@ -53,14 +53,14 @@ def server_run(
     signal.signal(signal.SIGTERM, _end)
     with only_one(place.notes / f"{name}.lock", f"the federation {name} of '{folder}'"):
         try:
-            with supervisor_endpoint(config, supervisor):
-                return supervisor.run()
+            with follower_endpoint(config, follower):
+                return follower.run()
         except KeyboardInterrupt:
-            supervisor.stop()
+            follower.stop()
             raise
         except _Ended:
-            if supervisor.standing.run_id:
-                _say(f"run {supervisor.standing.run_id} goes on; the next `server run` follows it.")
+            if follower.standing.run_id:
+                _say(f"run {follower.standing.run_id} goes on; the next `server run` follows it.")
             return 0
 
 

@@ -1,9 +1,9 @@
-"""Where a federation lies: its app in the server folder, its run folders, the supervisor's notes.
+"""Where a federation lies: its app in the server folder, its run folders, the follower's notes.
 
 DIR/app/pyproject.toml                  the federation ``app``
 DIR/federations/NAME/pyproject.toml     further ones on the same SuperLink
 STATE/runs/NAME-0001                    run folders, STATE as ``bin/start-serverapps`` has it
-STATE/supervisor/NAME.json              which run is followed, and what came before it
+STATE/follower/NAME.json              which run is followed, and what came before it
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _SCHEDULE = "tool.flexlora.schedule."
 
 @dataclass(frozen=True, kw_only=True)
 class Standing:
-    """What a supervisor must know after it was killed: the run that it follows, and its past.
+    """What a follower must know after it was killed: the run that it follows, and its past.
 
     ``planned`` is when the last repetition was to start, in seconds since the epoch; ``open`` is
     whether ``folder`` holds a run that has not finished.
@@ -115,7 +115,7 @@ class Place:
 
     @property
     def notes(self) -> Path:
-        return self.state / "supervisor"
+        return self.state / "follower"
 
     def flower_home(self) -> Path:
         """A Flower home that this user can write to, with the connection of the folder's own."""
