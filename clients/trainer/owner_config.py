@@ -30,11 +30,13 @@ ONE_CLIENT = {
 _IGNORED = (
     "out",
     "resume",
+    "start-from",
     "ranks.file",
     "population.trace",
     "population.clock-model",
     "engine.ray-address",
     "server.metrics-host",
+    "server.publish",
 )
 
 

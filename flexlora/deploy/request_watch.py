@@ -19,6 +19,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 __all__ = ["RequestWatch", "watch_requests"]
@@ -82,6 +83,7 @@ def watch_requests(client: Any, watch: RequestWatch) -> None:
     """
     send = client._send
 
+    @wraps(send)
     def watched(self: Any, context: Any, **options: Any) -> Any:
         method = context.rpc_method.rpartition("/")[2]
         watch.sent(method)

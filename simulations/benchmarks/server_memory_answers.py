@@ -80,7 +80,10 @@ class ServerCase:
         return numbers * DTYPES[self.wire_dtype].itemsize
 
     def config(self) -> Config:
-        """A run in which everybody trains at one rank and one client evaluates the loss."""
+        """A run in which everybody trains at one rank and one client evaluates the loss.
+
+        Without the bound on norms, for which updates of a first round wait until it is complete.
+        """
         return Config.of(
             {
                 "method.name": self.way,
@@ -93,6 +96,7 @@ class ServerCase:
                 "eval.generate": "never",
                 "server.min-nodes": self.replies,
                 "server.quorum": self.replies,
+                "server.max-norm-ratio": 0.0,
                 "wire.dtype": self.wire_dtype,
             }
         )

@@ -8,7 +8,7 @@ import torch
 import equations
 from flexlora import Adapter
 from flexlora.aggregation import make_method, method_class
-from flexlora.aggregation.engine.server_rate import ChangeNorms
+from flexlora.aggregation.engine.server_rate import ChangeNorms, change_energy
 from flexlora.algebra.decompose import MatrixSum
 from flexlora.errors import UserError
 from flexlora.lora.adapters import LoRAFactors
@@ -44,7 +44,7 @@ def rate_of_changes(adapters, weights):
     norms, total = ChangeNorms(), sum(weights)
     terms = []
     for adapter, weight in zip(adapters, weights, strict=True):
-        norms.add(adapter, weight)
+        norms.add(change_energy(adapter), weight)
         factors = adapter["w"]
         terms.append((weight / total * factors.scaling, factors.lora_B, factors.lora_A))
     return norms.rate({"w": MatrixSum(shape=(12, 12), terms=tuple(terms))})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sqlite3
 from importlib import metadata
 
@@ -82,7 +83,7 @@ def test_a_server_error_at_the_heartbeat_of_a_serverapp_is_one_that_flower_retri
             return httpx.Response(500, request=context.request)
 
     class Client(RuntimeHttpClient):
-        _send = RuntimeHttpClient._send
+        _send = inspect.unwrap(RuntimeHttpClient._send)  # another test may have wrapped it
 
     client = Client("http://127.0.0.1:1", interceptors=[Interceptor()])
     beat = make_task_heartbeat_fn_http(client)

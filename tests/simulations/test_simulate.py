@@ -352,7 +352,7 @@ def test_every_client_trains_and_returns_the_rank_of_its_class_from_round_one(
 
     class Spy(InProcessGrid):
         def pull_messages(self, message_ids):
-            replies = super().pull_messages(message_ids)
+            replies = list(super().pull_messages(message_ids))
             for reply in replies:
                 if trained(reply.content):
                     adapter = decode_adapter(*update_of(reply.content))

@@ -42,6 +42,7 @@ PRUNING = small(
     num_server_rounds=3,
     train__max_steps=4,
     train__lr_scheduler_type="constant",
+    population__examples="",
 )
 
 

@@ -26,6 +26,7 @@ SLOW = small(
     population__straggler_share=0.4,
     population__straggler_slowdown=2.0,
     server__round_timeout_seconds=90.0,
+    server__keep_checkpoints=1,
 )
 VARIANTS = {
     "a round late": {},
