@@ -149,7 +149,7 @@ def test_a_store_of_two_rounds_would_forget_what_a_late_client_had(tmp_path, mon
     """The control: one round too few in the stores, and the resumed run is another one."""
     config = SLOW.with_values(of_names(**KEEPING["both, two rounds late"]))
     simulate(config, tmp_path / "whole")
-    monkeypatch.setattr("flexlora.simulations.simulate.rounds_kept", lambda late_rounds: 1)
+    monkeypatch.setattr("flexlora.simulations.simulate.rounds_kept", lambda *rounds: 1)
     folder = stopped(config, tmp_path / "run", "replied", 4)
     resume(folder)
     assert adapter_bytes(folder) != adapter_bytes(tmp_path / "whole")
