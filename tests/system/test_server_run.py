@@ -136,6 +136,7 @@ def operate(folder):
             for path in (run, run.parent / "north-0001"):
                 index = path / "checkpoint" / "round-000001.json"
                 until(lambda index=index: index.is_file(), PATIENCE, told)
+            until(lambda: "flexlora_round " in page(metrics), PATIENCE, told)
             os.kill(read_live(run).pid, signal.SIGKILL)
             followers["north"].send_signal(signal.SIGINT)
             seen["interrupted"] = followers["north"].wait(PATIENCE)
