@@ -95,8 +95,8 @@ def main() -> int:
     token = flexlora("fleet", "invite", *words)
     failed = 0
     with ThreadPoolExecutor(given.parallel) as pool:
-        told = pool.map(lambda n: enroll(n, token, given.transport, given.timeout), missing)
-        for node, (done, said) in zip(missing, told, strict=True):
+        outcomes = pool.map(lambda n: enroll(n, token, given.transport, given.timeout), missing)
+        for node, (done, said) in zip(missing, outcomes, strict=True):
             failed += not done
             print(f"{node['name']}: {'in' if done else 'FAILED'}: {said}", flush=True)
     print(f"{len(missing) - failed} enrolled, {failed} failed.")

@@ -18,7 +18,7 @@ __all__ = [
 
 
 class UserError(ValueError):
-    """A person's mistake, told in one sentence: what arrived, what was expected, what to do.
+    """A user's mistake in one sentence: what arrived, what was expected, what to do.
 
     The command line prints the sentence and exits with status 2, without a traceback.
     """

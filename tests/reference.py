@@ -121,7 +121,7 @@ def answer_loss(logits, example):
 
 @dataclass
 class Recipe:
-    """What a local round is told."""
+    """The arguments of a local round."""
 
     learning_rates: list  # one per optimizer step
     batches: list  # indices of the examples of each step

@@ -42,9 +42,9 @@ def test_the_inventory_beside_it_is_read_with_its_defaults(script):
 def test_every_mistake_of_an_inventory_is_named(script, tmp_path, text, words):
     file = tmp_path / "fleet.toml"
     file.write_text(text)
-    with pytest.raises(SystemExit) as told:
+    with pytest.raises(SystemExit) as printed:
         script.read_inventory(file)
-    assert words in str(told.value)
+    assert words in str(printed.value)
 
 
 def test_the_token_goes_through_standard_input_and_words_are_quoted(script, tmp_path):

@@ -1,7 +1,7 @@
 """The private files of old runs on a node: personal factors, and what int8 uploads rounded away.
 
-Each run has a folder, ``run-ID``, which is of use for as long as the run goes on or is resumed, and
-nobody tells a node that a run has ended. So they go by age and by size: a run's age is that of its
+Each run has a folder, ``run-ID``, which is of use for as long as the run goes on or is resumed.
+No message comes at the end of a run, so they go by age and by size: a run's age is that of its
 newest file. A run that comes back after that begins its personal factors anew, and its first upload
 adds no error of an earlier one.
 

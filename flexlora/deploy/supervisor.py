@@ -48,7 +48,7 @@ class Patience:
 
 
 class Supervisor:
-    """Runs ``command`` until told to stop.
+    """Runs ``command`` until a stop signal arrives.
 
     Args:
         name: of the program, for the log.
@@ -73,7 +73,7 @@ class Supervisor:
         self._stopping = False
 
     def run(self) -> int:
-        """Start the program again and again; the exit status once we are told to stop.
+        """Start the program again and again; the exit status after a stop signal.
 
         Returns 2 where the program says that its command line is wrong.
         """

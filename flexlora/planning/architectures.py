@@ -58,7 +58,7 @@ _PLAIN_MIXTURES = ("mixtral", "olmoe", "qwen3_moe", "gpt_oss", "phimoe", "minima
 
 
 def _expert_coverage(config: Mapping[str, Any]) -> str:
-    """The share of the weights that LoRA covers, where config.json tells it."""
+    """The share of the weights that LoRA covers, where config.json gives it."""
     reader = _Reader(config, str(config["model_type"]))
     cause = "experts are fused parameters, which this version does not adapt"
     if reader.model_type not in _PLAIN_MIXTURES or config.get("mlp_only_layers"):

@@ -67,8 +67,8 @@ def fleet_list(
     rows = rows_of(table, known, run, read_refused(folder))
     rows += pending_rows(PendingNodes(folder).all())
     if as_json:
-        told = {"remarks": remarks, "run_written": run["written"]}
-        print(json.dumps({**told, "nodes": [asdict(row) for row in rows]}, indent=1))
+        fields = {"remarks": remarks, "run_written": run["written"]}
+        print(json.dumps({**fields, "nodes": [asdict(row) for row in rows]}, indent=1))
         return
     for remark in remarks:
         print(remark)

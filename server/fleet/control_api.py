@@ -117,10 +117,10 @@ class ControlApi:
         try:
             return request()
         except httpx.HTTPStatusError as error:
-            told = FlowerError.from_json(error.response.text)
-            if told is not None and told.code == ApiErrorCode.PUBLIC_KEY_ALREADY_IN_USE:
+            refusal = FlowerError.from_json(error.response.text)
+            if refusal is not None and refusal.code == ApiErrorCode.PUBLIC_KEY_ALREADY_IN_USE:
                 raise KeyTaken("the SuperLink knows this key already.") from None
-            cause = told.message if told is not None else one_line(error)
+            cause = refusal.message if refusal is not None else one_line(error)
             raise UserError(f"the SuperLink at {self.address} refuses: {cause}") from None
         except httpx.HTTPError as error:
             raise UserError(

@@ -56,8 +56,8 @@ def enrolment_app(folder: Path) -> FastAPI:
             given.sentence,
         )
         authority = (folder / "ca.crt").read_text(encoding="ascii")
-        told = {"state": given.state, "sentence": given.sentence, "name": given.name}
-        return (403, told) if refused else (200, told | {"ca.crt": authority})
+        answer = {"state": given.state, "sentence": given.sentence, "name": given.name}
+        return (403, answer) if refused else (200, answer | {"ca.crt": authority})
 
     @app.post(ENROLL_PATH)
     async def enroll(request: Request) -> Response:
@@ -67,8 +67,8 @@ def enrolment_app(folder: Path) -> FastAPI:
             body += part
             if len(body) > LARGEST:
                 return Response(status_code=413)
-        status, told = await run_in_threadpool(decide, body, address)
-        return Response(json.dumps(told), status_code=status, media_type="application/json")
+        status, answer = await run_in_threadpool(decide, body, address)
+        return Response(json.dumps(answer), status_code=status, media_type="application/json")
 
     @app.get(AUTHORITY_PATH)
     def authority() -> Response:

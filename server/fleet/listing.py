@@ -135,21 +135,21 @@ def _row(
     now: str,
 ) -> NodeRow:
     node = known.get(key.node_id)
-    told = run["members"].get(name, {})
-    mine = str(told.get("node_id", "")) == str(key.node_id)
-    told = told if mine else {}
+    member = run["members"].get(name, {})
+    mine = str(member.get("node_id", "")) == str(key.node_id)
+    member = member if mine else {}
     why = [_rotation(key, now), _attempts(key, refused)]
     if key.state != REVOKED:
-        why += [_outcome(told), str(run["left_out"].get(name, ""))]
+        why += [_outcome(member), str(run["left_out"].get(name, ""))]
     return NodeRow(
         name=name,
         key=fingerprint(key.public_key),
         node_id=str(key.node_id),
-        rank_class=str(told.get("rank_class", "")),
-        device=str(told.get("device", "")),
-        version=str(told.get("version", "")),
+        rank_class=str(member.get("rank_class", "")),
+        device=str(member.get("device", "")),
+        version=str(member.get("version", "")),
         last_seen=moment(node.seen) if node is not None and node.seen else "",
-        last_reply=str(told.get("last_reply", "")),
+        last_reply=str(member.get("last_reply", "")),
         state=_state(key, node, bool(known)),
         why=printable("; ".join(filter(None, why))),
     )
@@ -178,11 +178,11 @@ def _attempts(key: NodeKey, refused: Mapping[str, Refused]) -> str:
     return f"tried to connect {times}, last on {tried.last} from {tried.address}, refused"
 
 
-def _outcome(told: Mapping) -> str:
-    outcome, cause = str(told.get("outcome", "")), str(told.get("cause", ""))
+def _outcome(member: Mapping) -> str:
+    outcome, cause = str(member.get("outcome", "")), str(member.get("cause", ""))
     if outcome in ("", "ok"):
         return ""
-    return f"round {told.get('round')}: {outcome}" + (f", {cause}" if cause else "")
+    return f"round {member.get('round')}: {outcome}" + (f", {cause}" if cause else "")
 
 
 def _unnamed(known: Iterable[KnownNode], listed: set[int]) -> list[NodeRow]:

@@ -42,7 +42,8 @@ class Membership:
     """The roster, queries to other nodes, and reports that are not in the roster yet.
 
     ``known`` are the rank classes of a resumed run and ``shapes`` those of its modules;
-    ``bindings`` say which node has which name; ``say`` is told who is waited for.
+    ``bindings`` say which node has which name; ``say`` is called with the
+    names that are waited for.
     """
 
     def __init__(

@@ -199,7 +199,7 @@ def _print_runs(
         done = runs[program.name]
         table.add_row(
             program.name,
-            program.told,
+            program.description,
             f"{rates[program.name]:.2f}",
             f"{min(run.startup_seconds for run in done):.1f}",
             f"{min(run.whole_seconds for run in done):.1f}",

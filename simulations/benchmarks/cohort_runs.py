@@ -29,7 +29,7 @@ class Program:
     """A way to train the clients of a round; ``threads`` is what each of its processes uses."""
 
     name: str
-    told: str
+    description: str
     module: str
     arguments: tuple[str, ...]
     threads: int
@@ -67,28 +67,28 @@ def programs(cores: int, *, workers: tuple[int, ...]) -> list[Program]:
     peers = [
         Program(
             name=FLOWER,
-            told="Flower on Ray, PEFT client, model per message",
+            description="Flower on Ray, PEFT client, model per message",
             module="flower",
             arguments=many,
             threads=1,
         ),
         Program(
             name=FLOWER_CACHED,
-            told="Flower on Ray, PEFT client, model kept per process",
+            description="Flower on Ray, PEFT client, model kept per process",
             module="flower",
             arguments=("--cache", *many),
             threads=1,
         ),
         Program(
             name=LOOP,
-            told=f"PEFT loop, one process of {cores} threads",
+            description=f"PEFT loop, one process of {cores} threads",
             module="loop",
             arguments=("--threads", str(cores)),
             threads=cores,
         ),
         Program(
             name=f"{LOOP}-{cores}",
-            told=f"PEFT loop, {cores} processes of one thread",
+            description=f"PEFT loop, {cores} processes of one thread",
             module="loop",
             arguments=many,
             threads=1,
@@ -102,7 +102,7 @@ def _ours(cores: int, workers: int) -> Program:
     threads = max(1, cores // workers)
     return Program(
         name=f"ours-{workers}",
-        told=f"flexlora simulate, engine.workers={workers}, {threads} thread(s)",
+        description=f"flexlora simulate, engine.workers={workers}, {threads} thread(s)",
         module="ours",
         arguments=("--workers", str(workers), "--threads", str(threads)),
         threads=threads,
@@ -183,7 +183,7 @@ def disagreement(run: Run, ours: Run, work: Work) -> float:
     """How far a peer's losses of round 1 are from ours, relatively.
 
     The mean loss over all steps of all clients, weighted by rows as our server does; where the peer
-    told them, also every client's loss after its last step.
+    reported them, also every client's loss after its last step.
     """
     losses = {t["client_id"]: t["loss"] for t in run.report["trainings"] if t["server_round"] == 1}
     rows = {name: len(work.rows[name]) for name in work.clients}

@@ -140,13 +140,13 @@ def measured(case: FleetCase, tree: Path) -> dict[str, Any]:
         text=True,
     )
     try:
-        told, _ = process.communicate()
+        output, _ = process.communicate()
     finally:
         process.terminate()  # it ends its own processes; nothing where it is over
         process.wait()
     if process.returncode:
         raise RuntimeError(f"the case of {case.nodes} nodes failed; its words are above.")
-    found = json.loads(told.splitlines()[-1])
+    found = json.loads(output.splitlines()[-1])
     if Path(found["tree"]).resolve() != (tree / "flexlora").resolve():
         raise RuntimeError(f"{found['tree']} was measured, expected {tree / 'flexlora'}.")
     return found

@@ -155,11 +155,11 @@ def _trained(start: Start, client_id: str, place: int) -> TrainResult:
 
 
 def _capability(config: Config) -> Capability:
-    """The embedded base's as a worker tells it; of another model the shapes alone."""
+    """The embedded base's as a worker reports it; of another model the shapes alone."""
     if config.model.name == "embedded":
         worker = Worker(config)
-        told = worker.capability(worker.client_ids[0], probed=False)
-        return replace(told, num_examples=EXAMPLES, cause="")
+        capability = worker.capability(worker.client_ids[0], probed=False)
+        return replace(capability, num_examples=EXAMPLES, cause="")
     shape = read_shape(config.model.name)
     shapes = {
         f"model.layers.{layer}.{linear.name}": (linear.out_features, linear.in_features)

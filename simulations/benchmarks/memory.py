@@ -4,7 +4,7 @@
 
 Random Llamas of 20M to 300M parameters (on a GPU up to 7B), each loaded and trained in a process
 of its own; the prediction is made from the configuration alone. What is measured is the growth of
-the peak over the process's own baseline. On a CPU that is the resident set: glibc is told to give
+the peak over the process's own baseline. On a CPU that is the resident set: glibc is set to give
 every block of 64 KiB or more back when it is freed, so that the set is what is alive and not what
 an allocator keeps for later. On a GPU it is what torch allocated at its peak.
 """

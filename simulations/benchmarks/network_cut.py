@@ -5,7 +5,7 @@
 
 Real processes from real folders (``server init``, ``client init``, their ``bin/``) over TLS and
 through the proxy, each machine a network namespace of Linux on one bridge. In round 2, while the
-nodes train, the bridge's ports of ``--cut-off`` nodes go down: no packet passes and nobody is told,
+nodes train, the bridge's ports of ``--cut-off`` nodes go down: no packet passes, without an error,
 as with a cable that is pulled. Needs root, ``ip`` and ``nginx``; minutes, so it is no test of CI.
 
     ratio = updates that the round of the cut is without
@@ -277,8 +277,8 @@ def until(condition: Callable[[], bool], what: str, log: Path | None = None) -> 
     deadline = time.monotonic() + PATIENCE
     while not condition():
         if time.monotonic() > deadline:
-            told = log.read_text(errors="replace")[-3000:] if log else ""
-            raise RuntimeError(f"{what} did not come within {PATIENCE:g} s\n{told}")
+            output = log.read_text(errors="replace")[-3000:] if log else ""
+            raise RuntimeError(f"{what} did not come within {PATIENCE:g} s\n{output}")
         time.sleep(0.2)
 
 

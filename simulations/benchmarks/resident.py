@@ -314,8 +314,8 @@ def _adapter(options: argparse.Namespace) -> list[AdapterRow]:
     for row in rows:
         cells = (row.message_megabytes, row.megabytes, row.ratio, row.target, row.seconds)
         digits = (0, 0, 2, 2, 1)
-        told = [f"{value:.{places}f}" for value, places in zip(cells, digits, strict=True)]
-        table.add_row(row.name, *told, f"{row.error:.0e}", "yes" if row.met else "no")
+        numbers = [f"{value:.{places}f}" for value, places in zip(cells, digits, strict=True)]
+        table.add_row(row.name, *numbers, f"{row.error:.0e}", "yes" if row.met else "no")
     make_console().print(table)
     _write(options, rows)
     return rows

@@ -73,7 +73,7 @@ def adapter_rows(model: str, rank: int, wire_dtype: str, data: Path) -> list[Ada
     Raises:
         UserError: a model that is not known.
     """
-    shapes(model)  # a name that is not known is told before anything is started
+    shapes(model)  # an unknown name is refused before anything is started
     with tempfile.TemporaryDirectory(prefix="flexlora-") as name:
         command = [sys.executable, "-m", __name__]
         place = ["--folder", name, "--data", str(data)]

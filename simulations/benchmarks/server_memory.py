@@ -87,8 +87,8 @@ def row_of(case: ServerCase, through: str, replies: Sequence[int]) -> ServerMemo
     for count in replies:
         one = measured(replace(case, replies=count), through)
         found.append(one)
-        told = f"{one['peak'] / 1e6:.0f} MB, {one['seconds']:.1f} s a round"
-        print(f"{case.way}, {through}, {count} replies: {told}", file=sys.stderr)
+        summary = f"{one['peak'] / 1e6:.0f} MB, {one['seconds']:.1f} s a round"
+        print(f"{case.way}, {through}, {count} replies: {summary}", file=sys.stderr)
         if one["peak"] < one["reply_bytes"]:
             raise RuntimeError(
                 f"the peak grew by {one['peak']:,.0f} bytes, expected at least one reply's "

@@ -83,7 +83,7 @@ def import_ray(*, workers: int, address: str) -> Any:
     """
     if address and not re.fullmatch(r"[^\s:/]+:\d+", address):
         raise UserError(
-            f"engine.ray-address is '{address}', expected HOST:PORT as `ray start --head` tells it."
+            f"engine.ray-address is '{address}', expected HOST:PORT of `ray start --head`."
         )
     if find_spec("ray") is None:
         asked = f"engine.ray-address is '{address}'" if address else f"engine.workers is {workers}"

@@ -238,10 +238,10 @@ def test_an_option_that_a_method_has_changes_what_it_sends_or_makes_of_the_repli
         if option == "server_momentum":
             given |= {"server_optimizer": "momentum"}
         base = {key: value for key, value in given.items() if key != option}
-        assert told(make_method(name, **base)) != told(make_method(name, **given)), name
+        assert shown(make_method(name, **base)) != shown(make_method(name, **given)), name
 
 
-def told(method):
+def shown(method):
     """What three rounds leave and send, as numbers."""
     state = None
     for seed in range(3):

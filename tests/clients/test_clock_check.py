@@ -43,8 +43,8 @@ def test_the_command_asks_the_server_over_its_own_connection(
     said = Said(ahead=ahead)
     with serving(said, certificate=leaf) as port:
         assert asked(port, "--root-certificates", ca.file) == status
-    told = capsys.readouterr().err
-    assert words in told and ("timedatectl" in told) == (words[:5] != "clock"), told
+    printed = capsys.readouterr().err
+    assert words in printed and ("timedatectl" in printed) == (words[:5] != "clock"), printed
     assert said.asked == [("GET", "/health")]
 
 

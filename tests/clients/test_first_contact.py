@@ -76,8 +76,8 @@ def test_the_right_server_gets_the_secret_and_only_its_authority_is_taken(author
         token = token_for(authority, port)
         trusted = fetch_authority(token)
         assert trusted == authority.cert_pem.bytes(), "not the other one that was shown"
-        told = ask(token, trusted)
-    assert (told.state, told.sentence, told.name) == ("welcome", "good ?[2J", "site-a")
+        printed = ask(token, trusted)
+    assert (printed.state, printed.sentence, printed.name) == ("welcome", "good ?[2J", "site-a")
     assert seen[0]["secret"] == token.secret.hex() and "PRIVATE" not in json.dumps(seen)
 
 
@@ -121,9 +121,9 @@ def test_another_authority_than_the_tokens_is_refused_at_once(authority, shown):
 def test_each_answer_is_a_sentence(authority, status, answer, kind, words):
     leaf, shown = authority.issue_cert("localhost"), authority.cert_pem.bytes()
     refused = pytest.raises(kind, match=words)
-    with serving(leaf, shown, status, answer) as (port, _), refused as told:
+    with serving(leaf, shown, status, answer) as (port, _), refused as printed:
         ask(token_for(authority, port), shown)
-    assert isinstance(told.value, NotNow) == (kind is NotNow)
+    assert isinstance(printed.value, NotNow) == (kind is NotNow)
 
 
 def test_nobody_there_is_a_cause_to_try_again(authority):

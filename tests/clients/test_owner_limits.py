@@ -81,8 +81,8 @@ def test_a_mistyped_file_is_refused_before_the_base_is_loaded(what, tmp_path, ca
     (tmp_path / "limits.toml").write_text(text)
     serve = ["client", "serve", "--model", "nowhere", "--data", ".", "--socket", "s", "--limits"]
     assert main([*serve, "limits.toml"]) == 2
-    told = capsys.readouterr().err
-    assert re.search(f"'limits.toml'.*{words}", told) and len(told.splitlines()) == 1, told
+    printed = capsys.readouterr().err
+    assert re.search(f"'limits.toml'.*{words}", printed) and len(printed.splitlines()) == 1, printed
 
 
 def test_memory_is_said_once(tmp_path, capsys, monkeypatch):

@@ -137,8 +137,8 @@ def test_factors_of_ones_own_that_cannot_be_had_cost_no_update(data, tmp_path, m
     assert reply["report"]["cause"] == ""
     assert reply["report"]["num-examples"] == expected["report"]["num-examples"] > 0
     where = "not kept: " if step == "keep" else ""
-    told = f"personal factors: {where}OSError: [Errno 28] No space left on device"
-    assert reply["report"]["note"] == told
+    shown = f"personal factors: {where}OSError: [Errno 28] No space left on device"
+    assert reply["report"]["note"] == shown
 
 
 def test_a_damaged_file_is_left_for_its_owner_to_see(data, tmp_path):

@@ -92,9 +92,9 @@ def test_a_trainer_removes_old_runs_and_says_what_there_is(kind, tmp_path, capsy
         assert main(["client", "health", "--socket", str(made.path)]) == 0
         size = made.trainer.run_files.usage()[1]
         assert size > 6000
-    told = capsys.readouterr().out
-    assert f"private  files of 1 runs, {size / 1000:.1f} kB" in told, told
+    printed = capsys.readouterr().out
+    assert f"private  files of 1 runs, {size / 1000:.1f} kB" in printed, printed
     day = r"day      seconds \d of 86,400, requests 1 of 20,000, rows \d+ of 50,000,000"
-    assert re.search(day, told) and "week     seconds" in told
-    assert "request  hours 00:00-24:00, seconds 21,600, rank 1024, carried-rank" in told
-    assert "files    max-bytes 6KB, days 2" in told and "train    max-steps 100000" in told
+    assert re.search(day, printed) and "week     seconds" in printed
+    assert "request  hours 00:00-24:00, seconds 21,600, rank 1024, carried-rank" in printed
+    assert "files    max-bytes 6KB, days 2" in printed and "train    max-steps 100000" in printed

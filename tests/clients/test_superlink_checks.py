@@ -201,8 +201,8 @@ def test_a_trainer_that_listens(tmp_path):
     ],
 )
 def test_how_a_trainer_is(changes, status, words, monkeypatch):
-    told = {"version": flexlora.__version__, "model": "embedded", "quantization": "nf4"}
-    reply = HealthReply(**{**told, "device": "cpu", **changes})
+    printed = {"version": flexlora.__version__, "model": "embedded", "quantization": "nf4"}
+    reply = HealthReply(**{**printed, "device": "cpu", **changes})
     monkeypatch.setattr(trainer_client, "health", lambda path: reply)
     finding = check_trainer(Path("/run/flexlora/trainer.sock"))
     assert finding.status == status and words in finding.message
@@ -225,9 +225,9 @@ def test_the_command_fails_where_a_check_did(monkeypatch, capsys, ca, leaf):
         status, out, _ = run_doctor(monkeypatch, capsys, *given, "--root-certificates", ca.file)
         assert status == 0 and json.loads(out)["ok"] is True
         status, out, _ = run_doctor(monkeypatch, capsys, *given, "--root-certificates", leaf.file)
-    told = json.loads(out)
-    assert status == 1 and told["ok"] is False
-    assert told["findings"][-1]["name"] == "certificate" and told["findings"][-1]["remedy"]
+    printed = json.loads(out)
+    assert status == 1 and printed["ok"] is False
+    assert printed["findings"][-1]["name"] == "certificate" and printed["findings"][-1]["remedy"]
 
 
 @pytest.mark.parametrize(

@@ -63,9 +63,9 @@ def test_what_was_trained_outlasts_a_kill_and_sigterm_leaves_no_socket(place, ca
     process = serving(place)
     first = ask(place, config)
     assert main(["client", "health", "--socket", str(place["socket"])]) == 0
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for words in ("now      idle", "1 trained, 0 evaluated, 0 from disk", "1 replies", "nf4"):
-        assert words in told
+        assert words in printed
     process.kill()
     process.communicate()
     assert place["socket"].exists() and connection_error(place["socket"])

@@ -56,9 +56,9 @@ def test_whole_numbers_name_clients_as_text():
 
 
 def test_keys_that_say_nothing_are_dropped():
-    told = {"id": 7, "source": "web", "prompt_id": "a1", "_id": "x", "meta": {"by": "me"}}
+    shown = {"id": 7, "source": "web", "prompt_id": "a1", "_id": "x", "meta": {"by": "me"}}
     empty = {"system": "", "history": [], "tools": "[]"[:0], "images": [], "note": None, "n": 3}
-    assert parse_row({"output": "y", **told, **empty}, "f line 1") == Row(output="y")
+    assert parse_row({"output": "y", **shown, **empty}, "f line 1") == Row(output="y")
 
 
 def chat(*turns):
@@ -215,7 +215,7 @@ def test_hub_failures_become_one_sentence(monkeypatch):
 
 
 def test_embedded_tasks_are_made_for_the_clients_and_seed_asked_for(monkeypatch):
-    made = SimpleNamespace(embedded_rows=lambda *told: {"train": list(told)})
+    made = SimpleNamespace(embedded_rows=lambda *shown: {"train": list(shown)})
     monkeypatch.setitem(sys.modules, "flexlora.data.tasks", made)
     assert load_embedded(3, 7, "all") == {"train": [3, 7, "all"]}
     with pytest.raises(UserError, match=r"clients.count is 0, expected at least 1"):

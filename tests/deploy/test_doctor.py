@@ -18,7 +18,7 @@ from flexlora.simulations import flower_checks
 VERSION = namedtuple("VERSION", "major minor micro releaselevel serial")
 
 
-def told(finding):
+def printed(finding):
     assert finding.status in ("warning", "failed") and finding.remedy
     assert "\n" not in finding.message and len(finding.message) < 300
     return finding.status, finding.message
@@ -86,7 +86,7 @@ def test_a_check_may_find_several_things_and_name_them():
 
 def test_an_old_python(monkeypatch):
     monkeypatch.setattr(doctor.sys, "version_info", VERSION(3, 9, 2, "final", 0))
-    assert told(doctor.check_python()) == ("failed", "Python 3.9.2, expected 3.11 or later.")
+    assert printed(doctor.check_python()) == ("failed", "Python 3.9.2, expected 3.11 or later.")
 
 
 def test_a_torch_that_cannot_be_imported(monkeypatch):
@@ -98,7 +98,7 @@ def test_a_torch_that_cannot_be_imported(monkeypatch):
         return honest(name, *rest, **options)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    status, sentence = told(doctor.check_torch())
+    status, sentence = printed(doctor.check_torch())
     assert status == "failed" and "undefined symbol" in sentence
 
 
@@ -119,7 +119,7 @@ def test_a_machine_without_torch_still_gets_its_answer():
 def test_a_driver_whose_card_torch_does_not_see(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(doctor.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
-    status, sentence = told(doctor.check_cuda())
+    status, sentence = printed(doctor.check_cuda())
     assert status == "warning" and "torch sees no card" in sentence
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
     assert doctor.check_cuda().status == "ok"
@@ -131,7 +131,7 @@ def test_a_bitsandbytes_that_imports_and_dies(monkeypatch):
 
     monkeypatch.setitem(probing.KERNELS, "nf4", dies)
     probing.probe.cache_clear()
-    status, sentence = told(doctor.check_bitsandbytes())
+    status, sentence = printed(doctor.check_bitsandbytes())
     probing.probe.cache_clear()
     assert status == "warning" and sentence.endswith(
         "nf4: RuntimeError: no kernel image is available."
@@ -144,7 +144,7 @@ def test_an_8_bit_optimizer_that_dies_while_the_bases_run(monkeypatch):
 
     monkeypatch.setitem(probing.KERNELS, "adamw_8bit", dies)
     probing.probe.cache_clear()
-    status, sentence = told(doctor.check_bitsandbytes())
+    status, sentence = printed(doctor.check_bitsandbytes())
     probing.probe.cache_clear()
     assert status == "warning" and sentence.startswith("8-bit optimizers cannot step on ")
     assert sentence.endswith("adamw_8bit: RuntimeError: undefined symbol: cadam_8bit_blockwise.")
@@ -159,7 +159,7 @@ def test_training_that_does_not_lower_the_loss(monkeypatch):
         "TrainSettings",
         lambda **given: honest(**{**given, "learning_rate": 0.0}),
     )
-    status, sentence = told(doctor.check_training())
+    status, sentence = printed(doctor.check_training())
     assert status == "failed" and "not down" in sentence
 
 
@@ -171,7 +171,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(os, "fsync", refuses)
-    status, sentence = told(doctor.check_disk(tmp_path))
+    status, sentence = printed(doctor.check_disk(tmp_path))
     assert (
         status == "failed" and sentence == f"'{tmp_path}' cannot be written to: Permission denied."
     )
@@ -181,7 +181,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
 def test_a_disk_that_is_nearly_full(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")(1, 1, 5 * 2**20)
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda where: usage)
-    status, sentence = told(doctor.check_disk(tmp_path))
+    status, sentence = printed(doctor.check_disk(tmp_path))
     assert status == "warning" and "5 MiB free" in sentence
 
 
@@ -190,7 +190,7 @@ def test_loopback_that_is_down(monkeypatch):
         raise OSError(99, "Cannot assign requested address")
 
     monkeypatch.setattr(doctor.socket, "create_server", refuses)
-    status, sentence = told(doctor.check_ports())
+    status, sentence = printed(doctor.check_ports())
     assert status == "warning" and "Cannot assign" in sentence
 
 
@@ -208,7 +208,7 @@ def test_a_flower_of_another_version(version, monkeypatch):
 def test_a_message_that_comes_back_changed_or_not_at_all(monkeypatch):
     assert flower_checks.check_flower().status == "ok"
     monkeypatch.setattr(flower_checks, "_round_trip", lambda: "something else")
-    assert told(flower_checks.check_flower()) == ("failed", "a message comes back changed.")
+    assert printed(flower_checks.check_flower()) == ("failed", "a message comes back changed.")
 
     def raises():
         raise AttributeError("no TaskIdentity")

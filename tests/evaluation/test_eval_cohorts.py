@@ -231,18 +231,18 @@ def test_clients_without_rows_or_without_own_factors_have_no_such_score(tokenize
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "shown"),
     [
         ({"personal_over": "rank_9"}, "client a: personal factors are over 'rank_9', expected one"),
         ({"adapters": PERSONAL}, "client a: personal factors and a rank class are both named"),
     ],
     ids=str,
 )
-def test_what_cannot_be_scored_is_told(tokenizer, changes, told):
+def test_what_cannot_be_scored_is_told(tokenizer, changes, shown):
     jobs, rows = population(generate=False)
     if "adapters" in changes:
         changes = {"adapters": {PERSONAL: jobs[0].personal}}
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=shown):
         scored(tiny_model(), tokenizer, [replace(jobs[0], **changes)], [rows[0]])
 
 

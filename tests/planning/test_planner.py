@@ -274,11 +274,11 @@ def test_the_command_prints_the_choice_and_its_terms(capsys):
 
 def test_the_command_as_json_adds_up(capsys):
     status, out, _ = plan(capsys, "--model", "embedded", "--memory", "64MiB", "--format", "json")
-    told = json.loads(out)
-    assert status == 0 and sum(told["terms"].values()) == told["total_bytes"]
-    assert told["needed_bytes"] <= told["memory_bytes"] == 64 * 2**20
-    rebuilt = TrainingPlan(**told["plan"])
-    assert training_memory(read_shape("embedded"), rebuilt).total == told["total_bytes"]
+    printed = json.loads(out)
+    assert status == 0 and sum(printed["terms"].values()) == printed["total_bytes"]
+    assert printed["needed_bytes"] <= printed["memory_bytes"] == 64 * 2**20
+    rebuilt = TrainingPlan(**printed["plan"])
+    assert training_memory(read_shape("embedded"), rebuilt).total == printed["total_bytes"]
 
 
 def test_the_table_has_a_row_for_every_device(capsys):
@@ -304,9 +304,9 @@ def test_the_command_takes_an_optimizer_and_an_attention_kernel(capsys):
 
 def test_the_help_names_what_can_be_asked_for(capsys):
     assert main(["plan", "--help"]) == 0
-    told = " ".join(capsys.readouterr().out.split())
+    printed = " ".join(capsys.readouterr().out.split())
     for key in ("model.quantization", "model.attn-implementation"):
-        assert all(choice in told for choice in choices(KEYS[key].annotation)), key
+        assert all(choice in printed for choice in choices(KEYS[key].annotation)), key
 
 
 def test_this_machine_is_asked_where_nothing_else_is(capsys):

@@ -112,8 +112,12 @@ def test_in_simulation_no_kernel_is_run_for_clients_that_are_elsewhere(monkeypat
     grid = TamperingGrid(Worker(small(engine__device="cpu")))
     query = Message(RecordDict(), dst_node_id=1, message_type="query")
     (reply,) = grid.send_and_receive([query])
-    told = decode_capability(reply)
-    assert (told.runs, told.absent, told.cause) == ((), (), "") and told.num_examples > 0
+    printed = decode_capability(reply)
+    assert (printed.runs, printed.absent, printed.cause) == (
+        (),
+        (),
+        "",
+    ) and printed.num_examples > 0
 
 
 def test_what_was_run_travels_with_the_report(monkeypatch):
@@ -173,8 +177,11 @@ def test_an_optimizer_that_cannot_run_here_is_refused_before_a_base_is_loaded(
 def test_a_run_with_paged_moments_on_a_cpu_is_one_sentence(tmp_path, capsys):
     chosen = ["--set", "train.optim=paged_adamw_8bit", "--set", "engine.device=cpu"]
     assert main(["simulate", *chosen, "--out", str(tmp_path / "run")]) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("flexlora: train.optim is 'paged_adamw_8bit'") and told.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert (
+        printed.startswith("flexlora: train.optim is 'paged_adamw_8bit'")
+        and printed.count("\n") == 1
+    )
     assert not (tmp_path / "run").exists()
 
 

@@ -142,8 +142,8 @@ def test_every_number_of_the_page_is_in_one_of_the_runs_or_a_sum(pair, tmp_path)
         assert kind == "derived" or value in known
     sums = {3e6, 1e6, 3.75, 700.0, 0.0, 3.0}
     assert {value for value, _, kind in page.data if kind == "derived"} == sums
-    told = [re.fullmatch(r"(.+), round (\d+): ([\d.]+)", text) for text in page.said("title")]
-    shown = [found[3] for found in told if found]
+    output = [re.fullmatch(r"(.+), round (\d+): ([\d.]+)", text) for text in page.said("title")]
+    shown = [found[3] for found in output if found]
     assert len(shown) > 15
     assert all(any(rounded(text, value) for value in known) for text in shown)
 
@@ -182,9 +182,9 @@ def test_a_rank_class_has_one_colour_in_every_run(tmp_path):
     second = written_run(tmp_path / "two", (3.0, 1.0), classes=("rank_2", "rank_8"))
     printed(first, second, out=tmp_path / "page.html")
     marks = {}
-    for attributes, told in read_page(tmp_path / "page.html").captions:
-        if attributes.get("class", "").startswith("mark") and told.startswith("rank_"):
-            marks.setdefault(told.partition(",")[0], set()).add(attributes["class"])
+    for attributes, output in read_page(tmp_path / "page.html").captions:
+        if attributes.get("class", "").startswith("mark") and output.startswith("rank_"):
+            marks.setdefault(output.partition(",")[0], set()).add(attributes["class"])
     assert marks == {"rank_4": {"mark s0"}, "rank_8": {"mark s1"}, "rank_2": {"mark s2"}}
 
 

@@ -90,14 +90,14 @@ def test_sums_and_counts_are_those_of_the_files(run):
 def test_the_points_of_the_charts_say_what_the_rounds_say(run):
     rounds = metrics_of(run)
     said = read_page(run / "report.html").said("title")
-    told = [
+    printed = [
         found.groups() for text in said if (found := re.fullmatch(r"(.+), round (\d): (.+)", text))
     ]
-    assert len(told) > 20
-    for name, at, shown in told:
+    assert len(printed) > 20
+    for name, at, shown in printed:
         numbers = [v for v in rounds[int(at)].values() if isinstance(v, int | float)]
         assert any(rounded(shown, value) for value in numbers), (name, at, shown)
-    training = {int(at): shown for name, at, shown in told if name == "training loss"}
+    training = {int(at): shown for name, at, shown in printed if name == "training loss"}
     assert training == {at: f"{rounds[at]['train_loss']:.3f}" for at in (1, 2)}
 
 
@@ -326,11 +326,12 @@ def test_a_report_that_fails_does_not_fail_the_run(tmp_path, capsys, monkeypatch
 
     monkeypatch.setattr(simulate_module, "write_report", broken)
     assert main(["simulate", *as_sets(small()), "--out", str(tmp_path / "run")]) == 0
-    told = capsys.readouterr()
+    printed = capsys.readouterr()
     assert (
-        "the run is whole, but its report was not written (ZeroDivisionError: no axis)" in told.err
+        "the run is whole, but its report was not written (ZeroDivisionError: no axis)"
+        in printed.err
     )
-    assert "Run folder:" in told.out and not (tmp_path / "run" / "report.html").exists()
+    assert "Run folder:" in printed.out and not (tmp_path / "run" / "report.html").exists()
 
 
 def test_a_report_needs_neither_torch_nor_flower():

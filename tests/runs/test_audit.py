@@ -1,4 +1,4 @@
-"""The audit log: what it says of a run, and that whatever is changed in the folder is told."""
+"""The audit log: what it says of a run, and that every change in the folder is reported."""
 
 from __future__ import annotations
 

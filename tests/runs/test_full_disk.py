@@ -1,4 +1,4 @@
-"""A disk without room costs the round in flight at most, and is told in one sentence.
+"""A disk without room costs the round in flight at most, and is reported in one sentence.
 
 ``/dev/full`` is Linux's disk without room: a file of the run is led there, and the write fails as
 it does on a real one (ENOSPC). A limit on the size of files does it to a whole process.
@@ -114,9 +114,9 @@ def test_the_command_says_so_in_one_sentence_and_goes_on_when_there_is_room(whol
 
     words = ("simulate", *as_sets(CONFIG), "--out", folder)
     status, _, err = finished(command(*words, preexec_fn=limited))
-    told = [line for line in err.splitlines() if line.startswith("flexlora: ")]
-    assert status == 2 and "Traceback" not in err and len(told) == 1, err
-    assert "the state after round 2 cannot be written to" in told[0]
+    printed = [line for line in err.splitlines() if line.startswith("flexlora: ")]
+    assert status == 2 and "Traceback" not in err and len(printed) == 1, err
+    assert "the state after round 2 cannot be written to" in printed[0]
     assert load_checkpoint(folder / "checkpoint")[0].round == 1
     assert main(["simulate", "--resume", str(folder)]) == 0
     assert adapter_bytes(folder) == adapter_bytes(whole)
@@ -165,7 +165,7 @@ def test_a_trainer_without_room_still_answers_and_says_that_nothing_was_kept(tmp
         fourth = made.ask(train_message(config), config)
         assert (made.trainer.totals.trained, made.trainer.totals.from_disk) == (3, 1)
     answers = [values_of(content, without=MEASURED) for content in (first, second, third, fourth)]
-    assert answers[0]["report/cause"] == "" and all(told == answers[0] for told in answers)
+    assert answers[0]["report/cause"] == "" and all(printed == answers[0] for printed in answers)
     kept = ["not kept: No space left on device" in line for line in lines]
     assert kept == [False, True, False, False], lines
 
@@ -185,6 +185,6 @@ def test_adapters_without_room_are_told_in_the_same_words(tmp_path):
     """safetensors writes files itself, and has an error of its own for a disk without room."""
     adapter = Adapter({"q": LoRAFactors(lora_A=torch.ones(2, 4), lora_B=torch.ones(4, 2), alpha=2)})
     run = RunFolder(tmp_path)
-    told = "^the adapters cannot be written to .*File too large.*; the rounds before are whole"
-    with no_file_beyond(100), pytest.raises(UserError, match=told), run.writing("the adapters"):
+    printed = "^the adapters cannot be written to .*File too large.*; the rounds before are whole"
+    with no_file_beyond(100), pytest.raises(UserError, match=printed), run.writing("the adapters"):
         save_adapter(adapter, tmp_path / "adapters" / "global", base="embedded")

@@ -1,4 +1,4 @@
-"""A run folder has one writer; a second one is told so, and what it would have spoiled stays."""
+"""A run folder has one writer; a second one is refused, and what it would have spoiled stays."""
 
 from __future__ import annotations
 

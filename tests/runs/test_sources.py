@@ -1,4 +1,4 @@
-"""A base or rows that changed under a run are told, and refused unless that is asked for."""
+"""A base or rows that changed under a run are reported, and refused unless that is asked for."""
 
 from __future__ import annotations
 

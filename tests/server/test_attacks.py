@@ -127,9 +127,9 @@ def test_without_the_bound_the_same_attack_makes_the_sum_its_own():
 
 
 def test_observers_hear_once_of_everybody_also_where_the_round_decides():
-    told = Told()
-    run(AttackedGrid(scaled(lora_B=1e6)), observer=told)
-    replied = [(client_id, outcome) for client_id, outcome, _, _ in told.of("replied")]
+    shown = Told()
+    run(AttackedGrid(scaled(lora_B=1e6)), observer=shown)
+    replied = [(client_id, outcome) for client_id, outcome, _, _ in shown.of("replied")]
     assert len(replied) == 8 and replied.count((EVIL, Outcome.REFUSED)) == 2
     assert sum(outcome is Outcome.OK for _, outcome in replied) == 6
 
@@ -266,7 +266,7 @@ FALSE_SCORES = {
 
 
 def evaluated(score, name="rank_2"):
-    """The eval metrics of a run in which the evil client reports this; and its told causes."""
+    """The eval metrics of a run in which the evil client reports this; and its reported causes."""
 
     def attack(reply, message):
         return None
@@ -284,11 +284,11 @@ def evaluated(score, name="rank_2"):
             result = EvalResult(client_id=client_id, scores=scores)
             return Message(encode_evaluate_result(result), reply_to=message)
 
-    told = Told()
+    shown = Told()
     config = settings(eval__every=1, eval__max_examples=4, num_server_rounds=1)
-    run(Grid(attack), config, observer=told)
-    metrics = told.of("round_finished")[-1][0]
-    causes = dict(told.of("evaluated"))
+    run(Grid(attack), config, observer=shown)
+    metrics = shown.of("round_finished")[-1][0]
+    causes = dict(shown.of("evaluated"))
     return {k: v for k, v in metrics.items() if k.startswith("eval_")}, causes
 
 

@@ -167,7 +167,9 @@ def test_a_superlink_that_is_away_is_waited_for_and_told_once(place):
     ]
     follower, flower, said = followed(place, (3, [away] * 200 + [DONE]))
     after_submit(flower, pid=dead_process())
-    assert follower.run() == 0 and flower.stopped == [], "who is away is not told to stop a run"
+    assert follower.run() == 0 and flower.stopped == [], (
+        "a server that is away gets no request to stop a run"
+    )
     follower, flower, said = followed(place, away, (9, DONE))
     assert follower.run() == 0 and "connection refused" in "".join(said)
 

@@ -295,14 +295,14 @@ class Broken:
 
 
 def test_an_observer_that_fails_is_logged_once_and_the_others_are_told(caplog):
-    broken, told = Broken(), []
+    broken, shown = Broken(), []
 
     class Good(Observer):
         def met(self, roster):
-            told.append("met")
+            shown.append("met")
 
         def replied(self, client_id, outcome, cause, late):
-            told.append("replied")
+            shown.append("replied")
 
     observers = Observers([broken, Good()], Good())
     observers.met(None)
@@ -311,7 +311,7 @@ def test_an_observer_that_fails_is_logged_once_and_the_others_are_told(caplog):
     observers.round_started(1, 2, 3)
     observers.round_finished({"round": 1})
     assert broken.calls == ["met", "replied", "resent", "round_started", "round_finished"]
-    assert told == ["met", "met", "replied", "replied"]
+    assert shown == ["met", "met", "replied", "replied"]
     (record,) = caplog.records
     assert record.getMessage() == "Broken fails, and the run goes on: ValueError: cannot"
 

@@ -18,12 +18,12 @@ def slow_rounds(seconds, client_id="client_0", rounds=range(1, 9)):
     return {(server_round, client_id): [Fate(seconds=seconds)] for server_round in rounds}
 
 
-def grown(*, reports=None, fates=None, later=None, told=None, rows=None, **options):
+def grown(*, reports=None, fates=None, later=None, shown=None, rows=None, **options):
     fates = {**slow_rounds(10.0), **(fates or {})}
     later = {99: (5.0, "zoe")} if later is None else later
     grid = FaultyGrid(people(3), fates, reports=reports, later=later, away=options.pop("away", {}))
     changes = options.pop("changes", LONG)
-    return grid, run(grid, settings(**changes), rows=rows, observer=told, **options)
+    return grid, run(grid, settings(**changes), rows=rows, observer=shown, **options)
 
 
 def trained(rows, client_id):
@@ -35,13 +35,13 @@ def asked(grid, client_id):
 
 
 def test_a_node_that_comes_later_takes_part_from_the_next_round_on():
-    told, rows = Told(), []
-    grid, strategy = grown(told=told, rows=rows)
+    shown, rows = Told(), []
+    grid, strategy = grown(shown=shown, rows=rows)
     assert trained(rows, "zoe") == [2, 3, 4] and trained(rows, "client_0") == [1, 2, 3, 4]
     policy = rank_policy_of(strategy.config)
     dealt = policy.assign([*people(3).values(), "zoe"])["zoe"]
     assert strategy.roster.members["zoe"].rank_class == dealt
-    assert len(told.of("met")) == 2 and len(asked(grid, "zoe")) == 1
+    assert len(shown.of("met")) == 2 and len(asked(grid, "zoe")) == 1
     before = policy.assign(list(people(3).values()))
     kept = {k: m.rank_class for k, m in strategy.roster.members.items() if k != "zoe"}
     assert kept == before, "nobody else's rank changes"
@@ -69,11 +69,11 @@ UNFIT = {
 @pytest.mark.parametrize("kind", UNFIT)
 def test_a_newcomer_that_does_not_fit_is_left_out_once_with_its_cause(kind):
     change, cause = UNFIT[kind]
-    told, rows = Told(), []
-    grid, strategy = grown(reports={"zoe": capability("zoe", **change)}, told=told, rows=rows)
+    shown, rows = Told(), []
+    grid, strategy = grown(reports={"zoe": capability("zoe", **change)}, shown=shown, rows=rows)
     (row,) = [row for row in rows if row["client_id"] == "zoe"]
     assert (row["round"], row["status"]) == (2, "left out") and cause in row["cause"]
-    assert "zoe" not in strategy.roster.members and len(told.of("met")) == 1
+    assert "zoe" not in strategy.roster.members and len(shown.of("met")) == 1
     assert len(asked(grid, "zoe")) == 1, "it answered: nobody asks again while it stays"
     assert rows[-1]["metrics"]["clients_failed"] == 0
 
@@ -146,19 +146,19 @@ def test_a_newcomer_that_the_table_of_ranks_does_not_name_is_left_out(tmp_path):
 
 def test_a_node_without_a_client_app_delays_the_start_by_wait_seconds_and_is_named():
     """The round's time is 100 s; the clock is the grid's."""
-    told, rows = Told(), []
+    shown, rows = Told(), []
     fates = {("query", "client_1"): [SILENT] * 9}
     grid = FaultyGrid(people(3), fates)
     changes = {"num_server_rounds": 2, "server__wait_seconds": 40.0, "server__resends": 0}
-    run(grid, settings(**changes), rows=rows, observer=told)
+    run(grid, settings(**changes), rows=rows, observer=shown)
     first = min(sent[3] for sent in grid.pushed if sent[0] == "train")
     assert 40.0 <= first < 45.0
     assert trained(rows, "client_0") == [1, 2] and trained(rows, "client_1") == []
-    said = [(what, seconds) for what, seconds in told.of("waiting") if "ClientApp" in what]
+    said = [(what, seconds) for what, seconds in shown.of("waiting") if "ClientApp" in what]
     assert all(what.endswith(": 11") for what, _ in said), "by its node id"
     lefts = [seconds for _, seconds in said[:4]]
     assert lefts == pytest.approx([38.0, 34.0, 26.0, 10.0], abs=1.0)
-    assert "no answer to the query within 40 s" in told.of("met")[0][0].left_out["node_11"]
+    assert "no answer to the query within 40 s" in shown.of("met")[0][0].left_out["node_11"]
 
 
 def test_its_answer_is_read_when_it_comes_and_it_joins():
@@ -172,11 +172,11 @@ def test_its_answer_is_read_when_it_comes_and_it_joins():
 
 
 def test_a_run_says_how_many_nodes_it_waits_for_and_who_is_not_connected():
-    told = Told()
+    shown = Told()
     away = {10: [(0.0, 20.0)]}  # node 10 is away for 20 s at the start, node 11 after round 1
     grid = FaultyGrid(people(2), away={**away, 11: [(22.0, 60.0)]}, fates=slow_rounds(2.0))
     changes = {"num_server_rounds": 2, "server__min_nodes": 2, "server__quorum": 2}
-    run(grid, settings(**changes), observer=told)
-    said = [what for what, _ in told.of("waiting")]
+    run(grid, settings(**changes), observer=shown)
+    said = [what for what, _ in shown.of("waiting")]
     assert said[0] == "nodes, 1 of 2 are connected"
     assert "1 more clients to be connected: client_1" in said

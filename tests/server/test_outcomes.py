@@ -93,20 +93,20 @@ def test_a_failed_client_counts_as_failed_whatever_its_cause_begins_with(cause, 
 
 
 def test_a_round_that_is_skipped_is_no_client():
-    told, silent = Told(), {(1, f"client_{k}"): [SILENT] for k in range(3)}
+    shown, silent = Told(), {(1, f"client_{k}"): [SILENT] for k in range(3)}
     config = settings(num_server_rounds=1, server__resends=0, server__quorum=2)
-    faulty_run(FaultyGrid(people(3), silent), config, observer=told)
-    assert {args[0] for args in told.of("replied")} == {f"client_{k}" for k in range(3)}
-    ((server_round, cause),) = told.of("round_skipped")
+    faulty_run(FaultyGrid(people(3), silent), config, observer=shown)
+    assert {args[0] for args in shown.of("replied")} == {f"client_{k}" for k in range(3)}
+    ((server_round, cause),) = shown.of("round_skipped")
     assert server_round == 1 and cause.startswith("skipped: 0 updates came, server.quorum is 2")
 
 
 def test_a_reply_of_an_earlier_round_is_marked_and_counts():
-    told = Told()
+    shown = Told()
     fates = {(1, "client_1"): [Fate(seconds=105.0)], (2, "client_0"): [Fate(seconds=20.0)]}
     config = settings(num_server_rounds=2, server__late_rounds=1, server__resends=0)
-    faulty_run(FaultyGrid(people(3), fates), config, observer=told)
-    first, *second = [tuple(args[1:]) for args in told.of("replied") if args[0] == "client_1"]
+    faulty_run(FaultyGrid(people(3), fates), config, observer=shown)
+    first, *second = [tuple(args[1:]) for args in shown.of("replied") if args[0] == "client_1"]
     assert first == (Outcome.SILENT, "no reply within 100 s", False)
     assert sorted(second, key=lambda args: args[2]) == [
         (Outcome.OK, "", False),

@@ -29,11 +29,11 @@ ONE = {"num_server_rounds": 1, "server__skipped_rounds": 0}
 TWICE = RetryPolicy(resends=2, silence_seconds=40.0, patience_seconds=60.0)
 
 
-def one_round(fates, count=3, *, away=None, told=None, **changes):
+def one_round(fates, count=3, *, away=None, shown=None, **changes):
     """One round with these fates in it: the grid, the strategy, the rows by client."""
     grid = FaultyGrid(people(count), {(1, k): v for k, v in fates.items()}, away=away)
     rows = []
-    strategy = run(grid, settings(**{**ONE, **changes}), rows=rows, observer=told)
+    strategy = run(grid, settings(**{**ONE, **changes}), rows=rows, observer=shown)
     return grid, strategy, {row["client_id"]: row for row in rows}
 
 
@@ -59,27 +59,27 @@ RECOVERED = {
 @pytest.mark.parametrize("fault", RECOVERED)
 def test_a_lost_message_is_sent_again_and_the_round_is_whole(fault, honest):
     fates, note = RECOVERED[fault]
-    told = Told()
-    grid, strategy, rows = one_round({"client_1": fates}, told=told)
+    shown = Told()
+    grid, strategy, rows = one_round({"client_1": fates}, shown=shown)
     assert same_bytes(strategy.state, honest[1].state)
     assert {row["status"] for row in rows.values()} == {"ok"}
     assert rows["client_1"]["cause"].startswith(note) and rows["client_0"]["cause"] == ""
     copies = len(grid.copies(1, "client_1"))
     assert copies >= 2 and len(grid.copies(1, "client_0")) == 1
     assert rows["client_1"]["metrics"]["resent"] == copies - 1
-    assert [args[:2] for args in told.of("resent")] == [
+    assert [args[:2] for args in shown.of("resent")] == [
         ["client_1", k + 2] for k in range(copies - 1)
     ]
-    assert ["client_1", Outcome.OK, "", False] in told.of("replied")
+    assert ["client_1", Outcome.OK, "", False] in shown.of("replied")
 
 
 def test_the_log_has_a_line_for_it_and_an_observer_need_not_know_of_it(caplog):
     caplog.set_level(logging.INFO)
-    one_round({"client_1": [lost(5)]}, told=LogObserver(logging.getLogger("a run")))
+    one_round({"client_1": [lost(5)]}, shown=LogObserver(logging.getLogger("a run")))
     assert "client client_1: sent again (2), code 5" in caplog.messages
     assert any(", resent 1," in line for line in caplog.messages)
     seen = StopAt("never", 0)
-    _, strategy, _ = one_round({"client_1": [lost(5)]}, told=seen)
+    _, strategy, _ = one_round({"client_1": [lost(5)]}, shown=seen)
     assert seen.current == 1 and strategy.state.round == 1
 
 
@@ -314,9 +314,11 @@ def test_a_reply_counts_once_and_one_to_nothing_never(honest, caplog):
     fresh.aggregate_train(1, [nothing, replies[0], *replies, nothing])
     assert same_bytes(fresh.state, honest[1].state)
     assert [row.outcome for row in fresh.metrics.rows] == [Outcome.OK] * 3
-    told = [record.getMessage() for record in caplog.records]
-    assert sum("a reply to nothing that was sent in round 1, dropped" in line for line in told) == 2
-    assert sum(line.startswith("client_0: a second reply") for line in told) == 1
+    shown = [record.getMessage() for record in caplog.records]
+    assert (
+        sum("a reply to nothing that was sent in round 1, dropped" in line for line in shown) == 2
+    )
+    assert sum(line.startswith("client_0: a second reply") for line in shown) == 1
 
 
 def exact(grid, strategy, counted):

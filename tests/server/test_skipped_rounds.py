@@ -26,22 +26,22 @@ class Jobs(FaultyGrid):
         return super().push_messages(messages)
 
 
-def held(failing, *, count=2, told=None, rows=None, **changes):
+def held(failing, *, count=2, shown=None, rows=None, **changes):
     """A run of which the rounds ``failing`` lose client_1 for good."""
     fates = {(server_round, "client_1"): [lost(5)] * 9 for server_round in failing}
     grid = Jobs(people(count), fates)
-    return grid, run(grid, settings(**(QUORUM | changes)), rows=rows, observer=told)
+    return grid, run(grid, settings(**(QUORUM | changes)), rows=rows, observer=shown)
 
 
 def test_a_skipped_round_is_held_again_and_the_run_trains_as_often_as_asked():
-    told, rows = Told(), []
-    _, strategy = held([2], told=told, rows=rows)
+    shown, rows = Told(), []
+    _, strategy = held([2], shown=shown, rows=rows)
     assert strategy.state.round == 4 and strategy.ended == ""
-    finished = [row for (row,) in told.of("round_finished")]
+    finished = [row for (row,) in shown.of("round_finished")]
     assert [row["round"] for row in finished] == [0, 1, 2, 3, 4]
     assert ["skipped" in row for row in finished] == [False, False, True, False, False]
     assert [row.get("held_again", False) for row in finished] == [n == 2 for n in range(5)]
-    assert [args[:2] for args in told.of("round_started")] == [
+    assert [args[:2] for args in shown.of("round_started")] == [
         *([0, 3], [1, 3], [2, 3], [3, 4], [4, 4])
     ]
 
@@ -53,10 +53,10 @@ def test_without_a_skipped_round_nothing_changes():
 
 
 def test_they_count_where_that_is_asked_for():
-    told = Told()
-    _, strategy = held([2], told=told, server__skipped_rounds=0)
+    shown = Told()
+    _, strategy = held([2], shown=shown, server__skipped_rounds=0)
     assert strategy.state.round == 3 and strategy.ended == ""
-    assert [args[1] for args in told.of("round_started")] == [3] * 4
+    assert [args[1] for args in shown.of("round_started")] == [3] * 4
 
 
 def test_the_learning_rate_follows_the_rounds_that_count():
@@ -76,9 +76,9 @@ def test_after_too_many_in_a_row_the_run_ends_and_says_how_far_it_came():
 
 
 def test_between_skipped_rounds_a_run_pauses_for_longer_and_longer():
-    told = Told()
-    held([1, 2, 3], told=told, server__wait_seconds=50.0)
-    pauses = [seconds for what, seconds in told.of("waiting") if "skipped" in what]
+    shown = Told()
+    held([1, 2, 3], shown=shown, server__wait_seconds=50.0)
+    pauses = [seconds for what, seconds in shown.of("waiting") if "skipped" in what]
     assert pauses == [15.0, 30.0, 50.0]
 
 

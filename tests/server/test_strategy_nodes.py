@@ -1,4 +1,4 @@
-"""Nodes come and go: who takes part is told by its own id, never by address or time of arrival."""
+"""Nodes come and go: a participant is known by its id, never by address or time of arrival."""
 
 from __future__ import annotations
 

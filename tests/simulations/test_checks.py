@@ -81,5 +81,5 @@ def test_a_small_run_judges_only_what_is_true_at_any_size(capsys):
     assert print_verdict([broken, right], console, scale=0.5) == 1
     assert print_verdict([right], console, scale=1.0) == 0
     assert print_verdict([wrong], console, scale=0.5) == 0
-    told = capsys.readouterr().out.splitlines()[-1]
-    assert told == "1 expected figures are those of scale 1 and were not judged."
+    printed = capsys.readouterr().out.splitlines()[-1]
+    assert printed == "1 expected figures are those of scale 1 and were not judged."

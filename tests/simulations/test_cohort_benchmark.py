@@ -1,4 +1,4 @@
-"""The cohort benchmark at its smallest: everybody's work is the same, is checked, and is told."""
+"""The cohort benchmark at its smallest: everybody's work is the same, is checked and printed."""
 
 from __future__ import annotations
 

@@ -198,7 +198,7 @@ def test_trials_are_run_from_half_the_scale_on(monkeypatch, tmp_path, recorded):
     assert tries == [(2, 1000)] * 3 and recorded[-1].train.learning_rate == 3e-3
 
 
-# --- what is listed and told -------------------------------------------------------------------
+# --- what is listed and printed----------------------------------------------------------------
 
 
 def test_without_a_name_every_experiment_is_listed_with_its_cost_and_figures(capsys):

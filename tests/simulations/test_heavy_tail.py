@@ -66,7 +66,7 @@ def test_every_method_has_as_many_trials():
 
 
 def test_the_expected_figures_are_those_of_methods_json():
-    """The numbers told beside the order are measured ones: the same pairs, from the kept rows."""
+    """The numbers beside the order are measured ones: the same pairs, from the kept rows."""
     file = Path(module.__file__).parent / "records" / "methods.json"
     rows = with_gap_closed(METHODS, json.loads(file.read_text())["rows"])
     titles = {
@@ -89,9 +89,9 @@ def test_the_expected_order_holds_where_it_is_so_and_the_sentences_carry_the_num
         checks = order_checks(rows_of(), part)
         assert len(checks) == 1 + len(EXPECTED) and all(check.holds for check in checks)
         assert not any(check.judged(0.5) for check in checks)
-        told = [check.sentence() for check in checks]
-        assert any("carried is ahead of aligned" in t and "seen 0.3: holds." in t for t in told)
-        assert all(("methods.json" in t) is (part == BEFORE) for t in told[1:])
+        printed = [check.sentence() for check in checks]
+        assert any("carried is ahead of aligned" in t and "seen 0.3: holds." in t for t in printed)
+        assert all(("methods.json" in t) is (part == BEFORE) for t in printed[1:])
         request = {check.claim: (check.expected, check.tolerance) for check in checks[1:]}
         assert len(request) == len(EXPECTED)
         for claim, (expected, tolerance) in request.items():
@@ -178,7 +178,7 @@ def test_without_a_gap_or_without_rows_nothing_is_claimed():
 def test_the_command_runs_every_variant_once_and_its_verdict_is_that_of_the_numbers(
     monkeypatch, tmp_path, capsys
 ):
-    """Runs stand in that return a loss per method; the wrong order is told, with status 1."""
+    """Runs stand in that return a loss per method; the wrong order is printed, with status 1."""
     ran = []
 
     def loss_of(config, out):

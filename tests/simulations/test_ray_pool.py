@@ -90,7 +90,7 @@ def ray_processes():
 
 
 def processes(pool, doing="anything"):
-    """The numbers of a pool's worker processes as they told it: those that load, train, idle."""
+    """The numbers of a pool's worker processes as reported: those that load, train, idle."""
     while True:
         with suppress(RuntimeError):  # it has changed while it was read
             found = [tuple(process) for process in pool.processes.values()]

@@ -319,12 +319,12 @@ class Federation:
 
     def supernode(self, name, *, ca=None, **node_config):
         """The words that start a node; ``client-id`` is its name."""
-        told = {"client-id": name, **{k.replace("_", "-"): v for k, v in node_config.items()}}
+        shown = {"client-id": name, **{k.replace("_", "-"): v for k, v in node_config.items()}}
         return [
             *(BIN / "flower-supernode", "--superlink", f"127.0.0.1:{self.port}"),
             *("--root-certificates", ca or self.ca, "--host", "127.0.0.1", "--port", free_port()),
             *("--auth-supernode-private-key", self._node_folder(name) / "key"),
-            *("--node-config", " ".join(f'{key}="{value}"' for key, value in told.items())),
+            *("--node-config", " ".join(f'{key}="{value}"' for key, value in shown.items())),
         ]
 
     def start(self, name, *, environment=None, **node_config):

@@ -243,7 +243,7 @@ class FaultyGrid(Grid):
 
 
 class Told:
-    """An observer that keeps what it is told."""
+    """An observer that records its calls."""
 
     def __init__(self):
         self.events = []

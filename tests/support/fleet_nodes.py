@@ -25,8 +25,8 @@ from flexlora.wire.jobs import EvalResult, Score, TrainResult
 def embedded_capability(targets):
     """What a node with the embedded base says of itself."""
     worker = Worker(Config.of({"clients.count": 1, "lora.target-modules": targets}))
-    told = worker.capability(worker.client_ids[0], probed=False)
-    return replace(told, num_examples=10, cause="")
+    shown = worker.capability(worker.client_ids[0], probed=False)
+    return replace(shown, num_examples=10, cause="")
 
 
 class FleetNode(StubNode):

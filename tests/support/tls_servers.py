@@ -119,8 +119,8 @@ class Said:
             status, code = self.fleet if wrong else self.activation
         else:
             return 404, b'{"detail":"Not Found"}'
-        told = {"detail": "no"} if code is None else {"code": code, "detail": "no"}
-        return status, json.dumps(told).encode()
+        shown = {"detail": "no"} if code is None else {"code": code, "detail": "no"}
+        return status, json.dumps(shown).encode()
 
 
 class _Server(http.server.ThreadingHTTPServer):

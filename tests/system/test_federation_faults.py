@@ -69,8 +69,8 @@ RESUMED = {
 IMPATIENT = {"server__silence_seconds": 0.0, "server__round_timeout_seconds": 60.0}
 
 
-def break_and_survive(processes, trainers, data, told):
-    """The SuperLink with an external SuperExec; ``told`` is filled with what happened when."""
+def break_and_survive(processes, trainers, data, observed):
+    """The SuperLink with an external SuperExec; ``observed`` is filled with what happened when."""
     federation = Federation(processes, "survivor", isolation="process").ready()
     federation.register(*NAMES, "base", "version", "empty")
     for name in PAIR:
@@ -78,23 +78,25 @@ def break_and_survive(processes, trainers, data, told):
     federation.start("west", data_path=data / "west")
     start_odd_nodes(federation, data)
     run = federation.run("run", run_of(**SURVIVOR, server__min_nodes=6))
-    told["run"] = str(run.folder)
+    observed["run"] = str(run.folder)
     train = f"train, run {run.id}"
     until(lambda: trainers["south"].doing(f"{train}, round 1"), LONG, federation.logs)
-    told["node killed"] = federation.nodes["south"].kill()
-    told["client app killed"] = kill_client_app(federation, "west")
-    told["strangers"] = turn_away_strangers(federation)
+    observed["node killed"] = federation.nodes["south"].kill()
+    observed["client app killed"] = kill_client_app(federation, "west")
+    observed["strangers"] = turn_away_strangers(federation)
     run.closed(1, LONG, federation.logs)
-    told["round 1"] = time.monotonic()
-    told["node ended"] = federation.nodes["south"].ended
-    told["node ids"] = re.findall(r"SuperNode ID: (\d+)", federation.nodes["south"].log.read_text())
+    observed["round 1"] = time.monotonic()
+    observed["node ended"] = federation.nodes["south"].ended
+    observed["node ids"] = re.findall(
+        r"SuperNode ID: (\d+)", federation.nodes["south"].log.read_text()
+    )
     until(lambda: trainers["north"].doing(f"{train}, round 2"), LONG, federation.logs)
-    told["superlink killed"] = federation.superlink.kill()
+    observed["superlink killed"] = federation.superlink.kill()
     run.closed(2, LONG, federation.logs)
-    told["round 2"] = time.monotonic()
+    observed["round 2"] = time.monotonic()
     run.finished(3, LONG, federation.logs)
-    told["superlinks"] = federation.superlink.ended
-    told["statuses"] = list(ended_runs(federation).values())
+    observed["superlinks"] = federation.superlink.ended
+    observed["statuses"] = list(ended_runs(federation).values())
 
 
 def ended_runs(federation):
@@ -157,29 +159,29 @@ def turn_away_strangers(federation):
     }
 
 
-def break_and_resume(processes, trainers, told):
+def break_and_resume(processes, trainers, observed):
     """The SuperLink that runs its ServerApp itself: killed, resumed, then left by a node."""
     federation = Federation(processes, "resumed", isolation="subprocess").ready()
     federation.register(*PAIR)
     for name in PAIR:
         federation.start(name, trainer_socket=trainers[name].ready().path)
     first = federation.run("run", run_of(**RESUMED, server__min_nodes=2))
-    told["run"], told["first"] = str(first.folder), first.id
+    observed["run"], observed["first"] = str(first.folder), first.id
     until(lambda: trainers["north"].doing(f"train, run {first.id}, round 3"), LONG, federation.logs)
     federation.superlink.kill()
-    told["before"] = rounds(first.folder)
+    observed["before"] = rounds(first.folder)
     until(lambda: not federation.listens(), SLOWLY, federation.logs)
     federation.ready()
     changes = {**RESUMED, **IMPATIENT, "server__min_nodes": 2}
     second = federation.run("again", run_of(**changes, resume=str(first.folder)))
-    told["second"] = second.id
+    observed["second"] = second.id
     until(
         lambda: trainers["south"].doing(f"train, run {second.id}, round 4"), LONG, federation.logs
     )
     federation.lose("south")
-    told["after 3"] = keep_delta(first.folder, federation.folder / "after 3")
+    observed["after 3"] = keep_delta(first.folder, federation.folder / "after 3")
     second.finished(4, LONG, federation.logs)
-    told["statuses"] = ended_runs(federation)
+    observed["statuses"] = ended_runs(federation)
 
 
 def keep_delta(run, folder):
@@ -205,15 +207,15 @@ def break_things(folder):
     """Both federations at once, each in a thread that only waits; the oracles meanwhile."""
     data = write_clients(folder / "data", NAMES)
     write_clients(folder / "data" / "pair", PAIR)
-    told = {"survivor": {}, "resumed": {}}
+    observed = {"survivor": {}, "resumed": {}}
     with Processes(folder) as processes:
         trainers = {name: processes.trainer(name, data / name) for name in PAIR}
         with Waiting() as waiting:
-            waiting.on(break_and_survive, processes, trainers, data, told["survivor"])
-            waiting.on(break_and_resume, processes, trainers, told["resumed"])
+            waiting.on(break_and_survive, processes, trainers, data, observed["survivor"])
+            waiting.on(break_and_resume, processes, trainers, observed["resumed"])
             unbroken(folder / "unbroken", data)
-    told["trainers"] = {name: trainer.log.read_text() for name, trainer in trainers.items()}
-    return told | {"unbroken": str(folder / "unbroken")}
+    observed["trainers"] = {name: trainer.log.read_text() for name, trainer in trainers.items()}
+    return observed | {"unbroken": str(folder / "unbroken")}
 
 
 class Waiting:
@@ -244,45 +246,45 @@ class Waiting:
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory):
+def observed(tmp_path_factory):
     return once(tmp_path_factory, "faults", break_things)
 
 
-def rows_of(told, name, server_round):
-    return {row["client_id"]: row for row in client_rows(told[name]["run"], server_round)}
+def rows_of(observed, name, server_round):
+    return {row["client_id"]: row for row in client_rows(observed[name]["run"], server_round)}
 
 
-def test_a_killed_supernode_is_started_again_and_its_round_completes(told):
+def test_a_killed_supernode_is_started_again_and_its_round_completes(observed):
     """Flower refuses it until it has given the old one up; then it has the same id."""
-    row = rows_of(told, "survivor", 1)["south"]
+    row = rows_of(observed, "survivor", 1)["south"]
     assert row["status"] == "ok" and "sent 2 times" in row["cause"]
-    closed = told["survivor"]["round 1"]
-    first, *refused = [s for when, s in told["survivor"]["node ended"] if when < closed]
+    closed = observed["survivor"]["round 1"]
+    first, *refused = [s for when, s in observed["survivor"]["node ended"] if when < closed]
     assert first == -9 and refused and set(refused) == {1}
-    first, *later = told["survivor"]["node ids"]
+    first, *later = observed["survivor"]["node ids"]
     assert later == [first] * len(later) and later
 
 
-def test_a_killed_client_app_is_given_up_and_its_round_completes(told):
-    row = rows_of(told, "survivor", 1)["west"]
+def test_a_killed_client_app_is_given_up_and_its_round_completes(observed):
+    row = rows_of(observed, "survivor", 1)["west"]
     assert row["status"] == "ok" and "sent 2 times" in row["cause"]
-    assert told["survivor"]["client app killed"] < told["survivor"]["round 1"]
-    assert rounds(told["survivor"]["run"])[1]["clients_ok"] == 3
+    assert observed["survivor"]["client app killed"] < observed["survivor"]["round 1"]
+    assert rounds(observed["survivor"]["run"])[1]["clients_ok"] == 3
 
 
-def test_a_run_outlives_its_superlink(told):
-    assert told["survivor"]["superlinks"][0][1] == -9
+def test_a_run_outlives_its_superlink(observed):
+    assert observed["survivor"]["superlinks"][0][1] == -9
     assert (
-        told["survivor"]["round 1"]
-        < told["survivor"]["superlink killed"]
-        < told["survivor"]["round 2"]
+        observed["survivor"]["round 1"]
+        < observed["survivor"]["superlink killed"]
+        < observed["survivor"]["round 2"]
     )
-    assert [row["round"] for row in rounds(told["survivor"]["run"])] == [0, 1, 2, 3]
-    assert told["survivor"]["statuses"] == ["finished:completed"]
+    assert [row["round"] for row in rounds(observed["survivor"]["run"])] == [0, 1, 2, 3]
+    assert observed["survivor"]["statuses"] == ["finished:completed"]
 
 
-def test_what_was_learned_is_what_an_unbroken_run_learns(told):
-    broken, unbroken = Path(told["survivor"]["run"]), Path(told["unbroken"]) / "survivor"
+def test_what_was_learned_is_what_an_unbroken_run_learns(observed):
+    broken, unbroken = Path(observed["survivor"]["run"]), Path(observed["unbroken"]) / "survivor"
     assert largest_gap(global_delta(broken), global_delta(unbroken)) < 1e-3
     for ours, theirs in zip(rounds(broken), rounds(unbroken), strict=True):
         assert ours.get("clients_ok") == theirs.get("clients_ok")
@@ -290,8 +292,8 @@ def test_what_was_learned_is_what_an_unbroken_run_learns(told):
             assert ours["eval_loss"] == pytest.approx(theirs["eval_loss"], rel=1e-4)
 
 
-def test_nodes_that_do_not_fit_are_left_out_with_their_cause(told):
-    rows = client_rows(told["survivor"]["run"], 0)
+def test_nodes_that_do_not_fit_are_left_out_with_their_cause(observed):
+    rows = client_rows(observed["survivor"]["run"], 0)
     causes = {row["client_id"]: row["cause"] for row in rows if row["status"] == "left out"}
     assert len(causes) == 3
     assert re.search("another base model .*fingerprint", causes["base"])
@@ -299,22 +301,22 @@ def test_nodes_that_do_not_fit_are_left_out_with_their_cause(told):
     assert any("holds nothing, expected train.jsonl" in cause for cause in causes.values())
 
 
-def test_a_node_that_nobody_registered_is_turned_away(told):
-    status, log = told["survivor"]["strangers"]["unregistered"]
+def test_a_node_that_nobody_registered_is_turned_away(observed):
+    status, log = observed["survivor"]["strangers"]["unregistered"]
     assert status != 0 and "Failed to initialize the connection" in log
 
 
-def test_a_node_that_trusts_another_ca_says_so_and_ends(told):
-    status, log = told["survivor"]["strangers"]["other CA"]
+def test_a_node_that_trusts_another_ca_says_so_and_ends(observed):
+    status, log = observed["survivor"]["strangers"]["other CA"]
     assert status != 0 and re.search("certificate verify failed", log, re.IGNORECASE)
 
 
-def test_a_killed_server_loses_no_finished_round_and_the_run_is_resumed(told):
-    kept = rounds(told["resumed"]["run"])
-    assert [row["round"] for row in told["resumed"]["before"]] == [0, 1, 2]
-    assert kept[:3] == told["resumed"]["before"]
+def test_a_killed_server_loses_no_finished_round_and_the_run_is_resumed(observed):
+    kept = rounds(observed["resumed"]["run"])
+    assert [row["round"] for row in observed["resumed"]["before"]] == [0, 1, 2]
+    assert kept[:3] == observed["resumed"]["before"]
     assert [row["round"] for row in kept] == [0, 1, 2, 3, 4]
-    assert told["resumed"]["statuses"][told["resumed"]["second"]] == "finished:completed"
+    assert observed["resumed"]["statuses"][observed["resumed"]["second"]] == "finished:completed"
 
 
 def change_after_3(folder):
@@ -323,28 +325,28 @@ def change_after_3(folder):
     return {name: state.change.delta_weight(name) for name in state.change}
 
 
-def test_the_resumed_run_learned_what_an_unbroken_one_learns(told):
-    broken = change_after_3(told["resumed"]["after 3"])
-    assert largest_gap(broken, change_after_3(Path(told["unbroken"]) / "resumed")) < 1e-3
+def test_the_resumed_run_learned_what_an_unbroken_one_learns(observed):
+    broken = change_after_3(observed["resumed"]["after 3"])
+    assert largest_gap(broken, change_after_3(Path(observed["unbroken"]) / "resumed")) < 1e-3
 
 
-def test_a_round_without_quorum_leaves_the_global_adapter_unchanged(told):
-    last = rounds(told["resumed"]["run"])[-1]
+def test_a_round_without_quorum_leaves_the_global_adapter_unchanged(observed):
+    last = rounds(observed["resumed"]["run"])[-1]
     assert last["clients_ok"] < 2 and "server.quorum is 2" in last["skipped"]
-    rows = {row["client_id"]: row for row in client_rows(told["resumed"]["run"], 4)}
+    rows = {row["client_id"]: row for row in client_rows(observed["resumed"]["run"], 4)}
     assert rows["south"]["status"] == "failed" and rows["south"]["cause"]
     before, after = (
-        RunFolder(told["resumed"][name]).load_checkpoint()[0] for name in ("after 3", "run")
+        RunFolder(observed["resumed"][name]).load_checkpoint()[0] for name in ("after 3", "run")
     )
     assert (before.round, after.round) == (3, 4) and same_bytes(before, after)
 
 
-def test_a_reply_that_comes_twice_counts_once(told):
+def test_a_reply_that_comes_twice_counts_once(observed):
     """Silence of two seconds: every message goes out again while its first copy is trained."""
-    assert sum(row.get("resent", 0) for row in told["resumed"]["before"]) >= 2
+    assert sum(row.get("resent", 0) for row in observed["resumed"]["before"]) >= 2
     for server_round in (1, 2):
-        rows = client_rows(told["resumed"]["run"], server_round)
+        rows = client_rows(observed["resumed"]["run"], server_round)
         assert sorted(row["client_id"] for row in rows if row["status"] == "ok") == sorted(PAIR)
-        assert rounds(told["resumed"]["run"])[server_round]["clients_ok"] == 2
-    for log in told["trainers"].values():
-        assert re.search(rf"train, run {told['resumed']['first']}, .*answered from disk", log)
+        assert rounds(observed["resumed"]["run"])[server_round]["clients_ok"] == 2
+    for log in observed["trainers"].values():
+        assert re.search(rf"train, run {observed['resumed']['first']}, .*answered from disk", log)

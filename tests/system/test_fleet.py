@@ -107,9 +107,9 @@ class Server:
         """``fleet list --json`` by name; of a name with two keys both."""
         capsys.readouterr()
         assert self.fleet("list", "--json") == 0
-        told = json.loads(capsys.readouterr().out)
+        observed = json.loads(capsys.readouterr().out)
         found = {}
-        for row in told["nodes"]:
+        for row in observed["nodes"]:
             found.setdefault(row["name"], []).append(row)
         return found
 

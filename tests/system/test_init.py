@@ -72,9 +72,9 @@ def test_no_value_is_left_open_and_every_path_named_is_there(made):
             if path.name != "grafana-dashboard.json":
                 assert not re.search(r"\$\{?(folder|programs|data|port|superlink)\b", text), path
             for name in re.findall(rf"{re.escape(str(place))}[A-Za-z0-9_./-]*[A-Za-z0-9]", text):
-                told = Path(name)
-                of_run = "/state/" in name or told.name in ("NAME.pub", "registered")
-                assert told.exists() or of_run or "*" in text[text.find(name) + len(name)], (
+                observed = Path(name)
+                of_run = "/state/" in name or observed.name in ("NAME.pub", "registered")
+                assert observed.exists() or of_run or "*" in text[text.find(name) + len(name)], (
                     path,
                     name,
                 )
@@ -85,8 +85,8 @@ def test_again_into_the_same_folder_changes_no_byte(made, capsys):
     words = ["--host", "other.org"]
     assert main(["server", "init", str(made / "server"), *words]) == 2
     ours = node_of(made)
-    told = ["--superlink", ours["superlink"], "--root-certificates", ours["root_certificates"]]
-    assert main(["client", "init", ours["folder"], *told, "--data", ours["data"]]) == 2
+    observed = ["--superlink", ours["superlink"], "--root-certificates", ours["root_certificates"]]
+    assert main(["client", "init", ours["folder"], *observed, "--data", ours["data"]]) == 2
     err = capsys.readouterr().err
     assert (
         err.count("is not empty, and init overwrites nothing") == 2 and len(err.splitlines()) == 2
@@ -176,9 +176,9 @@ def test_scripts_are_shell(made, place):
 
 
 def test_findings_are_this_machines(made):
-    told = json.loads(text_of(made / "node" / "findings.json"))
+    observed = json.loads(text_of(made / "node" / "findings.json"))
     probed = machine_plan.probe(machine_plan.pick_device("cpu"))
-    assert tuple(told["kernels"]) == probed.runs and told["quantization"] == "none"
+    assert tuple(observed["kernels"]) == probed.runs and observed["quantization"] == "none"
     assert "12 rows to train on" in text_of(made / "node" / "README.md")
 
 

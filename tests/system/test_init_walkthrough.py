@@ -99,11 +99,11 @@ class Person:
             env=self.environment,
             timeout=timeout,
         )
-        assert done.returncode == 0, f"{text}{done.stdout}{done.stderr}{self.told()}"
+        assert done.returncode == 0, f"{text}{done.stdout}{done.stderr}{self.shown()}"
         return done.stdout
 
     def leave(self):
-        """Every process of the terminals, and of the apps that these have started, told to end."""
+        """Every process of the terminals, and of the apps that these have started, asked to end."""
         found = {process for process in psutil.process_iter() if self._started(process)}
         for process, _ in self.terminals:
             if process.poll() is None:
@@ -118,7 +118,7 @@ class Person:
         except psutil.Error:
             return False
 
-    def told(self):
+    def shown(self):
         return "\n".join(f"--- {log.name}\n{log.read_text()[-3000:]}" for _, log in self.terminals)
 
     def follow(self, readme, by_hand):
@@ -184,8 +184,8 @@ def test_two_readmes_word_by_word_give_a_node_that_trains(person, proxy):
             seen |= dict(person.follow(node / "README.md", lambda text: None))
     run = server / "state" / "serverapp" / "runs" / "app-0001"
     rows = client_rows(run, 1)
-    told = [(row["client_id"], row["status"], row["cause"]) for row in rows]
-    assert told == [("site-a", "ok", "")], person.told()
+    shown = [(row["client_id"], row["status"], row["cause"]) for row in rows]
+    assert shown == [("site-a", "ok", "")], person.shown()
     assert rounds(run)[1]["clients_ok"] == 1
     assert (run / "adapters" / "rank_2" / "adapter_model.safetensors").is_file()
     for command, words in (("fleet add", "is registered"), ("fleet list", "online")):

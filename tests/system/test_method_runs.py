@@ -118,7 +118,7 @@ def test_sparse_rounds_train_lora_b_and_the_rounds_after_both(tmp_path):
     assert sparse == second < after
 
 
-# --- what a client is told, and what it sends back ---------------------------------------------
+# --- what a client receives, and what it sends back------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["aligned", "fed-plora", "hetlora", "slora"])

@@ -1,7 +1,7 @@
 """Messages of several runs meet in one trainer: each gets its own run's reply, and no other's.
 
 The rows, the base, the round and every byte of the payload are the same here. Only the run differs:
-what one run was told must never be told to another, whatever the order, and over a restart.
+the answer to one run must never go to another, whatever the order, and over a restart.
 """
 
 from __future__ import annotations

@@ -41,8 +41,8 @@ def worker(tmp_path_factory):
         with (folder / f"{split}.jsonl").open("w", encoding="utf-8") as file:
             for family in FAMILIES:
                 for row in generate_rows(family, split, count, seed=0):
-                    told = {"instruction": row.instruction, "input": row.input}
-                    file.write(json.dumps({**told, "output": row.output, "client": family}) + "\n")
+                    shown = {"instruction": row.instruction, "input": row.input}
+                    file.write(json.dumps({**shown, "output": row.output, "client": family}) + "\n")
     config = {
         "data.path": str(folder),
         "train.max-steps": 5,
@@ -61,8 +61,8 @@ def federate(worker, store, rounds=2):
     state = State(round=0, change=GlobalChange.zero(worker.shapes))
     for server_round in range(1, rounds + 1):
         start = method.start(state, CLASS, factoring).sealed()
-        told = {"server_round": server_round, "num_server_rounds": rounds, "start": start}
-        jobs = store.attach([TrainJob(client_id=name, **told) for name in worker.client_ids])
+        shown = {"server_round": server_round, "num_server_rounds": rounds, "start": start}
+        jobs = store.attach([TrainJob(client_id=name, **shown) for name in worker.client_ids])
         results = worker.train(jobs)
         store.keep(results, jobs)
         opened = OpenRound(method, state, {CLASS.name: start})
@@ -135,9 +135,9 @@ def test_the_reply_holds_the_score_and_the_server_reads_it(worker, evaluations):
     (result,) = worker.evaluate(evaluations[:1])
     reply = SimpleNamespace(has_error=lambda: False, content=encode_evaluate_result(result))
     assert decode_eval_result(reply) == result
-    told = replace(result, cause="personal factors: no room")
-    reply = SimpleNamespace(has_error=lambda: False, content=encode_evaluate_result(told))
-    assert decode_eval_result(reply) == told
+    shown = replace(result, cause="personal factors: no room")
+    reply = SimpleNamespace(has_error=lambda: False, content=encode_evaluate_result(shown))
+    assert decode_eval_result(reply) == shown
 
 
 # --- on the server ---------------------------------------------------------------------------

@@ -79,10 +79,10 @@ def test_without_the_notes_the_late_updates_are_lost(tmp_path):
     simulate(SLOW, tmp_path / "whole")
     folder = stopped(SLOW, tmp_path / "run")
     index = folder / "checkpoint" / "current.json"
-    told = json.loads(index.read_text())
-    assert list(told["notes"]["under_way"]) == ["2"]
-    told["notes"]["under_way"] = {}
-    index.write_text(json.dumps(told))
+    observed = json.loads(index.read_text())
+    assert list(observed["notes"]["under_way"]) == ["2"]
+    observed["notes"]["under_way"] = {}
+    index.write_text(json.dumps(observed))
     resume(folder)
     assert len(late_rows(folder)) < len(late_rows(tmp_path / "whole"))
     assert adapter_bytes(folder) != adapter_bytes(tmp_path / "whole")

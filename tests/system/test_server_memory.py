@@ -80,14 +80,14 @@ def found(case):
         for name, (words, one) in asked.items()
     }
     try:
-        told = {name: process.communicate(timeout=600) for name, process in started.items()}
+        observed = {name: process.communicate(timeout=600) for name, process in started.items()}
     finally:
         for process in started.values():
             process.kill()
             process.wait()
     for name, process in started.items():
-        assert process.returncode == 0, told[name][1][-3000:]
-    return {name: json.loads(out) for name, (out, _) in told.items()}
+        assert process.returncode == 0, observed[name][1][-3000:]
+    return {name: json.loads(out) for name, (out, _) in observed.items()}
 
 
 @pytest.mark.slow

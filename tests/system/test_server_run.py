@@ -107,14 +107,14 @@ def operate(folder):
     (server / "nodes" / f"{client_id}.pub").write_bytes(keys.public)
     logs = {name: folder / f"{name}.log" for name in ("superlink", "serverapps", *ROUNDS)}
 
-    def told():
+    def shown():
         return "".join(tail(log) for log in logs.values())
 
     with Processes(folder) as processes:
         for name in ("superlink", "serverapps"):
             processes.keep([server / "bin" / f"start-{name}"], logs[name], folder / "home")
         ready = lambda: "Uvicorn running on" in logs["superlink"].read_text()  # noqa: E731
-        until(ready, PATIENCE, told)
+        until(ready, PATIENCE, shown)
         command = [sys.executable, "-m", "flexlora.commands.cli"]
         words = [*command, "fleet", "add", "--all", "--server", server]
         done = processes.start(words, folder / "register.log", folder / "home")
@@ -135,8 +135,8 @@ def operate(folder):
             run = server / "state" / "serverapp" / "runs" / "app-0001"
             for path in (run, run.parent / "north-0001"):
                 index = path / "checkpoint" / "round-000001.json"
-                until(lambda index=index: index.is_file(), PATIENCE, told)
-            until(lambda: "flexlora_round " in page(metrics), PATIENCE, told)
+                until(lambda index=index: index.is_file(), PATIENCE, shown)
+            until(lambda: "flexlora_round " in page(metrics), PATIENCE, shown)
             os.kill(read_live(run).pid, signal.SIGKILL)
             followers["north"].send_signal(signal.SIGINT)
             seen["interrupted"] = followers["north"].wait(PATIENCE)
@@ -145,10 +145,10 @@ def operate(folder):
             words = [*command, "north"]
             followers["north"] = processes.start(words, logs["north"], folder / "home-north")
             waiting = 'flexlora_federation_state{state="waiting"} 1.0'
-            until(lambda: waiting in page(metrics), PATIENCE, told)
+            until(lambda: waiting in page(metrics), PATIENCE, shown)
             seen["between"] = page(metrics)
             for name, follower in followers.items():
-                until(lambda s=follower: s.poll() is not None, PATIENCE, told)
+                until(lambda s=follower: s.poll() is not None, PATIENCE, shown)
                 seen[name] = follower.poll()
             seen["refusals"] = [str(refusal) for refusal in node.refusals]
     return {

@@ -85,7 +85,7 @@ def hold_the_lock(database, seconds, held):
 
 
 def break_things(folder):
-    data, told = write_clients(folder / "data", PAIR), {}
+    data, observed = write_clients(folder / "data", PAIR), {}
     with Processes(folder) as processes:
         trainers = {name: processes.trainer(name, data / name) for name in PAIR}
         federation = Supervised(processes, "own", isolation="subprocess").ready()
@@ -100,10 +100,10 @@ def break_things(folder):
             log = federation.folder / "node-idle.log"
             processes.start(words, log, federation.folder / "idle")
             until(lambda: "SuperNode ID" in tail(log), SLOWLY, lambda: tail(log))
-            told["idle"] = re.search(r"SuperNode ID: (\d+)", log.read_text())[1]
+            observed["idle"] = re.search(r"SuperNode ID: (\d+)", log.read_text())[1]
             first = {name: supernode_of(processes, name).pid for name in PAIR}
             run = run_of(federation)
-            told["run"] = str(run.folder)
+            observed["run"] = str(run.folder)
 
             def training(name, server_round):
                 what = f"train, run {run.id}, round {server_round}"
@@ -112,8 +112,8 @@ def break_things(folder):
             training("south", 1)
             proxy.fail(ERROR_SECONDS)
             run.closed(1, LONG, federation.logs)
-            told["failed"] = dict(proxy.failed)
-            told["same"] = {name: supernode_of(processes, name).pid for name in PAIR} == first
+            observed["failed"] = dict(proxy.failed)
+            observed["same"] = {name: supernode_of(processes, name).pid for name in PAIR} == first
 
             training("south", 2)
             held = threading.Event()
@@ -125,50 +125,56 @@ def break_things(folder):
             trainers["south"] = processes.trainer("south", data / "south")
             supernode_of(processes, "north").send_signal(signal.SIGKILL)
             run.finished(2, LONG, federation.logs)
-            told["log"] = run.log.read_text()
-        told["nodes"] = {name: log.read_text() for name, log in logs.items()}
-        told["superlink"] = federation.superlink.log.read_text()
-        told["trainer"] = trainers["south"].log.read_text()
-    return told
+            observed["log"] = run.log.read_text()
+        observed["nodes"] = {name: log.read_text() for name, log in logs.items()}
+        observed["superlink"] = federation.superlink.log.read_text()
+        observed["trainer"] = trainers["south"].log.read_text()
+    return observed
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory):
+def observed(tmp_path_factory):
     return once(tmp_path_factory, "supervised", break_things)
 
 
-def rows_of(told, server_round):
-    return {row["client_id"]: row for row in client_rows(told["run"], server_round)}
+def rows_of(observed, server_round):
+    return {row["client_id"]: row for row in client_rows(observed["run"], server_round)}
 
 
-def test_a_server_that_answers_500_for_12_seconds_costs_no_node_and_no_update(told):
-    assert sum(told["failed"].values()) >= 2, told["failed"]
-    assert told["same"], "both SuperNodes live on"
-    assert {name: rows_of(told, 1)[name]["status"] for name in PAIR} == dict.fromkeys(PAIR, "ok")
-    assert any("by an error (500); it is asked again" in log for log in told["nodes"].values())
+def test_a_server_that_answers_500_for_12_seconds_costs_no_node_and_no_update(observed):
+    assert sum(observed["failed"].values()) >= 2, observed["failed"]
+    assert observed["same"], "both SuperNodes live on"
+    assert {name: rows_of(observed, 1)[name]["status"] for name in PAIR} == dict.fromkeys(
+        PAIR, "ok"
+    )
+    assert any("by an error (500); it is asked again" in log for log in observed["nodes"].values())
 
 
-def test_a_locked_database_is_waited_for(told):
-    assert "database is locked" not in told["superlink"]
+def test_a_locked_database_is_waited_for(observed):
+    assert "database is locked" not in observed["superlink"]
 
 
-def test_a_trainer_killed_in_training_costs_the_round_no_update(told):
-    row = rows_of(told, 2)["south"]
-    assert row["status"] == "ok" and rows_of(told, 2)["north"]["status"] == "ok"
+def test_a_trainer_killed_in_training_costs_the_round_no_update(observed):
+    row = rows_of(observed, 2)["south"]
+    assert row["status"] == "ok" and rows_of(observed, 2)["north"]["status"] == "ok"
     assert re.search(r"sent 2 times \(the trainer on '.*' went away", row["cause"])
-    assert "round 2" in told["trainer"], "the second trainer has trained it"
+    assert "round 2" in observed["trainer"], "the second trainer has trained it"
 
 
-def test_a_killed_supernode_is_started_again_and_its_round_completes(told):
-    assert "flower-supernode ended (SIGKILL)" in told["nodes"]["north"]
-    assert told["nodes"]["north"].count("SuperNode ID") == 2
-    assert {name: rows_of(told, 2)[name]["status"] for name in PAIR} == dict.fromkeys(PAIR, "ok")
+def test_a_killed_supernode_is_started_again_and_its_round_completes(observed):
+    assert "flower-supernode ended (SIGKILL)" in observed["nodes"]["north"]
+    assert observed["nodes"]["north"].count("SuperNode ID") == 2
+    assert {name: rows_of(observed, 2)[name]["status"] for name in PAIR} == dict.fromkeys(
+        PAIR, "ok"
+    )
 
 
-def test_a_node_without_client_apps_is_named_and_waited_for_no_longer_than_asked(told):
-    (left_out,) = [row for row in client_rows(told["run"], 0) if row["status"] == "left out"]
-    assert left_out["client_id"] == f"node_{told['idle']}"
+def test_a_node_without_client_apps_is_named_and_waited_for_no_longer_than_asked(observed):
+    (left_out,) = [row for row in client_rows(observed["run"], 0) if row["status"] == "left out"]
+    assert left_out["client_id"] == f"node_{observed['idle']}"
     assert f"no answer to the query within {WAIT_SECONDS:g} s" in left_out["cause"]
-    waits = re.findall(r"waiting for nodes that have not answered.*: (.*), at most", told["log"])
-    assert waits[-1] == told["idle"]
-    assert [row["clients_ok"] for row in rounds(told["run"])[1:]] == [2, 2]
+    waits = re.findall(
+        r"waiting for nodes that have not answered.*: (.*), at most", observed["log"]
+    )
+    assert waits[-1] == observed["idle"]
+    assert [row["clients_ok"] for row in rounds(observed["run"])[1:]] == [2, 2]

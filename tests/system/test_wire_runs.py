@@ -180,8 +180,8 @@ def test_a_method_that_loses_by_int8_is_refused_before_anything_starts(method, t
         check_config(config)
     sets = ["--set", f"method.name={method}", "--set", "wire.dtype=int8"]
     status = main(["simulate", *sets, "--out", str(tmp_path / "run")])
-    told = capsys.readouterr().err
-    assert status == 2 and "use wire.dtype=bfloat16" in told and "Traceback" not in told
+    printed = capsys.readouterr().err
+    assert status == 2 and "use wire.dtype=bfloat16" in printed and "Traceback" not in printed
     assert not (tmp_path / "run").exists()
 
 

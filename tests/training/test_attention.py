@@ -122,6 +122,6 @@ def test_flash_attention_where_it_can_run_is_handed_on(monkeypatch):
 def test_a_run_with_a_kernel_that_is_not_there_is_one_sentence(wanted, message, tmp_path, capsys):
     chosen = ["--set", f"model.attn-implementation={wanted}", "--set", "engine.device=cpu"]
     assert main(["simulate", *chosen, "--out", str(tmp_path / "run")]) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("flexlora: model.attn-implementation is") and message in told
-    assert told.count("\n") == 1 and not (tmp_path / "run").exists()
+    printed = capsys.readouterr().err
+    assert printed.startswith("flexlora: model.attn-implementation is") and message in printed
+    assert printed.count("\n") == 1 and not (tmp_path / "run").exists()

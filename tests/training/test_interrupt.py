@@ -1,4 +1,4 @@
-"""A training or an evaluation that is told to end does so before its next pass."""
+"""A training or an evaluation that is asked to end does so before its next pass."""
 
 from __future__ import annotations
 

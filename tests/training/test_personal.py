@@ -258,14 +258,14 @@ def test_what_is_sent_is_the_same_bytes_with_and_without_own_factors(workers):
 
 
 @pytest.mark.parametrize(
-    ("fails", "told"),
+    ("fails", "shown"),
     [
         (lambda rows: True, "personal factors: out of memory at rank 2 with 1 row in a pass"),
         (lambda rows: rows > 1, "personal factors: out of memory with 2 rows in a pass: trained"),
     ],
     ids=["never", "smaller"],
 )
-def test_without_memory_for_own_factors_the_update_is_sent_all_the_same(fails, told, monkeypatch):
+def test_without_memory_for_own_factors_the_update_is_sent_all_the_same(fails, shown, monkeypatch):
     import flexlora.clients.worker as module
 
     honest = module.train
@@ -281,8 +281,8 @@ def test_without_memory_for_own_factors_the_update_is_sent_all_the_same(fails, t
     expected = plain.train(first_round(plain))
     monkeypatch.setattr(module, "train", short)
     results = {result.client_id: result for result in worker.train(first_round(worker))}
-    assert results["client_02"].note.startswith(told)
-    assert (results["client_02"].personal is None) == told.endswith("pass")
+    assert results["client_02"].note.startswith(shown)
+    assert (results["client_02"].personal is None) == shown.endswith("pass")
     assert "asks for" not in results["client_02"].note and results["client_02"].asked_rank == 0
     assert all(r.personal is not None for k, r in results.items() if k != "client_02")
     cleared = [replace(result, note="") for result in results.values()]

@@ -69,8 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         whole = time.time() - began
         if not report.is_file():  # `flwr run` exits 0 whatever happens
-            told = f"{done.stdout[-3000:]}\n{log.read_text()[-2000:]}"
-            raise RuntimeError(f"the Flower run left no report.\n{told}")
+            output = f"{done.stdout[-3000:]}\n{log.read_text()[-2000:]}"
+            raise RuntimeError(f"the Flower run left no report.\n{output}")
     made = json.loads(report.read_text(encoding="utf-8"))
     report.write_text(json.dumps({**made, "began": began, "whole_seconds": whole}))
 

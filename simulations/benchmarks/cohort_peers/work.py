@@ -1,4 +1,4 @@
-"""What every program of the cohort benchmark has to do, and how it tells what it did.
+"""What every program of the cohort benchmark has to do, and how it reports it.
 
 The rows are tokens already and the batches are drawn: no program tokenises, shuffles or evaluates,
 so that what is timed is training and whatever its framework puts around it. A client begins every

@@ -25,9 +25,9 @@ def listed(folder, capsys):
     def read(*words):
         capsys.readouterr()
         assert main(["fleet", "list", "--server", str(folder), "--json", *words]) == 0
-        told = json.loads(capsys.readouterr().out)
+        printed = json.loads(capsys.readouterr().out)
         assert main(["fleet", "list", "--server", str(folder), *words]) == 0
-        return {row["name"]: row for row in told["nodes"]}, capsys.readouterr().out.splitlines()
+        return {row["name"]: row for row in printed["nodes"]}, capsys.readouterr().out.splitlines()
 
     return read
 

@@ -123,8 +123,8 @@ def test_a_new_database_gets_the_keys_of_the_table_again(folder, superlink):
     change(folder, "revoke", "site-b")
     superlink.rows.clear()
     superlink.rows[7] = KnownNode(node_id=7, pem=b"", name="", status="unregistered", seen=None)
-    (told,) = change(folder, "register_again")
-    assert told == "site-a: node 1001, registered again."
+    (shown,) = change(folder, "register_again")
+    assert shown == "site-a: node 1001, registered again."
     assert table_of(folder).names_by_node(moment()) == {1001: "site-a"}
 
 

@@ -56,8 +56,8 @@ def test_a_node_that_uses_another_ones_name_is_left_out_and_both_are_named(table
     }
     cause = "node 10 (key of client_0) says it is client_1: left out"
     assert strategy.roster.left_out == {"client_0": cause}
-    told = [row["cause"] for row in rows if row["client_id"] == "client_1"]
-    assert [said.split("; ")[0] for said in told] == [cause, ""], "its owner reads it once"
+    shown = [row["cause"] for row in rows if row["client_id"] == "client_1"]
+    assert [said.split("; ")[0] for said in shown] == [cause, ""], "its owner reads it once"
     honest = run(FaultyGrid({11: "client_1", 12: "client_2"}))
     assert same_bytes(strategy.state, honest.state)
 
@@ -164,9 +164,9 @@ def test_two_nodes_with_one_name_are_both_told_and_the_second_goes_on_when_the_f
     )
     rows = []
     strategy = run(grid, settings(num_server_rounds=4), rows=rows)
-    (told,) = [row for row in rows if row["status"] == "left out"]
-    assert told["client_id"] == "client_1 (node 10)"
-    assert told["cause"].startswith("node 11 is this client already")
+    (shown,) = [row for row in rows if row["status"] == "left out"]
+    assert shown["client_id"] == "client_1 (node 10)"
+    assert shown["cause"].startswith("node 11 is this client already")
     noted = [row for row in rows if "node 10 says that it is this client too" in row["cause"]]
     assert [row["client_id"] for row in noted] == ["client_1"]
     assert strategy.roster.members["client_1"].node_id == 10

@@ -1,4 +1,4 @@
-"""A node one minor version apart takes part if it speaks the same wire; others are told why."""
+"""A node one minor version apart takes part if it speaks the same wire; others are refused."""
 
 from __future__ import annotations
 
