@@ -59,7 +59,7 @@ def read_key(path: Path) -> ec.EllipticCurvePrivateKey:
     from cryptography.hazmat.primitives.asymmetric import ec
     from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
-    new_key = "ssh-keygen -t ecdsa -b 384 -N '' -f node-key"
+    new_key = "ssh-keygen -t ecdsa -b 256 -N '' -f node-key"
     try:
         key = load_ssh_private_key(path.read_bytes(), None)
     except OSError as error:

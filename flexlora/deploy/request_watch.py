@@ -1,4 +1,4 @@
-"""Judge a Flower process by the requests it sends, and have it retry a server's error.
+"""Judge a Flower process by the requests it sends, have it retry a server's error, poll less often.
 
 Nothing that can be asked from outside says whether a SuperNode works: its health endpoint answers
 after its main loop has ended, and the server's view of a node is open to the server's owner alone.
@@ -11,6 +11,11 @@ Its own requests say it:
 Flower retries 502, 503, 504 and broken connections. A 500 ends the main loop or the heartbeat, and
 is what a SuperLink answers whose SQLite says "database is locked". ``watch_requests`` has Flower
 read a 500 as 503. One that goes on for minutes is no lock, and the process then starts anew.
+
+A SuperNode polls every 3 s however long it has been idle; a thousand idle nodes are 333 requests a
+second, more than a SuperLink's one process can answer (5.5 ms each). ``idle_pause`` makes the pause
+between two polls a tenth of the idle time, up to 30 s, so that a node finds its next message at
+most 10 % late.
 """
 
 from __future__ import annotations
@@ -22,13 +27,21 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-__all__ = ["RequestWatch", "watch_requests"]
+__all__ = ["RequestWatch", "idle_pause", "watch_requests"]
 
 LOG = logging.getLogger(__name__)
 HEARTBEAT, ACTIVATE, CONFIRM = "SendNodeHeartbeat", "ActivateNode", "ConfirmMessageReceived"
+POLL = "PullMessages"
+POLL_SECONDS = 3.0  # of Flower's SuperNode
+IDLE_SHARE, LONGEST_POLL_SECONDS = 0.1, 30.0
 HEARTBEAT_SECONDS = 120.0
 STALL_SECONDS = 300.0  # a request lives 30 s at most without a byte, a pause between two tries 20 s
 ERROR_SECONDS = 120.0
+
+
+def idle_pause(idle_seconds: float) -> float:
+    """Seconds between two polls of a node that has had no message for ``idle_seconds``."""
+    return min(max(POLL_SECONDS, IDLE_SHARE * idle_seconds), LONGEST_POLL_SECONDS)
 
 
 class RequestWatch:
@@ -39,7 +52,15 @@ class RequestWatch:
         self._active = False
         self._heartbeat = 0.0
         self._last: tuple[str, float] = ("", 0.0)  # of the main loop
+        self._worked = 0.0  # when the main loop last sent anything but a poll
         self._failing: dict[str, float] = {}  # method: since when it is answered by errors alone
+
+    def pause(self, method: str) -> float:
+        """Seconds to wait before ``method`` is sent, beyond the 3 s that Flower waits."""
+        with self._lock:
+            if method != POLL or self._last[0] != POLL:
+                return 0.0
+            return idle_pause(self._clock() - self._worked) - POLL_SECONDS
 
     def sent(self, method: str) -> None:
         with self._lock:
@@ -47,6 +68,8 @@ class RequestWatch:
                 self._heartbeat = self._clock()
             else:
                 self._last = method, self._clock()
+                if method != POLL:
+                    self._worked = self._clock()
 
     def answered(self, method: str, *, error: bool) -> None:
         """``error``: by a status 500."""
@@ -76,7 +99,7 @@ class RequestWatch:
 
 
 def watch_requests(client: Any, watch: RequestWatch) -> None:
-    """Report what every instance of Flower's HTTP ``client`` sends, and turn 500 into 503.
+    """Report what every instance of Flower's HTTP ``client`` sends; turn 500 into 503; poll less.
 
     The class has ``_send(context, **options)``, which returns a response with ``status_code``;
     ``context.rpc_method`` is a path that ends in the method's name.
@@ -86,6 +109,7 @@ def watch_requests(client: Any, watch: RequestWatch) -> None:
     @wraps(send)
     def watched(self: Any, context: Any, **options: Any) -> Any:
         method = context.rpc_method.rpartition("/")[2]
+        time.sleep(watch.pause(method))
         watch.sent(method)
         response = send(self, context, **options)
         failed = response.status_code == 500

@@ -251,5 +251,5 @@ def _taken_back(name: str, key: str, when: str) -> str:
     on = f" on {when}" if when else ""
     return (
         f"{name}: the key {key} was revoked{on}, and Flower takes no key back; make a new one on "
-        f"the node (`ssh-keygen -t ecdsa -b 384 -N '' -f keys/node`) and give that."
+        f"the node (`ssh-keygen -t ecdsa -b 256 -N '' -f keys/node`) and give that."
     )

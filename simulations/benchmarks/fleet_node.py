@@ -1,7 +1,8 @@
 """A node without a ClientApp: it speaks Flower's fleet API as a SuperNode does.
 
 A SuperNode's loop, request by request: register (without node authentication) and activate with a
-key, a heartbeat every 18 to 23 seconds, one ``PullMessages`` every 3 seconds; for a message
+key, a heartbeat every 18 to 23 seconds, one ``PullMessages`` every 3 seconds or, after 30 seconds
+without a message, less often, as ``flexlora client supervise`` has it; for a message
 ``GetRun`` and ``GetFab`` (once a run), ``PullObject`` for each object, ``ConfirmMessageReceived``,
 ``PushMessages``, ``PushObject`` for each object that the SuperLink lacks, and at once the next
 ``PullMessages``. What is left out is Flower's ClientApp process and what it takes.
@@ -27,6 +28,7 @@ from __future__ import annotations
 import asyncio
 import random
 import ssl
+import time
 from collections import Counter
 from contextlib import suppress
 
@@ -60,12 +62,13 @@ from flwr.supercore.inflatable.inflatable_object import (
 )
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 
+from flexlora.deploy.request_watch import idle_pause
 from flexlora.simulations.benchmarks.fleet_connection import FleetConnection, FleetRefused
 
 __all__ = ["StubNode"]
 
-POLL_SECONDS = 3.0
 HEARTBEAT_SECONDS = 17.5, 22.5
+LEAVE_SECONDS = 3.0
 MISSING_SECONDS = 1.0, 10.0  # first and longest pause for an object that is not there yet
 
 
@@ -78,7 +81,7 @@ class StubNode:
         key: registered at the SuperLink with ``flwr supernode register``; None makes one and
             registers it, which a SuperLink with node authentication refuses.
         tls: trusts the SuperLink's authority; None speaks plain HTTP.
-        poll_seconds: between two questions for messages.
+        poll_seconds: between two questions for messages; None for a supervised SuperNode's pace.
         think_seconds: between a message and the reply to it.
     """
 
@@ -89,13 +92,13 @@ class StubNode:
         name: str = "",
         key: ec.EllipticCurvePrivateKey | None = None,
         tls: ssl.SSLContext | None = None,
-        poll_seconds: float = POLL_SECONDS,
+        poll_seconds: float | None = None,
         think_seconds: float = 0.0,
     ) -> None:
         self.name, self.poll_seconds, self.think_seconds = name, poll_seconds, think_seconds
         self._registers = key is None
         self.connection = FleetConnection(
-            address, key or ec.generate_private_key(ec.SECP384R1()), tls
+            address, key or ec.generate_private_key(ec.SECP256R1()), tls
         )
         self.node: Node | None = None
         self.answered: Counter[str] = Counter()  # messages by type
@@ -119,6 +122,7 @@ class StubNode:
         """
         await _until(ended, start_after)
         await self.enter()
+        worked = time.monotonic()
         beating = asyncio.create_task(self.beat())
         try:
             while not ended.is_set():
@@ -127,14 +131,17 @@ class StubNode:
                 except FleetRefused as refusal:
                     self.refusals.append(refusal)
                     busy = False
-                if not busy:
-                    await _until(ended, self.poll_seconds)
+                if busy:
+                    worked = time.monotonic()
+                else:
+                    pause = self.poll_seconds or idle_pause(time.monotonic() - worked)
+                    await _until(ended, pause)
         finally:
             beating.cancel()
             assert self.node is not None
             with suppress(FleetRefused, TimeoutError):
                 leave = DeactivateNodeRequest(node_id=self.node.node_id)
-                await asyncio.wait_for(self.connection.ask(leave), self.poll_seconds)
+                await asyncio.wait_for(self.connection.ask(leave), LEAVE_SECONDS)
             self.connection.close()
 
     async def enter(self) -> None:

@@ -21,7 +21,6 @@ from typing import Any
 
 from flexlora.simulations.benchmarks.fleet_case import Answers, FleetCase, FleetNode
 from flexlora.simulations.benchmarks.fleet_link import SlowLink
-from flexlora.simulations.benchmarks.fleet_node import POLL_SECONDS
 from flexlora.simulations.benchmarks.fleet_running import RunningFleet
 
 __all__ = ["main"]
@@ -55,7 +54,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def _spread(nodes: int) -> float:
     """Everybody asks at a moment of its own; a thousand are not registered in a breath."""
-    return max(POLL_SECONDS, nodes / 50)
+    return max(3.0, nodes / 50)
 
 
 def _done(nodes: Sequence[FleetNode]) -> dict[str, Any]:

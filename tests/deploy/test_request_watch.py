@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from flexlora.deploy.request_watch import RequestWatch, watch_requests
+from flexlora.deploy.request_watch import RequestWatch, idle_pause, watch_requests
 
 
 class Node:
@@ -75,6 +75,24 @@ def test_errors_for_minutes_are_trouble_and_one_good_answer_ends_them():
     node.at(140.0, "PullMessages", error=True).at(200.0, "SendNodeHeartbeat")
     node.at(262.0, "SendNodeHeartbeat", "PullMessages", error=True)
     assert "answered PullMessages by errors for 122 s" in node.watch.trouble()
+
+
+def test_an_idle_node_polls_less_often_and_finds_a_message_at_most_a_tenth_late():
+    node, poll = active(), "PullMessages"
+    polls, now = 0, 0.0
+    while now < 3600.0:
+        now += 3.0
+        node.now = now
+        pause = node.watch.pause(poll)
+        assert 3.0 + pause == idle_pause(now) and pause <= max(0.0, 0.1 * now)
+        now += pause
+        polls += 1
+        node.at(now, poll, "SendNodeHeartbeat")
+    assert polls < 200, "one poll every 3 s would be 1,200"
+    node.at(now + 1.0, "PullObject", "ConfirmMessageReceived")
+    assert node.watch.pause(poll) == 0.0, "the first poll after work"
+    node.at(now + 2.0, poll)
+    assert node.watch.pause(poll) == 0.0 and node.watch.pause("PullObject") == 0.0
 
 
 def test_a_process_that_is_no_supernode_is_judged_by_errors_alone():
