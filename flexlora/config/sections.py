@@ -193,9 +193,10 @@ class Personal(Options):
 class Sampling(Options):
     """Selection of the clients of a round."""
 
-    policy: Literal["uniform", "availability", "examples", "utility", "stratified"] = option(
-        "uniform", "who trains in a round (utility: Oort-like; stratified: by rank class)"
+    policy: Literal["uniform", "availability", "examples", "utility", "stratified", "poisson"] = (
+        option("uniform", "who trains in a round (utility: Oort-like; stratified: by rank class)")
     )
+    cap: int = option(0, "poisson: most clients of a round (0: no cap)", ge=0)
 
 
 class Population(Options):
