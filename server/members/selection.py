@@ -48,6 +48,7 @@ class Selector:
         say: Say = lambda what, seconds: None,
     ) -> None:
         self.config, self.history, self.say = config, history or History(), say
+        self.seed = config.seed
 
     def select(self, grid: Grid, roster: Roster, server_round: int) -> Selected:
         """The clients of one round; none where fewer than the quorum can be reached in time."""
@@ -78,7 +79,7 @@ class Selector:
             math.ceil(count * (1.0 + config.server.over_selection) - 1e-9),
             history=self.history,
             server_round=server_round,
-            seed=config.seed,
+            seed=self.seed,
         )
         needed = min(count, len(asked))
         return Selected(client_ids=tuple(asked), needed=needed, backing_off=backing_off)
@@ -92,7 +93,7 @@ class Selector:
             roster.members,
             config.fraction_train,
             cap=config.sampling.cap,
-            seed=config.seed,
+            seed=self.seed,
             server_round=server_round,
         )
         able, backing_off = split_backing_off(
