@@ -106,6 +106,17 @@ def test_a_resumed_run_goes_on_with_its_ledger_and_its_secret(tmp_path):
     assert rows[-1]["round"] == 4 and rows[-1]["epsilon"] == pytest.approx(spent(4), rel=1e-9)
 
 
+def test_a_reproducible_run_in_two_parts_is_the_run_in_one(tmp_path):
+    changes = {"privacy__reproducible": True}
+    whole, _ = in_folder(tmp_path / "whole", private(num_server_rounds=4, **changes))
+    in_folder(tmp_path / "parts", private(num_server_rounds=2, **changes))
+    parts, _ = in_folder(tmp_path / "parts", private(num_server_rounds=4, **changes), resume=True)
+    assert parts.privacy.ledger == whole.privacy.ledger
+    for name in whole.state.change:
+        both = (one.state.change.delta_weight(name) for one in (whole, parts))
+        assert torch.equal(*both)
+
+
 def test_a_budget_that_allows_no_round_is_refused_before_the_first(tmp_path):
     config = private(privacy__epsilon=spent(1) * 0.9)
     with pytest.raises(UserError, match="epsilon 0 is spent; one more round would make it"):
