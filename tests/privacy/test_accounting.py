@@ -55,7 +55,7 @@ def test_loss_distributions_are_tighter_than_renyi_divergences():
     assert composed(RdpAccountant(), event, 50) == pytest.approx(3.16, abs=0.005)
 
 
-@pytest.mark.parametrize("noise", [0.8, 2.5])
+@pytest.mark.parametrize("noise", [1.5, 2.5])
 @pytest.mark.parametrize("share", [0.01, 0.3, 1.0])
 @pytest.mark.parametrize("rounds", [1, 20])
 def test_poisson_is_the_library_called_directly(noise, share, rounds):
@@ -116,7 +116,7 @@ def test_little_noise_costs_no_more_memory():
 
 @pytest.mark.parametrize(
     ("budget", "keys"),
-    [(0.3, {}), (8.0, {}), (8.0, {"sampling": "fixed"}), (0.3, {"sampling": "none"})],
+    [(0.3, {}), (2.0, {}), (8.0, {"sampling": "none"})],
 )
 def test_the_noise_of_a_budget_keeps_it_and_little_less_does_not(budget, keys):
     noise = noise_for(budget, DELTA, 20, num_clients=1613, sample_share=80 / 1613, **keys)
