@@ -12,6 +12,7 @@ space of the first one. Carrying ``G`` frozen beside the factors is that of ``ca
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from flexlora.aggregation.engine.method import Law
@@ -27,7 +28,7 @@ from flexlora.seeds import derive_seed, generator
 
 __all__ = ["Basis"]
 
-SCALING_RANK = 8  # every client trains at the scaling ``alpha / SCALING_RANK``
+SCALING_RANK = 8  # the rank at which the scaling is ``alpha / rank``
 
 
 class Basis:
@@ -65,7 +66,12 @@ class Basis:
 
 
 def _first_rows(state: State, rank_class: RankClass, factoring: Factoring) -> Adapter:
-    """The first rows of the round's ``A`` by rank, zeros in ``lora_B``, and one scaling for all."""
+    """The first rows of the round's ``A`` by rank, zeros in ``lora_B``.
+
+    The scaling is ``alpha / sqrt(8 rank)`` whatever ``lora.rslora`` says. A step of Adam moves each
+    of the ``out * rank`` entries of ``lora_B`` by the learning rate, so over orthonormal rows it
+    moves the product by ``scaling * sqrt(out * rank)`` times that: the same at all ranks.
+    """
     seed, modules = derive_seed(factoring.seed, "basis", state.round), {}
     for name, rank in rank_class.ranks(state.change.shapes).items():
         svd = state.change[name]
@@ -74,6 +80,7 @@ def _first_rows(state: State, rank_class: RankClass, factoring: Factoring) -> Ad
         modules[name] = LoRAFactors(
             lora_A=rows.to(svd.Vh),
             lora_B=svd.U.new_zeros(out_features, rank),
-            alpha=factoring.alpha / SCALING_RANK * rank,
+            alpha=factoring.alpha / math.sqrt(SCALING_RANK),
+            rslora=True,
         )
     return Adapter(modules)
