@@ -37,7 +37,8 @@ class Basis:
     name = "basis"
     laws = frozenset({Law.ORDER, Law.SCALE_OF_WEIGHTS, Law.ZERO_TRAINING, Law.AVERAGE_OF_PRODUCTS})
     needs = Needs(linear=True, norms=True)
-    wire_space = "products"
+    # What int8 dropped of one round's columns belongs to rows that the next round does not send.
+    wire_space = ""
 
     class Options(AdaptiveStepOptions):
         carried_rank: int = option(
