@@ -96,6 +96,7 @@ class ServerCase:
                 "eval.generate": "never",
                 "server.min-nodes": self.replies,
                 "server.quorum": self.replies,
+                "server.skipped-rounds": 0,
                 "server.max-norm-ratio": 0.0,
                 "wire.dtype": self.wire_dtype,
             }

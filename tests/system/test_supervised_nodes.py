@@ -116,6 +116,7 @@ def break_things(folder):
             observed["same"] = {name: supernode_of(processes, name).pid for name in PAIR} == first
 
             training("south", 2)
+            supernode_of(processes, "north").send_signal(signal.SIGKILL)
             held = threading.Event()
             arguments = (federation.home / "state.db", LOCK_SECONDS, held)
             threading.Thread(target=hold_the_lock, args=arguments).start()
@@ -123,8 +124,9 @@ def break_things(folder):
             trainers["south"].process.kill()
             trainers["south"].process.wait()
             trainers["south"] = processes.trainer("south", data / "south")
-            supernode_of(processes, "north").send_signal(signal.SIGKILL)
             run.finished(2, LONG, federation.logs)
+            back = lambda: logs["north"].read_text().count("SuperNode ID") == 2  # noqa: E731
+            until(back, LONG, federation.logs)
             observed["log"] = run.log.read_text()
         observed["nodes"] = {name: log.read_text() for name, log in logs.items()}
         observed["superlink"] = federation.superlink.log.read_text()
