@@ -19,7 +19,7 @@ from flexlora.wire.feedback import check_wire
 
 __all__ = ["check_config", "factoring_of", "rank_policy_of"]
 
-OWN_CARRIED_RANK = ("aligned", "carried")  # methods in which a rank class may name its own
+OWN_CARRIED_RANK = ("aligned", "basis", "carried")  # methods in which a rank class may name its own
 
 
 def check_config(config: Config) -> None:
@@ -59,7 +59,7 @@ def check_config(config: Config) -> None:
             raise UserError(
                 f"ranks.file '{policy.file}', client '{client_id}': carried_rank is "
                 f"{rank_class.carried_rank}, which method.name={method} does not read (but "
-                f"{' and '.join(OWN_CARRIED_RANK)} do); leave it out."
+                f"{', '.join(OWN_CARRIED_RANK)} do); leave it out."
             )
 
 

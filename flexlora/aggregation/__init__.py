@@ -19,6 +19,7 @@ __all__ = ["METHODS", "make_method", "method_class", "method_options"]
 
 METHODS = {
     "aligned": "flexlora.aggregation.aligned:Aligned",
+    "basis": "flexlora.aggregation.basis:Basis",
     "carried": "flexlora.aggregation.carried:Carried",
     "fed-plora": "flexlora.aggregation.fed_plora:FedPLoRA",
     "fedex-lora": "flexlora.aggregation.fedex_lora:FedExLoRA",

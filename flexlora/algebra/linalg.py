@@ -26,12 +26,15 @@ __all__ = [
     "inner_product",
     "live_count",
     "live_rows",
+    "orthonormal_rows",
     "product_norm",
     "stack_products",
     "sum_dtype",
     "svd_of_product",
     "svds_of_products",
 ]
+
+ROWS_AT_ONCE = 16  # of orthonormal rows
 
 
 def sum_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
@@ -192,3 +195,20 @@ def live_rows(count: int, in_features: int, generator: torch.Generator) -> Tenso
     bound = in_features**-0.5
     uniform = torch.rand(count, in_features, generator=generator, dtype=torch.float64)
     return (2.0 * bound) * uniform - bound
+
+
+def orthonormal_rows(count: int, in_features: int, generator: torch.Generator) -> Tensor:
+    """``[count, in_features]``, float64: orthonormal rows that span a uniformly random subspace.
+
+    Blocks of Gaussian rows, each made orthogonal to the blocks before it and then orthonormal by
+    QR. A block is always computed whole, so a longer draw begins with the bits of the shorter one.
+    ``count`` is at most ``in_features``; costs O(count^2 in_features).
+    """
+    rows = torch.zeros(0, in_features, dtype=torch.float64)
+    while rows.shape[0] < count:
+        size = min(ROWS_AT_ONCE, in_features - rows.shape[0])
+        block = torch.randn(size, in_features, generator=generator, dtype=torch.float64)
+        for _ in range(2):  # once leaves errors of the rounding times the condition (Kahan)
+            block = torch.linalg.qr((block - block @ rows.T @ rows).T)[0].T
+        rows = torch.cat([rows, block])
+    return rows[:count].contiguous()

@@ -66,6 +66,8 @@ def check_wire(dtype: str, method: str, *, error_feedback: bool = False) -> None
     why = "puts the mean of what comes back, with the rounding of what was sent, in the place of G"
     if method == "raflora":
         why = "weighs single terms of an update, which error feedback mixes"
+    if method == "basis":
+        why = "sends other rows every round, so that what rounding dropped fits into no next upload"
     also = " (or method.error-feedback=true)" if method == "flexlora" else ""
     others = ", ".join(name for name in METHODS if feedback_space(name))
     raise UserError(

@@ -50,6 +50,7 @@ SKEW: Changes = {"ranks.tiers": "2,8,16", "ranks.shares": "0.8,0.1,0.1"}
 # Three trials each: of the server rate where the method has one, else of the learning rate.
 RATES = tuple({"method.server-learning-rate": rate} for rate in (1.0, 2.0, 3.0))
 STEPS = tuple({"train.learning-rate": rate} for rate in (5e-3, 1e-2, 2e-2))
+B_ALONE = tuple({"train.learning-rate": rate} for rate in (1e-2, 2e-2, 4e-2))
 # Six trials each with smaller steps, for a pretrained base.
 GENTLE_RATES = tuple(
     {"train.learning-rate": rate, "method.server-learning-rate": server}
@@ -60,8 +61,13 @@ GENTLE_STEPS = tuple({"train.learning-rate": rate} for rate in (5e-4, 1e-3, 2e-3
 POOLED: Changes = {"data.partition": "iid", "clients.count": 1, "fraction-train": 1.0}
 
 
-def method_variants(rates: tuple[Changes, ...], steps: tuple[Changes, ...]) -> tuple[Variant, ...]:
-    """One variant per method, the base and both ends of the gap."""
+def method_variants(
+    rates: tuple[Changes, ...], steps: tuple[Changes, ...], b_alone: tuple[Changes, ...]
+) -> tuple[Variant, ...]:
+    """One variant per method, the base and both ends of the gap.
+
+    ``b_alone``: the trials of ``basis``, whose ``lora_B`` starts at zero in every round.
+    """
 
     def skewed(
         title: str,
@@ -100,11 +106,12 @@ def method_variants(rates: tuple[Changes, ...], steps: tuple[Changes, ...]) -> t
             {"method.carried-rank": 16, "method.carried-dtype": "bfloat16"},
         ),
         skewed("carried", "carried", rates),
+        skewed("basis", "basis", b_alone),
     )
 
 
-METHODS = method_variants(RATES, STEPS)
-METHODS_GENTLY = method_variants(GENTLE_RATES, GENTLE_STEPS)
+METHODS = method_variants(RATES, STEPS, B_ALONE)
+METHODS_GENTLY = method_variants(GENTLE_RATES, GENTLE_STEPS, GENTLE_STEPS)
 
 TWICE = {"method.server-learning-rate": 2.0}
 FIRST_LOOK = (

@@ -59,7 +59,7 @@ class Case:
     options: dict = field(default_factory=dict)
 
     def eta(self, replies):
-        adaptive = self.name in ("residual", "aligned", "carried")
+        adaptive = self.name in ("residual", "aligned", "basis", "carried")
         own = equations.rate_of_round(replies) if adaptive else 1.0
         return self.options.get("server_learning_rate", own)
 
@@ -161,12 +161,16 @@ def slora_sends(memory, case, rank):
     return memory.G if sparse else memory.first(rank)
 
 
+BASIS = equations.basis_round
 FLORA, RESIDUAL = equations.flora_round, equations.residual_round
 FEEDBACK = {"server_max_rank": 4, "error_feedback": True}
 CASES = [
     Case("aligned", sum_then_cap(FLORA), carried_rank),
     Case("aligned", sum_then_cap(FLORA), carried_rank, {"carried_rank": 3}),
     Case("aligned", sum_then_cap(FLORA), carried_rank, FEEDBACK),
+    Case("basis", sum_then_cap(BASIS), carried_rank),
+    Case("basis", sum_then_cap(BASIS), carried_rank, {"carried_rank": 3}),
+    Case("basis", sum_then_cap(BASIS), carried_rank, FEEDBACK),
     Case("carried", sum_then_cap(RESIDUAL), carried_rank, {"carried_rank": 5}),
     Case("carried", sum_then_cap(RESIDUAL), carried_rank, FEEDBACK),
     Case("fed-plora", contributors, whole, {"carried_rank": 9}),

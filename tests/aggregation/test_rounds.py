@@ -184,6 +184,7 @@ def refusals(round_):
 
 
 NEEDS_THE_START = (
+    "basis",
     "carried",
     "fed-plora",
     "fedex-lora",

@@ -14,7 +14,7 @@ from flexlora.errors import UserError
 from flexlora.lora.adapters import LoRAFactors
 from one_round import OneRound, distance, next_state, same_bits
 
-ADAPTIVE = ("aligned", "carried", "residual")
+ADAPTIVE = ("aligned", "basis", "carried", "residual")
 
 
 def rate_of(method, updates, round_):

@@ -69,6 +69,7 @@ def test_a_method_answers_to_its_name_and_declares_known_laws(name):
 
 ADDS_CHANGES = (
     "aligned",
+    "basis",
     "carried",
     "carried few",
     "fedex-lora",

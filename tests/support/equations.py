@@ -92,6 +92,16 @@ def flora_round(G, replies, module, eta=1.0):
     return G + eta * stacked(replies, module)
 
 
+def basis_round(G, replies, module, eta=1.0):
+    """``G + eta (sum_k p_k pad(s_k B_k)) A``: B alone is averaged, A is the widest client's."""
+    widest = max((reply.start[module] for reply in replies), key=lambda f: f.lora_A.shape[0])
+    rank = widest.lora_A.shape[0]
+    mean = np.zeros((widest.out_features, rank))
+    for share, reply in zip(shares(replies), replies, strict=True):
+        mean += share * padded(reply.adapter[module], rank)[1]
+    return G + eta * torch.from_numpy(mean @ widest.lora_A.double().numpy())
+
+
 def florist_cut(matrix, threshold):
     """arXiv 2506.09199: the least p with ``sum_{i <= p} S_i^2 >= tau |M|^2``; kept and dropped."""
     energy = float(matrix.square().sum())

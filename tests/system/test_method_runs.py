@@ -87,6 +87,7 @@ RESUMED = {
     },
     "slora": {"method__sparse_rounds": 2},
     "rolora": {},
+    "basis": {"method__carried_rank": 6, "wire__dtype": "bfloat16"},
     "fed-plora": {"method__carried_rank": 6},
     "residual": {
         "method__server_optimizer": "momentum",

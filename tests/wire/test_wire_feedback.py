@@ -201,7 +201,9 @@ def test_a_round_in_which_nobody_trained_changes_nothing_over_int8(method):
         state = later
 
 
-@pytest.mark.parametrize("method", sorted(set(METHODS) - set(SPACES) - {"hetlora", "slora"}))
+@pytest.mark.parametrize(
+    "method", sorted(set(METHODS) - set(SPACES) - {"basis", "hetlora", "slora"})
+)
 def test_a_method_that_takes_the_mean_of_what_comes_back_takes_the_rounding_too(method):
     """Why these are refused: nobody trains, and what was learned moves by the download's step."""
     state = next_state(method, wire="int8")
@@ -228,6 +230,8 @@ def test_the_published_form_may_with_the_servers_own_feedback():
         check_wire("int8", "flexlora")
     with pytest.raises(UserError, match="weighs single terms"):
         check_wire("int8", "raflora", error_feedback=True)
+    with pytest.raises(UserError, match="sends other rows every round"):
+        check_wire("int8", "basis")
 
 
 @pytest.mark.parametrize("method", ["residual", "carried", "aligned", "flora"])

@@ -2,6 +2,7 @@
 
     products        mean over clients of  s_k B_k A_k
     starts          mean over clients of the products that they started from
+    linear          the mean of products that share one lora_A, as (mean of s_k B_k) A
     factors         means of  A_k  and  s_k B_k,  row by row (``factor_sums.py``)
     factor_changes  the same of  A_k - A_start  and  s_k B_k - s B_start
     bands           per band of rank: mean of the products over the clients that reach it
@@ -25,6 +26,7 @@ import torch
 from flexlora.aggregation.engine.band_sums import BandSums
 from flexlora.aggregation.engine.factor_sums import FactorSums
 from flexlora.aggregation.engine.gaussian_sum import GaussianSum
+from flexlora.aggregation.engine.linear_update import LinearSums, check_basis
 from flexlora.aggregation.engine.product_sums import ProductSums, factors_term
 from flexlora.aggregation.engine.server_rate import ChangeNorms, change_energy
 from flexlora.aggregation.engine.starts import Start
@@ -50,6 +52,7 @@ class Needs:
 
     products: bool = False
     starts: bool = False
+    linear: bool = False
     factors: bool = False
     factor_changes: bool = False
     bands: bool = False
@@ -60,7 +63,7 @@ class Needs:
     @property
     def known_start(self) -> bool:
         """Whether an update is refused unless its start is one that this round sent."""
-        return self.starts or self.factor_changes or self.band_changes
+        return self.starts or self.linear or self.factor_changes or self.band_changes
 
 
 class Sums:
@@ -85,6 +88,7 @@ class Sums:
         self._device = torch.device(device)
         self._products = ProductSums(shapes)
         self._factors, self._bands = FactorSums(shapes, device), BandSums(shapes, sent)
+        self._linear = LinearSums()
         self._start_weights, self._total = dict.fromkeys(sent, 0.0), 0.0
         self._norms = ChangeNorms()
 
@@ -92,7 +96,8 @@ class Sums:
         """Refuse an update whose start is needed and not known.
 
         Raises:
-            UpdateRefused: its start is not one that this round sent.
+            UpdateRefused: its start is not one that this round sent, or a linear sum would add it
+                with another ``lora_A`` than it was sent.
         """
         start = self.sent.get(update.rank_class)
         if not self.needs.known_start or not self.sent:
@@ -103,6 +108,8 @@ class Sums:
                 f"'{update.rank_class}/{update.digest[:12]}', which this round did not send; "
                 "what it started from cannot be subtracted."
             )
+        if self.needs.linear:
+            check_basis(update.client_id, update.adapter, start.trained)
 
     def add(self, update: Update) -> None:
         """Accumulate one update in every sum of ``needs``, at the discounted weight."""
@@ -115,6 +122,8 @@ class Sums:
             self._total += weight
             if update.rank_class in self._start_weights:
                 self._start_weights[update.rank_class] += weight
+        if needs.linear:
+            self._linear.add(adapter, weight)
         if needs.factors:
             self._factors.add(adapter, weight, drawn_rows(update, self.sent))
         if needs.factor_changes:
@@ -163,6 +172,12 @@ class Sums:
         return means if self._private is None else self._private.divided(means, self._total)
 
     @property
+    def linear(self) -> LazySums:
+        """``(sum_k p_k pad(s_k B_k)) A`` by module, one term for each round's ``A``."""
+        self._declared("linear")
+        return LazySums(self.shapes, self._linear.mean)
+
+    @property
     def factors(self) -> FactorSums:
         self._declared("factors")
         return self._factors
@@ -190,6 +205,7 @@ class Sums:
     def clear(self) -> None:
         """Free the memory and the temporary file of the sums."""
         self._products.clear()
+        self._linear.clear()
         self._bands.clear()
 
     def _mean_start(self, name: str) -> MatrixSum:
