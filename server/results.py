@@ -59,9 +59,16 @@ def roll_back(target: str, server_round: int) -> RunFolder:
     a resume does the rest.
 
     Raises:
-        UserError: no run folder, a run at work, a round that is not kept, a damaged checkpoint.
+        UserError: no run folder, a run at work, a round that is not kept, a damaged checkpoint, a
+            run with a privacy ledger.
     """
     run, config = RunFolder.open(target)
+    if config.privacy.mode != "none":
+        raise UserError(
+            f"'{run.path}' is a run with privacy.mode={config.privacy.mode}: its later rounds have "
+            "spent their epsilon, which an earlier ledger does not have. Export an adapter, or "
+            "start another run."
+        )
     with exclusive_lock(run.path):
         _go_back(run, server_round)
         _forget_later(run, server_round)

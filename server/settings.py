@@ -13,6 +13,7 @@ from flexlora.errors import UserError
 from flexlora.planning.memory_ranks import run_plan
 from flexlora.planning.rank_policies import RankPolicy
 from flexlora.planning.rank_tables import read_rank_table
+from flexlora.privacy.checks import check_privacy
 from flexlora.server.publishing import check_publish
 from flexlora.wire.feedback import check_wire
 
@@ -28,7 +29,8 @@ def check_config(config: Config) -> None:
         UserError: a key of ``flwr run`` alone, a template date that is none, a base that its
             config.json rules out, a wire that the method cannot use, ranks or shares that cannot
             be, a carried rank in a table that the method does not read, a ``server.publish`` that
-            cannot be one.
+            cannot be one, a number of clients under Poisson sampling, what differential privacy
+            excludes.
     """
     if config.resume:
         raise UserError(
@@ -40,6 +42,8 @@ def check_config(config: Config) -> None:
             "allow-changed is true, which is for `flwr run` with resume; with `flexlora simulate` "
             "use --resume DIR --allow-changed."
         )
+    _check_sampling(config)
+    check_privacy(config)
     check_publish(config.server.publish)
     if Path(resolve_name(config.model.name)).is_dir():  # a hub model is the nodes' to fetch
         base_config(config.model.name)
@@ -56,6 +60,25 @@ def check_config(config: Config) -> None:
                 f"ranks.file '{policy.file}', client '{client_id}': carried_rank is "
                 f"{rank_class.carried_rank}, which method.name={method} does not read (but "
                 f"{', '.join(OWN_CARRIED_RANK)} do); leave it out."
+            )
+
+
+def _check_sampling(config: Config) -> None:
+    """Refuse a cap without Poisson sampling, and with it what asks for a number of clients."""
+    if config.sampling.policy != "poisson":
+        if config.sampling.cap:
+            raise UserError(
+                f"sampling.cap is {config.sampling.cap}, which sampling.policy="
+                f"{config.sampling.policy} does not read (but poisson does); leave it out."
+            )
+        return
+    numbers = {"server.over-selection": config.server.over_selection}
+    numbers["min-train-clients"] = config.min_train_clients - 1
+    for key, beyond in numbers.items():
+        if beyond:
+            raise UserError(
+                f"{key} is {config.flat()[key]:g}, but under sampling.policy=poisson each client "
+                "is sampled by itself and no number of them is fixed; leave it out."
             )
 
 

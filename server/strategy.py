@@ -38,6 +38,7 @@ from flexlora.server.members.roster import Member, Roster
 from flexlora.server.members.sampling import History
 from flexlora.server.members.selection import Selector
 from flexlora.server.observing.observer import Observer
+from flexlora.server.rounds.central_privacy import CentralPrivacy
 from flexlora.server.rounds.client_rows import ClientRow, left_out_rows
 from flexlora.server.rounds.evaluation import (
     eval_metrics,
@@ -48,13 +49,13 @@ from flexlora.server.rounds.evaluation import (
 from flexlora.server.rounds.late_messages import LateMessages
 from flexlora.server.rounds.replies import ReplyHandler
 from flexlora.server.rounds.round_metrics import RoundMetrics, class_metrics, module_metrics
+from flexlora.server.rounds.round_notes import round_notes
 from flexlora.server.rounds.round_plan import RoundPlan
 from flexlora.server.rounds.skipped_rounds import SkippedRounds
 from flexlora.server.settings import factoring_of
 from flexlora.server.transport.clocks import (
     Clock,
     clock_of,
-    clock_state,
     is_measured,
     restore_clock,
 )
@@ -102,6 +103,7 @@ class FlexLoRAStrategy(Strategy):
         say = self.observer.waiting
         self.membership = Membership(config, rank_classes or {}, shapes, say)
         self.selector = Selector(config, say=say)
+        self.privacy = CentralPrivacy(config)
         self.norms = NormHistory()
         self.metrics = RoundMetrics(server_round=0)
         self.late = LateMessages(config.server.late_rounds)
@@ -146,7 +148,7 @@ class FlexLoRAStrategy(Strategy):
         read their settings from the run's configuration. ``evaluate_fn`` gets the global adapter.
 
         Raises:
-            UserError: too few nodes in time, or no client can train.
+            UserError: too few nodes in time, no client can train, or the privacy budget is spent.
         """
         self.num_rounds = num_rounds or self.config.num_server_rounds
         timeout = timeout or self.config.server.round_timeout_seconds
@@ -158,6 +160,8 @@ class FlexLoRAStrategy(Strategy):
         else:
             self._state = self.initial or self._zero()
         server_round = first - 1
+        if server_round < self.last_round:
+            self.privacy.check_budget(len(self.roster.members))
         measured = is_measured(grid)
         self.skipped.limit *= measured
         while server_round < self.last_round and not self.ended:
@@ -188,14 +192,15 @@ class FlexLoRAStrategy(Strategy):
 
     @property
     def last_round(self) -> int:
-        """The number of the last round, from what was skipped so far."""
-        return self.skipped.extended(self.num_rounds)
+        """The number of the last round, from what was skipped and spent so far."""
+        return min(self.skipped.extended(self.num_rounds), self.privacy.last_round)
 
     def restore(self, notes: Mapping[str, Any], grid: Grid) -> None:
         """Go on from a checkpoint's ``notes``: the clients' history, the clock, late messages."""
         if notes.get("history"):
             self.selector.history = History.from_dict(notes["history"])
         self.norms = NormHistory.from_dict(notes.get("norms", {}))
+        self.privacy.restore(notes.get("privacy", {}))
         self.skipped.numbers = list(notes.get("skipped_rounds", []))
         self.skipped.limit *= is_measured(grid)
         waited = notes.get("under_way", {})
@@ -226,12 +231,14 @@ class FlexLoRAStrategy(Strategy):
         seconds = clock.now() - began
         timed = self.metrics.apply_clock(clock, seconds)
         again = {"held_again": True} if self.metrics.skipped and self.skipped.limit else {}
-        return {**metrics, **self.metrics.exceptions(), **again, **timed}
+        return {**metrics, **self.metrics.exceptions(), **self.privacy.ending(), **again, **timed}
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         """Open the round: one message per sampled client, one payload per rank class."""
+        self.selector.seed = self.privacy.sampling_seed
+        private = self.privacy.gaussian_sum(server_round, len(self.roster.members))
         selected = self.selector.select(grid, self.roster, server_round)
         for client_id, cause in selected.backing_off.items():
             member = self.roster.members[client_id]
@@ -254,8 +261,9 @@ class FlexLoRAStrategy(Strategy):
                 starts,
                 plan.asked,
                 factor_gap=self.config.eval.factor_gap,
-                bound=self.norms.bound(self.config.server.max_norm_ratio),
-                most_updates=len(plan.asked) + len(self.late.pending),
+                bound=self.norms.bound(0.0 if private else self.config.server.max_norm_ratio),
+                most_updates=0 if private else len(plan.asked) + len(self.late.pending),
+                private=private,
             ),
             late=self.late,
             metrics=self.metrics,
@@ -286,12 +294,14 @@ class FlexLoRAStrategy(Strategy):
             handler.handle(reply)
         began = time.perf_counter()
         settled = handler.settle()
-        self.metrics.skipped = handler.skipped(self.config.server.quorum)
+        quorum = 0 if self.privacy.active else self.config.server.quorum
+        self.metrics.skipped = handler.skipped(quorum)
         if self.metrics.skipped:
             self._state = self.state.unchanged()
             self.skipped.add(server_round)
         else:
             self._state = handler.opened.close()
+            self.privacy.spend(server_round, len(self.roster.members))
             self.norms.learn(server_round, settled.norms)
         for client_id, rank_class in sorted(handler.lowered.items()):
             member = self.roster.members[client_id]
@@ -300,7 +310,9 @@ class FlexLoRAStrategy(Strategy):
         seconds = time.perf_counter() - began
         if self.metrics.skipped:
             self.observer.round_skipped(server_round, self.metrics.skipped)
-        return None, MetricRecord({**self.metrics.totals(), **served, "server_seconds": seconds})
+        epsilon = self.privacy.metrics(settled.norms)
+        totals = {**self.metrics.totals(), **served, **epsilon}
+        return None, MetricRecord({**totals, "server_seconds": seconds})
 
     def _evaluate(
         self, grid: Grid, server_round: int, timeout: float, result: Result
@@ -335,8 +347,8 @@ class FlexLoRAStrategy(Strategy):
 
     def _close_round(self, values: dict[str, Any], clock: Clock) -> None:
         """Write the rows, then the checkpoint: a resume removes rows that have no checkpoint."""
-        server_round, history = self.metrics.server_round, self.selector.history
-        self.metrics.update_history(history)
+        server_round = self.metrics.server_round
+        self.metrics.update_history(self.selector.history)
         if self.run is not None:
             rows = self.metrics.rows
             if server_round == 0:
@@ -349,21 +361,13 @@ class FlexLoRAStrategy(Strategy):
             self.run.append_round(values, cells, evaluations)
             waited, wire = self.late.write(self.run), self.config.wire.dtype
             log = partial(self.metrics.log, self.run.audit, self.state.round)
-            sources = self.sources or Sources(base=self.roster.fingerprint)
-            notes = {"history": history.to_dict(), "under_way": waited, **clock_state(clock)}
-            notes["sources"], notes["norms"] = sources.to_dict(), self.norms.to_dict()
-            if self.skipped.numbers:
-                notes["skipped_rounds"] = self.skipped.numbers
-            if self.metrics.measured:  # the node ids of a simulation are Ray's of the day
-                notes["nodes"] = self.membership.bindings.to_dict()
             members = self.roster.members.items()
             classes = {client_id: member.rank_class for client_id, member in members}
-            notes["fan_in_fan_out"] = self.roster.fan_in_fan_out
             self.run.save_checkpoint(
                 self.run.checkpoint,
                 self.state,
                 classes,
-                notes,
+                round_notes(self, clock, waited),
                 keep=self.config.server.keep_checkpoints,
                 before_commit=partial(log, self.roster.fingerprint, wire),
             )

@@ -153,7 +153,9 @@ class TerminalObserver(Observer):
             f"{metrics['seconds']:.1f}",
         ]
         line = "  ".join(f"{c:>{w}}" for c, (_, w) in zip(cells, columns, strict=True))
-        self.console.print(line + _out_there(metrics), soft_wrap=True)
+        self.console.print(line + _out_there(metrics) + _spent(metrics), soft_wrap=True)
+        if "budget_spent" in metrics:
+            self._causes.append(f"  the last round: {metrics['budget_spent']}")
         for cause in self._causes:
             self.console.print(cause, style="yellow", soft_wrap=True, markup=False)
 
@@ -214,6 +216,11 @@ def _out_there(metrics: Mapping[str, object]) -> str:
     found = [(key, metrics.get(key)) for key in ("simulated_seconds", "joules")]
     spelled = [metric_format(key)(value) for key, value in found if isinstance(value, int | float)]
     return f"  out there {', '.join(spelled)}" if spelled else ""
+
+
+def _spent(metrics: Mapping[str, object]) -> str:
+    epsilon = metrics.get("epsilon")
+    return f"  epsilon {epsilon:.3g}" if isinstance(epsilon, float) else ""
 
 
 def _number(value: object) -> str:

@@ -238,3 +238,9 @@ def causal_attention(query, key, value, scale):
         scores = (scale * q @ k.transpose(1, 2)).masked_fill(~seen, float("-inf"))
         heads.append(torch.softmax(scores, dim=-1) @ v)
     return torch.stack(heads, dim=1)
+
+
+def clipped_sum(changes, norms, clip):
+    """``sum_k min(1, C / |D_k|) D_k`` in float64; ``norms`` are over all modules together."""
+    scaled = [min(1.0, clip / norm) * D.double() for D, norm in zip(changes, norms, strict=True)]
+    return sum(scaled)

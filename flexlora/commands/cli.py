@@ -43,6 +43,7 @@ COMMANDS: Table = {
     "rollback": ("commands.runs:rollback", "go back to an earlier round of a run"),
     "audit": ("commands.runs:audit", "verify who contributed what to a run's checkpoints"),
     "plan": ("commands.plan:plan", "rank, quantization and batch that a device can train"),
+    "privacy": ("commands.privacy:privacy", "epsilon of rounds with noise, or the noise for it"),
     "tune": ("commands.train:tune", "measure how many clients in one pass are fastest here"),
     "doctor": ("commands.runs:doctor", "whether this machine can do the job, by doing"),
     "client": ("", "what runs on an edge node"),

@@ -65,6 +65,7 @@ class Config(sections.Run):
     eval: sections.Eval = sections.Eval()
     personal: sections.Personal = sections.Personal()
     sampling: sections.Sampling = sections.Sampling()
+    privacy: sections.Privacy = sections.Privacy()
     population: sections.Population = sections.Population()
     engine: sections.Engine = sections.Engine()
     wire: sections.Wire = sections.Wire()

@@ -26,6 +26,7 @@ __all__ = [
     "PathKey",
     "Personal",
     "Population",
+    "Privacy",
     "Ranks",
     "Run",
     "Sampling",
@@ -193,8 +194,26 @@ class Personal(Options):
 class Sampling(Options):
     """Selection of the clients of a round."""
 
-    policy: Literal["uniform", "availability", "examples", "utility", "stratified"] = option(
-        "uniform", "who trains in a round (utility: Oort-like; stratified: by rank class)"
+    policy: Literal["uniform", "availability", "examples", "utility", "stratified", "poisson"] = (
+        option("uniform", "who trains in a round (utility: Oort-like; stratified: by rank class)")
+    )
+    cap: int = option(0, "poisson: most clients of a round (0: no cap)", ge=0)
+
+
+class Privacy(Options):
+    """Differential privacy of whole clients."""
+
+    mode: Literal["none", "central"] = option(
+        "none", "central: the server clips the clients' changes and adds noise to their sum"
+    )
+    clip: float = option(
+        0.0, "norm to which a client's change is clipped, all modules together", ge=0.0
+    )
+    noise_multiplier: float = option(0.0, "deviation of the noise over privacy.clip", ge=0.0)
+    delta: float = option(1e-5, "chance at which epsilon may fail: below 1/clients", gt=0.0, le=0.5)
+    epsilon: float = option(0.0, "budget: no round is begun that would exceed it (0: none)", ge=0.0)
+    reproducible: bool = option(
+        False, "sampling and noise from the seed: no protection from those who know it"
     )
 
 

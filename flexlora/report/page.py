@@ -79,7 +79,10 @@ def _about(run: RunRecords) -> Markup:
 
 
 def _state(run: RunRecords) -> Markup:
-    """The last finished round of a run that is not finished; empty for one that is."""
+    """The last finished round of a run that is not finished; its end by a privacy budget."""
+    if run.budget_spent:
+        cause = f"Round {run.last_round} is the last: {run.budget_spent}."
+        return element("p", text(cause), class_="warn")
     if run.finished:
         return Markup("")
     if run.last_round < 0:

@@ -62,10 +62,20 @@ class RunRecords:
 
     @property
     def num_rounds(self) -> int:
-        """The configured number of rounds, and one for each that is held again."""
+        """The configured number of rounds, and one for each that is held again.
+
+        A run whose privacy budget is spent has no more than it held.
+        """
+        if self.budget_spent:
+            return self.last_round
         wanted = finite(self.setting("num-server-rounds"))
         again = sum(bool(row.get("held_again")) for row in self.rounds)
         return int(wanted) + again if wanted is not None else max(self.last_round, 0)
+
+    @property
+    def budget_spent(self) -> str:
+        """Why the privacy budget allows no further round; empty where it does."""
+        return str(self.rounds[-1].get("budget_spent", "")) if self.rounds else ""
 
     @property
     def finished(self) -> bool:

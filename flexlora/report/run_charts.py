@@ -105,6 +105,7 @@ CHARTS: tuple[ChartMaker, ...] = (
         ("simulated seconds", "simulated_seconds"),
         subtitle="on the simulated devices and links",
     ),
+    by_round("Epsilon", ("epsilon", "epsilon"), subtitle="of the adapters, at privacy.delta"),
     by_round("Joules", ("joules", "joules"), subtitle="on the simulated devices"),
 )
 

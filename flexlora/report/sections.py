@@ -54,6 +54,9 @@ def headline(run: RunRecords) -> Markup:
     for key, title, below in TILES:
         if run.total(key) is not None:
             tiles.append((title, metric(key, run.total(key), derived=True), text(below)))
+    if spent := run.last("epsilon"):
+        below = text(f"of the adapters, at delta {run.setting('privacy.delta')}")
+        tiles.append(("Epsilon", metric("epsilon", spent[1]), below))
     failed = int(run.total("clients_failed") or 0)
     trained = joined([count(int(run.total("clients_ok") or 0)), text(" updates counted")])
     tiles.append(("Failures", count(failed), trained))

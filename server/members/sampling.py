@@ -6,6 +6,8 @@
                   reached so far, so that all count alike in the long run
     utility       Oort (Lai et al., OSDI 2021, arXiv 2010.06081), without its pacer; below
     stratified    every rank class in its share of those that can be reached
+    poisson       every registered client with one probability, on its own, whether or not it can
+                  be reached (``poisson_sample``): the sampling that differential privacy accounts
 
 Oort's utility of a client that has trained is ``n_k * loss_k``, its examples times its last mean
 training loss (the paper's root mean square of per-example losses is not sent here), plus a bonus
@@ -21,13 +23,13 @@ down to a fifth. Of few clients it is no whole number: rounded by chance, it hol
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from flexlora.lora.ranks import quotas
-from flexlora.seeds import numpy_generator
+from flexlora.seeds import derive_seed, numpy_generator
 
-__all__ = ["History", "Reachable", "choose"]
+__all__ = ["History", "Reachable", "choose", "poisson_sample"]
 
 EXPLORATION, DECAY, LEAST = 0.9, 0.98, 0.2
 CUT_OFF = 0.95  # of the utility that just would be chosen: who is above may be drawn
@@ -101,6 +103,20 @@ def choose(
         "availability": lambda client: history.rounds / max(1, history.seen[client.client_id]),
     }[policy]
     return sorted(_draw(ordered, [weights(c) for c in ordered], count, seed, server_round))
+
+
+def poisson_sample(
+    client_ids: Iterable[str], share: float, *, cap: int = 0, seed: int, server_round: int
+) -> list[str]:
+    """Each client with probability ``share`` by its own coin; sorted by id, and maybe empty.
+
+    The coin is a function of seed, round and client id alone. Beyond a ``cap`` above 0 a uniformly
+    random subset of that size remains (truncated Poisson sampling, arXiv 2508.15089): the coins of
+    those drawn are uniform on [0, share), so the smallest ``cap`` are such a subset.
+    """
+    coins = {c: derive_seed(seed, "poisson", server_round, c) / 2**63 for c in client_ids}
+    drawn = sorted((coin, client_id) for client_id, coin in coins.items() if coin < share)
+    return sorted(client_id for _, client_id in drawn[: cap or None])
 
 
 def _draw(

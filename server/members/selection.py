@@ -16,7 +16,7 @@ from flwr.serverapp import Grid
 from flexlora.config.resolve import Config
 from flexlora.errors import TooFewNodes, UserError
 from flexlora.server.members.roster import Roster
-from flexlora.server.members.sampling import History, Reachable, choose
+from flexlora.server.members.sampling import History, Reachable, choose, poisson_sample
 from flexlora.server.members.waiting import Say, WaitReport
 from flexlora.server.transport.backoff import backoff
 from flexlora.server.transport.clocks import clock_of
@@ -48,6 +48,7 @@ class Selector:
         say: Say = lambda what, seconds: None,
     ) -> None:
         self.config, self.history, self.say = config, history or History(), say
+        self.seed = config.seed
 
     def select(self, grid: Grid, roster: Roster, server_round: int) -> Selected:
         """The clients of one round; none where fewer than the quorum can be reached in time."""
@@ -63,6 +64,8 @@ class Selector:
             return Selected(
                 skipped=too_few(len(reachable), config.server.quorum, "clients can be reached")
             )
+        if config.sampling.policy == "poisson":
+            return self._poisson(reachable, roster, server_round)
         able, backing_off = split_backing_off(
             reachable,
             self.history.lost,
@@ -76,10 +79,32 @@ class Selector:
             math.ceil(count * (1.0 + config.server.over_selection) - 1e-9),
             history=self.history,
             server_round=server_round,
-            seed=config.seed,
+            seed=self.seed,
         )
         needed = min(count, len(asked))
         return Selected(client_ids=tuple(asked), needed=needed, backing_off=backing_off)
+
+    def _poisson(
+        self, reachable: Sequence[Reachable], roster: Roster, server_round: int
+    ) -> Selected:
+        """The sampled clients that can be asked; nobody takes the place of the others."""
+        config = self.config
+        sampled = poisson_sample(
+            roster.members,
+            config.fraction_train,
+            cap=config.sampling.cap,
+            seed=self.seed,
+            server_round=server_round,
+        )
+        able, backing_off = split_backing_off(
+            [client for client in reachable if client.client_id in sampled],
+            self.history.lost,
+            server_round,
+            least=0,
+            most_rounds=config.server.backoff_rounds,
+        )
+        asked = tuple(sorted(client.client_id for client in able))
+        return Selected(client_ids=asked, needed=len(asked), backing_off=backing_off)
 
     def _wait(self, grid: Grid, roster: Roster) -> list[Reachable]:
         """The clients that can be reached once they are a quorum, or when the wait is over."""

@@ -107,6 +107,42 @@ def test_the_superlinks_database_is_waited_for_longer(monkeypatch):
     assert connection.execute("PRAGMA busy_timeout").fetchone() == (20000,)
 
 
+def test_only_requests_of_the_control_api_pass_its_middleware(monkeypatch):
+    from flwr.supercore.error import FlowerError
+    from flwr.superlink.routers.control import middlewares
+    from starlette.applications import Starlette
+    from starlette.middleware import Middleware
+    from starlette.responses import PlainTextResponse
+    from starlette.routing import Route
+    from starlette.testclient import TestClient
+
+    layers = [getattr(middlewares, name) for name in flower_private.CONTROL_MIDDLEWARE]
+    passed = []
+    for layer in layers:
+        monkeypatch.setattr(layer, "__call__", layer.__call__)  # and so again afterwards
+
+        async def dispatch(self, request, call_next, name=layer.__name__, inner=layer.dispatch):
+            passed.append((name, request.url.path))
+            return await inner(self, request, call_next)
+
+        monkeypatch.setattr(layer, "dispatch", dispatch)
+
+    def paths(here):
+        passed.clear()
+        answer = lambda request: PlainTextResponse(request.url.path)  # noqa: E731
+        routes = [Route(path, answer, methods=["POST"]) for path in ("/v1/fleet/x", here)]
+        client = TestClient(Starlette(routes=routes, middleware=[Middleware(m) for m in layers]))
+        reply = client.post("/v1/fleet/x")
+        assert (reply.status_code, reply.text) == (200, "/v1/fleet/x")
+        with pytest.raises(FlowerError, match="account authentication"):
+            client.post(here)
+        return [path for _, path in passed]
+
+    assert paths("/v1/control/x").count("/v1/fleet/x") == len(layers) == 4
+    flower_private.skip_control_middleware()
+    assert set(paths("/v1/control/x")) == {"/v1/control/x"}
+
+
 @pytest.mark.parametrize("name", ["flower-superlink", "flower-superexec"])
 def test_the_programs_are_those_that_flower_installs(name):
     (found,) = metadata.entry_points(group="console_scripts", name=name)

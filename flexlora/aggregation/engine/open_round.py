@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from flexlora.aggregation.engine.factor_gap import FactorGap
+from flexlora.aggregation.engine.gaussian_sum import GaussianSum
 from flexlora.aggregation.engine.method import Method
 from flexlora.aggregation.engine.norm_bound import NormBound, Norms
 from flexlora.aggregation.engine.starts import Start
@@ -56,6 +57,7 @@ class OpenRound:
         factor_gap: report by module how far averaging factors would be from averaging products.
         bound: of the norms of updates that have them.
         most_updates: how many updates may come at most, where shares are bounded; 0: they are not.
+        private: clips the changes and adds noise to their sum, also where no update came.
     """
 
     def __init__(
@@ -69,10 +71,12 @@ class OpenRound:
         waiting_bytes: int = WAITING_BYTES,
         bound: NormBound = UNBOUNDED,
         most_updates: int = 0,
+        private: GaussianSum | None = None,
     ) -> None:
         self.method, self.state, self.sent = method, state, sent
         shapes, device = state.change.shapes, state.device
-        self.sums = Sums(method.needs, shapes, sent, device)
+        self.sums = Sums(method.needs, shapes, sent, device, private, state.dtype)
+        self._always_closes = private is not None
         self._gap = FactorGap(shapes, sent, device) if factor_gap else None
         self._sums = (self.sums,) if self._gap is None else (self.sums, self._gap)
         self._places = {
@@ -138,9 +142,9 @@ class OpenRound:
         return self._settled
 
     def close(self) -> State:
-        """The next state; the unchanged one if no update came."""
+        """The next state; without noise the unchanged one if no update came."""
         shares = self.settle().shares
-        if not self._norms:
+        if not self._norms and not self._always_closes:
             self._waiting.close()
             return self.state.unchanged()
         for key in sorted(self._waiting, key=self._places.__getitem__):

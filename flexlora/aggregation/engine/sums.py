@@ -12,6 +12,8 @@
 Client k has weight ``d_k w_k / sum_j d_j w_j``: ``w_k = needs.weight(update)`` is the method's, by
 default the examples, and ``d_k`` the discount of a late update, 1 for others. ``Sums.add`` applies
 it, so that no method can forget it.
+
+Under differential privacy ``products`` and ``starts`` are not means: see ``gaussian_sum.py``.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import torch
 
 from flexlora.aggregation.engine.band_sums import BandSums
 from flexlora.aggregation.engine.factor_sums import FactorSums
+from flexlora.aggregation.engine.gaussian_sum import GaussianSum
 from flexlora.aggregation.engine.linear_update import LinearSums, check_basis
 from flexlora.aggregation.engine.product_sums import ProductSums, factors_term
 from flexlora.aggregation.engine.server_rate import ChangeNorms, change_energy
@@ -67,7 +70,8 @@ class Sums:
     """Sums over the updates of a round; each property is one of those in ``Needs``.
 
     ``sent`` maps the name of a rank class to the start that its clients decoded. The sums are made
-    on ``device``, that of the state and of ``sent``; updates may be anywhere.
+    on ``device``, that of the state and of ``sent``; updates may be anywhere. With ``private`` each
+    update counts by its clipping factor alone, and the noise is drawn in ``dtype``.
     """
 
     def __init__(
@@ -76,7 +80,10 @@ class Sums:
         shapes: Mapping[str, tuple[int, int]],
         sent: Mapping[str, Start],
         device: torch.device | str = "cpu",
+        private: GaussianSum | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
+        self._private, self._dtype = private, dtype
         self.needs, self.shapes, self.sent = needs, dict(shapes), sent
         self._device = torch.device(device)
         self._products = ProductSums(shapes)
@@ -107,7 +114,8 @@ class Sums:
     def add(self, update: Update) -> None:
         """Accumulate one update in every sum of ``needs``, at the discounted weight."""
         needs, start = self.needs, self._start_of(update)
-        weight, adapter = update.discount * needs.weight(update), self._moved(update.adapter)
+        adapter = self._moved(update.adapter)
+        weight = self._weight(update, adapter, start)
         if needs.products:
             self._products.add(adapter, weight)
         if needs.starts:
@@ -124,6 +132,11 @@ class Sums:
             self._bands.add(adapter, weight, minus=start if needs.band_changes else None)
         if needs.norms:
             self._norms.add(self._energy(update, adapter, start), weight)
+
+    def _weight(self, update: Update, adapter: Adapter, start: Adapter | None) -> float:
+        if self._private is not None:
+            return self._private.factor(self._energy(update, adapter, start))
+        return update.discount * self.needs.weight(update)
 
     def _energy(self, update: Update, adapter: Adapter, start: Adapter | None) -> float:
         """``|D|^2`` of the update's change, by the one route that gives its bits."""
@@ -145,13 +158,18 @@ class Sums:
     def products(self) -> LazySums:
         """``sum_k p_k s_k B_k A_k`` by module."""
         self._declared("products")
-        return LazySums(self.shapes, self._products.mean)
+        means = LazySums(self.shapes, self._products.mean)
+        if self._private is None:
+            return means
+        sums = self._private.divided(means, self._products.total)
+        return self._private.noisy(sums, self._dtype)
 
     @property
     def starts(self) -> LazySums:
         """``sum_k p_k start_k`` by module: one term per rank class, as its clients decoded it."""
         self._declared("starts")
-        return LazySums(self.shapes, self._mean_start)
+        means = LazySums(self.shapes, self._mean_start)
+        return means if self._private is None else self._private.divided(means, self._total)
 
     @property
     def linear(self) -> LazySums:
