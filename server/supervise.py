@@ -40,7 +40,7 @@ def main() -> None:
     sys.argv = sys.argv[1:]
     flower_private.wait_for_database()
     if sys.argv[0] == "flower-superlink":
-        flower_private.skip_control_middleware()
+        flower_private.skip_idle_middleware()
     watch = RequestWatch()
     watch_requests(flower_private.ProtobufClient, watch)
     run_supervised(flower_private.program(sys.argv[0]), trouble=watch.trouble)

@@ -107,16 +107,19 @@ def test_the_superlinks_database_is_waited_for_longer(monkeypatch):
     assert connection.execute("PRAGMA busy_timeout").fetchone() == (20000,)
 
 
-def test_only_requests_of_the_control_api_pass_its_middleware(monkeypatch):
+def test_requests_pass_only_the_middleware_that_looks_at_them(monkeypatch):
     from flwr.supercore.error import FlowerError
+    from flwr.supercore.routers.runtime.tracing import RuntimeTracingMiddleware
     from flwr.superlink.routers.control import middlewares
+    from flwr.superlink.routers.fleet.middlewares import FleetEventLogMiddleware
     from starlette.applications import Starlette
     from starlette.middleware import Middleware
     from starlette.responses import PlainTextResponse
     from starlette.routing import Route
     from starlette.testclient import TestClient
 
-    layers = [getattr(middlewares, name) for name in flower_private.CONTROL_MIDDLEWARE]
+    control = [getattr(middlewares, name) for name in flower_private.CONTROL_MIDDLEWARE]
+    layers = [*control, RuntimeTracingMiddleware, FleetEventLogMiddleware]
     passed = []
     for layer in layers:
         monkeypatch.setattr(layer, "__call__", layer.__call__)  # and so again afterwards
@@ -127,20 +130,28 @@ def test_only_requests_of_the_control_api_pass_its_middleware(monkeypatch):
 
         monkeypatch.setattr(layer, "dispatch", dispatch)
 
-    def paths(here):
+    def passed_by(path, plugin=None):
+        """The layers of a request; a control path is refused, as nobody can be authenticated."""
         passed.clear()
-        answer = lambda request: PlainTextResponse(request.url.path)  # noqa: E731
-        routes = [Route(path, answer, methods=["POST"]) for path in ("/v1/fleet/x", here)]
-        client = TestClient(Starlette(routes=routes, middleware=[Middleware(m) for m in layers]))
-        reply = client.post("/v1/fleet/x")
-        assert (reply.status_code, reply.text) == (200, "/v1/fleet/x")
-        with pytest.raises(FlowerError, match="account authentication"):
-            client.post(here)
-        return [path for _, path in passed]
+        routes = [Route(path, lambda request: PlainTextResponse("here"), methods=["POST"])]
+        app = Starlette(routes=routes, middleware=[Middleware(layer) for layer in layers])
+        app.state.fleet_event_log_plugin = plugin
+        if path.startswith("/v1/control/"):
+            with pytest.raises(FlowerError, match="account authentication"):
+                TestClient(app).post(path)
+        else:
+            assert TestClient(app).post(path).text == "here"
+        assert {where for _, where in passed} <= {path}
+        return [name for name, _ in passed]
 
-    assert paths("/v1/control/x").count("/v1/fleet/x") == len(layers) == 4
-    flower_private.skip_control_middleware()
-    assert set(paths("/v1/control/x")) == {"/v1/control/x"}
+    everything = [layer.__name__ for layer in layers]
+    refused = everything[:2]  # the second authenticates
+    assert passed_by("/v1/fleet/x") == everything and passed_by("/v1/control/x") == refused
+    flower_private.skip_idle_middleware()
+    assert passed_by("/v1/fleet/x") == [] and passed_by("/v1/control/x") == refused
+    assert passed_by("/v1/fleet/x", plugin=object()) == ["FleetEventLogMiddleware"]
+    monkeypatch.setenv("FLWR_TRACING_ENABLED", "1")
+    assert passed_by("/v1/fleet/x") == ["RuntimeTracingMiddleware"]
 
 
 @pytest.mark.parametrize("name", ["flower-superlink", "flower-superexec"])
