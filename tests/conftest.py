@@ -35,7 +35,11 @@ WAITING = (
 
 
 def pytest_collection_modifyitems(items):
-    """The files that wait come first; the others keep their order."""
+    """The files that wait come first; nightly tests are skipped by day."""
+    if os.environ.get("FLEXLORA_NIGHTLY") != "1":
+        for item in items:
+            if item.get_closest_marker("nightly"):
+                item.add_marker(pytest.mark.skip(reason="nightly: set FLEXLORA_NIGHTLY=1"))
     places = {name: place for place, name in enumerate(WAITING)}
     items.sort(key=lambda item: places.get("/".join(item.path.parts[-2:]), len(places)))
 

@@ -63,6 +63,7 @@ def test_the_apps_train_evaluate_and_save_the_best_round(tmp_path, monkeypatch, 
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_the_command_at_its_top_runs(tmp_path):
     command = [sys.executable, ROOT / "examples" / "own_strategy.py"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)

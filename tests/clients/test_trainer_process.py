@@ -158,6 +158,7 @@ def test_health_of_nobody_is_one_sentence_and_status_2(place, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_the_benchmark_finds_the_same_numbers_without_torch_in_the_client_app(tmp_path):
     """How much faster is the benchmark's to say: no time is tested."""
     rows = benchmark.main(["--rounds", "1", "--steps", "1", "--json", str(tmp_path / "rows")])

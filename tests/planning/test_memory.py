@@ -366,6 +366,7 @@ def test_the_planner_imports_no_torch():
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_the_benchmark_measures_its_first_case(tmp_path, capsys):
     file = tmp_path / "rows.json"
     rows = benchmark.main(["--smoke", "--threads", "1", "--json", str(file)])

@@ -253,6 +253,7 @@ def test_processes_of_the_loop_do_the_same_work(work, runs, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_the_flower_peers_do_the_same_work_and_leave_no_process():
     made = cohort.main([*SMALL, "--only", "flower", "flower-cached", "--workers", "1"])
     assert len(made) == 4

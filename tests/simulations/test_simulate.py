@@ -265,6 +265,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_one_process_and_two_of_which_one_is_killed_give_the_same_bytes(tmp_path):
     """The killed worker's cohort is trained again: every client is there in the end.
 

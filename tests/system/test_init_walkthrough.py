@@ -162,7 +162,11 @@ def configure(app):
     [
         "none",
         pytest.param(
-            "nginx", marks=pytest.mark.skipif(not shutil.which("nginx"), reason="no nginx here")
+            "nginx",
+            marks=[
+                pytest.mark.skipif(not shutil.which("nginx"), reason="no nginx here"),
+                pytest.mark.nightly,
+            ],
         ),
     ],
 )
