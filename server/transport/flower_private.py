@@ -32,6 +32,7 @@ moves:
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
@@ -57,7 +58,6 @@ from flwr.supercore.inflatable.inflatable_utils import (
 from flwr.supercore.protobuf.client import ProtobufClient
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
-from flwr.superlink.grid.http_grid import HttpGrid
 
 __all__ = [
     "EXPIRED_CODES",
@@ -213,9 +213,19 @@ class Handed:
     pause: float = 0.25
 
 
+def _http_grid(grid: Any) -> Any:
+    """Flower's class ``HttpGrid`` if the grid is one.
+
+    Its module, which takes 1.5 s to load, is loaded then.
+    """
+    module = sys.modules.get("flwr.superlink.grid.http_grid")
+    return module.HttpGrid if module is not None and isinstance(grid, module.HttpGrid) else None
+
+
 def pulls_by_itself(grid: Grid) -> bool:
     """Whether replies come over Flower's HTTP client; another grid has its ``pull_messages``."""
-    return isinstance(grid, HttpGrid) and type(grid).pull_messages is HttpGrid.pull_messages
+    kind = _http_grid(grid)
+    return kind is not None and type(grid).pull_messages is kind.pull_messages
 
 
 @contextmanager
@@ -225,7 +235,7 @@ def tried_once(grid: Any) -> Iterator[None]:
     The grid has another client meanwhile, on the same connections: the one that Flower's threads
     for heartbeats and logs hold goes on repeating.
     """
-    if not isinstance(grid, HttpGrid):
+    if _http_grid(grid) is None:
         yield
         return
     patient: Any = grid._runtime_client
