@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 # More workers than small machines have cores: many tests wait for processes. A file stays on one
 # worker, with what its tests share; tests/conftest.py puts those that wait longest first.
-SIDE_BY_SIDE := -n 4 --dist loadfile --no-loadscope-reorder
+SIDE_BY_SIDE := -n 3 --dist loadfile --no-loadscope-reorder
 
 .PHONY: simulate smoke test test-fast lint clean
 

@@ -161,7 +161,7 @@ def test_a_refused_update_leaves_the_round_as_if_it_had_not_come(
             update,
             client_id=str(k),
             rank_class="rank_4",
-            adapter=random_adapter(shapes, 4, seed=k + 5, dtype=torch.float32),
+            adapter=trained(name, expected, shapes, k + 5),
         )
         for k in range(2)
     ]
@@ -173,6 +173,14 @@ def test_a_refused_update_leaves_the_round_as_if_it_had_not_come(
         assert torch.equal(result[module].U, without[module].U)
         assert torch.equal(result[module].S, without[module].S)
         assert torch.equal(result[module].Vh, without[module].Vh)
+
+
+def trained(name, sent, shapes, seed):
+    """What a good client of the method returns: a linear sum needs the lora_A that was sent."""
+    adapter = random_adapter(shapes, 4, seed=seed, dtype=torch.float32)
+    if not METHODS[name].needs.linear:
+        return adapter
+    return Adapter({m: replace(f, lora_A=sent[m].lora_A) for m, f in adapter.items()})
 
 
 PRUNED = LocalPlan(prune_factor=0.5)

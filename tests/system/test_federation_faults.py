@@ -31,7 +31,7 @@ from flexlora.config.paths import EMBEDDED
 from flexlora.runs.folder import RunFolder
 from flexlora.simulations.simulate import simulate
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.nightly]
 
 NAMES = ("north", "south", "west")
 PAIR = ("north", "south")
@@ -125,10 +125,11 @@ def kill_client_app(federation, name):
     def at_work():
         if not re.search(r"ROUND 1\].*?Receiving: train message", tail(log, 10**6), re.DOTALL):
             return None
-        for process in federation.processes_of(name):
-            if "flwr-clientapp" in " ".join(process.cmdline()):
-                return process if process.memory_info().rss > 3e8 else None
-        return None
+        apps = [
+            p for p in federation.processes_of(name) if "flwr-clientapp" in " ".join(p.cmdline())
+        ]
+        newest = max(apps, key=lambda process: process.create_time(), default=None)
+        return newest if newest and newest.memory_info().rss > 3e8 else None
 
     until(at_work, LONG, federation.logs).kill()
     return time.monotonic()
