@@ -178,7 +178,7 @@ def test_a_refused_update_leaves_the_round_as_if_it_had_not_come(
 def trained(name, sent, shapes, seed):
     """What a good client of the method returns: a linear sum needs the lora_A that was sent."""
     adapter = random_adapter(shapes, 4, seed=seed, dtype=torch.float32)
-    if not METHODS[name].needs.linear:
+    if not make_method(name).needs.linear:
         return adapter
     return Adapter({m: replace(f, lora_A=sent[m].lora_A) for m, f in adapter.items()})
 
