@@ -83,8 +83,7 @@ def ask(
     public_key: str = "",
     private_key: bytes = b"",
 ) -> Answered:
-    """Enrol a key under a name, or ask for the state of that;
-    without a key: is the token good?
+    """Enrol a key under a name or ask for its state; without a key: is the token good?
 
     Raises:
         NotNow: no answer, or the server cannot decide now.

@@ -120,7 +120,7 @@ def enforce(config: Config, limit_bytes: int) -> str:
     if device.type != "cuda":
         return (
             "memory limit: on the CPU nothing enforces it; trainings are planned within it, and "
-            "it is reported to servers as free memory"
+            "the limit is reported to servers as free memory"
         )
     total = torch.cuda.get_device_properties(device).total_memory
     if limit_bytes > total:

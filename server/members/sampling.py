@@ -6,7 +6,7 @@
                   reached so far, so that all count alike in the long run
     utility       Oort (Lai et al., OSDI 2021, arXiv 2010.06081), without its pacer; below
     stratified    every rank class in its share of those that can be reached
-    poisson       every registered client with one probability, on its own, whether or not it can
+    poisson       every registered client with one probability, independently, whether or not it can
                   be reached (``poisson_sample``): the sampling that differential privacy accounts
 
 Oort's utility of a client that has trained is ``n_k * loss_k``, its examples times its last mean
@@ -108,14 +108,14 @@ def choose(
 def poisson_sample(
     client_ids: Iterable[str], share: float, *, cap: int = 0, seed: int, server_round: int
 ) -> list[str]:
-    """Each client with probability ``share`` by its own coin; sorted by id, and maybe empty.
+    """Each client independently with probability ``share``; sorted by id, and maybe empty.
 
-    The coin is a function of seed, round and client id alone. Beyond a ``cap`` above 0 a uniformly
-    random subset of that size remains (truncated Poisson sampling, arXiv 2508.15089): the coins of
-    those drawn are uniform on [0, share), so the smallest ``cap`` are such a subset.
+    Its random number is a function of seed, round and client id alone. Beyond a ``cap`` above 0 a uniformly
+    random subset of that size remains (truncated Poisson sampling, arXiv 2508.15089): the numbers of
+    those drawn are uniform on [0, share), so the ``cap`` smallest are such a subset.
     """
-    coins = {c: derive_seed(seed, "poisson", server_round, c) / 2**63 for c in client_ids}
-    drawn = sorted((coin, client_id) for client_id, coin in coins.items() if coin < share)
+    numbers = {c: derive_seed(seed, "poisson", server_round, c) / 2**63 for c in client_ids}
+    drawn = sorted((number, client_id) for client_id, number in numbers.items() if number < share)
     return sorted(client_id for _, client_id in drawn[: cap or None])
 
 

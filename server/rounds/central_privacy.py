@@ -6,7 +6,7 @@
 
 Sampling and noise must be unknown to whoever sees the result, and every client knows the run's
 seed. So sampling is drawn from a secret of the run, which the operating system gives and the
-checkpoint keeps, and the noise of each round from another, which is kept nowhere. With
+checkpoint keeps, and the noise of each round from another, which is not stored. With
 ``privacy.reproducible`` both are functions of the run's seed: for simulations that are repeated.
 """
 

@@ -117,7 +117,7 @@ def test_the_memory_of_the_sum_is_one_matrix_a_module_whatever_the_number_of_cli
 
 
 def test_averaging_b_over_unequal_rows_would_be_another_matrix():
-    """The control: with rows of its own for each client the mean of B says nothing."""
+    """The control: with other rows for each client the mean of B says nothing."""
     adapters = [random_adapter(SHAPES, 4, seed=k) for k in range(3)]
     mean_B = sum(scaled_columns(adapter["attn.q"]) for adapter in adapters) / 3
     dense = reference.flexlora_average([(adapter, 1) for adapter in adapters], "attn.q")

@@ -1,4 +1,4 @@
-"""Poisson sampling: each client by its own coin, from seed and round alone; the cap; bad input."""
+"""Poisson sampling: each client independently, from seed and round alone; the cap; bad input."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ class _Columns:
 class LinearSums:
     """``sum_k w_k L_k`` and ``sum_k w_k``: of every module one sum for each ``A``.
 
-    All updates of a round share one ``A``; late ones have that of their own round. Float64,
+    All updates of a round share one ``A``; late ones have that of an earlier round. Float64,
     ``[out, R]`` a module; R grows to the largest rank that was added, and memory does not grow with
     the number of clients.
     """
