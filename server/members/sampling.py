@@ -110,9 +110,9 @@ def poisson_sample(
 ) -> list[str]:
     """Each client independently with probability ``share``; sorted by id, and maybe empty.
 
-    Its random number is a function of seed, round and client id alone. Beyond a ``cap`` above 0 a uniformly
-    random subset of that size remains (truncated Poisson sampling, arXiv 2508.15089): the numbers of
-    those drawn are uniform on [0, share), so the ``cap`` smallest are such a subset.
+    Its random number is a function of seed, round and client id alone. Beyond a ``cap`` above 0 a
+    uniformly random subset of that size remains (truncated Poisson sampling, arXiv 2508.15089): the
+    numbers of those drawn are uniform on [0, share), so the ``cap`` smallest are such a subset.
     """
     numbers = {c: derive_seed(seed, "poisson", server_round, c) / 2**63 for c in client_ids}
     drawn = sorted((number, client_id) for client_id, number in numbers.items() if number < share)
