@@ -16,7 +16,6 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -44,13 +43,12 @@ from flexlora.server.rounds.evaluation import (
     eval_metrics,
     evaluation_messages,
     evaluation_results,
-    evaluation_rows,
 )
 from flexlora.server.rounds.late_messages import LateMessages
 from flexlora.server.rounds.replies import ReplyHandler
-from flexlora.server.rounds.round_metrics import RoundMetrics, class_metrics, module_metrics
-from flexlora.server.rounds.round_notes import round_notes
+from flexlora.server.rounds.round_metrics import RoundMetrics, class_metrics
 from flexlora.server.rounds.round_plan import RoundPlan
+from flexlora.server.rounds.round_records import write_round
 from flexlora.server.rounds.skipped_rounds import SkippedRounds
 from flexlora.server.settings import factoring_of
 from flexlora.server.transport.clocks import (
@@ -346,32 +344,8 @@ class FlexLoRAStrategy(Strategy):
         return MetricRecord({**eval_metrics(self._eval_results, self.roster)})
 
     def _close_round(self, values: dict[str, Any], clock: Clock) -> None:
-        """Write the rows, then the checkpoint: a resume removes rows that have no checkpoint."""
-        server_round = self.metrics.server_round
         self.metrics.update_history(self.selector.history)
-        if self.run is not None:
-            rows = self.metrics.rows
-            if server_round == 0:
-                rows = left_out_rows(0, self.roster.left_out)
-            else:
-                classes = self.roster.rank_classes
-                values["modules"] = module_metrics(self.state, classes)
-            cells = [row.cells() for row in sorted(rows, key=lambda row: row.client_id)]
-            evaluations = evaluation_rows(server_round, self._eval_results)
-            self.run.append_round(values, cells, evaluations)
-            waited, wire = self.late.write(self.run), self.config.wire.dtype
-            log = partial(self.metrics.log, self.run.audit, self.state.round)
-            members = self.roster.members.items()
-            classes = {client_id: member.rank_class for client_id, member in members}
-            self.run.save_checkpoint(
-                self.run.checkpoint,
-                self.state,
-                classes,
-                round_notes(self, clock, waited),
-                keep=self.config.server.keep_checkpoints,
-                before_commit=partial(log, self.roster.fingerprint, wire),
-            )
-            self.late.remove_unneeded(self.run)
+        write_round(self, values, self._eval_results, clock)
         self._eval_results, self.closed = [], self.state
         self.observer.round_finished(values)
 
