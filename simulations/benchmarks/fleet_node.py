@@ -148,7 +148,11 @@ class StubNode:
         """Register and activate."""
         public_key = self.connection.public_key
         if self._registers:
-            await self.connection.ask(RegisterNodeFleetRequest(public_key=public_key))
+            try:
+                await self.connection.ask(RegisterNodeFleetRequest(public_key=public_key))
+            except FleetRefused as refusal:  # the answer to an earlier try was lost
+                if not (self.connection.retries and "already in use" in str(refusal)):
+                    raise
         activate = ActivateNodeRequest(
             public_key=public_key, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL
         )

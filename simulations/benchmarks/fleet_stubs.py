@@ -54,7 +54,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def _spread(nodes: int) -> float:
     """Everybody asks at a moment of its own; a thousand are not registered in a breath."""
-    return max(3.0, nodes / 50)
+    return max(3.0, nodes / 15)
 
 
 def _done(nodes: Sequence[FleetNode]) -> dict[str, Any]:
