@@ -248,6 +248,9 @@ class FlexLoRAStrategy(Strategy):
         if getattr(grid, "sends_again", False):
             self.late.open_round(self.state, members, clock_of(grid))
         starts = plan.sent | self.late.starts
+        if private and self.method.needs.linear:  # the width of the noise is not the sample's
+            classes = self.roster.rank_classes
+            starts = RoundPlan.starts(self.method, self.state, classes, self.config) | starts
         self.metrics.bytes_carried = plan.bytes_carried
         self._open = ReplyHandler(
             plan=plan,
@@ -308,7 +311,7 @@ class FlexLoRAStrategy(Strategy):
         seconds = time.perf_counter() - began
         if self.metrics.skipped:
             self.observer.round_skipped(server_round, self.metrics.skipped)
-        epsilon = self.privacy.metrics(settled.norms)
+        epsilon = self.privacy.metrics(handler.opened.sums)
         totals = {**self.metrics.totals(), **served, **epsilon}
         return None, MetricRecord({**totals, "server_seconds": seconds})
 

@@ -8,7 +8,8 @@ from flexlora.privacy.accounting import LOWEST_NOISE
 
 __all__ = ["PRIVATE_METHODS", "check_privacy"]
 
-PRIVATE_METHODS = ("aligned", "carried", "residual")  # their sum is one of clipped changes
+# Their sum is one of clipped changes: of products, or of the columns over one public lora_A.
+PRIVATE_METHODS = ("aligned", "basis", "carried", "ffa-lora", "residual")
 
 
 def check_privacy(config: Config) -> None:

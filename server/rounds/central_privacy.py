@@ -12,13 +12,12 @@ checkpoint keeps, and the noise of each round from another, which is not stored.
 
 from __future__ import annotations
 
-import math
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from flexlora.aggregation.engine.gaussian_sum import GaussianSum
-from flexlora.aggregation.engine.norm_bound import Norms
+from flexlora.aggregation.engine.sums import Sums
 from flexlora.config.resolve import Config
 from flexlora.errors import UserError
 from flexlora.privacy.accounting import Mechanism
@@ -99,12 +98,11 @@ class CentralPrivacy:
             f"more round would make it {after:.4g}"
         )
 
-    def metrics(self, norms: Sequence[Norms]) -> dict[str, float]:
+    def metrics(self, sums: Sums) -> dict[str, float]:
         """Epsilon so far, and the share of the round's changes that were clipped."""
         if not self.active:
             return {}
-        clipped = sum(math.sqrt(one.change) > self.keys.clip for one in norms)
-        share = {"clipped_share": clipped / len(norms)} if norms else {}
+        share = {"clipped_share": 1.0 - sums.unclipped / sums.counted} if sums.counted else {}
         return {"epsilon": self.ledger.epsilon, **share}
 
     def ending(self) -> dict[str, str]:

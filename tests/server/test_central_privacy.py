@@ -33,6 +33,14 @@ def private(**changes):
     return settings(**{**PRIVATE, **changes})
 
 
+def linear(method, **changes):
+    """The same of a method whose sum is linear; ``ffa-lora`` has no server rate."""
+    keys = {**PRIVATE, **changes, "method__name": method}
+    if method == "ffa-lora":
+        del keys["method__server_learning_rate"]
+    return settings(**keys)
+
+
 def spent(rounds, noise=3.0, share=0.5):
     once = Mechanism(num_clients=CLIENTS, sample_share=share, noise_multiplier=noise)
     return epsilon_of([(once, rounds)], 1e-5)
@@ -70,7 +78,7 @@ def test_what_the_theorem_excludes_is_refused(changes, sentence):
         check_config(private(**changes))
 
 
-@pytest.mark.parametrize("method", ["flexlora", "fedit", "hetlora", "rolora", "ffa-lora"])
+@pytest.mark.parametrize("method", ["flexlora", "fedit", "hetlora", "rolora"])
 def test_a_method_that_does_not_add_changes_is_refused_by_name(method):
     changes = {k: v for k, v in PRIVATE.items() if not k.startswith("method__")}
     with pytest.raises(UserError, match=f"method.name is {method} with privacy.mode=central"):
@@ -106,12 +114,16 @@ def test_a_resumed_run_goes_on_with_its_ledger_and_its_secret(tmp_path):
     assert rows[-1]["round"] == 4 and rows[-1]["epsilon"] == pytest.approx(spent(4), rel=1e-9)
 
 
-def test_a_reproducible_run_in_two_parts_is_the_run_in_one(tmp_path):
-    changes = {"privacy__reproducible": True}
-    whole, _ = in_folder(tmp_path / "whole", private(num_server_rounds=4, **changes))
-    in_folder(tmp_path / "parts", private(num_server_rounds=2, **changes))
-    parts, _ = in_folder(tmp_path / "parts", private(num_server_rounds=4, **changes), resume=True)
+@pytest.mark.parametrize("method", ["residual", "basis", "ffa-lora"])
+def test_a_reproducible_run_in_two_parts_is_the_run_in_one(method, tmp_path):
+    def of(rounds):
+        return linear(method, num_server_rounds=rounds, privacy__reproducible=True)
+
+    whole, _ = in_folder(tmp_path / "whole", of(4))
+    in_folder(tmp_path / "parts", of(2))
+    parts, _ = in_folder(tmp_path / "parts", of(4), resume=True)
     assert parts.privacy.ledger == whole.privacy.ledger
+    assert whole.privacy.ledger.epsilon == pytest.approx(spent(4), rel=1e-9)  # as of any method
     for name in whole.state.change:
         both = (one.state.change.delta_weight(name) for one in (whole, parts))
         assert torch.equal(*both)
@@ -131,6 +143,29 @@ def test_a_round_without_any_update_is_noise_and_counts():
     assert not [sent for sent in grid.pushed if sent[0] == "train"]
     assert strategy.privacy.ledger.num_rounds == 1 and not strategy.metrics.skipped
     assert all(float(svd.S.sum()) > 0 for svd in strategy.state.change.values())
+
+
+@pytest.mark.parametrize("method", ["basis", "ffa-lora"])
+def test_the_width_of_the_noise_is_that_of_the_widest_class_whoever_was_sampled(method):
+    """Ranks are 2 and 4: where only a client of rank 2 is sampled, rank 4 has noise as well."""
+    for share, seed in ((1e-6, 0), (0.2, 15)):
+        config = linear(
+            method,
+            fraction_train=share,
+            seed=seed,
+            num_server_rounds=1,
+            privacy__reproducible=True,
+            wire__dtype="bfloat16",
+        )
+        grid = FaultyGrid(people(CLIENTS))
+        strategy = run(grid, config)
+        asked = [sent[2] for sent in grid.pushed if sent[0] == "train"]
+        ranks = {strategy.roster.members[client].rank_class.rank for client in asked}
+        assert ranks == (set() if share < 0.1 else {2})
+        for name, (out_features, in_features) in strategy.state.change.shapes.items():
+            change = strategy.state.change.delta_weight(name)
+            rank = torch.linalg.matrix_rank(change, rtol=1e-4)
+            assert rank == min(4, out_features, in_features)
 
 
 def test_the_seed_draws_the_noise_and_the_sample_only_where_that_is_asked_for():
