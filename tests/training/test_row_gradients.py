@@ -200,7 +200,7 @@ class TwoLinears(nn.Module):
 
 
 def test_clipped_sums_are_those_of_opacus():
-    """Opacus 1.5 clips over all parameters together; its sum before noise is ``summed_grad``."""
+    """Opacus 1.6 clips over all parameters together; its sum before noise is ``summed_grad``."""
     opacus = pytest.importorskip("opacus")
     from opacus.optimizers import DPOptimizer
 
