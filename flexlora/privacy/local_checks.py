@@ -25,6 +25,12 @@ def check_client_privacy(config: Config) -> None:
     privacy, mode = config.privacy, config.privacy.mode
     if mode not in CLIENT_MODES:
         return
+    for name in ("clip_quantile", "as_if_clients"):
+        if value := getattr(privacy, name):
+            raise UserError(
+                f"privacy.{name.replace('_', '-')} is {value:g} with privacy.mode={mode}, which "
+                "does not read it (but central does); leave it out."
+            )
     what = "its change" if mode == "local" else "the gradient of each row"
     if privacy.clip == 0.0:
         raise UserError(

@@ -23,6 +23,8 @@ def private(mode, **changes):
         ({"privacy__noise_multiplier": 0.0}, "privacy.noise-multiplier is 0 .* expected at least"),
         ({"personal__rank": 2}, "personal.rank is 2 .*: personal factors are trained without"),
         ({"sampling__policy": "utility"}, "sampling.policy is utility .* which are withheld"),
+        ({"privacy__clip_quantile": 0.5}, "privacy.clip-quantile is 0.5 .* central does"),
+        ({"privacy__as_if_clients": 99}, "privacy.as-if-clients is 99 .* central does"),
         ({"start_from": "RUN"}, "start-from is .*RUN' .* is in no ledger"),
     ],
 )
