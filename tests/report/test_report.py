@@ -286,6 +286,13 @@ def test_a_private_run_shows_epsilon_and_is_finished_where_its_budget_is_spent(t
     assert not read_run(written).finished
 
 
+def test_a_run_with_noise_on_the_clients_shows_the_largest_and_the_median_epsilon(tmp_path):
+    extra = {at: {"epsilon": 2.5 * at, "epsilon_median": 1.25 * at} for at in (1, 2)}
+    page = report_of(written_run(tmp_path / "run", (3.0, 2.0, 1.0), extra=extra))
+    assert "the largest of a client's (median 2.5), at delta 1e-05" in page.said()
+    assert "median of the clients" in page.said()
+
+
 def test_only_settings_that_are_not_the_default_are_listed(tmp_path):
     changes = {"lora__rslora": True, "num_server_rounds": 1, "method__carried_rank": 5}
     folder = written_run(tmp_path / "run", (3.0, 2.0), **changes)
