@@ -37,6 +37,7 @@ from flexlora.server.members.roster import Member, Roster
 from flexlora.server.members.sampling import History
 from flexlora.server.members.selection import Selector
 from flexlora.server.observing.observer import Observer
+from flexlora.server.robustness import check_enough, robust_mean
 from flexlora.server.rounds.central_privacy import CentralPrivacy
 from flexlora.server.rounds.client_rows import ClientRow, left_out_rows
 from flexlora.server.rounds.evaluation import (
@@ -160,6 +161,7 @@ class FlexLoRAStrategy(Strategy):
         server_round = first - 1
         if server_round < self.last_round:
             self.privacy.check_budget(len(self.roster.members))
+            check_enough(self.config, len(self.roster.members))
         measured = is_measured(grid)
         self.skipped.limit *= measured
         while server_round < self.last_round and not self.ended:
@@ -262,6 +264,7 @@ class FlexLoRAStrategy(Strategy):
                 bound=self.norms.bound(0.0 if private else self.config.server.max_norm_ratio),
                 most_updates=0 if private else len(plan.asked) + len(self.late.pending),
                 private=private,
+                robust=robust_mean(self.config, len(plan.asked)),
             ),
             late=self.late,
             metrics=self.metrics,
