@@ -1,10 +1,10 @@
 """``flexlora reproduce hostile``: every attack against every robust rule, and what a rule costs.
 
-Ten clients of four built-in tasks, one to three tasks each, at the default ranks; all train in
-every round and two of them are hostile. Loss and exact match are those of the honest clients' test
-rows, each at its own rank class. A backdoor has its success too: the share of honest test rows with
-the trigger that are answered with the target, by round and rank class, also after the attackers
-have left.
+Ten clients of four built-in tasks, one to three tasks each, seven at rank 2 and three at rank 8;
+all train in every round and two of them are hostile. Loss and exact match are those of the honest
+clients' test rows, each at its own rank class. A backdoor has its success too: the share of honest
+test rows with the trigger that are answered with the target, by round and rank class, also after
+the attackers have left.
 """
 
 from __future__ import annotations
@@ -27,50 +27,58 @@ __all__ = ["RULES", "hostile_clients", "hostile_variants", "loss_table", "run_ch
 CLEAN, PLAIN = "nobody hostile", "none"
 RULES = (
     PLAIN,
-    "multi-krum",
-    "geometric-median",
-    "centred-clipping",
     "nearest-trimmed-mean",
+    "geometric-median",
+    "multi-krum",
     "nearest-median",
+    "centred-clipping",
 )
 SETTING: Mapping[str, object] = {
     "clients.count": 10,
     "data.tasks": "reverse_word,plural,past_tense,size_class",
     "fraction-train": 1.0,
-    "train.max-steps": 10,
+    "ranks.tiers": "2,8",
+    "ranks.shares": "0.7,0.3",
+    "population.examples": "100",
+    "train.max-steps": 6,
+    "train.per-device-train-batch-size": 4,
+    "train.learning-rate": 0.01,
     "server.late-rounds": 0,
 }
-NUM_ROUNDS = 6
-# Backdoors whose attackers leave. Under `carried` all rank classes have nearly the same model,
+MEASURED = {"eval.split": "test", "eval.max-examples": 10, "eval.every": 0, "eval.generate": "ends"}
+NUM_ROUNDS = 5
+# A backdoor whose attackers leave. Under `carried` all rank classes have nearly the same model,
 # under the others each has the truncation of G at its rank.
-LEAVING = ("backdoor", "backdoor-boosted")
+LEAVING = "backdoor-boosted"
 LEFT = ("carried", "residual", "flexlora")
-ATTACKED_ROUNDS, LEFT_ROUNDS = 3, 9
+ATTACKED_ROUNDS, LEFT_ROUNDS = 2, 7
 WITHIN = 1.05  # of the loss without attack and without rule
 
 Scores = Mapping[str, Any]
 
 
 def hostile_variants(scale: float = 1.0) -> tuple[Variant, ...]:
-    """No attack and each attack under every rule; backdoors whose attackers leave, under none."""
+    """No attack and each attack under every rule; a backdoor whose attackers leave, under none.
+
+    Those without a rule come first.
+    """
     attacks = {CLEAN: "", **{attack: f"{attack}:{SHARE}" for attack in ATTACKS}}
     rounds = {ROUNDS: scaled(NUM_ROUNDS, scale, least=2)}
     table = [
         _variant(f"{title}, {rule}", {**rounds, "population.hostile": value, "robust.rule": rule})
-        for title, value in attacks.items()
         for rule in RULES
+        for title, value in attacks.items()
     ]
     last = scaled(ATTACKED_ROUNDS, scale)
     rounds = {ROUNDS: scaled(LEFT_ROUNDS, scale, least=2)}
-    table += [
+    left = [
         _variant(
-            f"{attack}, then gone, {method}",
-            {**rounds, "population.hostile": f"{attack}:{SHARE}:{last}", "method.name": method},
+            f"{LEAVING}, then gone, {method}",
+            {**rounds, "population.hostile": f"{LEAVING}:{SHARE}:{last}", "method.name": method},
         )
-        for attack in LEAVING
         for method in LEFT
     ]
-    return tuple(table)
+    return tuple(table[: len(attacks)] + left + table[len(attacks) :])
 
 
 def _variant(title: str, changes: Mapping[str, object]) -> Variant:
@@ -80,7 +88,7 @@ def _variant(title: str, changes: Mapping[str, object]) -> Variant:
 def hostile_clients(request: Request) -> int:
     """Run the variants, print the tables and the verdict."""
     variants = hostile_variants(request.scale)
-    results = run_variants(request, variants)
+    results = run_variants(request, variants, MEASURED)
     rows = results.of_seeds(request.seeds)
     for table in (loss_table(rows), backdoor_table(rows)):
         request.console.print()

@@ -26,7 +26,7 @@ from flexlora.wire.jobs import EvalJob
 __all__ = ["SHARE", "BackdoorObserver", "honest_scores", "hostile_run"]
 
 SHARE = 0.2  # of the clients that are hostile
-TRIGGERED_ROWS = 60
+TRIGGERED_ROWS = 40
 MOST_TOKENS = 6  # of an answer that is only to be told from the target
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from flexlora.aggregation.engine.waiting import StoredAdapter, WaitingUpdates
+from flexlora.algebra.gram import gram_matrix
 from flexlora.lora.adapters import Adapter
 
 __all__ = ["change_gram", "gram_of_waiting"]
@@ -89,7 +90,10 @@ class _Block:
 
     def products(self, other: _Block) -> Tensor:
         """Inner products of the members of two blocks, ``[members, members]``."""
-        by_rank = (self.left.T @ other.left) * (self.right @ other.right.T)
+        if other is self:  # half the products
+            by_rank = gram_matrix(self.left) * gram_matrix(self.right.T)
+        else:
+            by_rank = (self.left.T @ other.left) * (self.right @ other.right.T)
         return self.owners.T @ by_rank @ other.owners
 
 
