@@ -17,6 +17,7 @@ from flexlora.report.console import make_console
 from flexlora.simulations.experiments.flexlora_1613 import flexlora_1613
 from flexlora.simulations.experiments.heavy_tail import heavy_tail
 from flexlora.simulations.experiments.hostile_clients import hostile_clients
+from flexlora.simulations.experiments.private_methods import private_methods
 from flexlora.simulations.experiments.rank_collapse import rank_collapse
 from flexlora.simulations.experiments.request import SEEDS, Request
 from flexlora.simulations.experiments.scaling import SCALING
@@ -97,8 +98,14 @@ EXPERIMENTS: dict[str, Experiment] = {
     "hostile": Experiment(
         about="eight attacks by two clients in ten against every robust rule, a backdoor's life",
         expected="loss within 5 % of that without attack for one rule at least",
-        minutes=90,
+        minutes=60,
         run=hostile_clients,
+    ),
+    "private-methods": Experiment(
+        about="epsilon against loss of basis, carried, ffa-lora as if for 100 to 10,000 clients",
+        expected=TABLE,
+        minutes=30,
+        run=private_methods,
     ),
     "flexlora-1613": Experiment(
         about="1,613 clients, 80 a round, the paper's ranks; needs --set data.path=DIR",
