@@ -18,6 +18,8 @@ from flexlora.errors import UserError
 
 __all__ = ["check_enough", "check_robust", "robust_mean"]
 
+# Modes in which the server sees single updates: what a client sends is private by itself.
+SEEN = ("none", "local", "example")
 ALLOWED_POLICIES = ("uniform", "stratified", "poisson")
 
 
@@ -48,7 +50,7 @@ def check_robust(config: Config) -> None:
             f"robust.hostile-share is {share:g}, expected below 0.5: where hostile clients are the "
             "majority, no rule can tell which side is honest."
         )
-    if config.privacy.mode != "none":
+    if config.privacy.mode not in SEEN:
         raise UserError(
             f"robust.rule is {rule} with privacy.mode={config.privacy.mode}: the rule compares "
             "single updates, which that mode hides or must not act on; set one of the two to none."

@@ -275,7 +275,9 @@ def weiszfeld(changes, *, floor=0.0, steps=2000):
     for _ in range(steps):
         distances = (changes - centre).norm(dim=1)
         weights = 1.0 / distances.clamp_min(max(floor * float(distances.median()), 1e-300))
-        centre = (weights[:, None] * changes).sum(dim=0) / weights.sum()
+        last, centre = centre, (weights[:, None] * changes).sum(dim=0) / weights.sum()
+        if float((centre - last).norm()) <= 1e-11 * float(distances.max()):
+            break
     return centre
 
 
@@ -286,7 +288,10 @@ def clipped_centre(changes, steps=2000):
         pulls = changes - centre
         norms = pulls.norm(dim=1)
         radius = norms.median()
-        centre = centre + (pulls * (radius / norms.clamp_min(radius))[:, None]).mean(dim=0)
+        step = (pulls * (radius / norms.clamp_min(radius))[:, None]).mean(dim=0)
+        centre = centre + step
+        if float(step.norm()) <= 1e-11 * float(norms.max()):
+            break
     return centre
 
 
