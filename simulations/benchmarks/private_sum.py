@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from flexlora.aggregation import make_method, method_class
+from flexlora.aggregation import make_method, method_class, method_options
 from flexlora.aggregation.engine.gaussian_sum import GaussianSum
 from flexlora.aggregation.engine.method import Method
 from flexlora.aggregation.engine.norm_bound import norms_of
@@ -85,9 +85,9 @@ def main(arguments: Sequence[str] | None = None) -> list[PrivateSumRow]:
 
 def _rows(name: str, steps: int, repeats: int) -> list[PrivateSumRow]:
     config = Config.of({"engine.threads": 1, "train.max-steps": steps})
-    options = {"server_learning_rate": 1.0}
-    known = method_class(name).Options.model_fields
-    method = make_method(name, **{key: options[key] for key in options if key in known})
+    steps_at_one = "server_learning_rate" in method_class(name).Options.model_fields
+    rate = {"server_learning_rate": 1.0} if steps_at_one else {}
+    method = make_method(name, method_options(name, rate))
     worker = Worker(config)
     state = State(round=0, change=GlobalChange.zero(worker.shapes))
     starts = _starts(method, state, config)
