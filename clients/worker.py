@@ -17,6 +17,7 @@ import flexlora
 from flexlora.clients.passes import TrainPasses, failed_training
 from flexlora.config.cores import allowed_cores
 from flexlora.config.resolve import Config
+from flexlora.config.sections import Privacy
 from flexlora.data.caps import capped_rows
 from flexlora.data.clients import ClientData, client_rows
 from flexlora.data.collation import Example
@@ -101,8 +102,14 @@ class Worker:
             date=config.data.template_date,
             vocabulary=self.base.vocab_size,
         )
+        private = config.privacy if config.privacy.mode == "example" else Privacy()
         self.settings = TrainSettings(
-            **dict(config.train), seed=config.seed, lora_dropout=config.lora.dropout
+            **dict(config.train),
+            seed=config.seed,
+            lora_dropout=config.lora.dropout,
+            row_clip=private.clip,
+            row_noise=private.noise_multiplier,
+            reproducible=private.reproducible,
         )
         self.personal: PersonalPlan | None = None
         if config.personal.rank:

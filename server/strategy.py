@@ -39,6 +39,7 @@ from flexlora.server.members.selection import Selector
 from flexlora.server.observing.observer import Observer
 from flexlora.server.robustness import check_enough, robust_mean
 from flexlora.server.rounds.central_privacy import CentralPrivacy
+from flexlora.server.rounds.client_privacy import ClientPrivacy
 from flexlora.server.rounds.client_rows import ClientRow, left_out_rows
 from flexlora.server.rounds.evaluation import (
     eval_metrics,
@@ -103,6 +104,7 @@ class FlexLoRAStrategy(Strategy):
         self.membership = Membership(config, rank_classes or {}, shapes, say)
         self.selector = Selector(config, say=say)
         self.privacy = CentralPrivacy(config)
+        self.client_privacy = ClientPrivacy(config)
         self.norms = NormHistory()
         self.metrics = RoundMetrics(server_round=0)
         self.late = LateMessages(config.server.late_rounds)
@@ -200,6 +202,7 @@ class FlexLoRAStrategy(Strategy):
             self.selector.history = History.from_dict(notes["history"])
         self.norms = NormHistory.from_dict(notes.get("norms", {}))
         self.privacy.restore(notes.get("privacy", {}))
+        self.client_privacy.restore(notes.get("client_privacy", {}), grid)
         self.skipped.numbers = list(notes.get("skipped_rounds", []))
         self.skipped.limit *= is_measured(grid)
         waited = notes.get("under_way", {})
@@ -313,7 +316,9 @@ class FlexLoRAStrategy(Strategy):
         seconds = time.perf_counter() - began
         if self.metrics.skipped:
             self.observer.round_skipped(server_round, self.metrics.skipped)
-        totals = {**self.metrics.totals(), **served, **self.privacy.metrics()}
+        epsilon = self.privacy.metrics()
+        epsilon |= self.client_privacy.metrics(self.metrics.rows, self.roster)
+        totals = {**self.metrics.totals(), **served, **epsilon}
         return None, MetricRecord({**totals, "server_seconds": seconds})
 
     def _evaluate(

@@ -139,10 +139,13 @@ def train_one_client(
     carried=None,
     trainable=("lora_A", "lora_B"),
     penalty=lambda adapter: 0.0,
+    private=None,
 ):
     """A plain loop: every row by itself, unpadded; torch.optim; the mean over answer tokens.
 
-    ``penalty(adapter)`` is added to the loss, so that autograd takes its gradient.
+    ``penalty(adapter)`` is added to the loss, so that autograd takes its gradient. ``private`` is
+    DP-SGD's (clip, divisor, noise of every step as a list of tensors): then a row's loss is its own
+    mean.
     """
     leaves, modules = [], {}
     for name, factors in start.items():
@@ -167,13 +170,35 @@ def train_one_client(
         tokens = sum(len(row.input_ids) - row.prompt_length for row in rows)
         loss = sum(answer_loss(logits_of(model, adapters, row.input_ids), row) for row in rows)
         optimizer.zero_grad()
-        (loss / tokens + penalty(adapter)).backward()
+        if private is None:
+            (loss / tokens + penalty(adapter)).backward()
+        else:
+            losses = [row_loss(model, adapters, row) for row in rows]
+            clip, divisor, noises = private
+            sums = clipped_row_sum([torch.autograd.grad(loss, leaves) for loss in losses], clip)
+            for i, (leaf, noise) in enumerate(zip(leaves, noises.pop(0), strict=True)):
+                leaf.grad = ((sums[i] if sums else 0.0) + noise) / divisor
         if recipe.max_grad_norm > 0:
             torch.nn.utils.clip_grad_norm_(leaves, recipe.max_grad_norm)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         optimizer.step()
     return adapter.map(lambda tensor: tensor.detach())
+
+
+def row_loss(model, adapters, row):
+    """The mean loss over one row's answer tokens."""
+    tokens = len(row.input_ids) - row.prompt_length
+    return answer_loss(logits_of(model, adapters, row.input_ids), row) / tokens
+
+
+def clipped_row_sum(gradients, clip):
+    """``sum_i g_i min(1, clip / |g_i|)``, row by row; each ``g_i`` is a list of tensors."""
+    clipped = []
+    for gradient in gradients:
+        norm = math.sqrt(sum(float(part.square().sum()) for part in gradient))
+        clipped.append([part * min(1.0, clip / norm) for part in gradient])
+    return [sum(parts) for parts in zip(*clipped, strict=True)]
 
 
 def zero_padded_factors(clients, module, rank):

@@ -202,13 +202,14 @@ class Sampling(Options):
 
 
 class Privacy(Options):
-    """Differential privacy of whole clients."""
+    """Differential privacy: of whole clients, or of single rows (``example``)."""
 
-    mode: Literal["none", "central"] = option(
-        "none", "central: the server clips the clients' changes and adds noise to their sum"
+    mode: Literal["none", "central", "local", "example"] = option(
+        "none",
+        "noise: central on the clients' sum, local on each upload, example on clipped rows' sums",
     )
     clip: float = option(
-        0.0, "norm to which a client's change is clipped, all modules together", ge=0.0
+        0.0, "norm to which a client's change (example: a row's gradient) is clipped", ge=0.0
     )
     clip_quantile: float = option(
         0.0, "quantile of the clients' norms that the clip follows (0: it is fixed)", ge=0.0, le=1.0

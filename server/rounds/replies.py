@@ -21,6 +21,7 @@ from flexlora.aggregation.engine.updates import Update, check_update
 from flexlora.config.resolve import Config
 from flexlora.errors import UpdateRefused
 from flexlora.lora.ranks import RankClass
+from flexlora.privacy.client_rounds import CLIENT_MODES
 from flexlora.runs.outcomes import Outcome
 from flexlora.seeds import derive_seed
 from flexlora.server.members.membership import Membership
@@ -290,6 +291,11 @@ class ReplyHandler:
             raise UpdateRefused(
                 f"client {client_id}: claims {result.num_examples} examples, it reported "
                 f"{member.capability.num_examples} when it joined."
+            )
+        if result.withheld and self.config.privacy.mode not in CLIENT_MODES:
+            raise UpdateRefused(
+                f"client {client_id}: withholds its losses, which clients do under privacy.mode="
+                f"{' or '.join(CLIENT_MODES)} only."
             )
         assert result.adapter is not None
         update = Update(
