@@ -203,7 +203,7 @@ def test_penalties_and_pulls_that_no_row_decides_go_on(llama):
 
 
 def test_a_private_adapter_on_disk_gives_the_same_logits(llama, tmp_path):
-    """In our loader and in PEFT: no wrapped module, no renamed key (T26 of the traps)."""
+    """In our loader and in PEFT: no wrapped module, no renamed key."""
     import peft
 
     slots = SlotModel(llama)
