@@ -49,6 +49,7 @@ from flexlora.server.rounds.replies import ReplyHandler
 from flexlora.server.rounds.round_metrics import RoundMetrics, class_metrics
 from flexlora.server.rounds.round_plan import RoundPlan
 from flexlora.server.rounds.round_records import write_round
+from flexlora.server.rounds.secure_round import handler_for
 from flexlora.server.rounds.skipped_rounds import SkippedRounds
 from flexlora.server.settings import factoring_of
 from flexlora.server.transport.clocks import (
@@ -249,7 +250,7 @@ class FlexLoRAStrategy(Strategy):
             self.late.open_round(self.state, members, clock_of(grid))
         starts = plan.sent | self.late.starts
         self.metrics.bytes_carried = plan.bytes_carried
-        self._open = ReplyHandler(
+        self._open = handler_for(self.config)(
             plan=plan,
             selected=selected,
             sent=starts,

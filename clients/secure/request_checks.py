@@ -21,15 +21,11 @@ MOST_BANDS = 64  # of a round: bits that name those of a box
 
 @dataclass(frozen=True, kw_only=True)
 class Agreed:
-    """What the client's own configuration says; a request that says otherwise is refused.
-
-    ``largest`` is the least that the server may announce: the client's weight.
-    """
+    """What the client's own configuration says; a request that says otherwise is refused."""
 
     seed: int
     clip: float
     min_group: int
-    largest: int
 
 
 def holding(graph: SharesRequest, request: MaskRequest) -> list[int]:
@@ -47,11 +43,6 @@ def check_shares(request: SharesRequest, agreed: Agreed) -> None:
                 f"the server's {name.replace('_', '-')} is {theirs}, this client's configuration "
                 f"says {ours}."
             )
-    if request.largest < agreed.largest:
-        raise UserError(
-            f"the server announces at most {request.largest} examples, this client has "
-            f"{agreed.largest}."
-        )
     peers, holders, bands = set(request.peers), set(request.holders), request.bands
     sizes = (
         (len(request.masks), KEY_BYTES * len(request.peers)),

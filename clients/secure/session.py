@@ -80,6 +80,24 @@ class ClientSession:
         """A session with new secrets."""
         return cls(server_round=request.server_round, session=request.session)
 
+    @classmethod
+    def of_values(cls, values: Mapping[str, Any]) -> ClientSession:
+        """The inverse of ``to_values``."""
+        asked = dict(zip(values["phases"], values["requests"], strict=True))
+        names = ("server_round", "session", "root", "sent")
+        return cls(**{name: values[name.replace("_", "-")] for name in names}, asked=asked)
+
+    def to_values(self) -> dict[str, Any]:
+        """As scalars and lists: the secrets are in it."""
+        return {
+            "server-round": self.server_round,
+            "session": self.session,
+            "root": self.root,
+            "sent": self.sent,
+            "phases": list(self.asked),
+            "requests": list(self.asked.values()),
+        }
+
     def keys(self, request: KeysRequest) -> KeysReply:
         """The public keys.
 

@@ -203,11 +203,16 @@ class Sampling(Options):
 class Privacy(Options):
     """Differential privacy of whole clients."""
 
-    mode: Literal["none", "central"] = option(
-        "none", "central: the server clips the clients' changes and adds noise to their sum"
+    mode: Literal["none", "central", "secure"] = option(
+        "none",
+        "central: noise on the sum of clipped changes; secure: the server learns the sum alone",
     )
     clip: float = option(
         0.0, "norm to which a client's change is clipped, all modules together", ge=0.0
+    )
+    min_group: int = option(3, "secure: the least clients whose sum the server may learn", ge=3)
+    weights: Literal["examples", "uniform"] = option(
+        "examples", "secure: what a client counts in the sum"
     )
     noise_multiplier: float = option(0.0, "deviation of the noise over privacy.clip", ge=0.0)
     delta: float = option(1e-5, "chance at which epsilon may fail: below 1/clients", gt=0.0, le=0.5)

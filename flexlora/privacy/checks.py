@@ -5,6 +5,7 @@ from __future__ import annotations
 from flexlora.config.resolve import Config
 from flexlora.errors import UserError
 from flexlora.privacy.accounting import LOWEST_NOISE
+from flexlora.privacy.secure_checks import check_secure
 
 __all__ = ["PRIVATE_METHODS", "check_privacy"]
 
@@ -18,6 +19,8 @@ def check_privacy(config: Config) -> None:
         UserError: names the key, and says why.
     """
     privacy = config.privacy
+    if privacy.mode == "secure":
+        return check_secure(config)
     if privacy.mode == "none":
         for name in ("clip", "noise_multiplier", "epsilon"):
             if value := getattr(privacy, name):

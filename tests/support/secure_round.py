@@ -53,14 +53,9 @@ class SecureRound:
         self.server = SecureSum(self.terms, self.classes, shapes)
         self.sessions, self.plain, self.sent = {}, {}, {}
 
-    def agreed(self, place):
+    def agreed(self):
         terms = self.terms
-        return Agreed(
-            seed=terms.seed,
-            clip=terms.clip,
-            min_group=terms.min_group,
-            largest=self.weights[place],
-        )
+        return Agreed(seed=terms.seed, clip=terms.clip, min_group=terms.min_group)
 
     def plan(self, graph, mask):
         """The client's view of the sum: classes come with the request, sizes with the graph."""
@@ -96,7 +91,7 @@ class SecureRound:
 
     def shares(self, silent=(), spoil=lambda place, reply: reply):
         for place, request in self.server.shares_requests().items():
-            reply = self.sessions[place].shares(travelled(request), self.agreed(place))
+            reply = self.sessions[place].shares(travelled(request), self.agreed())
             if place not in silent:
                 self.server.add_shares(place, spoil(place, travelled(reply)))
 

@@ -113,6 +113,16 @@ class LinearSums:
                 known.append(columns)
             columns.add(factors, weight)
 
+    def add_sum(self, sums: Mapping[str, Tensor], A: Mapping[str, Tensor], weight: float) -> None:
+        """Add ``sum_k w_k L_k [out, R]`` of many clients, whose ``w_k`` add up to ``weight``.
+
+        ``A`` holds the R rows or more of every module.
+        """
+        self.total += weight
+        for name, total in sums.items():
+            columns = _Columns(A=A[name][: total.shape[1]], total=total.to(A[name].device))
+            self._columns.setdefault(name, []).append(columns)
+
     def mean(self, name: str) -> MatrixSum:
         """``sum_k p_k Delta_k`` of a module: one term ``[out, R] @ [R, in]`` for each ``A``."""
         known = self._columns[name]

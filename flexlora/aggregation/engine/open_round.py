@@ -15,6 +15,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from torch import Tensor
+
 from flexlora.aggregation.engine.factor_gap import FactorGap
 from flexlora.aggregation.engine.gaussian_sum import GaussianSum
 from flexlora.aggregation.engine.method import Method
@@ -126,6 +128,11 @@ class OpenRound:
         if client_id not in self._norms:
             self._skipped.add(client_id)
             self._accumulate_ready()
+
+    def add_linear(self, sums: Mapping[str, Tensor], weight: float, energy: float) -> None:
+        """Take the sum of all updates of the round, none of which is known (``Sums``)."""
+        self.sums.add_linear(sums, weight, energy)
+        self._always_closes = True
 
     def settle(self) -> Settled:
         """Apply both bounds, now that no further update will come."""
