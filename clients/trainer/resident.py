@@ -49,6 +49,9 @@ from flexlora.wire.secure_messages import SECURE
 __all__ = ["PreparedReply", "ResidentTrainer", "Totals", "describe_call"]
 
 
+MOST_SESSIONS = 16  # of secure sums, one for each run
+
+
 @dataclass(kw_only=True)
 class Totals:
     """Requests that a trainer has answered since it started."""
@@ -236,10 +239,12 @@ class ResidentTrainer:
         return reply
 
     def _session(self, call: Call) -> SessionStore:
-        """The client's session in a run; that of the run that was asked last is held."""
+        """The client's session in a run; those of the runs that were asked last are held."""
         if call.run_id not in self._sessions:
             marker = self._run_folder(call) / "secure-round"
-            self._sessions = {call.run_id: SessionStore(marker)}
+            self._sessions[call.run_id] = SessionStore(marker)
+            while len(self._sessions) > MOST_SESSIONS:
+                del self._sessions[next(iter(self._sessions))]
         return self._sessions[call.run_id]
 
     def _worker(self, config: Config, client_id: str) -> Worker:
