@@ -124,7 +124,8 @@ def answer(
                 content.clear()
             result = _train(job, worker, personal)
             if mask is not None:
-                return masked_reply(result, mask, worker.config, store)
+                start = job.start.for_client(client_id)
+                return masked_reply(result, start, mask, worker.config, store)
             return _encoded(result, job, worker, feedback)
         jobs = [decode_evaluate_job(content, client_id)]
         check(jobs[0])

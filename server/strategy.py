@@ -49,6 +49,7 @@ from flexlora.server.rounds.replies import ReplyHandler
 from flexlora.server.rounds.round_metrics import RoundMetrics, class_metrics
 from flexlora.server.rounds.round_plan import RoundPlan
 from flexlora.server.rounds.round_records import write_round
+from flexlora.server.rounds.secure_cohorts import check_cohort
 from flexlora.server.rounds.secure_round import handler_for
 from flexlora.server.rounds.skipped_rounds import SkippedRounds
 from flexlora.server.settings import factoring_of
@@ -161,6 +162,7 @@ class FlexLoRAStrategy(Strategy):
         server_round, measured = first - 1, is_measured(grid)
         if server_round < self.last_round:
             self.privacy.check_start(len(self.roster.members), measured=measured)
+            check_cohort(self.roster, self.config)
         self.skipped.limit *= measured
         while server_round < self.last_round and not self.ended:
             server_round += 1

@@ -14,6 +14,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from flexlora.aggregation.engine.linear_update import scaled_columns
+from flexlora.aggregation.engine.starts import Start
 from flexlora.clients.messages import encode_train_result
 from flexlora.clients.secure.request_checks import Agreed
 from flexlora.clients.secure.session_store import SessionStore
@@ -38,13 +39,9 @@ from flexlora.wire.secure_messages import (
     to_values,
 )
 
-__all__ = ["answer_phase", "is_secure", "mask_request_of", "masked_reply"]
+__all__ = ["answer_phase", "mask_request_of", "masked_reply"]
 
 NAN = math.nan
-
-
-def is_secure(config: Config) -> bool:
-    return config.privacy.mode == "secure"
 
 
 def answer_phase(record: Mapping, config: Config, store: SessionStore) -> RecordDict:
@@ -62,7 +59,7 @@ def answer_phase(record: Mapping, config: Config, store: SessionStore) -> Record
         graph = from_values(SharesRequest, record)
         agreed = Agreed(
             seed=derive_seed(config.seed, SECURE, graph.server_round),
-            clip=config.privacy.clip,
+            clip=None if config.privacy.clip_quantile else config.privacy.clip,
             min_group=config.privacy.min_group,
         )
         return _content(store.current(graph.session).shares(graph, agreed))
@@ -79,10 +76,10 @@ def mask_request_of(content: Mapping, config: Config) -> MaskRequest | None:
         UserError: the job and this client's configuration differ in whether they are.
     """
     if SECURE not in content:
-        if is_secure(config):
+        if config.privacy.secure:
             raise UserError(
-                "the configuration says privacy.mode=secure, and the server asks for an update "
-                "that is not masked."
+                f"the configuration says privacy.mode={config.privacy.mode}, and the server asks "
+                "for an update that is not masked."
             )
         return None
     _check_mode(config)
@@ -90,11 +87,12 @@ def mask_request_of(content: Mapping, config: Config) -> MaskRequest | None:
 
 
 def masked_reply(
-    result: TrainResult, request: MaskRequest, config: Config, store: SessionStore
+    result: TrainResult, start: Start, request: MaskRequest, config: Config, store: SessionStore
 ) -> RecordDict:
     """The reply to a train message: masked numbers, and a report that says nothing of the rows.
 
-    A training that failed is reported with its cause alone.
+    What is summed is the change from ``start``. A training that failed is reported with its cause
+    alone.
 
     Raises:
         UserError, ValueError: a request that is refused, or an update that cannot be summed.
@@ -116,8 +114,11 @@ def masked_reply(
         bits.update({band: plan.grids[band].bits for band in plan.bands})
         assert result.adapter is not None
         return plan.numbers(
-            {name: scaled_columns(factors).cpu() for name, factors in result.adapter.items()},
-            weight=result.num_examples if config.privacy.weights == "examples" else 1,
+            {
+                name: (scaled_columns(factors) - scaled_columns(start.trained[name])).cpu()
+                for name, factors in result.adapter.to("cpu").items()
+            },
+            weight=result.num_examples if config.privacy.by_examples else 1,
             loss=result.train_loss,
             generator=draws,
         )
@@ -137,7 +138,8 @@ def _plan(result: TrainResult, graph: SharesRequest, mask: MaskRequest) -> SumPl
     shapes = {n: (f.out_features, f.in_features) for n, f in result.adapter.items()}
     try:
         classes = [RankClass.from_dict(values) for values in json.loads(mask.classes)]
-        found = dict(enumerate(bands_of({c.name: c.ranks(shapes) for c in classes})))
+        ranks = {c.name: c.ranks(shapes) for c in classes}
+        found = dict(enumerate(bands_of(ranks, pooled=graph.pooled)))
         bands = {band: found[band] for band in mask.bands}
     except (KeyError, TypeError, ValueError, StopIteration):
         raise UserError("the rank classes of the round cannot be read.") from None
@@ -152,7 +154,7 @@ def _plan(result: TrainResult, graph: SharesRequest, mask: MaskRequest) -> SumPl
 
 
 def _check_mode(config: Config) -> None:
-    if not is_secure(config):
+    if not config.privacy.secure:
         raise UserError(
             "the server asks for a secure sum, this client's configuration says privacy.mode="
             f"{config.privacy.mode}."

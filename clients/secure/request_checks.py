@@ -21,10 +21,13 @@ MOST_BANDS = 64  # of a round: bits that name those of a box
 
 @dataclass(frozen=True, kw_only=True)
 class Agreed:
-    """What the client's own configuration says; a request that says otherwise is refused."""
+    """What the client's own configuration says; a request that says otherwise is refused.
+
+    A ``clip`` of None moves from round to round.
+    """
 
     seed: int
-    clip: float
+    clip: float | None
     min_group: int
 
 
@@ -38,7 +41,7 @@ def check_shares(request: SharesRequest, agreed: Agreed) -> None:
     """Refuse a graph that is too small, and values other than this client's configuration says."""
     for name in ("seed", "clip", "min_group"):
         theirs, ours = getattr(request, name), getattr(agreed, name)
-        if theirs != ours:
+        if ours is not None and theirs != ours:
             raise UserError(
                 f"the server's {name.replace('_', '-')} is {theirs}, this client's configuration "
                 f"says {ours}."

@@ -203,7 +203,7 @@ class Sampling(Options):
 class Privacy(Options):
     """Differential privacy of whole clients."""
 
-    mode: Literal["none", "central", "secure"] = option(
+    mode: Literal["none", "central", "secure", "secure+central"] = option(
         "none",
         "central: noise on the sum of clipped changes; secure: the server learns the sum alone",
     )
@@ -224,8 +224,23 @@ class Privacy(Options):
     )
     min_group: int = option(3, "secure: the least clients whose sum the server may learn", ge=3)
     weights: Literal["examples", "uniform"] = option(
-        "examples", "secure: what a client counts in the sum"
+        "examples", "secure: what a client counts in the sum (with noise all count alike)"
     )
+
+    @property
+    def secure(self) -> bool:
+        """Whether updates leave the clients masked."""
+        return self.mode.startswith("secure")
+
+    @property
+    def noisy(self) -> bool:
+        """Whether the server adds noise to the sum."""
+        return self.mode in ("central", "secure+central")
+
+    @property
+    def by_examples(self) -> bool:
+        """Whether a masked update counts by its examples."""
+        return self.weights == "examples" and not self.noisy
 
 
 class Population(Options):

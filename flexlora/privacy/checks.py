@@ -20,8 +20,10 @@ def check_privacy(config: Config) -> None:
         UserError: names the key, and says why.
     """
     privacy = config.privacy
+    if privacy.secure:
+        check_secure(config)
     if privacy.mode == "secure":
-        return check_secure(config)
+        return
     if privacy.mode == "none":
         for name in ("clip", "clip_quantile", "noise_multiplier", "epsilon", "as_if_clients"):
             if value := getattr(privacy, name):

@@ -7,7 +7,10 @@ from flexlora.errors import UserError
 
 __all__ = ["LINEAR_METHODS", "check_secure"]
 
-LINEAR_METHODS = ("basis",)  # whose sum is one of matrices over rows that all clients share
+LINEAR_METHODS = (
+    "basis",
+    "ffa-lora",
+)  # over rows that all clients share
 
 
 def check_secure(config: Config) -> None:
@@ -28,9 +31,12 @@ def check_secure(config: Config) -> None:
             "fixed range, that of updates of this norm; set it above what most clients reach "
             "(`clipped_share` in metrics.jsonl shows how it fits)."
         )
-    if privacy.noise_multiplier or privacy.epsilon:
-        key = "noise-multiplier" if privacy.noise_multiplier else "epsilon"
-        raise UserError(f"privacy.{key} is set with privacy.mode={mode}, which adds no noise.")
+    for name in ("clip_quantile", "noise_multiplier", "epsilon", "as_if_clients"):
+        if getattr(privacy, name) and not privacy.noisy:
+            raise UserError(
+                f"privacy.{name.replace('_', '-')} is {getattr(privacy, name):g} with "
+                f"privacy.mode={mode}, which adds no noise; set privacy.mode=secure+central."
+            )
     _check_single_updates(config)
 
 

@@ -79,6 +79,7 @@ class SharesRequest:
         clip: the norm of an update.
         largest: the most examples of any client of the round; 1 where all count alike.
         min_group: the least clients whose sum the server may learn.
+        pooled: all columns are one band, in which those that a client lacks are zeros.
     """
 
     server_round: int
@@ -97,6 +98,7 @@ class SharesRequest:
     clip: float
     largest: int
     min_group: int
+    pooled: bool
 
     @property
     def neighbours(self) -> dict[int, tuple[int, ...]]:

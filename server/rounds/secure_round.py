@@ -27,6 +27,7 @@ from flexlora.seeds import derive_seed
 from flexlora.server.rounds.client_rows import ClientRow
 from flexlora.server.rounds.late_messages import LateMessage
 from flexlora.server.rounds.replies import ReplyHandler
+from flexlora.server.rounds.secure_cohorts import has_small_band
 from flexlora.server.rounds.secure_secrets import SumFailed
 from flexlora.server.rounds.secure_sum import SecureSum, Terms, band_note
 from flexlora.server.transport.exchange import exchange, retry_policy
@@ -96,19 +97,21 @@ class SecureReplies(ReplyHandler):
         self._job = message.content.config_records["job"]
         self.places = dict(enumerate(names, start=1))
         members = {place: self._member(name) for place, name in self.places.items()}
-        by_examples = config.privacy.weights == "examples"
+        private, roster = self.opened.private, self.membership.roster
         most = max(m.capability.num_examples for m in members.values())
         try:
             self._sum = SecureSum(
                 Terms(
                     server_round=self.plan.server_round,
                     seed=derive_seed(config.seed, SECURE, self.plan.server_round),
-                    clip=config.privacy.clip,
-                    largest=most if by_examples else 1,
+                    clip=config.privacy.clip if private is None else private.clip,
+                    largest=most if config.privacy.by_examples else 1,
                     min_group=config.privacy.min_group,
+                    pooled=private is not None and has_small_band(roster, config),
                 ),
                 {place: member.rank_class for place, member in members.items()},
-                self.membership.roster.shapes,
+                roster.shapes,
+                None if private is None else roster.rank_classes,
             )
         except ValueError as error:
             raise SumFailed(str(error)) from None
@@ -259,11 +262,13 @@ class SecureReplies(ReplyHandler):
             return settled
         statistics = opened.statistics
         weight = statistics.examples
-        self.opened.add_linear(opened.matrices, weight, statistics.energy)
+        count = len(self.sum.alive)
+        unclipped = count - statistics.clipped
+        self.opened.add_linear(opened.matrices, weight, statistics.energy, count, unclipped)
         self.metrics.summed = {
             "train_loss": statistics.loss / weight,
-            "clipped_share": statistics.clipped / len(self.sum.alive),
-            "summed_clients": len(self.sum.alive),
+            "clipped_share": statistics.clipped / count,
+            "summed_clients": count,
         }
         notes = [
             band_note(self.sum.bands[band], count, self.config.privacy.min_group)
@@ -292,4 +297,4 @@ class SecureReplies(ReplyHandler):
 
 def handler_for(config: Config) -> type[ReplyHandler]:
     """The kind of round that the configuration asks for."""
-    return SecureReplies if config.privacy.mode == "secure" else ReplyHandler
+    return SecureReplies if config.privacy.secure else ReplyHandler

@@ -58,6 +58,7 @@ class Terms:
     clip: float
     largest: int
     min_group: int
+    pooled: bool = False
 
 
 class SecureSum:
@@ -65,6 +66,7 @@ class SecureSum:
 
     Args:
         classes: the rank class of every client by place.
+        all_classes: those that make the bands; default: those of the round.
         shapes: ``(out_features, in_features)`` of every module.
     """
 
@@ -73,6 +75,7 @@ class SecureSum:
         terms: Terms,
         classes: Mapping[int, RankClass],
         shapes: Mapping[str, tuple[int, int]],
+        all_classes: Mapping[str, RankClass] | None = None,
     ) -> None:
         self.terms, self.shapes = terms, shapes
         self.session = secrets.token_bytes(SESSION_BYTES)
@@ -80,8 +83,9 @@ class SecureSum:
         self._clients = {
             place: SharedSecrets(rank_class=c.name) for place, c in sorted(classes.items())
         }
-        self.rank_classes = {c.name: c for c in classes.values()}
-        found = bands_of({n: c.ranks(shapes) for n, c in self.rank_classes.items()})
+        self.rank_classes = dict(all_classes or {c.name: c for c in classes.values()})
+        ranks = {n: c.ranks(shapes) for n, c in self.rank_classes.items()}
+        found = bands_of(ranks, pooled=terms.pooled)
         self.bands: dict[int, Band] = dict(enumerate(found))
         self._graphs: dict[int, dict[int, list[int]]] = {}
         self._sizes: dict[int, int] = {}
@@ -149,6 +153,7 @@ class SecureSum:
             clip=self.terms.clip,
             largest=self.terms.largest,
             min_group=self.terms.min_group,
+            pooled=self.terms.pooled,
         )
 
     def add_shares(self, place: int, reply: SharesReply) -> None:

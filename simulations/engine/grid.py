@@ -269,7 +269,7 @@ class InProcessGrid(Grid):
         if result.too_many:
             self._learn(result.too_many, result.too_many * held.client_tokens)
         if SECURE in message.content:
-            return Message(self._masked(message, result), reply_to=message)
+            return Message(self._masked(message, result, job), reply_to=message)
         uplink = Uplink.of(self.worker.config, self.feedback, dtype=self.wire_dtype)
         return Message(
             encode_train_result(
@@ -289,12 +289,13 @@ class InProcessGrid(Grid):
         except Exception as error:
             return reply_of(MessageType.QUERY, client_id, error)
 
-    def _masked(self, message: Message, result: TrainResult) -> RecordDict:
+    def _masked(self, message: Message, result: TrainResult, job: TrainJob) -> RecordDict:
         client_id, config = self._client(message), self.worker.config
         try:
             request = mask_request_of(message.content, config)
             assert request is not None
-            return masked_reply(result, request, config, self._sessions[client_id])
+            start, store = job.start.for_client(client_id), self._sessions[client_id]
+            return masked_reply(result, start, request, config, store)
         except Exception as error:
             return reply_of(MessageType.TRAIN, client_id, error)
 

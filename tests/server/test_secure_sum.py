@@ -140,6 +140,16 @@ def test_a_client_of_low_rank_sends_its_own_columns_only():
     assert sizes[2] < sizes[3] < sizes[7]
 
 
+def test_pooled_columns_are_one_band_that_all_send_and_the_sum_is_the_same():
+    banded, pooled = SecureRound(9, ranks=(2, 3, 3)), SecureRound(9, ranks=(2, 3, 3), pooled=True)
+    sums = [round_.run(masked={4}).matrices for round_ in (banded, pooled)]
+    assert list(pooled.server.opened_bands) == [0]
+    assert len({len(data) for data in pooled.sent.values()}) == 1
+    for name in SHAPES:
+        gap = (sums[0][name] - sums[1][name]).norm() / sums[0][name].norm()
+        assert sums[0][name].shape == sums[1][name].shape and float(gap) < 0.02
+
+
 # --- rounds that fail --------------------------------------------------------------------------
 
 

@@ -104,6 +104,45 @@ def test_clients_that_leave_while_they_train_are_missing_from_the_sum_alone(tmp_
     assert gap < 0.02
 
 
+# --- with noise ----------------------------------------------------------------------------------
+
+NOISY = {
+    "privacy__mode": "secure+central",
+    "privacy__clip": 10.0,
+    "privacy__noise_multiplier": 0.01,
+    "ranks__shares": "0.7,0.3",
+    "sampling__policy": "poisson",
+    "privacy__reproducible": True,
+    "num_server_rounds": 1,
+    "fraction_train": 1.0,
+}
+
+
+@pytest.mark.parametrize("method", ["basis", "ffa-lora"])
+def test_with_noise_the_sum_is_that_of_central_privacy(method, tmp_path):
+    """The same noise of the same seed on the same sum: rounding is all that differs."""
+    options = {**BASIS, **NOISY, "method__name": method}
+    if method == "ffa-lora":
+        del options["method__server_learning_rate"]
+    for mode in ("central", "secure+central"):
+        simulate(small(**{**options, "privacy__mode": mode}), tmp_path / mode)
+    central, both = rounds(tmp_path / "central")[-1], rounds(tmp_path / "secure+central")[-1]
+    assert both["epsilon"] == central["epsilon"]
+    assert both["clipped_share"] == central["clipped_share"] == 0.0
+    gap = relative_gap(
+        global_delta(tmp_path / "secure+central"), global_delta(tmp_path / "central")
+    )
+    assert 0.0 < gap < 0.03
+    uploads = {int(row["bytes_up"]) for row in client_rows(tmp_path / "secure+central")}
+    assert max(uploads) - min(uploads) < 200, "all columns are one band"
+
+
+def test_a_cohort_that_may_be_smaller_than_the_group_is_refused(tmp_path):
+    changes = {**BASIS, **NOISY, "fraction_train": 0.5}
+    with pytest.raises(UserError, match=r"of 6 clients sampled with probability 0.5, fewer than 3"):
+        simulate(small(**changes), tmp_path / "run")
+
+
 # --- what is refused ---------------------------------------------------------------------------
 
 REFUSED = {
@@ -114,8 +153,8 @@ REFUSED = {
     "sampling.policy is utility": {"sampling__policy": "utility"},
     "wire.dtype is int8": {"wire__dtype": "int8"},
     "eval.factor-gap is true": {"eval__factor_gap": True},
-    "privacy.noise-multiplier is set": {"privacy__noise_multiplier": 1.0},
-    "privacy.epsilon is set": {"privacy__epsilon": 1.0},
+    "privacy.noise-multiplier is 1 with": {"privacy__noise_multiplier": 1.0},
+    "privacy.epsilon is 1 with": {"privacy__epsilon": 1.0},
     "privacy.min-group is 2, expected at least 3": {"privacy__min_group": 2},
 }
 

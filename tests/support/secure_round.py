@@ -30,7 +30,9 @@ def travelled(message):
 class SecureRound:
     """``count`` clients whose ranks are dealt in turn, with random matrices and weights."""
 
-    def __init__(self, count, *, shapes=SHAPES, ranks=RANKS, clip=1.0, min_group=3, seed=0):
+    def __init__(
+        self, count, *, shapes=SHAPES, ranks=RANKS, clip=1.0, min_group=3, seed=0, pooled=False
+    ):
         self.shapes, draws = shapes, np.random.default_rng(seed)
         self.classes = {k: RankClass.of(ranks[k % len(ranks)]) for k in range(1, count + 1)}
         self.weights = {k: int(draws.integers(1, 40)) for k in self.classes}
@@ -49,6 +51,7 @@ class SecureRound:
             clip=clip,
             largest=max(self.weights.values()),
             min_group=min_group,
+            pooled=pooled,
         )
         self.server = SecureSum(self.terms, self.classes, shapes)
         self.sessions, self.plain, self.sent = {}, {}, {}
@@ -60,7 +63,7 @@ class SecureRound:
     def plan(self, graph, mask):
         """The client's view of the sum: classes come with the request, sizes with the graph."""
         ranks = {c.name: c.ranks(self.shapes) for c in set(self.classes.values())}
-        bands = dict(enumerate(bands_of(ranks)))
+        bands = dict(enumerate(bands_of(ranks, pooled=graph.pooled)))
         return SumPlan(
             rows={name: out for name, (out, _) in self.shapes.items()},
             bands={band: bands[band] for band in mask.bands},

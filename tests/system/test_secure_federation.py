@@ -9,7 +9,7 @@ import re
 
 import pytest
 
-from deployment import Federation, Processes, once, write_clients
+from deployment import Federation, Processes, once, until, write_clients
 from federation import client_rows, global_delta, relative_gap, rounds, small
 from flexlora.simulations.simulate import simulate
 
@@ -42,11 +42,12 @@ def run_of(**changes):
     )
 
 
-SECURE = {"privacy__mode": "secure", "privacy__clip": 20.0, "privacy__min_group": GROUP}
+SECURE = {"privacy__mode": "secure", "privacy__clip": 60.0, "privacy__min_group": GROUP}
 
 
 def federate(folder):
-    data = write_clients(folder / "data", NAMES, rows=(12, 10, 8, 9))
+    data = write_clients(folder / "data", SERVED)
+    write_clients(data, ("app",), rows=(9,))
     with Processes(folder) as processes:
         federation = Federation(processes, "secure", isolation="process")
         trainers = {name: processes.trainer(name, data / name) for name in SERVED}
@@ -66,8 +67,6 @@ def federate(folder):
 
 def kill_in_training(trainer, federation, run):
     """SIGKILL between the shares and the masked update of round 2."""
-    from deployment import until
-
     until(lambda: trainer.doing(f"train, run {run.id}, round 2"), PATIENCE, federation.logs)
     trainer.process.kill()
 

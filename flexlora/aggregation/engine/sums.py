@@ -143,11 +143,15 @@ class Sums:
         if needs.norms:
             self._norms.add(self._energy(update, adapter, start), weight)
 
-    def add_linear(self, sums: Mapping[str, Tensor], weight: float, energy: float) -> None:
+    def add_linear(
+        self, sums: Mapping[str, Tensor], weight: float, energy: float, counted: int, unclipped: int
+    ) -> None:
         """Add the columns of all updates of the round at once (``LinearSums.add_sum``).
 
-        ``energy`` is ``sum_k w_k |L_k|^2``. No single update is known: a secure sum has no other.
+        ``energy`` is ``sum_k w_k |L_k|^2``, ``counted`` the updates and ``unclipped`` those within
+        the clip. No single update is known: a secure sum has no other.
         """
+        self.counted, self.unclipped = counted, unclipped
         widest = widest_start(start.trained for start in self.sent.values())
         self._linear.add_sum(sums, {name: f.lora_A for name, f in widest.items()}, weight)
         self._norms.add(energy / weight, weight)

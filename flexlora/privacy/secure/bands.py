@@ -32,8 +32,11 @@ class Band:
         return sum(rows[name] * (last - first) for name, (first, last) in self.columns.items())
 
     def vector(self, matrices: Mapping[str, Tensor]) -> Tensor:
-        """The band's columns of ``[out, rank]`` matrices, end to end."""
-        parts = (matrices[name][:, first:last] for name, (first, last) in self.columns.items())
+        """The band's columns of ``[out, rank]`` matrices, end to end; 0 beyond the rank."""
+        parts = (
+            _padded(matrices[name], last)[:, first:last]
+            for name, (first, last) in self.columns.items()
+        )
         return torch.cat([part.reshape(-1) for part in parts])
 
     def put(self, vector: Tensor, matrices: Mapping[str, Tensor]) -> None:
@@ -45,11 +48,21 @@ class Band:
             at += part.numel()
 
 
-def bands_of(classes: Mapping[str, Ranks]) -> list[Band]:
+def _padded(matrix: Tensor, columns: int) -> Tensor:
+    missing = max(0, columns - matrix.shape[1])
+    return torch.nn.functional.pad(matrix, (0, missing)) if missing else matrix
+
+
+def bands_of(classes: Mapping[str, Ranks], *, pooled: bool = False) -> list[Band]:
     """The bands of the rank classes by name, of which each has a rank for every module.
 
-    The one of all classes first, then those of fewer and fewer.
+    The one of all classes first, then those of fewer and fewer. ``pooled`` makes one band of all
+    columns, which every client sends: zeros in those that it lacks.
     """
+    if pooled:
+        modules = next(iter(classes.values()))
+        widest = {module: max(ranks[module] for ranks in classes.values()) for module in modules}
+        classes = dict.fromkeys(classes, widest)
     found: dict[frozenset[str], dict[str, tuple[int, int]]] = {}
     for module in sorted(next(iter(classes.values()))):
         first = 0

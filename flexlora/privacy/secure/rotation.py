@@ -41,7 +41,7 @@ class Rotation:
 
     def forward(self, vector: Tensor) -> Tensor:
         """``R v [dimension]`` in the dtype of the vector."""
-        rotated = (vector * self._signs)[self._places]
+        rotated = torch.index_select(vector * self._signs, 0, self._places)
         whole, last = self._blocks()
         rotated[:whole] = self._hadamard(rotated[:whole])
         if whole < self.dimension:

@@ -123,7 +123,8 @@ class SumPlan:
         Raises:
             ValueError: a weight or a loss out of its range, numbers that are not finite.
         """
-        norm = math.sqrt(sum(float(m.double().square().sum()) for m in matrices.values()))
+        norms = [float(torch.linalg.vector_norm(m, dtype=torch.float64)) for m in matrices.values()]
+        norm = math.hypot(*norms)
         if not (math.isfinite(norm) and 0.0 <= loss <= LARGEST_LOSS):
             raise ValueError(
                 f"the update's norm is {norm:.3g} and its loss {loss:.3g}, expected finite numbers "
