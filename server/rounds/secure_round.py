@@ -240,12 +240,12 @@ class SecureReplies(ReplyHandler):
         start = self.sent[start_name]
         given = (result.client_id, result.rank_class, result.base_round, result.digest)
         wanted = (client_id, start.rank_class.name, start.base_round, start.digest)
-        session = (note.server_round, note.session)
-        if given != wanted or session != (self.plan.server_round, self.sum.session):
+        self.sum.check_session(note)
+        if given != wanted:
             raise UpdateRefused(
                 f"the update is of client '{given[0]}', class '{given[1]}', round {given[2]} and "
                 f"start {given[3][:12]}, expected '{wanted[0]}', '{wanted[1]}', {wanted[2]} and "
-                f"{wanted[3][:12]} in this round's session."
+                f"{wanted[3][:12]}."
             )
 
     # --- the end of the round ------------------------------------------------------------------

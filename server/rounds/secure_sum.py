@@ -37,6 +37,7 @@ from flexlora.wire.secure_messages import (
     SESSION_BYTES,
     KeysReply,
     KeysRequest,
+    MaskedNote,
     MaskRequest,
     SharesReply,
     SharesRequest,
@@ -108,7 +109,7 @@ class SecureSum:
         Raises:
             UpdateRefused: of another round, or no keys; as in all phases.
         """
-        self._check_session(reply)
+        self.check_session(reply)
         for key in (reply.channel, reply.mask):
             _check_key(key)
         self._clients[place].keys = reply
@@ -158,7 +159,7 @@ class SecureSum:
 
     def add_shares(self, place: int, reply: SharesReply) -> None:
         """Hold a client's boxes for those they are for."""
-        self._check_session(reply)
+        self.check_session(reply)
         client = self._clients[place]
         bands = [band for band, graph in self._graphs.items() if place in graph]
         if len(reply.boxes) != len(client.holders) or len(reply.digests) != len(bands):
@@ -285,7 +286,7 @@ class SecureSum:
 
     def add_unmask(self, place: int, reply: UnmaskReply) -> None:
         """Note the shares that a client holds of others."""
-        self._check_session(reply)
+        self.check_session(reply)
         held = [peer for peer in self._clients[place].holders if peer in self.asked]
         alive = [peer for peer in held if peer in self.alive]
         dropped = [peer for peer in held if peer not in self.alive]
@@ -368,7 +369,11 @@ class SecureSum:
             if count < least:
                 self.left_out.setdefault(band, count)
 
-    def _check_session(self, reply: KeysReply | SharesReply | UnmaskReply) -> None:
+    def check_session(self, reply: KeysReply | SharesReply | MaskedNote | UnmaskReply) -> None:
+        """
+        Raises:
+            UpdateRefused: the reply is of another round or session.
+        """
         if (reply.server_round, reply.session) != (self.terms.server_round, self.session):
             raise UpdateRefused("the reply is of another round, or of another session of it.")
 
