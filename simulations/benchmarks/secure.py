@@ -16,8 +16,8 @@ import json
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,7 @@ from flexlora.privacy.secure.masks import add_mask, derived
 from flexlora.privacy.secure.packing import pack_bits
 from flexlora.privacy.secure.sum_plan import SumPlan
 from flexlora.report.console import make_console
-from flexlora.runs.folder import RunFolder
+from flexlora.server.observing.observer import Observer
 from flexlora.server.rounds.secure_sum import SecureSum, Terms
 from flexlora.simulations.simulate import simulate
 from flexlora.wire.secure_messages import to_values, value_bytes
@@ -48,7 +48,8 @@ SMOLLM2 = {f"{k}.{name}": out for k in range(30) for name, out in SMOLLM2_LAYER.
 SHARES = {2: 0.5, 4: 0.25, 8: 0.15, 16: 0.1}
 RUN = {
     "method.name": "basis",
-    "num-server-rounds": 3,
+    "num-server-rounds": 1,
+    "train.max-steps": 4,
     "fraction-train": 1.0,
     "wire.dtype": "bfloat16",
     "eval.every": 0,
@@ -92,18 +93,38 @@ def masking_row(numbers: int, clients: int) -> dict[str, Any]:
     }
 
 
+class _RoundSeconds(Observer):
+    """CPU seconds of this process in round 1, evaluation included."""
+
+    def __init__(self) -> None:
+        self.began = self.seconds = 0.0
+
+    def round_started(self, server_round: int, num_rounds: int, num_clients: int) -> None:
+        self.began = time.process_time()
+
+    def round_finished(self, metrics: Mapping[str, object]) -> None:
+        self.seconds = time.process_time() - self.began
+
+
 def round_rows(clients: int) -> list[dict[str, Any]]:
-    """Seconds of the rounds of a plain and of a secure run, and their quotient."""
+    """CPU seconds of a plain and of a secure round, and their quotient."""
     seconds = {}
     for mode, more in (("none", {}), ("secure", {"privacy.mode": "secure", "privacy.clip": 20.0})):
         with tempfile.TemporaryDirectory() as folder:
-            config = Config.of({**RUN, "clients.count": clients, **more})
-            simulate(config, Path(folder) / "run")
-            rows = [row for row in RunFolder(Path(folder) / "run").metrics() if row["round"]]
-            seconds[mode] = median(float(row["seconds"]) for row in rows)
+            config, watch = Config.of({**RUN, "clients.count": clients, **more}), _RoundSeconds()
+            simulate(config, Path(folder) / "run", observer=watch)
+            seconds[mode] = watch.seconds
     ratio = seconds["secure"] / seconds["none"]
     name = f"{clients} clients a round, secure over plain"
-    return [{"name": name, "seconds": seconds["secure"], "plain": seconds["none"], "ratio": ratio}]
+    return [
+        {
+            "name": name,
+            "secure": seconds["secure"],
+            "plain": seconds["none"],
+            "ratio": ratio,
+            "target": 2.0,
+        }
+    ]
 
 
 def wire_rows(rows: dict[str, int], clients: int, label: str) -> list[dict[str, Any]]:
