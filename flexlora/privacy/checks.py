@@ -5,6 +5,8 @@ from __future__ import annotations
 from flexlora.config.resolve import Config
 from flexlora.errors import UserError
 from flexlora.privacy.accounting import LOWEST_NOISE
+from flexlora.privacy.client_rounds import CLIENT_MODES
+from flexlora.privacy.local_checks import check_client_privacy
 from flexlora.privacy.secure_checks import check_secure
 
 __all__ = ["PRIVATE_METHODS", "check_privacy"]
@@ -20,6 +22,9 @@ def check_privacy(config: Config) -> None:
         UserError: names the key, and says why.
     """
     privacy = config.privacy
+    if privacy.mode in CLIENT_MODES:
+        check_client_privacy(config)
+        return
     if privacy.secure:
         check_secure(config)
     if privacy.mode == "secure":

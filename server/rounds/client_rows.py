@@ -71,6 +71,11 @@ class ClientRow:
         self.base_round = result.base_round
         self.update_digest = result.adapter.digest() if result.adapter is not None else ""
 
+    @property
+    def has_loss(self) -> bool:
+        """Whether it reports a training loss; with noise of its own a client withholds it."""
+        return not math.isnan(self.train_loss)
+
     def logged(self) -> dict[str, object]:
         """The client's part in the round, for the audit log."""
         return {

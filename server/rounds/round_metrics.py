@@ -43,7 +43,7 @@ class RoundMetrics:
 
     def update_history(self, history: History) -> None:
         """Record the trainings in the sum; of two by one client, that of this round's message."""
-        counted = [row for row in self.rows if row.outcome is Outcome.OK]
+        counted = [row for row in self.rows if row.outcome is Outcome.OK and row.has_loss]
         for row in sorted(counted, key=lambda row: not row.late):
             simulated = (
                 EQUAL_SECONDS if math.isnan(row.simulated_seconds) else row.simulated_seconds
@@ -70,12 +70,13 @@ class RoundMetrics:
     def totals(self) -> dict[str, float]:
         """Counts, bytes, and the mean training loss of the updates summed.
 
-        Weighted by examples; those of a late update are discounted as its update is.
+        Weighted by examples; those of an update that counts less are discounted as it is.
         """
         counted = [row for row in self.rows if row.outcome is Outcome.OK]
-        weights = [row.discount * (row.num_examples or 0) for row in counted]
+        trained = [row for row in counted if row.has_loss]
+        weights = [max(0.0, row.discount) * (row.num_examples or 0) for row in trained]
         examples = sum(weights)
-        loss = sum(row.train_loss * weight for row, weight in zip(counted, weights, strict=True))
+        loss = sum(row.train_loss * weight for row, weight in zip(trained, weights, strict=True))
         return {
             "train_loss": loss / examples if examples else math.nan,
             "clients_ok": len(counted),
