@@ -48,5 +48,8 @@ def failure_reply(
 
 def cause_of(content: RecordDict) -> str:
     """Why a reply holds no result, "" where it holds one."""
-    record = content.config_records.get("report") or content.config_records.get("capability")
+    records = content.config_records
+    record = records.get("report") or records.get("capability")
+    if record is None and "secure" in records:  # of a phase of a secure sum
+        return ""
     return str(record["cause"]) if record else "an empty reply"

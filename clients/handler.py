@@ -19,6 +19,8 @@ from flexlora.clients.messages import (
     encode_evaluate_result,
     encode_train_result,
 )
+from flexlora.clients.secure.answering import answer_phase, mask_request_of, masked_reply
+from flexlora.clients.secure.session_store import SessionStore
 from flexlora.clients.trainer.owner_config import ONE_CLIENT, of_run
 from flexlora.clients.worker import Worker, failed_training, worker_for
 from flexlora.config.resolve import Config
@@ -28,7 +30,8 @@ from flexlora.privacy.local_checks import check_client_privacy
 from flexlora.privacy.local_noise import privatized
 from flexlora.training.personal_store import PersonalStore
 from flexlora.training.uplink import Uplink, add_note
-from flexlora.wire.jobs import EvalJob, TrainJob
+from flexlora.wire.jobs import EvalJob, TrainJob, TrainResult
+from flexlora.wire.secure_messages import SECURE
 
 __all__ = ["answer", "answer_here", "worker_of"]
 
@@ -47,7 +50,12 @@ def answer_here(message: Message, context: Context) -> RecordDict:
             "node has no resident trainer, which would know what is spent; start one with "
             "`flexlora client serve`, or leave the budget out."
         )
-    return answer(message.metadata.message_type, message.content, worker, client_id)
+    kind, content = message.metadata.message_type, message.content
+    sessions = SessionStore.of_state(context.state)
+    reply = answer(kind, content, worker, client_id, sessions=sessions)
+    if SECURE in content:
+        sessions.write(context.state)
+    return reply
 
 
 def worker_of(context: Context) -> tuple[Worker, str]:
@@ -92,6 +100,7 @@ def answer(
     feedback: PersonalStore | None = None,
     free_bytes: int | None = None,
     drop: bool = False,
+    sessions: SessionStore | None = None,
     check: Callable[[TrainJob | EvalJob], None] = lambda job: None,
 ) -> RecordDict:
     """The reply of ``client_id`` to a content.
@@ -103,9 +112,14 @@ def answer(
             when the base was loaded already.
         drop: empty ``content`` once it is decoded, so that the arrays' bytes are freed before
             training.
+        sessions: the client's session of a secure sum; None takes part in none.
         check: raises where the decoded job is not to be done.
     """
+    store = sessions or SessionStore()
     try:
+        if message_type == MessageType.QUERY and SECURE in content:
+            _check_base(content, worker)
+            return answer_phase(content[SECURE], worker.config, store)
         if message_type == MessageType.QUERY:
             capability = worker.capability(client_id)
             if free_bytes is not None:
@@ -115,10 +129,15 @@ def answer(
         if message_type == MessageType.TRAIN:
             check_client_privacy(worker.config)
             job = decode_train_job(content, client_id)
+            mask = mask_request_of(content, worker.config)
             check(job)
             if drop:
                 content.clear()
-            return _train(job, worker, personal, feedback)
+            result = _train(job, worker, personal)
+            if mask is not None:
+                start = job.start.for_client(client_id)
+                return masked_reply(result, start, mask, worker.config, store)
+            return _encoded(result, job, worker, feedback)
         jobs = [decode_evaluate_job(content, client_id)]
         check(jobs[0])
         if drop:
@@ -140,10 +159,8 @@ def _check_base(content: RecordDict, worker: Worker) -> None:
         )
 
 
-def _train(
-    job: TrainJob, worker: Worker, personal: PersonalStore | None, feedback: PersonalStore | None
-) -> RecordDict:
-    """The reply to a train job. Trouble with personal factors is noted and costs no update."""
+def _train(job: TrainJob, worker: Worker, personal: PersonalStore | None) -> TrainResult:
+    """The result of a train job. Trouble with personal factors is noted and costs no update."""
     attached, trouble = job, ""
     try:
         if personal is not None:
@@ -161,6 +178,13 @@ def _train(
         trouble = f"not kept: {one_line(error)}"
     if trouble:
         result = add_note(result, f"personal factors: {trouble}")
+    return result
+
+
+def _encoded(
+    result: TrainResult, job: TrainJob, worker: Worker, feedback: PersonalStore | None
+) -> RecordDict:
+    """The reply with the factors, as they leave in a plain sum."""
     config, start = worker.config, job.start.for_client(job.client_id)
     result = Uplink.of(config, feedback).ready(privatized(result, job, config), job)
     return encode_train_result(result, dtype=config.wire.dtype, start=start)

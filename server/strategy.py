@@ -51,6 +51,8 @@ from flexlora.server.rounds.replies import ReplyHandler
 from flexlora.server.rounds.round_metrics import RoundMetrics, class_metrics
 from flexlora.server.rounds.round_plan import RoundPlan
 from flexlora.server.rounds.round_records import write_round
+from flexlora.server.rounds.secure_cohorts import check_cohort
+from flexlora.server.rounds.secure_round import handler_for
 from flexlora.server.rounds.skipped_rounds import SkippedRounds
 from flexlora.server.settings import factoring_of
 from flexlora.server.transport.clocks import (
@@ -163,6 +165,7 @@ class FlexLoRAStrategy(Strategy):
         server_round, measured = first - 1, is_measured(grid)
         if server_round < self.last_round:
             self.privacy.check_start(len(self.roster.members), measured=measured)
+            check_cohort(self.roster, self.config)
             check_enough(self.config, len(self.roster.members))
         self.skipped.limit *= measured
         while server_round < self.last_round and not self.ended:
@@ -256,7 +259,7 @@ class FlexLoRAStrategy(Strategy):
             classes = self.roster.rank_classes
             starts = RoundPlan.starts(self.method, self.state, classes, self.config) | starts
         self.metrics.bytes_carried = plan.bytes_carried
-        self._open = ReplyHandler(
+        self._open = handler_for(self.config)(
             plan=plan,
             selected=selected,
             sent=starts,

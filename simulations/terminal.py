@@ -154,6 +154,8 @@ class TerminalObserver(Observer):
         ]
         line = "  ".join(f"{c:>{w}}" for c, (_, w) in zip(cells, columns, strict=True))
         self.console.print(line + _out_there(metrics) + _spent(metrics), soft_wrap=True)
+        if "left_out" in metrics:
+            self._causes.append(f"  {metrics['left_out']}")
         if "budget_spent" in metrics:
             self._causes.append(f"  the last round: {metrics['budget_spent']}")
         for cause in self._causes:

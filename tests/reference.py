@@ -271,6 +271,24 @@ def clipped_sum(changes, norms, clip):
     return sum(scaled)
 
 
+def walsh_hadamard(size):
+    """The orthonormal Walsh-Hadamard matrix: entry (i, j) has the sign of the parity of i & j."""
+    signs = [[1 - 2 * ((i & j).bit_count() % 2) for j in range(size)] for i in range(size)]
+    return torch.tensor(signs, dtype=torch.float64) / size**0.5
+
+
+def polynomial_at_zero(points, prime):
+    """``f(0)`` of the polynomial of lowest degree through ``points`` (x to y), modulo a prime."""
+    total = 0
+    for x, y in points.items():
+        term = y
+        for other in points:
+            if other != x:
+                term = term * -other * pow(x - other, prime - 2, prime) % prime
+        total += term
+    return total % prime
+
+
 # --- robust means, on flattened dense changes [n, d] ------------------------------------------
 
 

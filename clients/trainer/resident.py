@@ -20,6 +20,7 @@ from flwr.app import MessageType, RecordDict
 import flexlora
 from flexlora.clients.failure_reply import cause_of, reply_of
 from flexlora.clients.handler import answer
+from flexlora.clients.secure.session_store import SessionStore
 from flexlora.clients.trainer.content_codec import (
     array_parts,
     decode_content,
@@ -45,8 +46,12 @@ from flexlora.training.personal_store import PersonalStore
 from flexlora.training.uplink import feedback_store
 from flexlora.units import parse_bytes
 from flexlora.wire.jobs import EvalJob, TrainJob
+from flexlora.wire.secure_messages import SECURE
 
 __all__ = ["PreparedReply", "ResidentTrainer", "Totals", "describe_call"]
+
+
+MOST_SESSIONS = 16  # of secure sums, one for each run
 
 
 @dataclass(kw_only=True)
@@ -103,6 +108,7 @@ class ResidentTrainer:
             max_bytes=parse_bytes(self.limits.files.max_bytes, "files.max-bytes"),
             max_seconds=self.limits.files.days * DAY,
         )
+        self._sessions: dict[int, SessionStore] = {}  # of secure sums, by Flower's run
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="trainer")
         self._thread.submit(self._load).result()
 
@@ -231,6 +237,7 @@ class ResidentTrainer:
                 feedback=feedback_store(personal),
                 free_bytes=self.free_bytes,
                 drop=True,
+                sessions=self._session(call),
                 check=lambda job: self._check(job, worker, run),
             )
         if message_type == MessageType.TRAIN and not cause_of(reply):
@@ -241,6 +248,15 @@ class ResidentTrainer:
         with suppress(OSError):  # the reply is worth more
             self.run_files.trim(at_work=[self._run_folder(call)])
         return reply
+
+    def _session(self, call: Call) -> SessionStore:
+        """The client's session in a run; those of the runs that were asked last are held."""
+        if call.run_id not in self._sessions:
+            marker = self._run_folder(call) / "secure-round"
+            self._sessions[call.run_id] = SessionStore(marker)
+            while len(self._sessions) > MOST_SESSIONS:
+                del self._sessions[next(iter(self._sessions))]
+        return self._sessions[call.run_id]
 
     def _worker(self, config: Config, client_id: str) -> Worker:
         """The worker of a run's configuration; the base is the same for all runs."""
@@ -314,8 +330,12 @@ def _server_round(call: Call) -> int:
 
 def _job_value(call: Call, key: str) -> Value:
     """The value under ``key`` in a call's job, empty if there is none."""
+    return _value_of(call, "job", key)
+
+
+def _value_of(call: Call, name: str, key: str) -> Value:
     for record in call.content.records:
-        for entry in record.values.entries if record.name == "job" else ():
+        for entry in record.values.entries if record.name == name else ():
             if entry.key == key:
                 return entry.value
     return Value()
@@ -323,7 +343,9 @@ def _job_value(call: Call, key: str) -> Value:
 
 def describe_call(message_type: str, call: Call) -> str:
     """For example ``train, run 7, round 3``."""
-    return f"{message_type}, run {call.run_id}, round {_server_round(call)}"
+    phase = _value_of(call, SECURE, "phase").text
+    what = f"secure sum, {phase}" if message_type == MessageType.QUERY and phase else message_type
+    return f"{what}, run {call.run_id}, round {_server_round(call)}"
 
 
 def _summary(message_type: str, content: RecordDict) -> str:
@@ -332,9 +354,13 @@ def _summary(message_type: str, content: RecordDict) -> str:
     if message_type == MessageType.TRAIN:
         report = records["report"]
         done = f"{report['rank-class']}, {report['num-examples']} examples, {report['steps']} steps"
+        if SECURE in records:
+            return f"{report['rank-class']}, {report['num-examples']} examples, masked"
         if report["withheld"]:
             return f"{done}, with noise"
         return f"{done}, loss {report['loss-before']:.3f} to {report['loss-after']:.3f}"
     if message_type == MessageType.EVALUATE:
         return f"{len(records) - 1} adapters scored"
+    if SECURE in records:
+        return "answered"
     return f"{records['capability']['num-examples']} examples"

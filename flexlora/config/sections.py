@@ -204,9 +204,9 @@ class Sampling(Options):
 class Privacy(Options):
     """Differential privacy: of whole clients, or of single rows (``example``)."""
 
-    mode: Literal["none", "central", "local", "example"] = option(
+    mode: Literal["none", "central", "secure", "secure+central", "local", "example"] = option(
         "none",
-        "noise: central on the clients' sum, local on each upload, example on clipped rows' sums",
+        "noise: central on the sum, local on uploads, example on rows; secure: only sums are seen",
     )
     clip: float = option(
         0.0, "norm to which a client's change (example: a row's gradient) is clipped", ge=0.0
@@ -223,6 +223,25 @@ class Privacy(Options):
     reproducible: bool = option(
         False, "sampling and noise from the seed: no protection from those who know it"
     )
+    min_group: int = option(3, "secure: the least clients whose sum the server may learn", ge=3)
+    weights: Literal["examples", "uniform"] = option(
+        "examples", "secure: what a client counts in the sum (with noise all count alike)"
+    )
+
+    @property
+    def secure(self) -> bool:
+        """Whether updates leave the clients masked."""
+        return self.mode.startswith("secure")
+
+    @property
+    def noisy(self) -> bool:
+        """Whether the server adds noise to the sum."""
+        return self.mode in ("central", "secure+central")
+
+    @property
+    def by_examples(self) -> bool:
+        """Whether a masked update counts by its examples."""
+        return self.weights == "examples" and not self.noisy
 
 
 class Robust(Options):

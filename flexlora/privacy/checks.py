@@ -7,6 +7,7 @@ from flexlora.errors import UserError
 from flexlora.privacy.accounting import LOWEST_NOISE
 from flexlora.privacy.client_rounds import CLIENT_MODES
 from flexlora.privacy.local_checks import check_client_privacy
+from flexlora.privacy.secure_checks import check_secure
 
 __all__ = ["PRIVATE_METHODS", "check_privacy"]
 
@@ -23,6 +24,10 @@ def check_privacy(config: Config) -> None:
     privacy = config.privacy
     if privacy.mode in CLIENT_MODES:
         check_client_privacy(config)
+        return
+    if privacy.secure:
+        check_secure(config)
+    if privacy.mode == "secure":
         return
     if privacy.mode == "none":
         for name in ("clip", "clip_quantile", "noise_multiplier", "epsilon", "as_if_clients"):

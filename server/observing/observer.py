@@ -97,6 +97,8 @@ class LogObserver(Observer):
         shown = {k: v for k, v in metrics.items() if isinstance(v, int | float) and v == v}
         text = ", ".join(f"{k} {v:.4g}" for k, v in shown.items() if "/" not in k)
         self.logger.info("%s", text)
+        if "left_out" in metrics:
+            self.logger.warning("%s", metrics["left_out"])
         if "budget_spent" in metrics:
             self.logger.warning("the last round: %s", metrics["budget_spent"])
 

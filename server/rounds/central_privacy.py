@@ -44,7 +44,7 @@ class CentralPrivacy:
 
     def __init__(self, config: Config) -> None:
         self.config, self.keys = config, config.privacy
-        self.active = self.keys.mode == "central"
+        self.active = self.keys.noisy
         self.ledger = Ledger(delta=self.keys.delta)
         self.last_round = UNKNOWN
         hidden = self.active and not self.keys.reproducible

@@ -259,11 +259,7 @@ class ReplyHandler:
         row.add_result(result)
         row.bytes_up = content_bytes(reply.content)
         if result.adapter is None or result.cause:
-            row.outcome = Outcome.OUT_OF_MEMORY if result.out_of_memory else Outcome.FAILED
-            row.cause = result.cause or "the reply holds no factors"
-            if 1 <= result.asked_rank < member.rank_class.largest:
-                self.lowered[client_id] = member.rank_class.lowered(result.asked_rank)
-            return row
+            return self._failed_row(row, member, result)
         try:
             update = self._validated(member, start, result)
             update = update if late is None else self._discounted(update, late)
@@ -276,6 +272,14 @@ class ReplyHandler:
         self._summed[update.key] = _Summed(row=row, late=update.late, lowered=lowered)
         self.counted += not update.late
         self.counted_late += update.late
+        return row
+
+    def _failed_row(self, row: ClientRow, member: Member, result: TrainResult) -> ClientRow:
+        """The row of a training that failed; the client may ask for a lower rank."""
+        row.outcome = Outcome.OUT_OF_MEMORY if result.out_of_memory else Outcome.FAILED
+        row.cause = result.cause or "the reply holds no factors"
+        if 1 <= result.asked_rank < member.rank_class.largest:
+            self.lowered[row.client_id] = member.rank_class.lowered(result.asked_rank)
         return row
 
     def _validated(self, member: Member, start: Start, result: TrainResult) -> Update:

@@ -30,6 +30,7 @@ class RoundMetrics:
 
     ``measured`` is True where clients train on machines of their own, so that the seconds they
     report are theirs. Where one process trains all clients the seconds differ from run to run.
+    ``summed`` are means of a secure sum, which no row has.
     """
 
     server_round: int
@@ -38,6 +39,7 @@ class RoundMetrics:
     bytes_carried: int = 0
     resent: int = 0
     skipped: str = ""
+    summed: dict[str, float | str] = field(default_factory=dict)
 
     def update_history(self, history: History) -> None:
         """Record the trainings in the sum; of two by one client, that of this round's message."""
@@ -47,7 +49,8 @@ class RoundMetrics:
                 EQUAL_SECONDS if math.isnan(row.simulated_seconds) else row.simulated_seconds
             )
             seconds = row.seconds if self.measured else simulated
-            history.learn(row.client_id, self.server_round, row.train_loss, seconds)
+            loss = 0.0 if math.isnan(row.train_loss) else row.train_loss  # of a secure sum
+            history.learn(row.client_id, self.server_round, loss, seconds)
 
     def log(
         self, audit: AuditLog, state_round: int, fingerprint: str, wire: str, checkpoint: str
@@ -81,12 +84,14 @@ class RoundMetrics:
             "bytes_down": sum(row.bytes_down or 0 for row in self.rows),
             "bytes_up": sum(row.bytes_up or 0 for row in self.rows),
             "bytes_carried": self.bytes_carried,
+            **{key: value for key, value in self.summed.items() if not isinstance(value, str)},
         }
 
     def exceptions(self) -> dict[str, object]:
         """Why the round was skipped, how many messages were sent again, who was not asked."""
         backing_off = sum(row.outcome is Outcome.BACKING_OFF for row in self.rows)
         values = {"skipped": self.skipped, "resent": self.resent, "backing_off": backing_off}
+        values["left_out"] = self.summed.get("left_out", "")
         return {key: value for key, value in values.items() if value}
 
     def apply_clock(self, clock: Clock, seconds: float) -> dict[str, object]:

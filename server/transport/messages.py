@@ -38,8 +38,10 @@ __all__ = [
     "decode_train_result",
     "encode_eval_job",
     "encode_train_job",
+    "error_words",
     "pack",
     "transient_cause",
+    "words_of",
 ]
 
 LONGEST_CAUSE = 300  # characters of a transient cause
@@ -151,14 +153,14 @@ def transient_cause(reply: Message) -> str:
 def decode_capability(reply: Message) -> Capability:
     """A node's reply to the query; an error or unreadable reply is a capability with a cause."""
     if reply.has_error():
-        return Capability.failed(f"node_{reply.metadata.src_node_id}", _error(reply))
+        return Capability.failed(f"node_{reply.metadata.src_node_id}", error_words(reply))
     try:
         record = reply.content["capability"]
         capability = Capability(**read_fields(Capability, record))
         check_capability(record, capability)
         return capability
     except Exception as error:  # whatever it is, the node sent it
-        cause = f"unreadable capability report: {_words(error)}"
+        cause = f"unreadable capability report: {words_of(error)}"
         return Capability.failed(f"node_{reply.metadata.src_node_id}", cause)
 
 
@@ -169,7 +171,7 @@ def decode_train_result(reply: Message, start: Start | None = None) -> TrainResu
         UpdateRefused: an error reply or one that cannot be read, with its cause.
     """
     if reply.has_error():
-        raise UpdateRefused(_error(reply))
+        raise UpdateRefused(error_words(reply))
     try:
         values = read_fields(TrainResult, reply.content["report"])
         adapter = None
@@ -187,13 +189,13 @@ def decode_train_result(reply: Message, start: Start | None = None) -> TrainResu
             raise ValueError(f"train-loss is {result.train_loss}")
         return result
     except Exception as error:  # whatever it is, the node sent it
-        raise UpdateRefused(f"unreadable reply: {_words(error)}") from None
+        raise UpdateRefused(f"unreadable reply: {words_of(error)}") from None
 
 
 def decode_eval_result(reply: Message) -> EvalResult:
     """A client's reply to an evaluate message; an error becomes a result with a cause."""
     if reply.has_error():
-        return EvalResult(client_id=f"node_{reply.metadata.src_node_id}", cause=_error(reply))
+        return EvalResult(client_id=f"node_{reply.metadata.src_node_id}", cause=error_words(reply))
     try:
         report = reply.content["report"]
         scores = scores_of(report)
@@ -202,7 +204,7 @@ def decode_eval_result(reply: Message) -> EvalResult:
         values = read_fields(EvalResult, {k: report[k] for k in ("client-id", "cause")})
         return EvalResult(**values, scores=scores)
     except Exception as error:  # whatever it is, the node sent it
-        cause = f"unreadable scores: {_words(error)}"
+        cause = f"unreadable scores: {words_of(error)}"
         return EvalResult(client_id=f"node_{reply.metadata.src_node_id}", cause=cause)
 
 
@@ -219,12 +221,12 @@ def scores_of(report: Mapping) -> dict[str, Score]:
     }
 
 
-def _error(reply: Message) -> str:
+def error_words(reply: Message) -> str:
     words = printable(reply.error.reason or "no reason given", 1000)
     if reply.error.code == UNREADABLE and reply.error.reason:
         return words
     return f"Flower error {reply.error.code}: {words}"
 
 
-def _words(error: Exception) -> str:
+def words_of(error: Exception) -> str:
     return printable(reason(error), 1000)

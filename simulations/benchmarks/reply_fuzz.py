@@ -41,6 +41,7 @@ from flexlora.errors import UpdateRefused
 from flexlora.lora.adapters import Adapter
 from flexlora.lora.ranks import RankClass
 from flexlora.server.transport import messages
+from flexlora.simulations.benchmarks import reply_fuzz_secure as secure
 from flexlora.wire.jobs import Capability, EvalResult, Score, TrainResult
 
 __all__ = ["Case", "Outcomes", "cases", "damaged", "run"]
@@ -48,14 +49,7 @@ __all__ = ["Case", "Outcomes", "cases", "damaged", "run"]
 SHAPES = {"layers.0.q": (6, 8), "layers.0.v": (3, 8), "layers.1.q": (6, 8)}
 WIRES = ("float32", "bfloat16", "int8", "float64")
 WORDS = (
-    "",
-    "x" * 5000,
-    "\x1b[2J",
-    "=1+1",
-    "\ud800",
-    "a\x00b",
-    "../../etc",
-    "\u202eabc",
+    *("", "x" * 5000, "\x1b[2J", "=1+1", "\ud800", "a\x00b", "../../etc", "\u202eabc"),
     "layers.0.q",
 )
 NUMBERS = (0, -1, 1, 2, 7, 2**31, 2**40, 2**62, 2**63, 2**64, -(2**63), 10**30)
@@ -84,6 +78,10 @@ class Content(dict[str, Arrays | Values]):
 
     def copy(self) -> Content:
         return Content({name: type(record)(record) for name, record in self.items()})
+
+    @property
+    def config_records(self) -> dict[str, Values]:
+        return {name: record for name, record in self.items() if isinstance(record, Values)}
 
     @property
     def array_records(self) -> dict[str, Arrays]:
@@ -129,6 +127,7 @@ def cases() -> list[Case]:
         Case(kind="capability", content=Content.of(encode_capability(capability))),
         Case(kind="evaluate", content=Content.of(encode_evaluate_result(evaluation))),
         *(_trained(dtype) for dtype in WIRES),
+        *(Case(kind=k, content=Content.of(reply)) for k, reply in secure.secure_replies().items()),
     ]
 
 
@@ -251,6 +250,8 @@ def _other(value: Any, draws: random.Random) -> Any:
     """Another value: of the same type mostly, else of any."""
     if isinstance(value, list) and draws.random() < 0.8:
         return _other_list(value, draws)
+    if isinstance(value, bytes) and draws.random() < 0.6:
+        return _other_bytes(value, draws)
     if draws.random() < 0.6:
         same: dict[type, tuple] = {str: WORDS, int: NUMBERS, float: FLOATS, bool: (True, False)}
         if type(value) in same:
@@ -284,6 +285,8 @@ def judged(case: Case, content: Content) -> tuple[str, str]:
     if case.kind == "evaluate":
         result = messages.decode_eval_result(reply)
         return ("failed", "") if result.cause else ("accepted", _odd_scores(result))
+    if case.kind in secure.SECURE_KINDS:
+        return secure.judged_secure(case.kind, reply)
     assert case.start is not None
     try:
         trained = messages.decode_train_result(reply, case.start)

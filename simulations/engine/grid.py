@@ -23,6 +23,7 @@ from pathlib import Path
 from flwr.app import Error, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
+from flexlora.clients.failure_reply import reply_of
 from flexlora.clients.messages import (
     Memo,
     decode_evaluate_job,
@@ -31,6 +32,8 @@ from flexlora.clients.messages import (
     encode_evaluate_result,
     encode_train_result,
 )
+from flexlora.clients.secure.answering import answer_phase, mask_request_of, masked_reply
+from flexlora.clients.secure.session_store import SessionStore
 from flexlora.clients.worker import Worker, failed_training
 from flexlora.privacy.client_rounds import ClientLedgers
 from flexlora.privacy.local_noise import privatized
@@ -48,6 +51,7 @@ from flexlora.training.personal_store import PersonalStore
 from flexlora.training.uplink import Uplink, feedback_store
 from flexlora.wire.files import write_atomically
 from flexlora.wire.jobs import Capability, EvalJob, EvalResult, TrainJob, TrainResult
+from flexlora.wire.secure_messages import SECURE
 
 __all__ = ["FAILED_COHORTS", "InProcessGrid", "rounds_kept"]
 
@@ -110,6 +114,7 @@ class InProcessGrid(Grid):
         self.client_ledgers = ClientLedgers(worker.config)  # a resumed server restores them
         self._clients = dict(enumerate(worker.client_ids, start=1))
         self._unanswered: dict[str, _Unanswered] = {}
+        self._sessions: dict[str, SessionStore] = {}  # of secure sums, by client
         self._pushed = self._round = 0
         self._met = False
         self._run = Run.create_empty(run_id=1)
@@ -269,6 +274,8 @@ class InProcessGrid(Grid):
         lost = self.clock.take(message_id) if self.clock is not None else ""
         if lost:
             return Message(Error(code=NODE_UNAVAILABLE, reason=lost), reply_to=message)
+        if held.cohort is None and SECURE in message.content:
+            return Message(self._phase(message), reply_to=message)
         if held.refused is not None:
             content = encode_train_result(held.refused, dtype=self.wire_dtype)
             return Message(content, reply_to=message)
@@ -283,6 +290,8 @@ class InProcessGrid(Grid):
         self._keep(held)
         if result.too_many:
             self._learn(result.too_many, result.too_many * held.client_tokens)
+        if SECURE in message.content:
+            return Message(self._masked(message, result, job), reply_to=message)
         uplink = Uplink.of(self.worker.config, self.feedback, dtype=self.wire_dtype)
         return Message(
             encode_train_result(
@@ -292,6 +301,25 @@ class InProcessGrid(Grid):
             ),
             reply_to=message,
         )
+
+    def _phase(self, message: Message) -> RecordDict:
+        """The reply to a phase of a secure sum; sessions are here, wherever cohorts are trained."""
+        client_id = self._client(message)
+        store = self._sessions.setdefault(client_id, SessionStore())
+        try:
+            return answer_phase(message.content[SECURE], self.worker.config, store)
+        except Exception as error:
+            return reply_of(MessageType.QUERY, client_id, error)
+
+    def _masked(self, message: Message, result: TrainResult, job: TrainJob) -> RecordDict:
+        client_id, config = self._client(message), self.worker.config
+        try:
+            request = mask_request_of(message.content, config)
+            assert request is not None
+            start, store = job.start.for_client(client_id), self._sessions[client_id]
+            return masked_reply(result, start, request, config, store)
+        except Exception as error:
+            return reply_of(MessageType.TRAIN, client_id, error)
 
     def _learn(self, clients: int, tokens: int) -> None:
         """Plan no cohort again that is as large as one that ran out of memory."""

@@ -8,6 +8,8 @@ import os
 import pytest
 
 from flexlora.aggregation.engine import updates
+from flexlora.privacy.secure.shamir import combine
+from flexlora.server.rounds import secure_secrets
 from flexlora.server.transport import fields, messages
 from flexlora.simulations.benchmarks import reply_fuzz
 
@@ -33,6 +35,12 @@ def nothing(*args, **options):
     return None
 
 
+def first_shares(shares, threshold, is_secret):
+    """Whatever the first shares give."""
+    chosen = dict(list(shares.items())[:threshold])
+    return combine(chosen) if len(chosen) == threshold else None
+
+
 CHECKS = {
     "the checks of an update": (reply_fuzz, "check_update", nothing),
     "the bounds of fields": (fields, "_bounded", lambda key, name, value: value),
@@ -41,6 +49,7 @@ CHECKS = {
     "the catch of what cannot be read": (messages, "reason", lambda error: error.no_such_word),
     "the shapes and numbers of factors": (updates, "_check_factors", nothing),
     "the sizes of products": (updates, "_check_sizes", nothing),
+    "the check of a secret put together": (secure_secrets, "verified", first_shares),
 }
 
 

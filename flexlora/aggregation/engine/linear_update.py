@@ -139,6 +139,19 @@ class LinearSums:
                 known.append(columns)
             columns.add(factors.lora_A, _change(factors, name, start), weight)
 
+    def add_sum(self, sums: Mapping[str, Tensor], A: Mapping[str, Tensor], weight: float) -> None:
+        """Add ``sum_k w_k L_k [out, R]`` of many clients, whose ``w_k`` add up to ``weight``.
+
+        ``A`` holds the R rows or more of every module, those of all other updates too.
+        """
+        self.total += weight
+        for name, total in sums.items():
+            known = self._columns.setdefault(name, [])
+            if not known:
+                known.append(_Columns(A=A[name], total=total.new_zeros(len(total), len(A[name]))))
+            first = A[name][: total.shape[1]]
+            known[0].add(first, total.to(known[0].total.device), 1.0)
+
     def mean(self, name: str) -> MatrixSum:
         """``sum_k p_k Delta_k`` of a module: one term ``[out, R] @ [R, in]`` for each ``A``."""
         known = self._columns[name]

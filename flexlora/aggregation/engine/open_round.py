@@ -19,6 +19,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from torch import Tensor
+
 from flexlora.aggregation.engine.change_gram import gram_of_waiting
 from flexlora.aggregation.engine.factor_gap import FactorGap
 from flexlora.aggregation.engine.gaussian_sum import GaussianSum
@@ -86,7 +88,7 @@ class OpenRound:
         self.method, self.state, self.sent = method, state, sent
         shapes, device = state.change.shapes, state.device
         self.sums = Sums(method.needs, shapes, sent, device, private, state.dtype)
-        self._always_closes = private is not None
+        self.private, self._always_closes = private, private is not None
         self._gap = FactorGap(shapes, sent, device) if factor_gap else None
         self._sums = (self.sums,) if self._gap is None else (self.sums, self._gap)
         self._places = {
@@ -142,6 +144,13 @@ class OpenRound:
         if client_id not in self._norms:
             self._skipped.add(client_id)
             self._accumulate_ready()
+
+    def add_linear(
+        self, sums: Mapping[str, Tensor], weight: float, energy: float, counted: int, unclipped: int
+    ) -> None:
+        """Take the sum of all updates of the round, none of which is known (``Sums``)."""
+        self.sums.add_linear(sums, weight, energy, counted, unclipped)
+        self._always_closes = True
 
     def settle(self) -> Settled:
         """Apply both bounds and the robust rule, now that no further update will come."""

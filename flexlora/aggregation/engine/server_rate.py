@@ -29,7 +29,7 @@ class ChangeNorms:
         self._energy = self._total = 0.0
 
     def add(self, energy: float, weight: float) -> None:
-        """Add one change by its squared norm (``change_energy``)."""
+        """Add one change by its squared norm (``change_energy``), or many by their mean one."""
         self._energy += weight * energy
         self._total += weight
 

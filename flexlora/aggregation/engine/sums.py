@@ -23,6 +23,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from flexlora.aggregation.engine.band_sums import BandSums
 from flexlora.aggregation.engine.factor_sums import FactorSums
@@ -144,6 +145,19 @@ class Sums:
             self._bands.add(adapter, weight, minus=start if needs.band_changes else None)
         if needs.norms:
             self._norms.add(self._energy(update, adapter, start), weight)
+
+    def add_linear(
+        self, sums: Mapping[str, Tensor], weight: float, energy: float, counted: int, unclipped: int
+    ) -> None:
+        """Add the columns of all updates of the round at once (``LinearSums.add_sum``).
+
+        ``energy`` is ``sum_k w_k |L_k|^2``, ``counted`` the updates and ``unclipped`` those within
+        the clip. No single update is known: a secure sum has no other.
+        """
+        self.counted, self.unclipped = counted, unclipped
+        widest = widest_start(start.trained for start in self.sent.values())
+        self._linear.add_sum(sums, {name: f.lora_A for name, f in widest.items()}, weight)
+        self._norms.add(energy / weight, weight)
 
     def _weight(self, update: Update, adapter: Adapter, start: Adapter | None) -> float:
         if self._private is not None:
