@@ -21,6 +21,7 @@ from flexlora.config.sections import Privacy
 from flexlora.data.caps import capped_rows
 from flexlora.data.clients import ClientData, client_rows
 from flexlora.data.collation import Example
+from flexlora.data.poisoning import poisoned_rows
 from flexlora.data.row_bound import RowBound, bounded_rows
 from flexlora.errors import UserError, nearest, one_line
 from flexlora.evaluation.evaluate import evaluate
@@ -78,6 +79,7 @@ class Worker:
         )
         rows = bounded_rows(rows, bound)
         rows = capped_rows(rows, config.population.examples, seed=config.seed)
+        rows = poisoned_rows(rows, config.population.hostile, seed=config.seed)
         device = pick_device(config.engine.device)
         wide = torch.float64 if config.wire.dtype == "float64" else torch.float32
         require_optimizer(config.train.optim, device, dtype=wide)

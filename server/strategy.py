@@ -37,6 +37,7 @@ from flexlora.server.members.roster import Member, Roster
 from flexlora.server.members.sampling import History
 from flexlora.server.members.selection import Selector
 from flexlora.server.observing.observer import Observer
+from flexlora.server.robustness import check_enough, robust_mean
 from flexlora.server.rounds.central_privacy import CentralPrivacy
 from flexlora.server.rounds.client_privacy import ClientPrivacy
 from flexlora.server.rounds.client_rows import ClientRow, left_out_rows
@@ -162,6 +163,7 @@ class FlexLoRAStrategy(Strategy):
         server_round, measured = first - 1, is_measured(grid)
         if server_round < self.last_round:
             self.privacy.check_start(len(self.roster.members), measured=measured)
+            check_enough(self.config, len(self.roster.members))
         self.skipped.limit *= measured
         while server_round < self.last_round and not self.ended:
             server_round += 1
@@ -267,6 +269,7 @@ class FlexLoRAStrategy(Strategy):
                 bound=self.norms.bound(0.0 if private else self.config.server.max_norm_ratio),
                 most_updates=0 if private else len(plan.asked) + len(self.late.pending),
                 private=private,
+                robust=robust_mean(self.config, len(plan.asked)),
             ),
             late=self.late,
             metrics=self.metrics,

@@ -269,3 +269,94 @@ def clipped_sum(changes, norms, clip):
     """``sum_k min(1, C / |D_k|) D_k`` in float64; ``norms`` are over all modules together."""
     scaled = [min(1.0, clip / norm) * D.double() for D, norm in zip(changes, norms, strict=True)]
     return sum(scaled)
+
+
+# --- robust means, on flattened dense changes [n, d] ------------------------------------------
+
+
+def flat_changes(adapters, starts):
+    """``s_k B_k A_k - start_k`` of all modules as one float64 row per client."""
+    return torch.stack(
+        [
+            torch.cat([(delta_weight(a[n]) - delta_weight(s[n])).flatten() for n in sorted(a)])
+            for a, s in zip(adapters, starts, strict=True)
+        ]
+    )
+
+
+def krum_mean(changes, hostile):
+    """The mean of the n - f changes with the smallest sums of squares of nearest distances."""
+    n, scores = len(changes), []
+    for i in range(n):
+        others = sorted(float((changes[i] - changes[j]).norm()) ** 2 for j in range(n) if j != i)
+        scores.append(sum(others[: n - hostile - 1]))
+    chosen = sorted(range(n), key=lambda i: scores[i])[: n - hostile]
+    return changes[chosen].mean(dim=0)
+
+
+def weiszfeld(changes, *, floor=0.0, steps=2000):
+    """The geometric median; ``floor``: smallest distance, as a share of the median one."""
+    centre = changes.mean(dim=0)
+    for _ in range(steps):
+        distances = (changes - centre).norm(dim=1)
+        weights = 1.0 / distances.clamp_min(max(floor * float(distances.median()), 1e-300))
+        last, centre = centre, (weights[:, None] * changes).sum(dim=0) / weights.sum()
+        if float((centre - last).norm()) <= 1e-11 * float(distances.max()):
+            break
+    return centre
+
+
+def clipped_centre(changes, steps=2000):
+    """Huber's centre: pulls are cut at the median distance."""
+    centre = changes.mean(dim=0)
+    for _ in range(steps):
+        pulls = changes - centre
+        norms = pulls.norm(dim=1)
+        radius = norms.median()
+        step = (pulls * (radius / norms.clamp_min(radius))[:, None]).mean(dim=0)
+        centre = centre + step
+        if float(step.norm()) <= 1e-11 * float(norms.max()):
+            break
+    return centre
+
+
+def axes_of(changes):
+    """The medoid, and the principal axes ``[d, k]`` of the others less it, cut to median length."""
+    distances = torch.stack([(changes - row).norm(dim=1) for row in changes])
+    origin = changes[int(distances.sum(dim=1).argmin())]
+    deviations = changes - origin
+    norms = deviations.norm(dim=1)
+    scale = (norms[norms > 0].median() / norms.clamp_min(1e-300)).clamp_max(1.0)
+    _, S, Vh = np.linalg.svd((scale[:, None] * deviations).numpy(), full_matrices=False)
+    return origin, torch.from_numpy(Vh[max(1e-6 * S[0], 1e-300) < S].T.copy())
+
+
+def trimmed(changes, hostile):
+    """Each coordinate in those axes without its f smallest and f largest values."""
+    origin, axes = axes_of(changes)
+    coordinates = ((changes - origin) @ axes).sort(dim=0).values
+    return origin + axes @ coordinates[hostile : len(changes) - hostile].mean(dim=0)
+
+
+def nearest_mixed(changes, hostile):
+    """Each change replaced by the mean of the n - f nearest ones, itself among them."""
+    n, rows = len(changes), []
+    for i in range(n):
+        distances = (changes - changes[i]).norm(dim=1).tolist()
+        distances[i] = -1.0
+        order = sorted(range(n), key=distances.__getitem__)
+        rows.append(changes[order[: n - hostile]].mean(dim=0))
+    return torch.stack(rows)
+
+
+ROBUST = {
+    "multi-krum": krum_mean,
+    "geometric-median": lambda changes, hostile: weiszfeld(changes, floor=1e-3),
+    "centred-clipping": lambda changes, hostile: clipped_centre(changes),
+    "nearest-trimmed-mean": lambda changes, hostile: trimmed(
+        nearest_mixed(changes, hostile), hostile
+    ),
+    "nearest-median": lambda changes, hostile: weiszfeld(
+        nearest_mixed(changes, hostile), floor=1e-3
+    ),
+}

@@ -28,6 +28,7 @@ __all__ = [
     "Population",
     "Privacy",
     "Ranks",
+    "Robust",
     "Run",
     "Sampling",
     "Server",
@@ -224,8 +225,24 @@ class Privacy(Options):
     )
 
 
+class Robust(Options):
+    """Sums that withstand hostile clients."""
+
+    rule: Literal[
+        "none",
+        "multi-krum",
+        "geometric-median",
+        "centred-clipping",
+        "nearest-trimmed-mean",
+        "nearest-median",
+    ] = option("none", "how the updates of a round are weighed against each other")
+    hostile_share: float = option(
+        0.2, "share of a round's clients that may be hostile: below 0.5", gt=0.0, le=1.0
+    )
+
+
 class Population(Options):
-    """Simulated devices, links and availability."""
+    """Simulated devices, links, availability and attacks."""
 
     devices: str = option(
         "", "shares of simulated devices, as 'jetson-orin-nano-8gb:0.7,rtx-4090:0.3'"
@@ -242,6 +259,9 @@ class Population(Options):
     straggler_share: float = option(0.0, "share of slow trainings", ge=0.0, le=1.0)
     straggler_slowdown: float = option(3.0, "how many times slower they are", ge=1.0)
     examples: str = option("", "train rows per client, as '100' or 'lognormal:60:1.0' (empty: all)")
+    hostile: str = option(
+        "", "attack by a share of the clients, as 'sign-flip:0.2', until a round: 'backdoor:0.2:5'"
+    )
     clock_model: PathKey = option(
         "", "model folder or hub name whose cost the clock counts (empty: model.name)"
     )
