@@ -123,14 +123,15 @@ def backdoor_table(rows: Sequence[Scores]) -> Table:
     for title in dict.fromkeys(row["variant"] for row in of_backdoors):
         runs = [row["rounds"] for row in of_backdoors if row["variant"] == title]
         for name in [key for key in runs[0][0] if key != "round"]:
-            table.add_row(title, name, *(f"{_success(runs, name, r):.2f}" for r in rounds))
+            table.add_row(title, name, *(_success(runs, name, r) for r in rounds))
             title = ""
     return table
 
 
-def _success(runs: Sequence[Sequence[Scores]], name: str, server_round: int) -> float:
+def _success(runs: Sequence[Sequence[Scores]], name: str, server_round: int) -> str:
+    """The mean over the seeds; empty for a round that these runs do not have."""
     entries = [entry for run in runs for entry in run if entry["round"] == server_round]
-    return statistics.fmean(entry[name] for entry in entries)
+    return f"{statistics.fmean(entry[name] for entry in entries):.2f}" if entries else ""
 
 
 def run_checks(rows: Sequence[Scores]) -> list[Check]:

@@ -10,7 +10,7 @@ from flwr.app import MessageType
 
 from faulty_grid import FaultyGrid, lost, people, run, settings
 from flexlora.errors import UserError
-from flexlora.server.robustness import robust_mean
+from flexlora.server.robustness import check_robust, robust_mean
 from flexlora.server.settings import check_config
 from one_round import SHAPES, distance, same_bits
 from packed import tampered
@@ -74,6 +74,10 @@ def test_what_a_rule_cannot_protect_is_refused(changes, sentence):
 )
 def test_methods_that_add_products_are_accepted(method):
     check_config(robust(method__name=method))
+
+
+def test_updates_that_are_private_by_themselves_may_be_compared():
+    check_robust(robust(privacy__mode="local"))
 
 
 def test_an_unknown_rule_is_refused_with_the_nearest_one():

@@ -15,6 +15,7 @@ from flexlora.simulations.experiments import hostile_runs
 from flexlora.simulations.experiments.hostile_clients import (
     CLEAN,
     RULES,
+    backdoor_table,
     hostile_variants,
     loss_table,
     run_checks,
@@ -218,3 +219,6 @@ def test_the_experiment_has_every_attack_under_every_rule_and_a_verdict():
         "mimic: loss over that without attack, under none": False,
     }
     assert loss_table(rows).row_count == 9
+    rows[1]["rounds"] = [{"round": r, "rank_2": 0.5, "rank_8": 1.0} for r in (1, 2)]
+    rows[2]["rounds"] = [{"round": 1, "rank_2": 0.0, "rank_8": 0.0}]
+    assert backdoor_table(rows).row_count == 4, "runs of unequal length"
