@@ -24,7 +24,7 @@ from flexlora.server.strategy import FlexLoRAStrategy
 from flexlora.simulations.scoring import held_out_scores
 from flexlora.training.models import BaseModel, load_base, resolve_name
 
-__all__ = ["evaluate_target", "export_run"]
+__all__ = ["check_sources", "evaluate_target", "export_run"]
 
 _DEALING = ("seed", "population.examples")  # beside data.* and clients.*: who holds which rows
 
@@ -60,7 +60,7 @@ def evaluate_target(
     config = resolved(Config.of(values))
     worker = worker_for(config)
     now, model = _sources_now(found, config, worker), config.model.name
-    _check_sources(found.sources, now, target=target, model=model, allow_changed=allow_changed)
+    check_sources(found.sources, now, target=target, model=model, allow_changed=allow_changed)
     scores = held_out_scores(worker, {}) | held_out_scores(worker, adapters)
     table = Table(box=None, pad_edge=False)
     for column in ("adapter", "loss", "exact match", "ROUGE-L", "rows"):
@@ -126,7 +126,7 @@ def _sources_now(found: _Target, config: Config, worker: Worker) -> Sources:
     return Sources(base=worker.base.fingerprint, rows=rows)
 
 
-def _check_sources(
+def check_sources(
     before: Sources | None, now: Sources, *, target: str, model: str, allow_changed: bool
 ) -> None:
     """Refuse sources that have changed, or print what has changed where that is allowed."""
@@ -172,7 +172,7 @@ def export_run(target: str, *, rank: int, kind: str, out: str, allow_changed: bo
     else:
         loaded = load_base(config.model.name, dtype=config.model.dtype, device="cpu", fresh=True)
         now, model = Sources(base=loaded.fingerprint), config.model.name
-        _check_sources(run.sources(), now, target=target, model=model, allow_changed=allow_changed)
+        check_sources(run.sources(), now, target=target, model=model, allow_changed=allow_changed)
         _save_merged(
             loaded, {n: svd.truncate(rank).to_dense() for n, svd in change.items()}, folder
         )

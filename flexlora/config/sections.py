@@ -17,6 +17,7 @@ from flexlora.data.chat import DEFAULT_DATE
 __all__ = [
     "QUANTIZATIONS",
     "RANK_POLICIES",
+    "Audit",
     "Clients",
     "Data",
     "Engine",
@@ -215,6 +216,13 @@ class Privacy(Options):
     reproducible: bool = option(
         False, "sampling and noise from the seed: no protection from those who know it"
     )
+
+
+class Audit(Options):
+    """Canary clients of a simulation, by which `flexlora audit` measures epsilon."""
+
+    canaries: int = option(0, "made-up clients that send a random change, or nothing", ge=0)
+    canary_norm: float = option(0.0, "norm of that change (0: privacy.clip)", ge=0.0)
 
 
 class Population(Options):

@@ -29,7 +29,14 @@ from flexlora.training.schedule import TrainSettings, learning_rate_at, num_step
 from flexlora.training.slots import SlotModel, kept_rank
 from flexlora.wire.jobs import TrainJob, TrainResult
 
-__all__ = ["TrainSettings", "answer_losses", "learning_rate_at", "num_steps", "train"]
+__all__ = [
+    "TrainSettings",
+    "answer_logits",
+    "answer_losses",
+    "learning_rate_at",
+    "num_steps",
+    "train",
+]
 
 
 def train(
@@ -274,12 +281,18 @@ class _Cohort:
 
 
 def answer_losses(slots: SlotModel, batch: Batch) -> list[Tensor]:
-    """Cross entropy of every answer token, slot by slot: K tensors ``[answer tokens]``.
+    """Cross entropy of every answer token, slot by slot: K tensors ``[answer tokens]``."""
+    logits, labels, counts = answer_logits(slots, batch)
+    return list(nn.functional.cross_entropy(logits, labels, reduction="none").split(counts))
+
+
+def answer_logits(slots: SlotModel, batch: Batch) -> tuple[Tensor, Tensor, list[int]]:
+    """Logits ``[n, vocabulary]`` and labels ``[n]`` of all answer tokens, and each slot's number.
 
     Only answer positions go through the output layer where the model takes ``logits_to_keep``,
     unless a target comes after that choice, where the clients' rows are no longer separable.
     Padding is on the right, outside causal attention, so no attention mask is needed and the fast
-    causal kernels run. The losses are float32 at least.
+    causal kernels run. The logits are float32 at least.
     """
     device = slots.device
     labels = batch.labels.to(device)[:, 1:]
@@ -290,13 +303,8 @@ def answer_losses(slots: SlotModel, batch: Batch) -> list[Tensor]:
     logits = slots.model(input_ids=input_ids, use_cache=False, **options).logits
     if logits.dim() == 3:
         logits = logits[keep]
-    losses = nn.functional.cross_entropy(
-        logits.float() if logits.dtype != torch.float64 else logits,
-        labels[wanted],
-        reduction="none",
-    )
     counts = wanted.view(len(batch.rows_per_slot), -1).sum(dim=1).tolist()
-    return list(losses.split(counts))
+    return logits if logits.dtype == torch.float64 else logits.float(), labels[wanted], counts
 
 
 class checkpointing:  # noqa: N801  (reads as a word at the place of use)

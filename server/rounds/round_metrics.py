@@ -41,7 +41,7 @@ class RoundMetrics:
 
     def update_history(self, history: History) -> None:
         """Record the trainings in the sum; of two by one client, that of this round's message."""
-        counted = [row for row in self.rows if row.outcome is Outcome.OK]
+        counted = [row for row in self.rows if row.outcome is Outcome.OK and row.has_loss]
         for row in sorted(counted, key=lambda row: not row.late):
             simulated = (
                 EQUAL_SECONDS if math.isnan(row.simulated_seconds) else row.simulated_seconds
@@ -70,9 +70,10 @@ class RoundMetrics:
         Weighted by examples; those of a late update are discounted as its update is.
         """
         counted = [row for row in self.rows if row.outcome is Outcome.OK]
-        weights = [row.discount * (row.num_examples or 0) for row in counted]
+        trained = [row for row in counted if row.has_loss]
+        weights = [row.discount * (row.num_examples or 0) for row in trained]
         examples = sum(weights)
-        loss = sum(row.train_loss * weight for row, weight in zip(counted, weights, strict=True))
+        loss = sum(row.train_loss * weight for row, weight in zip(trained, weights, strict=True))
         return {
             "train_loss": loss / examples if examples else math.nan,
             "clients_ok": len(counted),

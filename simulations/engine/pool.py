@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # a pool of other processes starts before this one has loaded
     from flexlora.clients.worker import Worker
     from flexlora.wire.jobs import EvalJob, EvalResult, TrainJob, TrainResult
 
-__all__ = ["LocalPool", "Pending", "Pool", "make_pool"]
+__all__ = ["Later", "LocalPool", "Pending", "Pool", "make_pool"]
 
 Result = TypeVar("Result")
 Result_co = TypeVar("Result_co", covariant=True)
@@ -51,16 +51,16 @@ class LocalPool:
         self.worker = worker
 
     def train(self, jobs: Sequence[TrainJob]) -> Pending[list[TrainResult]]:
-        return _Later(lambda: self.worker.train(jobs))
+        return Later(lambda: self.worker.train(jobs))
 
     def evaluate(self, jobs: Sequence[EvalJob]) -> Pending[list[EvalResult]]:
-        return _Later(lambda: self.worker.evaluate(jobs))
+        return Later(lambda: self.worker.evaluate(jobs))
 
     def close(self) -> None:
         """Nothing was started."""
 
 
-class _Later(Generic[Result]):
+class Later(Generic[Result]):
     """``work()`` at the first call of ``result``; afterwards only its value is referenced."""
 
     def __init__(self, work: Callable[[], Result]) -> None:
