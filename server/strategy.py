@@ -159,10 +159,9 @@ class FlexLoRAStrategy(Strategy):
             first = self._state.round + 1
         else:
             self._state = self.initial or self._zero()
-        server_round = first - 1
+        server_round, measured = first - 1, is_measured(grid)
         if server_round < self.last_round:
-            self.privacy.check_budget(len(self.roster.members))
-        measured = is_measured(grid)
+            self.privacy.check_start(len(self.roster.members), measured=measured)
         self.skipped.limit *= measured
         while server_round < self.last_round and not self.ended:
             server_round += 1
@@ -250,6 +249,9 @@ class FlexLoRAStrategy(Strategy):
         if getattr(grid, "sends_again", False):
             self.late.open_round(self.state, members, clock_of(grid))
         starts = plan.sent | self.late.starts
+        if private and self.method.needs.linear:  # the width of the noise is not the sample's
+            classes = self.roster.rank_classes
+            starts = RoundPlan.starts(self.method, self.state, classes, self.config) | starts
         self.metrics.bytes_carried = plan.bytes_carried
         self._open = ReplyHandler(
             plan=plan,
@@ -301,7 +303,7 @@ class FlexLoRAStrategy(Strategy):
             self.skipped.add(server_round)
         else:
             self._state = handler.opened.close()
-            self.privacy.spend(server_round, len(self.roster.members))
+            self.privacy.spend(server_round, len(self.roster.members), handler.opened.sums)
             self.norms.learn(server_round, settled.norms)
         if self.canaries is not None:
             self.canaries.score(self, before)
@@ -312,8 +314,7 @@ class FlexLoRAStrategy(Strategy):
         seconds = time.perf_counter() - began
         if self.metrics.skipped:
             self.observer.round_skipped(server_round, self.metrics.skipped)
-        epsilon = self.privacy.metrics(settled.norms)
-        totals = {**self.metrics.totals(), **served, **epsilon}
+        totals = {**self.metrics.totals(), **served, **self.privacy.metrics()}
         return None, MetricRecord({**totals, "server_seconds": seconds})
 
     def _evaluate(

@@ -220,8 +220,9 @@ def _out_there(metrics: Mapping[str, object]) -> str:
 
 
 def _spent(metrics: Mapping[str, object]) -> str:
-    epsilon = metrics.get("epsilon")
-    return f"  epsilon {epsilon:.3g}" if isinstance(epsilon, float) else ""
+    epsilon, stated = metrics.get("epsilon"), metrics.get("as_if_clients")
+    whose = f" as if {stated:,} clients" if stated else ""
+    return f"  epsilon {epsilon:.3g}{whose}" if isinstance(epsilon, float) else ""
 
 
 def _number(value: object) -> str:

@@ -9,7 +9,7 @@ differ the mean is of the changes, so that a column that few clients have does n
 
 from __future__ import annotations
 
-from flexlora.aggregation.engine.held_factors import add_changes, first_rows
+from flexlora.aggregation.engine.held_factors import add_columns, first_rows
 from flexlora.aggregation.engine.method import Law
 from flexlora.aggregation.engine.options import MethodOptions
 from flexlora.aggregation.engine.starts import Factoring, Start
@@ -25,7 +25,7 @@ class FFALoRA:
 
     name = "ffa-lora"
     laws = frozenset({Law.ORDER, Law.SCALE_OF_WEIGHTS, Law.ZERO_TRAINING, Law.AVERAGE_OF_PRODUCTS})
-    needs = Needs(factor_changes=True)
+    needs = Needs(linear=True)
     wire_space = "factors"
 
     Options = MethodOptions
@@ -43,4 +43,4 @@ class FFALoRA:
         )
 
     def close(self, state: State, sums: Sums) -> State:
-        return add_changes(state, sums)
+        return add_columns(state, sums)

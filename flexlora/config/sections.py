@@ -210,9 +210,15 @@ class Privacy(Options):
     clip: float = option(
         0.0, "norm to which a client's change is clipped, all modules together", ge=0.0
     )
+    clip_quantile: float = option(
+        0.0, "quantile of the clients' norms that the clip follows (0: it is fixed)", ge=0.0, le=1.0
+    )
     noise_multiplier: float = option(0.0, "deviation of the noise over privacy.clip", ge=0.0)
     delta: float = option(1e-5, "chance at which epsilon may fail: below 1/clients", gt=0.0, le=0.5)
     epsilon: float = option(0.0, "budget: no round is begun that would exceed it (0: none)", ge=0.0)
+    as_if_clients: int = option(
+        0, "simulate the noise and epsilon of so many clients (0: of those that take part)", ge=0
+    )
     reproducible: bool = option(
         False, "sampling and noise from the seed: no protection from those who know it"
     )

@@ -8,7 +8,8 @@ from flexlora.privacy.accounting import LOWEST_NOISE
 
 __all__ = ["PRIVATE_METHODS", "check_privacy"]
 
-PRIVATE_METHODS = ("aligned", "carried", "residual")  # their sum is one of clipped changes
+# Their sum is one of clipped changes: of products, or of the columns over one public lora_A.
+PRIVATE_METHODS = ("aligned", "basis", "carried", "ffa-lora", "residual")
 
 
 def check_privacy(config: Config) -> None:
@@ -19,7 +20,7 @@ def check_privacy(config: Config) -> None:
     """
     privacy = config.privacy
     if privacy.mode == "none":
-        for name in ("clip", "noise_multiplier", "epsilon"):
+        for name in ("clip", "clip_quantile", "noise_multiplier", "epsilon", "as_if_clients"):
             if value := getattr(privacy, name):
                 key = name.replace("_", "-")
                 raise UserError(
@@ -51,7 +52,13 @@ def _check_data_dependence(config: Config) -> None:
     if config.sampling.policy != "poisson":
         raise UserError(
             f"sampling.policy is {config.sampling.policy} with privacy.mode=central, expected "
-            "poisson: epsilon is accounted for clients that are sampled one by one."
+            "poisson: epsilon is accounted for clients that are sampled one by one. With "
+            "fraction-train=1 all that can be reached are asked, and nothing is amplified."
+        )
+    if config.sampling.cap and config.privacy.as_if_clients:
+        raise UserError(
+            f"sampling.cap is {config.sampling.cap} with privacy.as-if-clients, whose population "
+            "would have another cap; leave one of them out."
         )
     if config.fraction_train == 0.0:
         raise UserError("fraction-train is 0 with privacy.mode=central, expected more.")

@@ -106,6 +106,9 @@ CHARTS: tuple[ChartMaker, ...] = (
         subtitle="on the simulated devices and links",
     ),
     by_round("Epsilon", ("epsilon", "epsilon"), subtitle="of the adapters, at privacy.delta"),
+    by_round(
+        "Clip norm", ("clip norm", "clip"), subtitle="of a client's change, all modules together"
+    ),
     by_round("Joules", ("joules", "joules"), subtitle="on the simulated devices"),
 )
 

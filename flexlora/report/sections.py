@@ -55,7 +55,9 @@ def headline(run: RunRecords) -> Markup:
         if run.total(key) is not None:
             tiles.append((title, metric(key, run.total(key), derived=True), text(below)))
     if spent := run.last("epsilon"):
-        below = text(f"of the adapters, at delta {run.setting('privacy.delta')}")
+        stated = run.last("as_if_clients")
+        whose = f", as if {stated[1]:,.0f} clients" if stated else ""
+        below = text(f"of the adapters, at delta {run.setting('privacy.delta')}{whose}")
         tiles.append(("Epsilon", metric("epsilon", spent[1]), below))
     failed = int(run.total("clients_failed") or 0)
     trained = joined([count(int(run.total("clients_ok") or 0)), text(" updates counted")])

@@ -219,7 +219,9 @@ def _totals(records: RunRecords) -> str:
     sent_again = records.total("resent")
     parts += [f"{sent_again:.0f} messages sent again"] if sent_again else []
     epsilon = records.last("epsilon")
-    parts += [f"epsilon {format_metric('epsilon', epsilon[1])}"] if epsilon is not None else []
+    stated = records.last("as_if_clients")
+    whose = f" as if {stated[1]:,.0f} clients" if stated else ""
+    parts += [f"epsilon {format_metric('epsilon', epsilon[1])}{whose}"] if epsilon else []
     return ", ".join(parts)
 
 

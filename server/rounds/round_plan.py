@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from flwr.app import Message, MessageType
@@ -11,6 +11,7 @@ from flexlora.aggregation.engine.method import Method
 from flexlora.aggregation.engine.starts import Start
 from flexlora.aggregation.engine.state import State
 from flexlora.config.resolve import Config
+from flexlora.lora.ranks import RankClass
 from flexlora.server.members.roster import Member
 from flexlora.server.settings import factoring_of
 from flexlora.server.transport.messages import Payload, content_bytes, encode_train_job, pack
@@ -94,6 +95,17 @@ class RoundPlan:
             class_bytes={name: content_bytes(content) for name, content in contents.items()},
             pending=pending,
         )
+
+    @staticmethod
+    def starts(
+        method: Method, state: State, classes: Mapping[str, RankClass], config: Config
+    ) -> dict[str, Start]:
+        """The starts of these rank classes as clients would decode them, whoever is asked."""
+        factoring, dtype = factoring_of(config), config.wire.dtype
+        return {
+            name: _as_received(method.start(state, rank_class, factoring), dtype)
+            for name, rank_class in classes.items()
+        }
 
     @property
     def bytes_carried(self) -> int:

@@ -16,6 +16,7 @@ from flexlora.errors import UserError, nearest
 from flexlora.report.console import make_console
 from flexlora.simulations.experiments.flexlora_1613 import flexlora_1613
 from flexlora.simulations.experiments.heavy_tail import heavy_tail
+from flexlora.simulations.experiments.private_methods import private_methods
 from flexlora.simulations.experiments.rank_collapse import rank_collapse
 from flexlora.simulations.experiments.request import SEEDS, Request
 from flexlora.simulations.experiments.scaling import SCALING
@@ -92,6 +93,12 @@ EXPERIMENTS: dict[str, Experiment] = {
         expected="carried > aligned, 0 > fedex-lora, residual > flexlora > fedit; aligned > -0.25",
         minutes=60,
         run=heavy_tail,
+    ),
+    "private-methods": Experiment(
+        about="epsilon against loss of basis, carried, ffa-lora as if for 100 to 10,000 clients",
+        expected=TABLE,
+        minutes=30,
+        run=private_methods,
     ),
     "flexlora-1613": Experiment(
         about="1,613 clients, 80 a round, the paper's ranks; needs --set data.path=DIR",

@@ -268,7 +268,8 @@ def test_personal_and_simulated_numbers_are_shown_where_they_are(tmp_path):
 
 def test_a_private_run_shows_epsilon_and_is_finished_where_its_budget_is_spent(tmp_path):
     cause = "privacy.epsilon is 3, and epsilon 2.5 is spent; one more round would make it 3.5"
-    extra = {1: {"epsilon": 1.5}, 2: {"epsilon": 2.5, "budget_spent": cause}}
+    last = {"epsilon": 2.5, "budget_spent": cause, "as_if_clients": 12000, "clip": 0.75}
+    extra = {1: {"epsilon": 1.5, "clip": 0.5}, 2: last}
     folder = written_run(tmp_path / "run", (3.0, 2.0, 1.0), extra=extra, num_server_rounds=9)
     page = report_of(folder)
     assert (
@@ -276,6 +277,8 @@ def test_a_private_run_shows_epsilon_and_is_finished_where_its_budget_is_spent(t
         and "Epsilon" not in report_of(written_run(tmp_path / "plain", (3.0, 2.0))).said()
     )
     assert 2.5 in [value for value, *_ in page.data]
+    assert "of the adapters, at delta 1e-05, as if 12,000 clients" in page.said()
+    assert "Clip norm" in page.said()
     assert f"Round 2 is the last: {cause}." in page.said() and read_run(folder).finished
     written = written_run(
         tmp_path / "open", (3.0, 2.0), extra={1: {"epsilon": 1.5}}, num_server_rounds=9

@@ -106,6 +106,8 @@ def test_how_a_run_ended(going):
 def test_epsilon_and_resent_messages_are_shown_where_there_are_any(tmp_path):
     text = shown(SnapshotReader(written_run(tmp_path / "plain"))())
     assert "epsilon" not in text.splitlines()[-1] and "sent again" not in text
-    extra = {at: {"epsilon": 1.5 * at, "resent": at} for at in (1, 2)}
+    extra = {at: {"epsilon": 1.5 * at, "resent": at, "as_if_clients": 1000} for at in (1, 2)}
     noisy = written_run(tmp_path / "noisy", extra=extra)
-    assert "3 messages sent again, epsilon 3.000" in shown(SnapshotReader(noisy)())
+    assert "3 messages sent again, epsilon 3.000 as if 1,000 clients" in shown(
+        SnapshotReader(noisy)()
+    )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 
 import pytest
 import torch
+from dp_accounting import get_epsilon_gaussian
 
 from faulty_grid import FaultyGrid, people, run, settings
 from flexlora.errors import UserError
@@ -31,6 +33,14 @@ CLIENTS = 8
 
 def private(**changes):
     return settings(**{**PRIVATE, **changes})
+
+
+def linear(method, **changes):
+    """The same of a method whose sum is linear; ``ffa-lora`` has no server rate."""
+    keys = {**PRIVATE, **changes, "method__name": method}
+    if method == "ffa-lora":
+        del keys["method__server_learning_rate"]
+    return settings(**keys)
 
 
 def spent(rounds, noise=3.0, share=0.5):
@@ -61,6 +71,10 @@ def rows_of(path):
         ({"server__quorum": 3}, "server.quorum is 3 with privacy.mode=central: whether enough"),
         ({"method__server_learning_rate": 0.0}, "method.server-learning-rate is 0"),
         ({"fraction_train": 0.0}, "fraction-train is 0 with privacy.mode=central"),
+        (
+            {"sampling__cap": 7, "privacy__as_if_clients": 100},
+            "sampling.cap is 7 with privacy.as-if-clients",
+        ),
         ({"start_from": "RUN"}, "start-from is .*RUN' with privacy.mode=central"),
     ],
 )
@@ -70,7 +84,7 @@ def test_what_the_theorem_excludes_is_refused(changes, sentence):
         check_config(private(**changes))
 
 
-@pytest.mark.parametrize("method", ["flexlora", "fedit", "hetlora", "rolora", "ffa-lora"])
+@pytest.mark.parametrize("method", ["flexlora", "fedit", "hetlora", "rolora"])
 def test_a_method_that_does_not_add_changes_is_refused_by_name(method):
     changes = {k: v for k, v in PRIVATE.items() if not k.startswith("method__")}
     with pytest.raises(UserError, match=f"method.name is {method} with privacy.mode=central"):
@@ -106,12 +120,19 @@ def test_a_resumed_run_goes_on_with_its_ledger_and_its_secret(tmp_path):
     assert rows[-1]["round"] == 4 and rows[-1]["epsilon"] == pytest.approx(spent(4), rel=1e-9)
 
 
-def test_a_reproducible_run_in_two_parts_is_the_run_in_one(tmp_path):
-    changes = {"privacy__reproducible": True}
-    whole, _ = in_folder(tmp_path / "whole", private(num_server_rounds=4, **changes))
-    in_folder(tmp_path / "parts", private(num_server_rounds=2, **changes))
-    parts, _ = in_folder(tmp_path / "parts", private(num_server_rounds=4, **changes), resume=True)
+@pytest.mark.parametrize(("method", "quantile"), [("residual", 0.4), ("basis", 0), ("ffa-lora", 0)])
+def test_a_reproducible_run_in_two_parts_is_the_run_in_one(method, quantile, tmp_path):
+    def of(rounds):
+        changes = {"privacy__reproducible": True, "privacy__clip_quantile": float(quantile)}
+        return linear(method, num_server_rounds=rounds, **changes)
+
+    whole, _ = in_folder(tmp_path / "whole", of(4))
+    in_folder(tmp_path / "parts", of(2))
+    parts, _ = in_folder(tmp_path / "parts", of(4), resume=True)
     assert parts.privacy.ledger == whole.privacy.ledger
+    assert parts.privacy.clip == whole.privacy.clip
+    assert (whole.privacy.clip == 0.5) == (not quantile)
+    assert whole.privacy.ledger.epsilon == pytest.approx(spent(4), rel=1e-9)  # as of any method
     for name in whole.state.change:
         both = (one.state.change.delta_weight(name) for one in (whole, parts))
         assert torch.equal(*both)
@@ -131,6 +152,29 @@ def test_a_round_without_any_update_is_noise_and_counts():
     assert not [sent for sent in grid.pushed if sent[0] == "train"]
     assert strategy.privacy.ledger.num_rounds == 1 and not strategy.metrics.skipped
     assert all(float(svd.S.sum()) > 0 for svd in strategy.state.change.values())
+
+
+@pytest.mark.parametrize("method", ["basis", "ffa-lora"])
+def test_the_width_of_the_noise_is_that_of_the_widest_class_whoever_was_sampled(method):
+    """Ranks are 2 and 4: where only a client of rank 2 is sampled, rank 4 has noise as well."""
+    for share, seed in ((1e-6, 0), (0.2, 15)):
+        config = linear(
+            method,
+            fraction_train=share,
+            seed=seed,
+            num_server_rounds=1,
+            privacy__reproducible=True,
+            wire__dtype="bfloat16",
+        )
+        grid = FaultyGrid(people(CLIENTS))
+        strategy = run(grid, config)
+        asked = [sent[2] for sent in grid.pushed if sent[0] == "train"]
+        ranks = {strategy.roster.members[client].rank_class.rank for client in asked}
+        assert ranks == (set() if share < 0.1 else {2})
+        for name, (out_features, in_features) in strategy.state.change.shapes.items():
+            change = strategy.state.change.delta_weight(name)
+            rank = torch.linalg.matrix_rank(change, rtol=1e-4)
+            assert rank == min(4, out_features, in_features)
 
 
 def test_the_seed_draws_the_noise_and_the_sample_only_where_that_is_asked_for():
@@ -167,6 +211,76 @@ def test_a_client_that_joins_leaves_the_divisor_as_it_was():
     counted = [mechanism.num_clients for mechanism, _ in strategy.privacy.ledger.rounds]
     assert counted[0] == CLIENTS and counted[-1] == CLIENTS + 1
     assert strategy.privacy.gaussian_sum(4, CLIENTS + 1).expected_clients == 0.5 * CLIENTS
+
+
+# --- a clip norm that follows a quantile -------------------------------------------------------
+
+
+def test_the_clip_follows_the_noised_share_and_the_noise_pays_for_the_count(tmp_path):
+    """The ledger has the joint multiplier; the sum gets more, and the count twice its deviation."""
+    adaptive = {"privacy__clip_quantile": 0.5, "privacy__noise_multiplier": 0.3}
+    config = private(num_server_rounds=3, privacy__reproducible=True, **adaptive)
+    strategy, rows = in_folder(tmp_path / "run", config)
+    assert rows[1]["clip"] == 0.5 and rows[3]["epsilon"] == spent(3, noise=0.3)
+    clips = [*(row["clip"] for row in rows[2:]), strategy.privacy.clip]
+    for row, after in zip(rows[1:], clips, strict=True):
+        share = 1 - row["clipped_share"]
+        if 0 < share < 1:  # what is shown is limited to that
+            assert after == pytest.approx(row["clip"] * math.exp(-0.2 * (share - 0.5)), rel=1e-12)
+            counted = row["clients_ok"]
+            assert min(abs(share * counted - k) for k in range(counted + 1)) > 1e-9
+        assert after != row["clip"]
+    drawn = strategy.privacy.gaussian_sum(4, CLIENTS)
+    joint = drawn.noise_multiplier**-2 + (2 * 0.6) ** -2
+    assert joint == pytest.approx(0.3**-2, rel=1e-12) and drawn.clip == strategy.privacy.clip
+
+
+# --- a cohort that stands for a larger population ----------------------------------------------
+
+
+def as_if(stated, **changes):
+    config = private(privacy__as_if_clients=stated, num_server_rounds=2, **changes)
+    grid = FaultyGrid(people(CLIENTS))
+    grid.in_process = True
+    return run(grid, config)
+
+
+def test_a_cohort_that_stands_for_more_has_their_noise_on_the_mean_and_their_epsilon(tmp_path):
+    strategy = as_if(80 * CLIENTS)
+    once = Mechanism(num_clients=80 * CLIENTS, sample_share=0.5, noise_multiplier=3.0)
+    metrics = strategy.privacy.metrics()
+    assert metrics["as_if_clients"] == 640
+    assert metrics["epsilon"] == pytest.approx(epsilon_of([(once, 2)], 1e-5), rel=1e-9)
+    drawn = strategy.privacy.gaussian_sum(3, CLIENTS)
+    assert drawn.expected_clients == 0.5 * CLIENTS  # the divisor is that of the cohort
+    assert drawn.deviation == pytest.approx(3.0 * 0.5 / (0.5 * 640), rel=1e-12)
+
+
+def test_scaled_noise_is_refused_over_nodes_and_for_fewer_clients_than_there_are():
+    config = private(privacy__as_if_clients=640)
+    with pytest.raises(UserError, match="as-if-clients is 640 in a run over nodes"):
+        run(FaultyGrid(people(CLIENTS)), config)
+    with pytest.raises(UserError, match="as-if-clients is 7 and 8 clients take part, expected at"):
+        as_if(7)
+
+
+# --- everybody who is there: no amplification --------------------------------------------------
+
+
+def test_a_run_that_asks_everybody_over_nodes_is_accounted_without_amplification():
+    """Three of eight leave: none takes their place, and the divisor is still eight."""
+    config = private(fraction_train=1.0, num_server_rounds=2)
+    nodes = people(CLIENTS)
+    gone = list(nodes)[:3]
+    grid = FaultyGrid(nodes, away={node: [(0.5, 10**6)] for node in gone})
+    strategy = run(grid, config)
+    asked = {t: {s[2] for s in grid.pushed if s[:2] == ("train", t)} for t in (1, 2)}
+    assert len(asked[2]) == CLIENTS - 3
+    ((mechanism, count),) = strategy.privacy.ledger.rounds
+    assert (mechanism.sampling, count) == ("none", 2)
+    closed_form = get_epsilon_gaussian(3.0 / math.sqrt(2), 1e-5)
+    assert strategy.privacy.ledger.epsilon == pytest.approx(closed_form, rel=1e-12)
+    assert strategy.privacy.gaussian_sum(3, CLIENTS).expected_clients == CLIENTS
 
 
 def test_a_rollback_would_forget_what_was_spent(tmp_path):

@@ -1,12 +1,18 @@
 """The sum of a round under central differential privacy: clipped changes, plus Gaussian noise.
 
-    D_k = s_k B_k A_k - start_k
+    D_k = s_k B_k A_k - start_k            the full-size change,  [out, in] a module
+    D_k = L_k = s_k B_k - s B_start        the linear form,       [out, R] (``linear_update.py``)
     change = (sum_k min(1, C / |D_k|) D_k + N(0, (z C)^2)) / (q N)
 
-``|D_k|`` is over all modules together, so one client moves the sum by at most C in any norm that
-the noise has to cover. All clients count alike, and the divisor is the expected number of clients,
-a constant: the number that came is itself private (McMahan et al. 2018, arXiv 1710.06963). A round
-to which no client came is noise, too.
+``|D_k|`` is over all modules together, so one client moves the sum by at most C in the Euclidean
+norm of the numbers that get noise. In the linear form these are the columns: what they are then
+multiplied with, ``A``, is public, and the statement holds whether or not its rows are orthonormal
+(over a 16-bit wire they are to 0.4 %). R is the largest rank that is sent, since the ranks of those
+who came would show in a narrower noise.
+
+All clients count alike, and the divisor is the expected number of clients, a constant: the number
+that came is itself private (McMahan et al. 2018, arXiv 1710.06963). A round to which no client came
+is noise, too.
 """
 
 from __future__ import annotations
@@ -65,6 +71,13 @@ class GaussianSum:
             return replace(change, dense=dense)
 
         return LazySums(changes, plus_noise)
+
+    def noisy_columns(self, name: str, total: Tensor, A: Tensor) -> MatrixSum:
+        """``(total / (q N) + noise) A`` of a linear sum; ``total [out, R]``, ``A [R, in]``."""
+        out_features, rank = total.shape
+        noise = self.noise(name, (out_features, rank), total.dtype).to(total.device)
+        columns = noise.add_(total, alpha=1.0 / self.expected_clients)
+        return MatrixSum(shape=(out_features, A.shape[1]), terms=((1.0, columns, A),))
 
     def noise(self, name: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """``N(0, deviation^2)``, ``shape``, on the CPU."""

@@ -19,10 +19,19 @@ from flexlora.aggregation.engine.state import State
 from flexlora.aggregation.engine.sums import Sums
 from flexlora.algebra.decompose import MatrixSum
 from flexlora.algebra.linalg import live_rows
+from flexlora.errors import UpdateRefused
 from flexlora.lora.adapters import Adapter, LoRAFactors
 from flexlora.seeds import generator
 
-__all__ = ["add_changes", "first_rows", "held_factors", "hold", "known_factors", "widened"]
+__all__ = [
+    "add_changes",
+    "add_columns",
+    "first_rows",
+    "held_factors",
+    "hold",
+    "known_factors",
+    "widened",
+]
 
 
 def held_factors(state: State, name: str) -> Pair | None:
@@ -70,6 +79,31 @@ def add_changes(state: State, sums: Sums) -> State:
         A, B = widened((A, B), rank)
         last_A, last_B = widened(last, rank)
         factors[name] = (A + last_A, B + last_B)
+    return hold(state, factors)
+
+
+def add_columns(state: State, sums: Sums) -> State:
+    """The next state: the stored ``s B`` plus the linear sum, over the ``A`` that all share.
+
+    Raises:
+        UpdateRefused: without known starts, updates over different ``A``.
+    """
+    factors = {}
+    for name in state.change:
+        terms = sums.linear[name].terms
+        last = known_factors(state, sums.sent, name)
+        if last is None:
+            if len(terms) > 1:
+                raise UpdateRefused(
+                    f"module '{name}': the updates have {len(terms)} different lora_A, expected "
+                    "one that all share, of which a lower rank has the first rows."
+                )
+            last = terms[0][2].double(), torch.zeros_like(terms[0][1])
+        rank = max(last[0].shape[0], *(columns.shape[1] for _, columns, _ in terms))
+        A, B = widened(last, rank)
+        for _, columns, _ in terms:
+            B = B + torch.nn.functional.pad(columns, (0, rank - columns.shape[1]))
+        factors[name] = A, B
     return hold(state, factors)
 
 

@@ -1,10 +1,11 @@
 """The linear form of updates that share one frozen ``lora_A``, and their weighted sums.
 
-    Delta_k = s_k B_k A[:r_k] = L_k A,       L_k = s_k B_k padded with zero columns, [out, R]
+    Delta_k = L_k A,   L_k = s_k B_k - s B_start, padded with zero columns, [out, R]
     sum_k p_k Delta_k = (sum_k p_k L_k) A,   exact at unequal ranks
     |Delta_k|_F = |L_k|_F                    where the rows of A are orthonormal
 
 ``A [R, in]`` is the same for all clients of a round, and a client of rank r has its first r rows.
+``B_start`` is zero in ``basis``, where clients train ``lora_B`` anew in every round.
 ``L_k`` is all that the server has to learn of a client, and only its sum: masks of a secure sum and
 the clipping and noise of differential privacy apply to it. FFA-LoRA (arXiv 2403.12313) makes the
 same observation for one A of all rounds and equal ranks.
@@ -13,7 +14,7 @@ same observation for one A of all rounds and equal ranks.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +24,14 @@ from flexlora.algebra.decompose import MatrixSum
 from flexlora.errors import UpdateRefused
 from flexlora.lora.adapters import Adapter, LoRAFactors
 
-__all__ = ["LinearSums", "check_basis", "linear_norm", "linear_update", "scaled_columns"]
+__all__ = [
+    "LinearSums",
+    "check_basis",
+    "linear_norm",
+    "linear_update",
+    "scaled_columns",
+    "widest_start",
+]
 
 
 def scaled_columns(factors: LoRAFactors, rank: int | None = None) -> Tensor:
@@ -45,13 +53,22 @@ def linear_update(
     return {name: scaled_columns(factors, ranks[name]) for name, factors in adapter.items()}
 
 
-def linear_norm(adapter: Mapping[str, LoRAFactors]) -> float:
-    """``|L_k|_F`` over all modules together, in float64.
+def linear_norm(
+    adapter: Mapping[str, LoRAFactors], start: Mapping[str, LoRAFactors] | None = None
+) -> float:
+    """``|L_k|_F`` over all modules together, in float64; ``start`` None: one of zeros.
 
     It is the norm of what is summed, whatever ``lora_A`` is; that of the products, ``|Delta_k|_F``,
     only as far as the rows are orthonormal: over a 16-bit wire to within 0.4 %.
     """
-    return math.sqrt(sum(float(scaled_columns(f).square().sum()) for f in adapter.values()))
+    parts = (_change(factors, name, start) for name, factors in adapter.items())
+    return math.sqrt(sum(float(part.square().sum()) for part in parts))
+
+
+def _change(factors: LoRAFactors, name: str, start: Mapping[str, LoRAFactors] | None) -> Tensor:
+    """``s B - s B_start`` of one module, ``[out, rank]``."""
+    columns = scaled_columns(factors)
+    return columns if start is None else columns - scaled_columns(start[name]).to(columns.device)
 
 
 def same_first_rows(first: Tensor, second: Tensor) -> bool:
@@ -81,37 +98,46 @@ class _Columns:
     A: Tensor
     total: Tensor
 
-    def add(self, factors: LoRAFactors, weight: float) -> None:
-        if factors.rank > self.A.shape[0]:
-            self.A = factors.lora_A
+    @classmethod
+    def zero(cls, factors: LoRAFactors) -> _Columns:
+        """No client yet, at the rank of ``factors`` and over their ``lora_A``."""
+        return cls(A=factors.lora_A, total=torch.zeros_like(factors.lora_B, dtype=torch.float64))
+
+    def add(self, A: Tensor, columns: Tensor, weight: float) -> None:
+        if A.shape[0] > self.A.shape[0]:
+            self.A = A
         missing = self.A.shape[0] - self.total.shape[1]
         self.total = torch.nn.functional.pad(self.total, (0, missing))
-        self.total[:, : factors.rank] += weight * scaled_columns(factors)
+        self.total[:, : A.shape[0]] += weight * columns
 
 
 class LinearSums:
     """``sum_k w_k L_k`` and ``sum_k w_k``: of every module one sum for each ``A``.
 
     All updates of a round share one ``A``; late ones have that of an earlier round. Float64,
-    ``[out, R]`` a module; R grows to the largest rank that was added, and memory does not grow with
-    the number of clients.
+    ``[out, R]`` a module; memory does not grow with the number of clients. R grows to the largest
+    rank that was added, or is at least that of the adapter ``widest``.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, widest: Mapping[str, LoRAFactors] | None = None) -> None:
         self.total = 0.0
-        self._columns: dict[str, list[_Columns]] = {}
+        self._columns = {name: [_Columns.zero(f)] for name, f in (widest or {}).items()}
 
-    def add(self, adapter: Mapping[str, LoRAFactors], weight: float) -> None:
+    def add(
+        self,
+        adapter: Mapping[str, LoRAFactors],
+        weight: float,
+        start: Mapping[str, LoRAFactors] | None = None,
+    ) -> None:
         """Add ``weight`` times one client's ``L_k``."""
         self.total += weight
         for name, factors in adapter.items():
             known = self._columns.setdefault(name, [])
             columns = next((c for c in known if same_first_rows(c.A, factors.lora_A)), None)
             if columns is None:
-                total = torch.zeros_like(factors.lora_B, dtype=torch.float64)
-                columns = _Columns(A=factors.lora_A, total=total)
+                columns = _Columns.zero(factors)
                 known.append(columns)
-            columns.add(factors, weight)
+            columns.add(factors.lora_A, _change(factors, name, start), weight)
 
     def mean(self, name: str) -> MatrixSum:
         """``sum_k p_k Delta_k`` of a module: one term ``[out, R] @ [R, in]`` for each ``A``."""
@@ -121,5 +147,24 @@ class LinearSums:
             terms=tuple((1.0, columns.total / self.total, columns.A) for columns in known),
         )
 
+    def sum_of(self, name: str) -> tuple[Tensor, Tensor]:
+        """``sum_k w_k L_k [out, R]`` and the ``A [R, in]`` of a module that all updates share.
+
+        Raises:
+            ValueError: updates over different ``A``.
+        """
+        (columns,) = self._columns[name]
+        return columns.total, columns.A
+
     def clear(self) -> None:
         self._columns = {}
+
+
+def widest_start(starts: Iterable[Mapping[str, LoRAFactors]]) -> dict[str, LoRAFactors]:
+    """By module the factors of the largest rank among ``starts``, which share their first rows."""
+    widest: dict[str, LoRAFactors] = {}
+    for start in starts:
+        for name, factors in start.items():
+            if name not in widest or factors.rank > widest[name].rank:
+                widest[name] = factors
+    return widest

@@ -2,7 +2,7 @@
 
     products        mean over clients of  s_k B_k A_k
     starts          mean over clients of the products that they started from
-    linear          the mean of products that share one lora_A, as (mean of s_k B_k) A
+    linear          mean of  s_k B_k A - s B_start A  over one shared A, as (mean of s B) A
     factors         means of  A_k  and  s_k B_k,  row by row (``factor_sums.py``)
     factor_changes  the same of  A_k - A_start  and  s_k B_k - s B_start
     bands           per band of rank: mean of the products over the clients that reach it
@@ -13,7 +13,8 @@ Client k has weight ``d_k w_k / sum_j d_j w_j``: ``w_k = needs.weight(update)`` 
 default the examples, and ``d_k`` the discount of a late update, 1 for others. ``Sums.add`` applies
 it, so that no method can forget it.
 
-Under differential privacy ``products`` and ``starts`` are not means: see ``gaussian_sum.py``.
+Under differential privacy ``products``, ``starts`` and ``linear`` are not means: see
+``gaussian_sum.py``.
 """
 
 from __future__ import annotations
@@ -26,7 +27,12 @@ import torch
 from flexlora.aggregation.engine.band_sums import BandSums
 from flexlora.aggregation.engine.factor_sums import FactorSums
 from flexlora.aggregation.engine.gaussian_sum import GaussianSum
-from flexlora.aggregation.engine.linear_update import LinearSums, check_basis
+from flexlora.aggregation.engine.linear_update import (
+    LinearSums,
+    check_basis,
+    linear_norm,
+    widest_start,
+)
 from flexlora.aggregation.engine.product_sums import ProductSums, factors_term
 from flexlora.aggregation.engine.server_rate import ChangeNorms, change_energy
 from flexlora.aggregation.engine.starts import Start
@@ -88,9 +94,12 @@ class Sums:
         self._device = torch.device(device)
         self._products = ProductSums(shapes)
         self._factors, self._bands = FactorSums(shapes, device), BandSums(shapes, sent)
-        self._linear = LinearSums()
+        # Which ranks came must not show in the width of the noise.
+        known = private is not None and needs.linear
+        self._linear = LinearSums(widest_start(s.trained for s in sent.values()) if known else None)
         self._start_weights, self._total = dict.fromkeys(sent, 0.0), 0.0
         self._norms = ChangeNorms()
+        self.counted, self.unclipped = 0, 0  # the updates of a private sum; those within the clip
 
     def check(self, update: Update) -> None:
         """Refuse an update whose start is needed and not known.
@@ -123,7 +132,7 @@ class Sums:
             if update.rank_class in self._start_weights:
                 self._start_weights[update.rank_class] += weight
         if needs.linear:
-            self._linear.add(adapter, weight)
+            self._linear.add(adapter, weight, start)
         if needs.factors:
             self._factors.add(adapter, weight, drawn_rows(update, self.sent))
         if needs.factor_changes:
@@ -135,8 +144,16 @@ class Sums:
 
     def _weight(self, update: Update, adapter: Adapter, start: Adapter | None) -> float:
         if self._private is not None:
-            return self._private.factor(self._energy(update, adapter, start))
+            factor = self._private.factor(self._clipped_energy(update, adapter, start))
+            self.counted, self.unclipped = self.counted + 1, self.unclipped + (factor == 1.0)
+            return factor
         return update.discount * self.needs.weight(update)
+
+    def _clipped_energy(self, update: Update, adapter: Adapter, start: Adapter | None) -> float:
+        """The squared norm of what the private sum adds: of ``L_k`` where that is linear."""
+        if self.needs.linear:
+            return linear_norm(adapter, start) ** 2
+        return self._energy(update, adapter, start)
 
     def _energy(self, update: Update, adapter: Adapter, start: Adapter | None) -> float:
         """``|D|^2`` of the update's change, by the one route that gives its bits."""
@@ -173,9 +190,13 @@ class Sums:
 
     @property
     def linear(self) -> LazySums:
-        """``(sum_k p_k pad(s_k B_k)) A`` by module, one term for each round's ``A``."""
+        """``(sum_k p_k L_k) A`` by module, one term for each round's ``A``."""
         self._declared("linear")
-        return LazySums(self.shapes, self._linear.mean)
+        private = self._private
+        if private is None:
+            return LazySums(self.shapes, self._linear.mean)
+        noisy = private.noisy_columns
+        return LazySums(self.shapes, lambda name: noisy(name, *self._linear.sum_of(name)))
 
     @property
     def factors(self) -> FactorSums:
