@@ -48,7 +48,8 @@ def audit_canaries(
     statistic = in_statistic(scores, weights, share)
     linear = linear_statistic(scores, weights)
     groups: dict[str, list[int]] = {ALL: list(range(len(included)))}
-    if len(names := list(dict.fromkeys(classes))) > 1:
+    names = sorted(set(classes), key=lambda name: (len(name), name))  # rank_8 before rank_16
+    if len(names) > 1:
         groups |= {n: [k for k, held in enumerate(classes) if held == n] for n in names}
     found = []
     for name, members in groups.items():

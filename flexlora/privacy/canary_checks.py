@@ -8,7 +8,7 @@ from flexlora.errors import UserError
 __all__ = ["AUDITED_METHODS", "check_canaries"]
 
 # Their clients send lora_B, and the change of one is a term of the next global change.
-AUDITED_METHODS = ("aligned", "basis", "carried", "ffa-lora", "flexlora", "residual")
+AUDITED_METHODS = ("aligned", "basis", "carried", "flexlora", "residual")
 AUDITED_MODES = ("none", "central")
 
 
@@ -53,6 +53,12 @@ def check_canaries(config: Config) -> None:
             f"sampling.policy is {config.sampling.policy} {asked}, expected uniform or poisson: "
             "canaries have no losses, and all must be sampled alike."
         )
+    for key, why in {
+        "privacy.clip-quantile": "a canary has the norm of a clip that stays",
+        "privacy.as-if-clients": "epsilon is then that of noise which is not added",
+    }.items():
+        if value := config.flat()[key]:
+            raise UserError(f"{key} is {value:g} {asked}: {why}; leave it out.")
     for key in ("server.over-selection", "population.dropout", "population.straggler-share"):
         if value := config.flat()[key]:
             raise UserError(

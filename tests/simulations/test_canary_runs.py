@@ -48,8 +48,8 @@ def test_those_that_are_in_leave_a_trace_and_the_others_do_not(tmp_path, method)
     inside = [s for s, coin in zip(scores, record.included, strict=True) if coin]
     outside = [s for s, coin in zip(scores, record.included, strict=True) if not coin]
     assert min(len(inside), len(outside)) >= 6
-    # All were sampled, and clients count alike but for their examples.
-    assert weight == pytest.approx(1 / 28)
+    # All were sampled and count alike but for their examples; the server's rate may be above 1.
+    assert weight >= 1 / 28 - 1e-9
     assert 0.5 * weight < fmean(inside) < 3 * weight
     assert abs(fmean(outside)) < 0.3 * fmean(inside)
     rows = {row["client_id"]: row for row in RunFolder(tmp_path / "run").client_rows()}
@@ -121,7 +121,8 @@ def test_a_run_without_canaries_says_how_to_make_one(tmp_path, capsys):
     said = refusal(["audit", tmp_path / "run", "--part", "canaries"], capsys)
     assert "has no canaries" in said and "flexlora simulate --set audit.canaries=200" in said
     (tmp_path / "run" / CANARY_FILE).write_text('{"classes": {"canary_000": "rank_2"}}')
-    assert f"{CANARY_FILE}' is damaged" in refusal(["audit", tmp_path / "run"], capsys)
+    damaged = refusal(["audit", tmp_path / "run", "--part", "canaries"], capsys)
+    assert f"{CANARY_FILE}' is damaged (KeyError: 'rounds')" in damaged
 
 
 @pytest.mark.parametrize(
@@ -134,6 +135,8 @@ def test_a_run_without_canaries_says_how_to_make_one(tmp_path, capsys):
         ({"server__over_selection": 0.5}, "server.over-selection is 0.5 with audit.canaries=24"),
         ({"population__dropout": 0.1}, "population.dropout is 0.1 with audit.canaries=24"),
         ({"population__availability": "markov"}, r"population.\* describes devices"),
+        ({**PRIVATE, "privacy__as_if_clients": 900}, "privacy.as-if-clients is 900 with audit"),
+        ({**PRIVATE, "privacy__clip_quantile": 0.5}, "privacy.clip-quantile is 0.5 with audit"),
         ({**PRIVATE, "privacy__clip": 0.5}, "audit.canary-norm is 1 .* above privacy.clip=0.5"),
     ],
 )
