@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flexlora.config.resolve import Config
+from flexlora.config.resolve import KEYS, Config
 from flexlora.errors import UserError
 
 __all__ = ["AUDITED_METHODS", "check_canaries"]
@@ -10,6 +10,7 @@ __all__ = ["AUDITED_METHODS", "check_canaries"]
 # Their clients send lora_B, and the change of one is a term of the next global change.
 AUDITED_METHODS = ("aligned", "basis", "carried", "flexlora", "residual")
 AUDITED_MODES = ("none", "central")
+TIMED = ("population.dropout", "population.straggler-share")
 
 
 def check_canaries(config: Config) -> None:
@@ -59,8 +60,8 @@ def check_canaries(config: Config) -> None:
     }.items():
         if value := config.flat()[key]:
             raise UserError(f"{key} is {value:g} {asked}: {why}; leave it out.")
-    for key in ("server.over-selection", "population.dropout", "population.straggler-share"):
-        if value := config.flat()[key]:
+    for key in ("server.over-selection", "server.quorum", *TIMED):
+        if (value := config.flat()[key]) != KEYS[key].default:
             raise UserError(
                 f"{key} is {value:g} {asked}: who else counts would depend on the canaries that "
                 "send nothing, or on time, which canaries do not need; leave it out."
