@@ -80,16 +80,39 @@ def membership_of_run(target: str | Path, *, allow_changed: bool = False) -> lis
     trained = _trained_rows(run, worker)
     strategy = FlexLoRAStrategy(config)
     used = {rank_class.name: rank_class for rank_class in classes.values()}
-    tested = {GLOBAL: (strategy.global_adapter(state), sorted(trained))}
-    for name, adapter in strategy.served(state, _by_rank(used)).items():
-        mine = [c for c in sorted(trained) if classes[c].name == name]
-        if mine and len(used) > 1:
-            tested[name] = adapter, mine
-    return [
-        row
-        for name, (adapter, client_ids) in tested.items()
-        for row in _tested(worker, name, adapter, {c: trained[c] for c in client_ids})
-    ]
+    tested = {GLOBAL: strategy.global_adapter(state)}
+    if len(used) > 1:
+        tested |= strategy.served(state, _by_rank(used))
+    rows = _drawn_rows(worker, trained)
+    base = _scores(worker, None, [row.example for row in rows])
+    found = []
+    for name, adapter in tested.items():
+        mine = [k for k, row in enumerate(rows) if name in (GLOBAL, classes[row.client_id].name)]
+        if any(rows[k].member for k in mine):
+            under = _scores(worker, adapter, [rows[k].example for k in mine])
+            found += _separations(name, [rows[k] for k in mine], under, base.of(mine))
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Row:
+    example: Example
+    client_id: str
+    member: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Scores:
+    """Of rows: their answers' mean log-probabilities, and Min-K%++."""
+
+    loglikelihood: Sequence[float]
+    lowest: Sequence[float]
+
+    def of(self, rows: Sequence[int]) -> _Scores:
+        return _Scores(
+            loglikelihood=[self.loglikelihood[k] for k in rows],
+            lowest=[self.lowest[k] for k in rows],
+        )
 
 
 def _worker(run: RunFolder, config: Config) -> Worker:
@@ -110,7 +133,7 @@ def _trained_rows(run: RunFolder, worker: Worker) -> dict[str, list[int]]:
     """By client: the train rows in the steps of its updates that were summed, ascending.
 
     Raises:
-        UserError: no update of a client that this data holds was summed.
+        UserError: there is no such update of a client that this data holds.
     """
     known, rows = set(worker.client_ids), dict[str, set[int]]()
     for row in run.client_rows():
@@ -122,61 +145,68 @@ def _trained_rows(run: RunFolder, worker: Worker) -> dict[str, list[int]]:
         rows.setdefault(client_id, set()).update(i for step in plan for i in step)
     if not rows:
         raise UserError(
-            f"no update of a client was summed in '{run.path}', so no row is a member; resume it."
+            f"'{run.path}' has no summed update of a client whose rows are at hand: rows of "
+            "deployed clients are on their nodes, and a run without a round has no members."
         )
     return {client_id: sorted(indices) for client_id, indices in rows.items()}
 
 
-def _tested(
-    worker: Worker, name: str, adapter: Adapter, trained: Mapping[str, Sequence[int]]
-) -> list[MembershipRow]:
-    members = [
-        worker.data.examples(client_id, "train")[i]
-        for client_id, indices in trained.items()
-        for i in indices
-    ]
-    seen = {row.input_ids for row in members}
-    others = [
-        row
-        for client_id in trained
-        for split in HELD_OUT
-        for row in worker.data.examples(client_id, split)
-        if row.input_ids not in seen
-    ]
+def _drawn_rows(worker: Worker, trained: Mapping[str, Sequence[int]]) -> list[_Row]:
+    """At most ``MOST_ROWS`` members, and as many held-out rows of their clients.
+
+    Raises:
+        UserError: there are no held-out rows.
+    """
+    members, others, seen = list[_Row](), list[_Row](), set[tuple[int, ...]]()
+    for client_id, indices in trained.items():
+        rows = worker.data.examples(client_id, "train")
+        members += [_Row(example=rows[i], client_id=client_id, member=True) for i in indices]
+        seen |= {rows[i].input_ids for i in indices}
+    for client_id in trained:
+        held = [row for split in HELD_OUT for row in worker.data.examples(client_id, split)]
+        new = [row for row in held if row.input_ids not in seen]
+        others += [_Row(example=row, client_id=client_id, member=False) for row in new]
     if not others:
         raise UserError(
-            f"the clients of '{name}' have no held-out rows to compare with; the data needs a "
-            "validation or a test split."
+            "the clients have no held-out rows to compare with; the data needs a validation or a "
+            "test split."
         )
-    members, others = (_drawn(rows, worker.config.seed) for rows in (members, others))
-    rows = [*members, *others]
-    under, base = _scores(worker, adapter, rows), _scores(worker, None, rows)
-    values = {
-        SCORES[0]: under[0],
-        SCORES[1]: [a - b for a, b in zip(under[0], base[0], strict=True)],
-        SCORES[2]: [a - b for a, b in zip(under[1], base[1], strict=True)],
-    }
-    count = len(members)
-    return [
-        MembershipRow(adapter=name, score=score, found=separation(of[:count], of[count:]))
-        for score, of in values.items()
-    ]
+    return [row for rows in (members, others) for row in _drawn(rows, worker.config.seed)]
 
 
-def _drawn(rows: Sequence[Example], seed: int) -> list[Example]:
+def _drawn(rows: Sequence[_Row], seed: int) -> list[_Row]:
     if len(rows) <= MOST_ROWS:
         return list(rows)
     chosen = numpy_generator(seed, "membership").choice(len(rows), MOST_ROWS, replace=False)
     return [rows[i] for i in sorted(chosen)]
 
 
-def _scores(
-    worker: Worker, adapter: Adapter | None, rows: Sequence[Example]
-) -> tuple[list[float], list[float]]:
+def _separations(
+    name: str, rows: Sequence[_Row], under: _Scores, base: _Scores
+) -> list[MembershipRow]:
+    """By score; none where a class has no held-out rows."""
+    differences = (
+        [a - b for a, b in zip(one, other, strict=True)]
+        for one, other in (
+            (under.loglikelihood, base.loglikelihood),
+            (under.lowest, base.lowest),
+        )
+    )
+    found = []
+    for score, values in zip(SCORES, (under.loglikelihood, *differences), strict=True):
+        members = [v for v, row in zip(values, rows, strict=True) if row.member]
+        others = [v for v, row in zip(values, rows, strict=True) if not row.member]
+        if others:
+            one = separation(members, others)
+            found.append(MembershipRow(adapter=name, score=score, found=one))
+    return found
+
+
+def _scores(worker: Worker, adapter: Adapter | None, rows: Sequence[Example]) -> _Scores:
     slots = worker.slots
     slots.load([adapter]) if adapter is not None else slots.clear()
     try:
-        return row_scores(
+        likelihood, lowest = row_scores(
             slots,
             rows,
             batch_size=worker.config.eval.batch_size,
@@ -184,6 +214,7 @@ def _scores(
         )
     finally:
         slots.clear()
+    return _Scores(loglikelihood=likelihood, lowest=lowest)
 
 
 def print_membership(found: Iterable[MembershipRow], console: Console) -> None:

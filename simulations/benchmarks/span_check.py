@@ -47,15 +47,17 @@ __all__ = ["CASES", "Check", "first_layer_inputs", "main", "span_checks"]
 # flexlora and residual send and receive in round 1 what carried does; ffa-lora what basis does.
 METHODS = ("aligned", "carried", "basis")
 RANKS = (2, 8, 16)
+SGD = {
+    "train.optim": "sgd",
+    "train.learning-rate": 0.1,
+    "train.per-device-train-batch-size": 1,
+}
 CASES: Mapping[str, Mapping[str, object]] = {
     "1 step, 1 row": {"train.max-steps": 1, "train.per-device-train-batch-size": 1},
     "1 step, 8 rows": {"train.max-steps": 1},
     "20 steps, 8 rows": {},
-    "20 steps of SGD, 1 row": {
-        "train.optim": "sgd",
-        "train.learning-rate": 0.1,
-        "train.per-device-train-batch-size": 1,
-    },
+    "1 step of SGD, 1 row": {**SGD, "train.max-steps": 1},
+    "20 steps of SGD, 1 row": SGD,
 }
 INPUT_OF_LAYER_0 = re.compile(r"(^|\.)layers\.0\.self_attn\.(q|k|v)_proj$")
 TOKENS_AT_ONCE = 4096
@@ -162,29 +164,25 @@ def first_layer_inputs(worker: Worker) -> dict[str, Tensor]:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", default="embedded", help="a folder, a hub name, embedded")
+    parser.add_argument("--ranks", type=int, nargs="*", default=RANKS)
     parser.add_argument("--clients", type=int, default=8, help="clients to check, one by one")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--case", nargs="*", choices=[*CASES], default=[*CASES])
     parser.add_argument("--json", metavar="FILE", help="write the rows there")
     given = parser.parse_args(arguments)
-    rows = [
-        row
-        for case in given.case
-        for method in METHODS
-        for row in _rows(given.model, given.clients, given.seed, case, method)
-    ]
+    rows = [row for case in given.case for method in METHODS for row in _rows(given, case, method)]
     _print(rows)
     if given.json:
         Path(given.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
-def _rows(model: str, clients: int, seed: int, case: str, method: str) -> list[dict[str, Any]]:
+def _rows(given: argparse.Namespace, case: str, method: str) -> list[dict[str, Any]]:
     """One row per rank and factor: means over the clients."""
-    keys = {"model.name": model, "seed": seed, "method.name": method, **CASES[case]}
+    keys = {"model.name": given.model, "seed": given.seed, "method.name": method, **CASES[case]}
     worker = Worker(resolved(Config.of(keys)))
     rows = []
-    for rank in RANKS:
-        checks = [span_checks(worker, rank, c) for c in worker.client_ids[:clients]]
+    for rank in given.ranks:
+        checks = [span_checks(worker, rank, c) for c in worker.client_ids[: given.clients]]
         for factor in checks[0]:
             found = [asdict(check[factor]) for check in checks]
             means = {name: fmean(one[name] for one in found) for name in found[0]}
