@@ -23,6 +23,9 @@ from flexlora.clients.trainer.owner_config import ONE_CLIENT, of_run
 from flexlora.clients.worker import Worker, failed_training, worker_for
 from flexlora.config.resolve import Config
 from flexlora.errors import UserError, one_line
+from flexlora.privacy.client_rounds import CLIENT_MODES
+from flexlora.privacy.local_checks import check_client_privacy
+from flexlora.privacy.local_noise import privatized
 from flexlora.training.personal_store import PersonalStore
 from flexlora.training.uplink import Uplink, add_note
 from flexlora.wire.jobs import EvalJob, TrainJob
@@ -37,6 +40,13 @@ def answer_here(message: Message, context: Context) -> RecordDict:
         UserError: a node config that names no client, a base or data that cannot be loaded.
     """
     worker, client_id = worker_of(context)
+    privacy = worker.config.privacy
+    if privacy.mode in CLIENT_MODES and privacy.epsilon:
+        raise UserError(
+            f"privacy.epsilon is {privacy.epsilon:g} with privacy.mode={privacy.mode}, and this "
+            "node has no resident trainer, which would know what is spent; start one with "
+            "`flexlora client serve`, or leave the budget out."
+        )
     return answer(message.metadata.message_type, message.content, worker, client_id)
 
 
@@ -103,6 +113,7 @@ def answer(
             return encode_capability(capability)
         _check_base(content, worker)
         if message_type == MessageType.TRAIN:
+            check_client_privacy(worker.config)
             job = decode_train_job(content, client_id)
             check(job)
             if drop:
@@ -151,5 +162,5 @@ def _train(
     if trouble:
         result = add_note(result, f"personal factors: {trouble}")
     config, start = worker.config, job.start.for_client(job.client_id)
-    result = Uplink.of(config, feedback).ready(result, job)
+    result = Uplink.of(config, feedback).ready(privatized(result, job, config), job)
     return encode_train_result(result, dtype=config.wire.dtype, start=start)

@@ -17,9 +17,11 @@ import flexlora
 from flexlora.clients.passes import TrainPasses, failed_training
 from flexlora.config.cores import allowed_cores
 from flexlora.config.resolve import Config
+from flexlora.config.sections import Privacy
 from flexlora.data.caps import capped_rows
 from flexlora.data.clients import ClientData, client_rows
 from flexlora.data.collation import Example
+from flexlora.data.poisoning import poisoned_rows
 from flexlora.data.row_bound import RowBound, bounded_rows
 from flexlora.errors import UserError, nearest, one_line
 from flexlora.evaluation.evaluate import evaluate
@@ -77,6 +79,7 @@ class Worker:
         )
         rows = bounded_rows(rows, bound)
         rows = capped_rows(rows, config.population.examples, seed=config.seed)
+        rows = poisoned_rows(rows, config.population.hostile, seed=config.seed)
         device = pick_device(config.engine.device)
         wide = torch.float64 if config.wire.dtype == "float64" else torch.float32
         require_optimizer(config.train.optim, device, dtype=wide)
@@ -99,8 +102,14 @@ class Worker:
             date=config.data.template_date,
             vocabulary=self.base.vocab_size,
         )
+        private = config.privacy if config.privacy.mode == "example" else Privacy()
         self.settings = TrainSettings(
-            **dict(config.train), seed=config.seed, lora_dropout=config.lora.dropout
+            **dict(config.train),
+            seed=config.seed,
+            lora_dropout=config.lora.dropout,
+            row_clip=private.clip,
+            row_noise=private.noise_multiplier,
+            reproducible=private.reproducible,
         )
         self.personal: PersonalPlan | None = None
         if config.personal.rank:

@@ -37,8 +37,10 @@ from flexlora.server.members.roster import Member, Roster
 from flexlora.server.members.sampling import History
 from flexlora.server.members.selection import Selector
 from flexlora.server.observing.observer import Observer
+from flexlora.server.robustness import check_enough, robust_mean
 from flexlora.server.rounds.canary_rounds import CanaryRounds
 from flexlora.server.rounds.central_privacy import CentralPrivacy
+from flexlora.server.rounds.client_privacy import ClientPrivacy
 from flexlora.server.rounds.client_rows import ClientRow, left_out_rows
 from flexlora.server.rounds.evaluation import (
     eval_metrics,
@@ -104,6 +106,7 @@ class FlexLoRAStrategy(Strategy):
         self.membership = Membership(config, rank_classes or {}, shapes, say)
         self.selector = Selector(config, say=say)
         self.privacy = CentralPrivacy(config)
+        self.client_privacy = ClientPrivacy(config)
         self.norms = NormHistory()
         self.metrics = RoundMetrics(server_round=0)
         self.late = LateMessages(config.server.late_rounds)
@@ -162,6 +165,7 @@ class FlexLoRAStrategy(Strategy):
         server_round, measured = first - 1, is_measured(grid)
         if server_round < self.last_round:
             self.privacy.check_start(len(self.roster.members), measured=measured)
+            check_enough(self.config, len(self.roster.members))
         self.skipped.limit *= measured
         while server_round < self.last_round and not self.ended:
             server_round += 1
@@ -200,6 +204,7 @@ class FlexLoRAStrategy(Strategy):
             self.selector.history = History.from_dict(notes["history"])
         self.norms = NormHistory.from_dict(notes.get("norms", {}))
         self.privacy.restore(notes.get("privacy", {}))
+        self.client_privacy.restore(notes.get("client_privacy", {}), grid)
         self.skipped.numbers = list(notes.get("skipped_rounds", []))
         self.skipped.limit *= is_measured(grid)
         waited = notes.get("under_way", {})
@@ -266,6 +271,7 @@ class FlexLoRAStrategy(Strategy):
                 bound=self.norms.bound(0.0 if private else self.config.server.max_norm_ratio),
                 most_updates=0 if private else len(plan.asked) + len(self.late.pending),
                 private=private,
+                robust=robust_mean(self.config, len(plan.asked)),
             ),
             late=self.late,
             metrics=self.metrics,
@@ -314,7 +320,9 @@ class FlexLoRAStrategy(Strategy):
         seconds = time.perf_counter() - began
         if self.metrics.skipped:
             self.observer.round_skipped(server_round, self.metrics.skipped)
-        totals = {**self.metrics.totals(), **served, **self.privacy.metrics()}
+        epsilon = self.privacy.metrics()
+        epsilon |= self.client_privacy.metrics(self.metrics.rows, self.roster)
+        totals = {**self.metrics.totals(), **served, **epsilon}
         return None, MetricRecord({**totals, "server_seconds": seconds})
 
     def _evaluate(

@@ -36,11 +36,13 @@ def supervise(
 def main() -> None:
     """The program in ``sys.argv[1]`` with the arguments after it."""
     from flexlora.server.transport import flower_private
+    from flexlora.server.transport.admission import limit_open_requests
 
     sys.argv = sys.argv[1:]
     flower_private.wait_for_database()
     if sys.argv[0] == "flower-superlink":
         flower_private.skip_idle_middleware()
+        limit_open_requests(flower_private.outermost_middleware())
     watch = RequestWatch()
     watch_requests(flower_private.ProtobufClient, watch)
     run_supervised(flower_private.program(sys.argv[0]), trouble=watch.trouble)

@@ -1,30 +1,27 @@
-"""``flexlora eval`` and ``flexlora export``: score adapters, write one rank of a run's change."""
+"""``flexlora eval``: score a run's adapters or a PEFT folder on held-out rows."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from rich.table import Table
 
 from flexlora.clients.worker import Worker, worker_for
 from flexlora.config.resolve import Config, resolved
-from flexlora.errors import UserError, nearest
+from flexlora.errors import UserError
 from flexlora.evaluation.evaluate import BASE
 from flexlora.lora.adapters import Adapter
-from flexlora.lora.peft_config import read_config, read_json_object
-from flexlora.lora.peft_folder import load_adapter, save_adapter
+from flexlora.lora.peft_config import read_config
+from flexlora.lora.peft_folder import load_adapter
 from flexlora.report.console import make_console
 from flexlora.runs.folder import RunFolder
-from flexlora.runs.sources import Sources, check_same, read_origin, write_origin
+from flexlora.runs.sources import Sources, check_same, read_origin
 from flexlora.server.strategy import FlexLoRAStrategy
 from flexlora.simulations.scoring import held_out_scores
-from flexlora.training.models import BaseModel, load_base, resolve_name
 
-__all__ = ["check_sources", "evaluate_target", "export_run"]
+__all__ = ["check_sources", "evaluate_target"]
 
 _DEALING = ("seed", "population.examples")  # beside data.* and clients.*: who holds which rows
 
@@ -135,64 +132,3 @@ def check_sources(
     )
     if notice:
         print(f"flexlora: {notice}", file=sys.stderr)
-
-
-def export_run(target: str, *, rank: int, kind: str, out: str, allow_changed: bool = False) -> None:
-    """Write ``T_rank(G)`` of a run as a PEFT folder, or the base with it merged in.
-
-    Raises:
-        UserError: an unknown format, a rank below 1, a folder in use, or a merge into another base
-            than the adapter was trained on (unless ``allow_changed`` and not quantized).
-    """
-    formats = ("peft", "merged")
-    if kind not in formats:
-        raise UserError(f"--format is '{kind}', expected peft or merged.{nearest(kind, formats)}")
-    if rank < 1:
-        raise UserError(f"--rank is {rank}, expected a rank of at least 1.")
-    folder = Path(out)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"'{out}' already exists and is not empty; give another --out.")
-    run, config = RunFolder.open(target)
-    state, _ = run.load_checkpoint()
-    change, console = state.change, make_console()
-    quantized = {config.model.quantization, config.clients.quantization} - {"none", ""}
-    if kind == "merged" and quantized:
-        raise UserError(
-            f"the adapter was trained on a {min(quantized)} base; merged into the "
-            "full-precision one it is another model. Use --format peft beside the same base."
-        )
-    base = resolve_name(config.model.name)
-    if kind == "peft":
-        adapter = change.adapter(
-            rank, config.lora.alpha, rslora=config.lora.rslora, seed=config.seed
-        )
-        save_adapter(adapter, folder, base=base, fan_in_fan_out=_fan_in_fan_out(run))
-        if (sources := run.sources()) is not None:
-            write_origin(folder, sources.base)
-    else:
-        loaded = load_base(config.model.name, dtype=config.model.dtype, device="cpu", fresh=True)
-        now, model = Sources(base=loaded.fingerprint), config.model.name
-        check_sources(run.sources(), now, target=target, model=model, allow_changed=allow_changed)
-        _save_merged(
-            loaded, {n: svd.truncate(rank).to_dense() for n, svd in change.items()}, folder
-        )
-    kept = change.total_energy_kept(dict.fromkeys(change, rank))
-    text = f"{folder}: rank {rank} of round {state.round}, {100 * kept:.2f} % of the energy."
-    console.print(text, soft_wrap=True)
-
-
-def _fan_in_fan_out(run: RunFolder) -> bool:
-    """As the run's own adapters say it; they are there unless the run was killed."""
-    file = run.path / "adapters" / "global" / "adapter_config.json"
-    return file.is_file() and bool(read_json_object(file).get("fan_in_fan_out"))
-
-
-@torch.no_grad()
-def _save_merged(base: BaseModel, deltas: Mapping[str, torch.Tensor], folder: Path) -> None:
-    """``W + T_rank(G)`` in every target, written by transformers as safetensors."""
-    for name, delta in deltas.items():
-        linear = base.model.get_submodule(name)
-        turned = delta.T if type(linear).__name__ == "Conv1D" else delta
-        linear.weight.add_(turned.to(linear.weight.dtype))
-    base.model.save_pretrained(folder)
-    base.tokenizer.save_pretrained(folder)

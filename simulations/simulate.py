@@ -24,7 +24,8 @@ from flexlora.server.strategy import FlexLoRAStrategy
 from flexlora.simulations.engine.canary_clients import CanaryClients, canary_record
 from flexlora.simulations.engine.cohorts import limits_of, resolved_limits
 from flexlora.simulations.engine.grid import FAILED_COHORTS, InProcessGrid, rounds_kept
-from flexlora.simulations.engine.pool import Pool, make_pool
+from flexlora.simulations.engine.pool import LocalPool, Pool, make_pool
+from flexlora.simulations.hostile.pool import with_hostile
 from flexlora.simulations.terminal import TerminalObserver
 from flexlora.simulations.world.populations import Population
 from flexlora.simulations.world.simulated_time import world_of
@@ -168,7 +169,7 @@ def make_grid(
     """The engine of a resolved configuration, for the run in ``out``.
 
     Raises:
-        UserError: a population that cannot be.
+        UserError: a population or an attack that cannot be.
     """
     population = Population.from_config(config, worker.client_ids)
     added = None
@@ -179,7 +180,7 @@ def make_grid(
         worker,
         limits=limits_of(config),
         wire_dtype=config.wire.dtype,
-        pool=pool,
+        pool=with_hostile(pool or LocalPool(worker), config, worker.client_ids),
         world=world_of(config, population),
         personal=personal,
         late_rounds=config.server.late_rounds,

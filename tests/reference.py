@@ -139,10 +139,13 @@ def train_one_client(
     carried=None,
     trainable=("lora_A", "lora_B"),
     penalty=lambda adapter: 0.0,
+    private=None,
 ):
     """A plain loop: every row by itself, unpadded; torch.optim; the mean over answer tokens.
 
-    ``penalty(adapter)`` is added to the loss, so that autograd takes its gradient.
+    ``penalty(adapter)`` is added to the loss, so that autograd takes its gradient. ``private`` is
+    DP-SGD's (clip, divisor, noise of every step as a list of tensors): then a row's loss is its own
+    mean.
     """
     leaves, modules = [], {}
     for name, factors in start.items():
@@ -167,13 +170,35 @@ def train_one_client(
         tokens = sum(len(row.input_ids) - row.prompt_length for row in rows)
         loss = sum(answer_loss(logits_of(model, adapters, row.input_ids), row) for row in rows)
         optimizer.zero_grad()
-        (loss / tokens + penalty(adapter)).backward()
+        if private is None:
+            (loss / tokens + penalty(adapter)).backward()
+        else:
+            losses = [row_loss(model, adapters, row) for row in rows]
+            clip, divisor, noises = private
+            sums = clipped_row_sum([torch.autograd.grad(loss, leaves) for loss in losses], clip)
+            for i, (leaf, noise) in enumerate(zip(leaves, noises.pop(0), strict=True)):
+                leaf.grad = ((sums[i] if sums else 0.0) + noise) / divisor
         if recipe.max_grad_norm > 0:
             torch.nn.utils.clip_grad_norm_(leaves, recipe.max_grad_norm)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         optimizer.step()
     return adapter.map(lambda tensor: tensor.detach())
+
+
+def row_loss(model, adapters, row):
+    """The mean loss over one row's answer tokens."""
+    tokens = len(row.input_ids) - row.prompt_length
+    return answer_loss(logits_of(model, adapters, row.input_ids), row) / tokens
+
+
+def clipped_row_sum(gradients, clip):
+    """``sum_i g_i min(1, clip / |g_i|)``, row by row; each ``g_i`` is a list of tensors."""
+    clipped = []
+    for gradient in gradients:
+        norm = math.sqrt(sum(float(part.square().sum()) for part in gradient))
+        clipped.append([part * min(1.0, clip / norm) for part in gradient])
+    return [sum(parts) for parts in zip(*clipped, strict=True)]
 
 
 def zero_padded_factors(clients, module, rank):
@@ -264,3 +289,94 @@ def roc_area(members, others):
     """The share of pairs in which the member's score is the larger, ties counted half."""
     pairs = [(a > b) + 0.5 * (a == b) for a in members for b in others]
     return sum(pairs) / len(pairs)
+
+
+# --- robust means, on flattened dense changes [n, d] ------------------------------------------
+
+
+def flat_changes(adapters, starts):
+    """``s_k B_k A_k - start_k`` of all modules as one float64 row per client."""
+    return torch.stack(
+        [
+            torch.cat([(delta_weight(a[n]) - delta_weight(s[n])).flatten() for n in sorted(a)])
+            for a, s in zip(adapters, starts, strict=True)
+        ]
+    )
+
+
+def krum_mean(changes, hostile):
+    """The mean of the n - f changes with the smallest sums of squares of nearest distances."""
+    n, scores = len(changes), []
+    for i in range(n):
+        others = sorted(float((changes[i] - changes[j]).norm()) ** 2 for j in range(n) if j != i)
+        scores.append(sum(others[: n - hostile - 1]))
+    chosen = sorted(range(n), key=lambda i: scores[i])[: n - hostile]
+    return changes[chosen].mean(dim=0)
+
+
+def weiszfeld(changes, *, floor=0.0, steps=2000):
+    """The geometric median; ``floor``: smallest distance, as a share of the median one."""
+    centre = changes.mean(dim=0)
+    for _ in range(steps):
+        distances = (changes - centre).norm(dim=1)
+        weights = 1.0 / distances.clamp_min(max(floor * float(distances.median()), 1e-300))
+        last, centre = centre, (weights[:, None] * changes).sum(dim=0) / weights.sum()
+        if float((centre - last).norm()) <= 1e-11 * float(distances.max()):
+            break
+    return centre
+
+
+def clipped_centre(changes, steps=2000):
+    """Huber's centre: pulls are cut at the median distance."""
+    centre = changes.mean(dim=0)
+    for _ in range(steps):
+        pulls = changes - centre
+        norms = pulls.norm(dim=1)
+        radius = norms.median()
+        step = (pulls * (radius / norms.clamp_min(radius))[:, None]).mean(dim=0)
+        centre = centre + step
+        if float(step.norm()) <= 1e-11 * float(norms.max()):
+            break
+    return centre
+
+
+def axes_of(changes):
+    """The medoid, and the principal axes ``[d, k]`` of the others less it, cut to median length."""
+    distances = torch.stack([(changes - row).norm(dim=1) for row in changes])
+    origin = changes[int(distances.sum(dim=1).argmin())]
+    deviations = changes - origin
+    norms = deviations.norm(dim=1)
+    scale = (norms[norms > 0].median() / norms.clamp_min(1e-300)).clamp_max(1.0)
+    _, S, Vh = np.linalg.svd((scale[:, None] * deviations).numpy(), full_matrices=False)
+    return origin, torch.from_numpy(Vh[max(1e-6 * S[0], 1e-300) < S].T.copy())
+
+
+def trimmed(changes, hostile):
+    """Each coordinate in those axes without its f smallest and f largest values."""
+    origin, axes = axes_of(changes)
+    coordinates = ((changes - origin) @ axes).sort(dim=0).values
+    return origin + axes @ coordinates[hostile : len(changes) - hostile].mean(dim=0)
+
+
+def nearest_mixed(changes, hostile):
+    """Each change replaced by the mean of the n - f nearest ones, itself among them."""
+    n, rows = len(changes), []
+    for i in range(n):
+        distances = (changes - changes[i]).norm(dim=1).tolist()
+        distances[i] = -1.0
+        order = sorted(range(n), key=distances.__getitem__)
+        rows.append(changes[order[: n - hostile]].mean(dim=0))
+    return torch.stack(rows)
+
+
+ROBUST = {
+    "multi-krum": krum_mean,
+    "geometric-median": lambda changes, hostile: weiszfeld(changes, floor=1e-3),
+    "centred-clipping": lambda changes, hostile: clipped_centre(changes),
+    "nearest-trimmed-mean": lambda changes, hostile: trimmed(
+        nearest_mixed(changes, hostile), hostile
+    ),
+    "nearest-median": lambda changes, hostile: weiszfeld(
+        nearest_mixed(changes, hostile), floor=1e-3
+    ),
+}

@@ -174,12 +174,15 @@ def _limits(state: HealthReply) -> dict[str, str]:
     lines: dict[str, list[str]] = {}
     for key, value in decode_entries(state.limits).items():
         section, _, name = key.partition(".")
-        if section not in ("day", "week") and value != "":
+        if section not in ("day", "week", "privacy") and value != "":
             text = f"{value:,g}" if isinstance(value, float) else f"{value}"
             lines.setdefault(section, []).append(f"{name} {text}")
     for quota in state.quotas:
         section, _, name = quota.key.partition(".")
-        lines.setdefault(section, []).append(f"{name} {quota.used:,.0f} of {quota.allowed:,.0f}")
+        text = f"{quota.used:,.0f} of {quota.allowed:,.0f}"
+        if section == "privacy":
+            text = f"{quota.used:.3f} of {quota.allowed:g}"
+        lines.setdefault(section, []).append(f"{name} {text}")
     return {section: ", ".join(texts) for section, texts in lines.items()}
 
 

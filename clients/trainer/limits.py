@@ -20,7 +20,7 @@ from flexlora.config.resolve import read_toml
 from flexlora.errors import UserError, nearest
 from flexlora.units import parse_bytes
 
-__all__ = ["OwnerLimits", "QuotaLimits", "limits_text"]
+__all__ = ["OwnerLimits", "PrivacyLimits", "QuotaLimits", "limits_text"]
 
 DAY, WEEK = 86400.0, 7 * 86400.0
 
@@ -92,6 +92,16 @@ class WeekLimits(QuotaLimits):
     rows: int = option(350_000_000, "that pass through training, each as often as it does", ge=0)
 
 
+class PrivacyLimits(Options):
+    """What uploads may reveal, over all runs; a limit refuses trainings without such noise."""
+
+    epsilon: float = option(0.0, "of all rows together: privacy.mode=local (0: no bound)", ge=0.0)
+    example_epsilon: float = option(
+        0.0, "of any one row: privacy.mode=example or local (0: no bound)", ge=0.0
+    )
+    delta: float = option(1e-5, "chance at which these may fail", gt=0.0, le=0.5)
+
+
 class FileLimits(Options):
     """Personal factors and what int8 uploads rounded away, a folder for each run."""
 
@@ -109,6 +119,7 @@ class OwnerLimits(Options):
     data: DataLimits = DataLimits()
     day: DayLimits = DayLimits()
     week: WeekLimits = WeekLimits()
+    privacy: PrivacyLimits = PrivacyLimits()
     files: FileLimits = FileLimits()
 
     @classmethod

@@ -26,13 +26,15 @@ ONE_CLIENT = {
     "clients.count": 1,
     "clients.quantization": "",
 }
-# Keys of the run that name a file or an address on the server: a node ignores them.
+# Keys of the run that a node ignores: they name a file or an address on the server, or make a
+# simulated client hostile.
 _IGNORED = (
     "out",
     "resume",
     "start-from",
     "ranks.file",
     "population.trace",
+    "population.hostile",
     "population.clock-model",
     "engine.ray-address",
     "server.metrics-host",

@@ -30,6 +30,8 @@ from flexlora.clients.trainer.limits import DAY, OwnerLimits
 from flexlora.clients.trainer.memory_limit import rows_that_fit
 from flexlora.clients.trainer.owner_config import OwnerConfig, data_digest, job_config
 from flexlora.clients.trainer.owner_rules import OwnerRules
+from flexlora.clients.trainer.privacy_ledger import PrivacyLedger
+from flexlora.clients.trainer.privacy_rules import PrivacyRules
 from flexlora.clients.trainer.quota_ledger import QuotaLedger
 from flexlora.clients.trainer.reply_store import ReplyStore, StoredReply
 from flexlora.clients.trainer.run_files import RunFiles
@@ -93,6 +95,8 @@ class ResidentTrainer:
     def __post_init__(self) -> None:
         ledger = QuotaLedger(self.replies.folder / "quotas.json")
         self.rules = OwnerRules(self.limits, ledger)
+        spent = PrivacyLedger(self.replies.folder / "privacy.json")
+        self.privacy = PrivacyRules(self.limits.privacy, spent)
         self.bound = RowBound(**dict(self.limits.data))
         self.run_files = RunFiles(
             self.replies.folder / "personal",
@@ -149,6 +153,8 @@ class ResidentTrainer:
         try:
             config = job_config(self.owner.config, decode_entries(call.settings))
             self.rules.refuse_settings(message_type, config, self.held_rows)
+            if message_type != MessageType.EVALUATE:
+                self.privacy.refuse_mode(config)
         except UserError as error:
             return self._failed(message_type, call, client_id, error)
         return None
@@ -214,7 +220,7 @@ class ResidentTrainer:
             worker = self._worker(config, client_id)
         except Exception as error:
             return reply_of(message_type, client_id, error)
-        personal = PersonalStore(self._run_folder(call))
+        personal, run = PersonalStore(self._run_folder(call)), _run_of(call)
         with worker.interrupted_by(over):
             reply = answer(
                 message_type,
@@ -225,8 +231,13 @@ class ResidentTrainer:
                 feedback=feedback_store(personal),
                 free_bytes=self.free_bytes,
                 drop=True,
-                check=lambda job: self._check(job, worker),
+                check=lambda job: self._check(job, worker, run),
             )
+        if message_type == MessageType.TRAIN and not cause_of(reply):
+            try:
+                self.privacy.spend(worker.config, run, self._num_rows(worker, client_id))
+            except OSError as error:
+                return reply_of(message_type, client_id, error)  # what is not counted stays here
         with suppress(OSError):  # the reply is worth more
             self.run_files.trim(at_work=[self._run_folder(call)])
         return reply
@@ -237,9 +248,16 @@ class ResidentTrainer:
         worker.data.rename(client_id)
         return worker
 
-    def _check(self, job: TrainJob | EvalJob, worker: Worker) -> None:
-        """Refuse ranks that are too high, and keep a training on the CPU within the memory."""
+    @staticmethod
+    def _num_rows(worker: Worker, client_id: str) -> int:
+        return worker.data.count(client_id, "train").examples
+
+    def _check(self, job: TrainJob | EvalJob, worker: Worker, run: str) -> None:
+        """Refuse ranks that are too high and budgets that are spent; keep within the memory."""
         self.rules.refuse_job(job)
+        if isinstance(job, TrainJob):
+            num_rows = self._num_rows(worker, job.client_id)
+            self.privacy.refuse_round(worker.config, run, num_rows)
         on_cpu = worker.base.device.type == "cpu"
         if self.limit_bytes and on_cpu and isinstance(job, TrainJob):
             rows = rows_that_fit(worker.config, job, self.limit_bytes)
@@ -247,11 +265,8 @@ class ResidentTrainer:
                 worker.limit_rows(job.client_id, rows)
 
     def _run_folder(self, call: Call) -> Path:
-        """The client's factors and rounding errors of a run; a resumed run names its origin."""
-        origin = _job_value(call, "origin").text
-        return self.run_files.of_run(
-            origin if origin.isascii() and origin.isdigit() else str(call.run_id)
-        )
+        """The client's factors and rounding errors of a run."""
+        return self.run_files.of_run(_run_of(call))
 
     def _file_name(self, message_type: str, call: Call, client_id: str) -> str:
         """A file name that holds a digest of all that the reply depends on."""
@@ -286,6 +301,12 @@ def _is_repeatable(message_type: str, call: Call) -> bool:
     )
 
 
+def _run_of(call: Call) -> str:
+    """The run of a call; a resumed run names its origin."""
+    origin = _job_value(call, "origin").text
+    return origin if origin.isascii() and origin.isdigit() else str(call.run_id)
+
+
 def _server_round(call: Call) -> int:
     """The round in a call's job, 0 if there is none."""
     return max(0, _job_value(call, "server-round").whole)
@@ -310,10 +331,10 @@ def _summary(message_type: str, content: RecordDict) -> str:
     records: Mapping[str, Mapping[str, Any]] = content.config_records
     if message_type == MessageType.TRAIN:
         report = records["report"]
-        return (
-            f"{report['rank-class']}, {report['num-examples']} examples, {report['steps']} steps, "
-            f"loss {report['loss-before']:.3f} to {report['loss-after']:.3f}"
-        )
+        done = f"{report['rank-class']}, {report['num-examples']} examples, {report['steps']} steps"
+        if report["withheld"]:
+            return f"{done}, with noise"
+        return f"{done}, loss {report['loss-before']:.3f} to {report['loss-after']:.3f}"
     if message_type == MessageType.EVALUATE:
         return f"{len(records) - 1} adapters scored"
     return f"{records['capability']['num-examples']} examples"

@@ -108,7 +108,7 @@ class TrainerService(TrainerServicer):
             limits=encode_entries(trainer.limits.flat()),
             quotas=[
                 Quota(key=key, used=used, allowed=allowed)
-                for key, used, allowed in trainer.rules.quotas()
+                for key, used, allowed in (*trainer.rules.quotas(), *trainer.privacy.quotas())
             ],
             private_runs=runs,
             private_bytes=private,

@@ -40,6 +40,10 @@ class GradientSketch:
     the same sketch alone and in a cohort.
     """
 
+    anchor: Tensor | None = (
+        None  # of an observer in ``training/layers.py``: the factors' gradients are taken too
+    )
+
     def __init__(self, *, name: str, ranks: list[int], out_features: int, seed: int) -> None:
         self.sizes = [sketch_size(rank, out_features) for rank in ranks]
         draw = generator(seed, "sketch", name)

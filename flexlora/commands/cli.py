@@ -39,7 +39,7 @@ COMMANDS: Table = {
     "report": ("commands.runs:report", "write a run's page, RUN/report.html"),
     "watch": ("commands.runs:watch", "follow a run in progress, from its folder"),
     "compare": ("commands.runs:compare", "runs side by side, and what differs in them"),
-    "export": ("commands.runs:export", "write a run's adapter at any rank, or merged"),
+    "export": ("commands.runs:export", "write an adapter at any rank, for any runtime, or merged"),
     "rollback": ("commands.runs:rollback", "go back to an earlier round of a run"),
     "audit": ("commands.audit:audit", "verify a run's log; measure what its changes leak"),
     "plan": ("commands.plan:plan", "rank, quantization and batch that a device can train"),

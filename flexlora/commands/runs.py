@@ -77,15 +77,19 @@ def compare(
 
 
 def export(
-    target: Annotated[str, Argument(metavar="RUN", click_type=PATH, help="a run folder")],
-    rank: Annotated[int, Option(help="rank of the adapter")],
+    target: Annotated[
+        str, Argument(metavar="ADAPTER_OR_RUN", click_type=PATH, help="a PEFT or a run folder")
+    ],
     out: Annotated[str, Option(metavar="DIR", click_type=PATH, help="folder to write")],
-    format: Annotated[str, Option(help="peft or merged")] = "peft",
+    rank: Annotated[
+        int | None, Option(help="rank of the adapter (default: all that there is)")
+    ] = None,
+    format: Annotated[str, Option(help="portable, peft or merged")] = "portable",
     allow_changed: AllowChanged = False,
 ) -> None:
-    from flexlora.simulations.inspection import export_run
+    from flexlora.simulations.exporting import export
 
-    export_run(target, rank=rank, kind=format, out=out, allow_changed=allow_changed)
+    export(target, rank=rank, kind=format, out=out, allow_changed=allow_changed)
 
 
 def rollback(
@@ -115,13 +119,22 @@ def doctor(
     trainer_socket: Annotated[
         str, Option(click_type=PATH, help="ask the resident trainer how it is")
     ] = "",
+    adapter: Annotated[
+        str, Option(metavar="DIR", click_type=PATH, help="judge this adapter, not the machine")
+    ] = "",
+    base: Annotated[
+        str, Option(metavar="MODEL", help="of --adapter (default: the one that it names)")
+    ] = "",
     format: Annotated[str, Option(help="text or json")] = "text",
 ) -> int:
     from flexlora.clients.setup.superlink_checks import node_checks
+    from flexlora.deploy.adapter_checks import adapter_checks
     from flexlora.deploy.doctor import CHECKS, check_format, diagnose, report
     from flexlora.simulations.flower_checks import check_flower
 
     check_format(format)
+    if adapter:
+        return report(diagnose(adapter_checks(adapter, base)), format=format)
     asked = node_checks(superlink or (), root_certificates, node_key, trainer_socket)
     findings = diagnose([*CHECKS, ("flower", check_flower), *asked])
     return report(findings, format=format)

@@ -67,6 +67,7 @@ class Config(sections.Run):
     sampling: sections.Sampling = sections.Sampling()
     privacy: sections.Privacy = sections.Privacy()
     audit: sections.Audit = sections.Audit()
+    robust: sections.Robust = sections.Robust()
     population: sections.Population = sections.Population()
     engine: sections.Engine = sections.Engine()
     wire: sections.Wire = sections.Wire()

@@ -29,6 +29,7 @@ __all__ = [
     "Population",
     "Privacy",
     "Ranks",
+    "Robust",
     "Run",
     "Sampling",
     "Server",
@@ -202,13 +203,14 @@ class Sampling(Options):
 
 
 class Privacy(Options):
-    """Differential privacy of whole clients."""
+    """Differential privacy: of whole clients, or of single rows (``example``)."""
 
-    mode: Literal["none", "central"] = option(
-        "none", "central: the server clips the clients' changes and adds noise to their sum"
+    mode: Literal["none", "central", "local", "example"] = option(
+        "none",
+        "noise: central on the clients' sum, local on each upload, example on clipped rows' sums",
     )
     clip: float = option(
-        0.0, "norm to which a client's change is clipped, all modules together", ge=0.0
+        0.0, "norm to which a client's change (example: a row's gradient) is clipped", ge=0.0
     )
     clip_quantile: float = option(
         0.0, "quantile of the clients' norms that the clip follows (0: it is fixed)", ge=0.0, le=1.0
@@ -231,8 +233,24 @@ class Audit(Options):
     canary_norm: float = option(0.0, "norm of that change (0: privacy.clip)", ge=0.0)
 
 
+class Robust(Options):
+    """Sums that withstand hostile clients."""
+
+    rule: Literal[
+        "none",
+        "multi-krum",
+        "geometric-median",
+        "centred-clipping",
+        "nearest-trimmed-mean",
+        "nearest-median",
+    ] = option("none", "how the updates of a round are weighed against each other")
+    hostile_share: float = option(
+        0.2, "share of a round's clients that may be hostile: below 0.5", gt=0.0, le=1.0
+    )
+
+
 class Population(Options):
-    """Simulated devices, links and availability."""
+    """Simulated devices, links, availability and attacks."""
 
     devices: str = option(
         "", "shares of simulated devices, as 'jetson-orin-nano-8gb:0.7,rtx-4090:0.3'"
@@ -249,6 +267,9 @@ class Population(Options):
     straggler_share: float = option(0.0, "share of slow trainings", ge=0.0, le=1.0)
     straggler_slowdown: float = option(3.0, "how many times slower they are", ge=1.0)
     examples: str = option("", "train rows per client, as '100' or 'lognormal:60:1.0' (empty: all)")
+    hostile: str = option(
+        "", "attack by a share of the clients, as 'sign-flip:0.2', until a round: 'backdoor:0.2:5'"
+    )
     clock_model: PathKey = option(
         "", "model folder or hub name whose cost the clock counts (empty: model.name)"
     )

@@ -15,7 +15,8 @@ read a 500 as 503. One that goes on for minutes is no lock, and the process then
 A SuperNode polls every 3 s however long it has been idle; a thousand idle nodes are 333 requests a
 second, more than a SuperLink's one process can answer (5.5 ms each). ``idle_pause`` makes the pause
 between two polls a tenth of the idle time, up to 30 s, so that a node finds its next message at
-most 10 % late.
+most 10 % late. It is at least ten times as long as the last poll took, so that a SuperLink with
+more nodes than it can answer at once is asked less often by all of them.
 """
 
 from __future__ import annotations
@@ -34,14 +35,19 @@ HEARTBEAT, ACTIVATE, CONFIRM = "SendNodeHeartbeat", "ActivateNode", "ConfirmMess
 POLL = "PullMessages"
 POLL_SECONDS = 3.0  # of Flower's SuperNode
 IDLE_SHARE, LONGEST_POLL_SECONDS = 0.1, 30.0
+POLLS_APART = 10.0  # times as long as the last one took
 HEARTBEAT_SECONDS = 120.0
 STALL_SECONDS = 300.0  # a request lives 30 s at most without a byte, a pause between two tries 20 s
 ERROR_SECONDS = 120.0
 
 
-def idle_pause(idle_seconds: float) -> float:
-    """Seconds between two polls of a node that has had no message for ``idle_seconds``."""
-    return min(max(POLL_SECONDS, IDLE_SHARE * idle_seconds), LONGEST_POLL_SECONDS)
+def idle_pause(idle_seconds: float, took_seconds: float = 0.0) -> float:
+    """Seconds between two polls of a node that has had no message for ``idle_seconds``.
+
+    The last poll was answered after ``took_seconds``.
+    """
+    pause = max(POLL_SECONDS, IDLE_SHARE * idle_seconds, POLLS_APART * took_seconds)
+    return min(pause, LONGEST_POLL_SECONDS)
 
 
 class RequestWatch:
@@ -53,6 +59,7 @@ class RequestWatch:
         self._heartbeat = 0.0
         self._last: tuple[str, float] = ("", 0.0)  # of the main loop
         self._worked = 0.0  # when the main loop last sent anything but a poll
+        self._took = 0.0  # seconds from the last poll to its answer
         self._failing: dict[str, float] = {}  # method: since when it is answered by errors alone
 
     def pause(self, method: str) -> float:
@@ -60,7 +67,7 @@ class RequestWatch:
         with self._lock:
             if method != POLL or self._last[0] != POLL:
                 return 0.0
-            return idle_pause(self._clock() - self._worked) - POLL_SECONDS
+            return idle_pause(self._clock() - self._worked, self._took) - POLL_SECONDS
 
     def sent(self, method: str) -> None:
         with self._lock:
@@ -74,6 +81,8 @@ class RequestWatch:
     def answered(self, method: str, *, error: bool) -> None:
         """``error``: by a status 500."""
         with self._lock:
+            if method == POLL and self._last[0] == POLL:
+                self._took = self._clock() - self._last[1]
             if error:
                 self._failing.setdefault(method, self._clock())
             else:

@@ -61,11 +61,16 @@ CONVERTED = "path_initial_model_for_weight_conversion"  # PEFT's own way back to
 
 @dataclass(frozen=True, kw_only=True)
 class PeftConfig:
-    """The fields that are read, checked. ``rank_of`` and ``alpha_of`` are by module name."""
+    """The fields that are read, checked. ``rank_of`` and ``alpha_of`` are by module name.
+
+    ``rank`` and ``alpha`` are those of modules that no pattern names.
+    """
 
     base: str
     revision: str
     rslora: bool
+    rank: int
+    alpha: float
     rank_of: Callable[[str], int]
     alpha_of: Callable[[str], float]
     targets: Callable[[str], bool]
@@ -105,6 +110,8 @@ def read_config(file: Path) -> PeftConfig:
         base=where.text("base_model_name_or_path"),
         revision=where.text("revision"),
         rslora=where.flag("use_rslora"),
+        rank=rank,
+        alpha=alpha,
         rank_of=where.pattern("rank_pattern", _rank, rank),
         alpha_of=where.pattern("alpha_pattern", _number, alpha),
         targets=where.targets(targets),

@@ -1,14 +1,13 @@
 """Adapters as PEFT folders, in and out: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-Saved folders load with ``PeftModel.from_pretrained`` at the rank, alpha and scaling of every
-module; folders from PEFT load here. Pickled weights are never opened.
+Saved folders have the scaling inside ``lora_B`` (``layouts.py``), so that other runtimes than PEFT
+apply them as PEFT does; folders from PEFT load here. Pickled weights are never opened.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from flexlora.errors import UserError
 from flexlora.lora.adapters import Adapter, LoRAFactors
+from flexlora.lora.layouts import Layout, laid_out
 from flexlora.lora.peft_config import PeftConfig, matching, read_config, shown
 from flexlora.lora.peft_names import peft_cause
 
@@ -28,32 +28,34 @@ _KEY = re.compile(r"(?P<name>.+)\.(?P<label>lora_[AB])(?:\.[^.]+)?\.weight")
 
 
 def save_adapter(
-    adapter: Adapter, folder: str | Path, *, base: str, fan_in_fan_out: bool = False
+    adapter: Adapter,
+    folder: str | Path,
+    *,
+    base: str,
+    layout: Layout = "portable",
+    fan_in_fan_out: bool = False,
 ) -> None:
     """Write ``adapter`` as a PEFT folder that names ``base`` (a path or hub name) as its model.
 
-    ``r`` and ``lora_alpha`` are the most common ones; ``rank_pattern`` and ``alpha_pattern`` have
-    the modules that differ, by full name. ``fan_in_fan_out`` is for GPT-2's ``Conv1D``.
+    ``r`` and ``lora_alpha`` are the largest rank; under ``compact`` a ``rank_pattern`` has the
+    modules of lower rank, by full name. ``fan_in_fan_out`` is for GPT-2's ``Conv1D``.
 
     Raises:
         UserError: the folder ``base`` holds a model of whose modules PEFT would not load some.
-        ValueError: modules that mix plain and rsLoRA scaling, which PEFT cannot express.
     """
     _check_names(adapter, base)
-    if len({factors.rslora for factors in adapter.values()}) > 1:
-        raise ValueError("PEFT has one use_rslora for all modules; this adapter mixes both.")
-    rank = Counter(factors.rank for factors in adapter.values()).most_common(1)[0][0]
-    alpha = Counter(factors.alpha for factors in adapter.values()).most_common(1)[0][0]
+    adapter = laid_out(adapter, layout)
+    rank = max(factors.rank for factors in adapter.values())
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "inference_mode": True,
         "r": rank,
-        "lora_alpha": _whole(alpha),
+        "lora_alpha": rank,
         "lora_dropout": 0.0,
         "bias": "none",
-        "use_rslora": next(iter(adapter.values())).rslora,
+        "use_rslora": False,
         "use_dora": False,
         "fan_in_fan_out": fan_in_fan_out,
         "init_lora_weights": True,
@@ -62,11 +64,7 @@ def save_adapter(
         "rank_pattern": {
             _pattern_key(n, adapter): f.rank for n, f in adapter.items() if f.rank != rank
         },
-        "alpha_pattern": {
-            _pattern_key(n, adapter): _whole(f.alpha)
-            for n, f in adapter.items()
-            if f.alpha != alpha
-        },
+        "alpha_pattern": {},
     }
     tensors = {f"{_PREFIX}{key}.weight": tensor for key, tensor in adapter.tensors().items()}
     target = Path(folder)
@@ -99,13 +97,8 @@ def _pattern_key(name: str, modules: Iterable[str]) -> str:
     return name
 
 
-def _whole(alpha: float) -> int | float:
-    """16 rather than 16.0, as PEFT writes it."""
-    return int(alpha) if float(alpha).is_integer() else alpha
-
-
 def load_adapter(folder: str | Path) -> Adapter:
-    """The adapter in a PEFT folder, float32.
+    """The adapter in a PEFT folder, float32; one of ``portable`` has its padding.
 
     Raises:
         UserError: no such folder or file, weights that only exist as a pickle, a file that is

@@ -60,6 +60,11 @@ def check_canaries(config: Config) -> None:
     }.items():
         if value := config.flat()[key]:
             raise UserError(f"{key} is {value:g} {asked}: {why}; leave it out.")
+    if config.robust.rule != "none":
+        raise UserError(
+            f"robust.rule is {config.robust.rule} {asked}: it weighs updates against each other, "
+            "so that a canary changes what others count; leave it out."
+        )
     for key in ("server.over-selection", "server.quorum", *TIMED):
         if (value := config.flat()[key]) != KEYS[key].default:
             raise UserError(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from flexlora.config.resolve import Config
 from flexlora.errors import UserError
 from flexlora.privacy.accounting import LOWEST_NOISE
+from flexlora.privacy.client_rounds import CLIENT_MODES
+from flexlora.privacy.local_checks import check_client_privacy
 
 __all__ = ["PRIVATE_METHODS", "check_privacy"]
 
@@ -19,6 +21,9 @@ def check_privacy(config: Config) -> None:
         UserError: names the key, and says why.
     """
     privacy = config.privacy
+    if privacy.mode in CLIENT_MODES:
+        check_client_privacy(config)
+        return
     if privacy.mode == "none":
         for name in ("clip", "clip_quantile", "noise_multiplier", "epsilon", "as_if_clients"):
             if value := getattr(privacy, name):

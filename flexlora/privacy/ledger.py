@@ -30,13 +30,13 @@ class Ledger:
     def num_rounds(self) -> int:
         return sum(count for _, count in self.rounds)
 
-    def after(self, mechanism: Mechanism) -> Ledger:
-        """The ledger with one round more."""
+    def after(self, mechanism: Mechanism, count: int = 1) -> Ledger:
+        """The ledger with one round more, or ``count``."""
         rounds = self.rounds
         if rounds and rounds[-1][0] == mechanism:
-            rounds = (*rounds[:-1], (mechanism, rounds[-1][1] + 1))
+            rounds = (*rounds[:-1], (mechanism, rounds[-1][1] + count))
         else:
-            rounds = (*rounds, (mechanism, 1))
+            rounds = (*rounds, (mechanism, count))
         return Ledger(delta=self.delta, rounds=rounds)
 
     def to_dict(self) -> dict[str, Any]:

@@ -105,7 +105,12 @@ CHARTS: tuple[ChartMaker, ...] = (
         ("simulated seconds", "simulated_seconds"),
         subtitle="on the simulated devices and links",
     ),
-    by_round("Epsilon", ("epsilon", "epsilon"), subtitle="of the adapters, at privacy.delta"),
+    by_round(
+        "Epsilon",
+        ("epsilon", "epsilon"),
+        ("median of the clients", "epsilon_median"),
+        subtitle="of the adapters, or the largest of a client's, at privacy.delta",
+    ),
     by_round(
         "Clip norm", ("clip norm", "clip"), subtitle="of a client's change, all modules together"
     ),

@@ -57,7 +57,10 @@ def headline(run: RunRecords) -> Markup:
     if spent := run.last("epsilon"):
         stated = run.last("as_if_clients")
         whose = f", as if {stated[1]:,.0f} clients" if stated else ""
-        below = text(f"of the adapters, at delta {run.setting('privacy.delta')}{whose}")
+        whom = "of the adapters"
+        if median := run.last("epsilon_median"):  # the noise is the clients' own
+            whom = f"the largest of a client's (median {median[1]:.3g})"
+        below = text(f"{whom}, at delta {run.setting('privacy.delta')}{whose}")
         tiles.append(("Epsilon", metric("epsilon", spent[1]), below))
     failed = int(run.total("clients_failed") or 0)
     trained = joined([count(int(run.total("clients_ok") or 0)), text(" updates counted")])

@@ -16,16 +16,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from flexlora.algebra.sketch import GradientSketch
 from flexlora.lora.adapters import LoRAFactors
 from flexlora.seeds import derive_seed
 
-__all__ = ["DropoutStream", "LoRALinear", "PassShape", "SlotFactors", "low_rank_cost"]
+__all__ = [
+    "DropoutStream",
+    "GradientObserver",
+    "LoRALinear",
+    "PassShape",
+    "SlotFactors",
+    "low_rank_cost",
+]
 
 
 @dataclass(kw_only=True)
@@ -178,23 +184,41 @@ class _SlotLinear(torch.autograd.Function):
         return to_x, to_A, to_B, None, None, None
 
 
-class _Sketched(torch.autograd.Function):
-    """A copy of ``out``; backward adds its gradient and ``x`` to the sketch.
+class GradientObserver(Protocol):
+    """Gets the input and the output's gradient of a module in every backward pass."""
+
+    # A number whose gradient is asked for in place of the factors': it is zero, and the backward
+    # pass comes by every module on the way to it. None where the factors' gradients are asked for.
+    anchor: Tensor | None
+
+    def add(self, x: Tensor, gradient: Tensor, num_slots: int) -> None:
+        """``x [K * b, T, in]`` or ``[K * b * T, in]``, and ``gradient`` with ``out`` columns."""
+
+
+class _Observed(torch.autograd.Function):
+    """A copy of ``out``; backward gives its gradient and ``x`` to the observer.
 
     ``x`` is saved by autograd, so checkpointing can drop and recompute it; a hook's closure would
     keep it in memory through the whole pass.
     """
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, x: Tensor, sketch: GradientSketch, num_slots: int) -> Tensor:
+    def forward(
+        ctx: Any,
+        out: Tensor,
+        x: Tensor,
+        anchor: Tensor | None,
+        observer: GradientObserver,
+        num_slots: int,
+    ) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.sketch, ctx.num_slots = sketch, num_slots
+        ctx.observer, ctx.num_slots = observer, num_slots
         return out.clone()  # not a view: a model may change it in place
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple:
-        ctx.sketch.add(*ctx.saved_tensors, gradient, ctx.num_slots)
-        return gradient, None, None, None
+        ctx.observer.add(*ctx.saved_tensors, gradient, ctx.num_slots)
+        return gradient, None, None, None, None
 
 
 class LoRALinear(nn.Module):
@@ -211,7 +235,7 @@ class LoRALinear(nn.Module):
         self.slot_weights: Tensor | None = None  # [1 or K, out, in], made in the first pass
         self.dropout = 0.0
         self.streams: tuple[DropoutStream | None, ...] = ()
-        self.sketch: GradientSketch | None = None
+        self.observer: GradientObserver | None = None
         self.pass_shape = PassShape()
         self.training = base.training
 
@@ -228,7 +252,7 @@ class LoRALinear(nn.Module):
         if self.num_slots:
             self.pass_shape.check(self.name, x, self.num_slots)
         if self._one_product(x):
-            return self._sketched(self._slot_linear(x), x)
+            return self._observed(self._slot_linear(x), x)
         out = self.base(x, *args, **kwargs) if self.merged is None else self._merged(x)
         if self.num_slots == 0:
             return out
@@ -238,12 +262,13 @@ class LoRALinear(nn.Module):
                 if factors is self.trained and self.dropout > 0 and self.streams:
                     inputs = inputs * self._mask(inputs)
                 out = out + factors.apply(inputs, self.num_slots).to(out.dtype)
-        return self._sketched(out, x)
+        return self._observed(out, x)
 
-    def _sketched(self, out: Tensor, x: Tensor) -> Tensor:
-        if self.sketch is None or not out.requires_grad:
+    def _observed(self, out: Tensor, x: Tensor) -> Tensor:
+        observer = self.observer
+        if observer is None or not out.requires_grad:
             return out
-        return _Sketched.apply(out, x, self.sketch, self.num_slots)
+        return _Observed.apply(out, x, observer.anchor, observer, self.num_slots)
 
     def _one_product(self, x: Tensor) -> bool:
         """Whether ``x W_k^T`` with ``W_k = W + s_k B_k A_k`` is possible and cheaper here."""

@@ -3,7 +3,8 @@
 Each slot minimises the mean loss over its answer tokens. Slots share forward and backward passes
 only: losses are summed over slots, gradients are clipped per slot, and each slot has its batches,
 learning rate, dropout masks and number of steps. So K slots equal K separate runs up to the
-rounding of wider matrix products.
+rounding of wider matrix products. With ``row_clip`` a step is one of DP-SGD (``row_privacy.py``),
+and no loss is measured, since none may leave.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from flexlora.lora.adapters import Adapter
 from flexlora.seeds import derive_seed
 from flexlora.training.layers import DropoutStream
 from flexlora.training.optim import SlotOptimizer, clip_rows
+from flexlora.training.row_privacy import RowPrivacy
 from flexlora.training.schedule import TrainSettings, learning_rate_at, num_steps, planned_rows
 from flexlora.training.slots import SlotModel, kept_rank
 from flexlora.wire.jobs import TrainJob, TrainResult
@@ -35,6 +37,7 @@ __all__ = [
     "answer_losses",
     "learning_rate_at",
     "num_steps",
+    "row_losses",
     "train",
 ]
 
@@ -55,7 +58,7 @@ def train(
 
     Raises:
         ValueError: no jobs, a job without examples, or jobs that train different factors.
-        UserError: ``interrupt`` gave a reason.
+        UserError: ``interrupt`` gave a reason, or rows cannot be clipped one by one here.
     """
     if not jobs or not all(examples):
         raise ValueError("every job needs at least one example; skip clients without rows.")
@@ -113,14 +116,16 @@ class _Cohort:
             adam_epsilon=self.settings.adam_epsilon,
             live=self.slots.live_numbers,
         )
+        self.privacy = self._row_privacy()
         self.plans = [self._plan(k) for k in range(len(self.jobs))]
         first_rows = [plan[0][: self.settings.per_device_train_batch_size] for plan in self.plans]
         # The first pass of the first step gives the loss before training, unless it has dropout,
         # fewer rows, or an aligned lora_A.
-        settings = self.settings
+        settings, unknown = self.settings, [math.nan] * len(self.jobs)
         halved = settings.rows_per_pass != settings.per_device_train_batch_size
         separate = settings.lora_dropout > 0 or halved or self.local.gradient_batches > 0
-        before, tails = self._probe(first_rows) if separate else [], self._tails()
+        before = unknown if self.privacy else self._probe(first_rows) if separate else []
+        tails = self._tails()
         losses = [0.0] * len(self.jobs)
         tokens = [0] * len(self.jobs)
         with checkpointing(self.slots.model, self.settings.gradient_checkpointing):
@@ -128,8 +133,9 @@ class _Cohort:
             self.origin = self.slots.parameters.clone() if self.settings.proximal_mu else None
             for step in range(self.steps[0]):
                 active = sum(count > step for count in self.steps)
+                accumulate = self._accumulate_private if self.privacy else self._accumulate
                 with self.slots.first_slots(active):
-                    step_losses, step_tokens = self._accumulate(step, active)
+                    step_losses, step_tokens = accumulate(step, active)
                 self._pull(active)
                 clip_rows(self.slots.gradients[:active], self.settings.max_grad_norm)
                 self.optimizer.step(self.slots.gradients, self._rates(step, active))
@@ -138,12 +144,19 @@ class _Cohort:
                 for k in range(active):
                     losses[k] += step_losses[k] / self.steps[k]
                     tokens[k] += step_tokens[k]
-        after = self._probe(first_rows)
+        after = unknown if self.privacy else self._probe(first_rows)
         pruned = [new < old for new, old in zip(self._tails(), tails, strict=True)]
         return [
             self._result(k, losses[k], tokens[k], before[k], after[k], pruned[k])
             for k in range(len(after))
         ]
+
+    def _row_privacy(self) -> RowPrivacy | None:
+        """DP-SGD's part of the training, None without a ``row_clip``."""
+        if not self.settings.row_clip:
+            return None
+        counts = [len(rows) for rows in self.examples]
+        return RowPrivacy.of(self.settings, self.jobs, counts, self.slots.live_numbers())
 
     def _go_on(self) -> None:
         """Raise where ``interrupt`` has a reason: before a pass, with the factors as they are."""
@@ -180,6 +193,8 @@ class _Cohort:
         self, k: int, loss: float, tokens: int, before: float, after: float, pruned: bool
     ) -> dict:
         job, finite = self.jobs[k], math.isfinite(loss) and math.isfinite(after)
+        if self.privacy:
+            finite = bool(torch.isfinite(self.slots.parameters[k]).all())
         adapter = self.slots.extract(k) if finite else None
         if adapter is not None and pruned:
             factor = self.local.prune_factor
@@ -198,11 +213,14 @@ class _Cohort:
             "train_loss": loss,
             "loss_before": before,
             "loss_after": after,
+            "withheld": self.privacy is not None,
             "cause": "" if finite else "the training loss is not finite; lower the learning rate",
         }
 
     def _plan(self, k: int) -> list[list[int]]:
         """The rows of every step, and of the batches for aligning."""
+        if self.privacy:
+            return self.privacy.plan(k, self.steps[k])
         ahead = self.local.gradient_batches
         return planned_rows(self.jobs[k], len(self.examples[k]), self.settings, ahead=ahead)
 
@@ -232,14 +250,34 @@ class _Cohort:
             )
             objective = means.sum()
             if dropout and micro == 0 and self.local.prune_penalty:
-                tails = self.slots.tail_norms(self.local.prune_factor)
-                objective = objective + self.local.prune_penalty * tails.sum()
+                objective = objective + self._penalty()
             self.slots.accumulate_gradients(objective)
             if micro == 0:
                 self.first_sums = [float(loss.detach()) for loss in per_slot]
             losses = [a + b for a, b in zip(losses, means.tolist(), strict=True)]
         self.slots.set_dropout(0.0, ())
         return losses, answers
+
+    def _accumulate_private(self, step: int, active: int) -> tuple[list, list]:
+        """Noisy means of clipped rows into the flat buffer; the losses are not to be known."""
+        assert self.privacy is not None
+        size, gradients = self.settings.rows_per_pass, self.slots.gradients
+        rows = [plan[step] for plan in self.plans[:active]]
+        gradients.zero_()
+        for at in range(0, max(len(indices) for indices in rows), size):
+            self._go_on()
+            batch = self._collate([indices[at : at + size] for indices in rows])
+            with self.slots.recording_rows(len(batch.input_ids)) as recorded:
+                recorded.backward(row_losses(self.slots, batch))
+            gradients[:active] += recorded.clipped_sum(self.settings.row_clip, active)
+        self.privacy.privatize(gradients, active)
+        if self.local.prune_penalty:
+            self.slots.accumulate_gradients(self._penalty())  # of the factors alone: no row's
+        return [math.nan] * active, [0] * active
+
+    def _penalty(self) -> Tensor:
+        """HetLoRA's regulariser of the last terms, over all slots."""
+        return self.local.prune_penalty * self.slots.tail_norms(self.local.prune_factor).sum()
 
     def _answer_tokens(self, k: int, indices: Sequence[int]) -> int:
         return sum(self.examples[k][i].answer_tokens for i in indices)
@@ -282,12 +320,26 @@ class _Cohort:
 
 def answer_losses(slots: SlotModel, batch: Batch) -> list[Tensor]:
     """Cross entropy of every answer token, slot by slot: K tensors ``[answer tokens]``."""
+    losses, counts = _token_losses(slots, batch)
+    return list(losses.split(counts.view(len(batch.rows_per_slot), -1).sum(dim=1).tolist()))
+
+
+def row_losses(slots: SlotModel, batch: Batch) -> Tensor:
+    """The mean cross entropy over the answer tokens of every row, ``[K * b]``; 0 for padding."""
+    losses, counts = _token_losses(slots, batch)
+    row_of_token = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+    sums = losses.new_zeros(len(counts)).index_add(0, row_of_token, losses)
+    return sums / counts.clamp(min=1)
+
+
+def _token_losses(slots: SlotModel, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Cross entropy of every answer token in the order of the rows; their counts ``[K * b]``."""
     logits, labels, counts = answer_logits(slots, batch)
-    return list(nn.functional.cross_entropy(logits, labels, reduction="none").split(counts))
+    return nn.functional.cross_entropy(logits, labels, reduction="none"), counts
 
 
-def answer_logits(slots: SlotModel, batch: Batch) -> tuple[Tensor, Tensor, list[int]]:
-    """Logits ``[n, vocabulary]`` and labels ``[n]`` of all answer tokens, and each slot's number.
+def answer_logits(slots: SlotModel, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits ``[n, vocabulary]`` and labels ``[n]`` of all answer tokens, their counts ``[K * b]``.
 
     Only answer positions go through the output layer where the model takes ``logits_to_keep``,
     unless a target comes after that choice, where the clients' rows are no longer separable.
@@ -303,7 +355,7 @@ def answer_logits(slots: SlotModel, batch: Batch) -> tuple[Tensor, Tensor, list[
     logits = slots.model(input_ids=input_ids, use_cache=False, **options).logits
     if logits.dim() == 3:
         logits = logits[keep]
-    counts = wanted.view(len(batch.rows_per_slot), -1).sum(dim=1).tolist()
+    counts = wanted.sum(dim=1)
     return logits if logits.dtype == torch.float64 else logits.float(), labels[wanted], counts
 
 

@@ -12,19 +12,31 @@ from flexlora.config.sections import Train
 from flexlora.data.collation import batch_plan
 from flexlora.wire.jobs import TrainJob
 
-__all__ = ["TrainSettings", "learning_rate_at", "num_steps", "planned_rows", "planned_rows_of"]
+__all__ = [
+    "TrainSettings",
+    "learning_rate_at",
+    "num_steps",
+    "planned_rows",
+    "planned_rows_of",
+    "sample_share",
+]
 
 
 class TrainSettings(Train):
     """The section ``train``, and the other keys that training reads.
 
     ``micro_batch_size`` is the most rows of a slot in one pass (0: the per-device batch size); a
-    step's rows, and so its gradient, do not depend on it.
+    step's rows, and so its gradient, do not depend on it. With a ``row_clip`` training is DP-SGD
+    (``row_privacy.py``): the norm to which a row's gradient is clipped, the noise's deviation over
+    it, and whether rows and noise are drawn from ``seed``, which protects nobody who knows it.
     """
 
     seed: int = 0
     lora_dropout: float = 0.0
     micro_batch_size: int = 0
+    row_clip: float = 0.0
+    row_noise: float = 0.0
+    reproducible: bool = False
 
     @property
     def rows_per_pass(self) -> int:
@@ -50,10 +62,18 @@ def learning_rate_at(settings: TrainSettings, job: TrainJob, step: int, steps: i
     return settings.learning_rate * factors[settings.lr_scheduler_type]
 
 
+def sample_share(num_examples: int, settings: Train) -> float:
+    """The probability with which a step of DP-SGD takes a row: ``min(1, batch / rows)``."""
+    return min(1.0, settings.examples_per_step / num_examples)
+
+
 def planned_rows(
     job: TrainJob, num_examples: int, settings: TrainSettings, *, ahead: int = 0
 ) -> list[list[int]]:
-    """The rows of every step of one client's round, and of ``ahead`` steps after its last."""
+    """The rows of every step of one client's round, and of ``ahead`` steps after its last.
+
+    DP-SGD draws other rows, in secret (``row_privacy.py``): as many in the mean, at most.
+    """
     return planned_rows_of(job.client_id, job.server_round, num_examples, settings, ahead=ahead)
 
 

@@ -20,7 +20,15 @@ from torch import Tensor, nn
 from flexlora.algebra.sketch import GradientSketch, top_rows
 from flexlora.lora.adapters import Adapter, LoRAFactors, zero_factors
 from flexlora.training.blockwise import Live, live_numbers
-from flexlora.training.layers import DropoutStream, LoRALinear, PassShape, SlotFactors, fill
+from flexlora.training.layers import (
+    DropoutStream,
+    GradientObserver,
+    LoRALinear,
+    PassShape,
+    SlotFactors,
+    fill,
+)
+from flexlora.training.row_gradients import RowGradients
 from flexlora.training.targets import choose_targets, find_targets
 
 __all__ = ["SlotModel", "find_targets", "kept_rank", "slot_model"]
@@ -203,33 +211,50 @@ class SlotModel:
 
         Afterwards ``lora_A`` of each slot has the top right singular vectors of its gradient.
         """
-        for name, layer in self.layers.items():
-            layer.sketch = GradientSketch(
+        sketches = {
+            name: GradientSketch(
                 name=name,
                 ranks=[adapter[name].rank for adapter in self._templates],
                 out_features=layer.out_features,
                 seed=seed,
             )
-        try:
+            for name, layer in self.layers.items()
+        }
+        with self._observed_by(sketches):
             yield
-            self._align()
+            self._align(sketches)
+
+    @contextmanager
+    def recording_rows(self, rows: int) -> Iterator[RowGradients]:
+        """Record the gradient of each of the ``rows`` of a pass in the backward pass inside."""
+        recorded = RowGradients(self.parameters, rows=rows, spans=self._spans)
+        with self._observed_by({k: recorded.of(k, layer) for k, layer in self.layers.items()}):
+            yield recorded
+
+    @contextmanager
+    def _observed_by(self, observers: Mapping[str, GradientObserver]) -> Iterator[None]:
+        try:
+            for name, layer in self.layers.items():
+                layer.observer = observers[name]
+            yield
         finally:
             for layer in self.layers.values():
-                layer.sketch = None
+                layer.observer = None
 
     @torch.no_grad()
-    def _align(self) -> None:
+    def _align(self, gradients: Mapping[str, GradientSketch]) -> None:
         """The top rows of all sketches, those of equal shape and rank together.
 
         A call decomposes as many numbers as the largest sketch has, so it takes no more memory.
         """
         alike: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
         for name, layer in self.layers.items():
-            assert layer.trained is not None and layer.sketch is not None
-            if layer.sketch.total is None:
+            assert layer.trained is not None
+            total = gradients[name].total
+            if total is None:
                 continue
-            for slot, size in enumerate(layer.sketch.sizes):
-                sketch = layer.sketch.total[slot, :size]
+            for slot, size in enumerate(gradients[name].sizes):
+                sketch = total[slot, :size]
                 rows = layer.trained.A[slot, : self._templates[slot][name].rank]
                 alike.setdefault((*sketch.shape, len(rows)), []).append((sketch, rows))
         largest = max((size * in_features for size, in_features, _ in alike), default=0)

@@ -81,9 +81,10 @@ class TrainResult:
     ``asked_rank`` from the next round on; 0 asks for nothing; ``out_of_memory`` is
     why there are no factors; ``transient``: the same job may succeed in a while.
     ``loss_before`` and ``loss_after`` are over the rows of the first step, before any step and
-    after the last; ``train_loss`` is the mean over the steps. ``personal`` stays with the client:
-    no message holds it. Nor ``too_many``, for the engine: the fewest clients whose pass ran out of
-    memory where fewer fitted, 0 for none.
+    after the last; ``train_loss`` is the mean over the steps. ``withheld``: losses and tokens are
+    not reported, since no noise covers them. ``personal`` stays with the client: no message holds
+    it. Nor ``too_many``, for the engine: the fewest clients whose pass ran out of memory where
+    fewer fitted, 0 for none.
     """
 
     client_id: str
@@ -101,6 +102,7 @@ class TrainResult:
     asked_rank: int = 0
     out_of_memory: bool = False
     transient: bool = False
+    withheld: bool = False
     note: str = ""
     cause: str = ""
     personal: Adapter | None = None

@@ -21,6 +21,7 @@ from flexlora.aggregation.engine.updates import Update, check_update
 from flexlora.config.resolve import Config
 from flexlora.errors import UpdateRefused
 from flexlora.lora.ranks import RankClass
+from flexlora.privacy.client_rounds import CLIENT_MODES
 from flexlora.runs.outcomes import Outcome
 from flexlora.seeds import derive_seed
 from flexlora.server.members.membership import Membership
@@ -189,13 +190,26 @@ class ReplyHandler:
                 row.discount *= share
                 note = f"it counts {share:.3g} times, the largest share of a round's weight"
                 row.note = _joined(row.note, note)
+            if key in settled.weights:
+                row.discount = settled.weights[key]
+                row.note = _joined(row.note, self._verdict(row.discount))
             if waited:
                 self.observer.replied(row.client_id, row.outcome, row.cause, row.late)
         return settled
 
+    def _verdict(self, weight: float) -> str:
+        """What the robust rule made of an update; 1 is its weight in the plain mean."""
+        rule = self.config.robust.rule
+        return f"{rule} left it out" if weight == 0.0 else f"{rule}: it counts {weight:.3g} times"
+
     def skipped(self, quorum: int) -> str:
-        """Why the round changes nothing: fewer clients or updates than ``quorum``; else empty."""
-        counted = self.counted + self.counted_late
+        """Why the round changes nothing: fewer clients or updates than needed; else empty."""
+        counted, least = self.counted + self.counted_late, self.opened.least_updates
+        if counted < least and not self.selected.skipped:
+            return (
+                f"skipped: {counted} updates came, robust.rule={self.config.robust.rule} needs "
+                f"{least} against the assumed share of hostile clients; the round changes nothing"
+            )
         cause = too_few(counted, quorum, "updates came") if counted < quorum else ""
         return self.selected.skipped or cause
 
@@ -277,6 +291,11 @@ class ReplyHandler:
             raise UpdateRefused(
                 f"client {client_id}: claims {result.num_examples} examples, it reported "
                 f"{member.capability.num_examples} when it joined."
+            )
+        if result.withheld and self.config.privacy.mode not in CLIENT_MODES:
+            raise UpdateRefused(
+                f"client {client_id}: withholds its losses, which clients do under privacy.mode="
+                f"{' or '.join(CLIENT_MODES)} only."
             )
         assert result.adapter is not None
         update = Update(

@@ -67,11 +67,11 @@ class RoundMetrics:
     def totals(self) -> dict[str, float]:
         """Counts, bytes, and the mean training loss of the updates summed.
 
-        Weighted by examples; those of a late update are discounted as its update is.
+        Weighted by examples; those of an update that counts less are discounted as it is.
         """
         counted = [row for row in self.rows if row.outcome is Outcome.OK]
         trained = [row for row in counted if row.has_loss]
-        weights = [row.discount * (row.num_examples or 0) for row in trained]
+        weights = [max(0.0, row.discount) * (row.num_examples or 0) for row in trained]
         examples = sum(weights)
         loss = sum(row.train_loss * weight for row, weight in zip(trained, weights, strict=True))
         return {

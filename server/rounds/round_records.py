@@ -77,5 +77,7 @@ def _notes(
         notes["nodes"] = strategy.membership.bindings.to_dict()
     if strategy.privacy.active:
         notes["privacy"] = strategy.privacy.to_dict()
+    if strategy.client_privacy.active:
+        notes["client_privacy"] = strategy.client_privacy.to_dict()
     notes["fan_in_fan_out"] = roster.fan_in_fan_out
     return notes

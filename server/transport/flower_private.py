@@ -78,6 +78,7 @@ __all__ = [
     "inflate_object_from_contents",
     "is_outage",
     "object_head",
+    "outermost_middleware",
     "poll",
     "program",
     "pull_object",
@@ -149,6 +150,13 @@ def skip_idle_middleware() -> None:
         _spare(getattr(control, name), not_control)
     _spare(fleet.FleetEventLogMiddleware, not_logged)
     _spare(tracing.RuntimeTracingMiddleware, not_traced)
+
+
+def outermost_middleware() -> Any:
+    """The class of the layer that every request to a SuperLink in this process meets first."""
+    from flwr.superlink.routers.control.middlewares import ControlSensitiveResponseMiddleware
+
+    return ControlSensitiveResponseMiddleware
 
 
 def _spare(kind: Any, idle: Callable[[Any], bool]) -> None:

@@ -182,7 +182,8 @@ def decode_train_result(reply: Message, start: Start | None = None) -> TrainResu
                 held=start.trained if start is not None else None,
             )
         result = TrainResult(**values, adapter=adapter)
-        if adapter is not None and not math.isfinite(result.train_loss):
+        measured = adapter is not None and not result.withheld
+        if measured and not math.isfinite(result.train_loss):
             raise ValueError(f"train-loss is {result.train_loss}")
         return result
     except Exception as error:  # whatever it is, the node sent it

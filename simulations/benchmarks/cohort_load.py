@@ -30,6 +30,7 @@ from flwr.app import RecordDict
 from rich.table import Table
 
 from flexlora.aggregation.engine.starts import LocalPlan, Start
+from flexlora.algebra.sketch import GradientSketch
 from flexlora.clients.messages import Memo, decode_train_job
 from flexlora.evaluation.cohorts import EvalPlan
 from flexlora.lora.adapters import Adapter, LoRAFactors
@@ -152,10 +153,11 @@ class CohortLoad:
         sketching = self.slots.sketching(seed=1)
         sketching.__enter__()
         for layer in self.slots.layers.values():
-            assert layer.sketch is not None
-            size, draw = len(layer.sketch.frequencies), generator(2, layer.name)
+            sketch = layer.observer
+            assert isinstance(sketch, GradientSketch)
+            size, draw = len(sketch.frequencies), generator(2, layer.name)
             shape = (len(self.ranks), size, layer.in_features)
-            layer.sketch.total = torch.randn(shape, generator=draw)
+            sketch.total = torch.randn(shape, generator=draw)
         return cpu_seconds(lambda: sketching.__exit__(None, None, None))
 
     def _step(self) -> float:

@@ -68,6 +68,7 @@ from flexlora.simulations.benchmarks.fleet_connection import FleetConnection, Fl
 __all__ = ["StubNode"]
 
 HEARTBEAT_SECONDS = 17.5, 22.5
+RESTART_SECONDS = 10.0
 LEAVE_SECONDS = 3.0
 MISSING_SECONDS = 1.0, 10.0  # first and longest pause for an object that is not there yet
 
@@ -126,6 +127,7 @@ class StubNode:
         beating = asyncio.create_task(self.beat())
         try:
             while not ended.is_set():
+                asked = time.monotonic()
                 try:
                     busy = await self.turn()
                 except FleetRefused as refusal:
@@ -134,7 +136,8 @@ class StubNode:
                 if busy:
                     worked = time.monotonic()
                 else:
-                    pause = self.poll_seconds or idle_pause(time.monotonic() - worked)
+                    now = time.monotonic()
+                    pause = self.poll_seconds or idle_pause(now - worked, now - asked)
                     await _until(ended, pause)
         finally:
             beating.cancel()
@@ -145,18 +148,24 @@ class StubNode:
             self.connection.close()
 
     async def enter(self) -> None:
-        """Register and activate."""
+        """Register and activate, again where the answer to an earlier try was lost."""
         public_key = self.connection.public_key
-        if self._registers:
-            try:
-                await self.connection.ask(RegisterNodeFleetRequest(public_key=public_key))
-            except FleetRefused as refusal:  # the answer to an earlier try was lost
-                if not (self.connection.retries and "already in use" in str(refusal)):
-                    raise
         activate = ActivateNodeRequest(
             public_key=public_key, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL
         )
-        self.node = Node(node_id=(await self.connection.ask(activate)).node_id)
+        if self._registers:
+            try:
+                await self.connection.ask(RegisterNodeFleetRequest(public_key=public_key))
+            except FleetRefused as refusal:
+                if not (self.connection.retries and "already in use" in str(refusal)):
+                    raise
+        while self.node is None:
+            try:
+                self.node = Node(node_id=(await self.connection.ask(activate)).node_id)
+            except FleetRefused:  # a SuperNode ends, and its service starts another
+                if not self.connection.retries:
+                    raise
+                await asyncio.sleep(RESTART_SECONDS)
 
     async def beat(self) -> None:
         """Heartbeats until cancelled."""

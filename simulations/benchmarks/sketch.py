@@ -134,7 +134,7 @@ def cohort_captures(
             batch = collate([planned[client][step] for client, _ in members], pad_token_id=pad)
             losses = [part.mean() for part in answer_losses(slots, batch)]
             slots.accumulate_gradients(torch.stack(losses).sum())
-        sketches = {name: layer.sketch for name, layer in slots.layers.items()}
+        sketches = {name: layer.observer for name, layer in slots.layers.items()}
     found = [slots.extract(slot) for slot in range(len(members))]
     slots.clear()
     captures = []
@@ -142,7 +142,7 @@ def cohort_captures(
         alone = [collate([rows], pad_token_id=pad) for rows in planned[client]]
         for name, gradient in exact_gradients(oracle, alone).items():
             best, sketch = best_rows(gradient, max(RANKS)), sketches[name]
-            assert sketch is not None
+            assert isinstance(sketch, GradientSketch)
             for slot, (member, rank) in enumerate(members):
                 if member == client:
                     lora_A = found[slot][name].lora_A

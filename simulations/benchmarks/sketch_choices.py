@@ -139,7 +139,7 @@ def _memory_row(out_features: int, in_features: int, tokens: int, rank: int) -> 
     x, gradient = torch.randn(1, tokens, in_features), torch.randn(1, tokens, out_features)
     sketch = GradientSketch(name="w", ranks=[rank], out_features=out_features, seed=0)
     backward = []
-    for layer.sketch in (None, sketch):
+    for layer.observer in (None, sketch):
         gradients = partial(torch.autograd.grad, layer(x), factors, gradient)
         backward.append(peak_bytes(gradients))
     add = peak_bytes(lambda: sketch.add(x, gradient, 1))

@@ -32,7 +32,9 @@ from flexlora.clients.messages import (
     encode_evaluate_result,
     encode_train_result,
 )
-from flexlora.clients.worker import Worker
+from flexlora.clients.worker import Worker, failed_training
+from flexlora.privacy.client_rounds import ClientLedgers
+from flexlora.privacy.local_noise import privatized
 from flexlora.server.transport.flower_private import (
     NODE_UNAVAILABLE,
     Run,
@@ -75,6 +77,7 @@ class _Unanswered:
     since: float = 0.0  # simulated seconds at which the client has its personal factors
     stored: bool = False  # whether they are in the store
     client_tokens: int = 0  # of each client in the cohort's pass
+    refused: TrainResult | None = None  # where the client's privacy budget is spent
 
     @property
     def result(self) -> TrainResult | EvalResult:
@@ -110,6 +113,7 @@ class InProcessGrid(Grid):
         self.pool, self.clock, self.late_rounds = pool or LocalPool(worker), world, late_rounds
         self.personal = personal or PersonalStore(rounds_kept=rounds_kept(late_rounds))
         self.feedback = feedback_store(self.personal)
+        self.client_ledgers = ClientLedgers(worker.config)  # a resumed server restores them
         added = canaries.canaries.client_ids if canaries is not None else ()
         self._clients = dict(enumerate([*worker.client_ids, *added], start=1))
         self._unanswered: dict[str, _Unanswered] = {}
@@ -153,17 +157,21 @@ class InProcessGrid(Grid):
             set_message_id(message, message_id)
             ids.append(message_id)
             kind, client_id = message.metadata.message_type, self._client(message)
+            refused = None
             if kind == MessageType.TRAIN:
                 job = decode_train_job(message.content, client_id, memo)
                 self._round = max(self._round, job.server_round)
                 if self._send(message, job):
-                    trained[message_id] = job
+                    refused = self._spend(job)
+                    trained |= {} if refused else {message_id: job}
             elif kind == MessageType.EVALUATE:
                 evaluated[message_id] = decode_evaluate_job(message.content, client_id, memo)
                 self._round = max(self._round, evaluated[message_id].server_round)
             else:
                 self._met = True
-            self._unanswered[message_id] = _Unanswered(message=message, server_round=self._round)
+            self._unanswered[message_id] = _Unanswered(
+                message=message, server_round=self._round, refused=refused
+            )
         self._ask_canaries(trained, evaluated)
         self._keep_trained()  # before the same clients train again from them
         self._forget()
@@ -182,6 +190,19 @@ class InProcessGrid(Grid):
             held.job, held.cohort = job, Later(partial(canaries.train, job))
         for key in [key for key, asked in evaluated.items() if asked.client_id in canaries]:
             self._unanswered[key].cohort = Later(partial(canaries.evaluate, evaluated.pop(key)))
+
+    def _spend(self, job: TrainJob) -> TrainResult | None:
+        """Enter the round in the client's ledger; the client's refusal if that has no room."""
+        if not self.client_ledgers.active:  # a canary has no rows, and is refused where it is
+            return None
+        num_rows = len(self.worker.train_rows(job))
+        if not num_rows:
+            return None
+        cause = self.client_ledgers.refusal(job.client_id, num_rows)
+        if cause:
+            return failed_training(job, cause)
+        self.client_ledgers.spend(job.client_id, num_rows)
+        return None
 
     def _send(self, message: Message, job: TrainJob) -> bool:
         """Whether the client will answer; on a simulated clock it may leave before."""
@@ -269,6 +290,9 @@ class InProcessGrid(Grid):
         lost = self.clock.take(message_id) if self.clock is not None else ""
         if lost:
             return Message(Error(code=NODE_UNAVAILABLE, reason=lost), reply_to=message)
+        if held.refused is not None:
+            content = encode_train_result(held.refused, dtype=self.wire_dtype)
+            return Message(content, reply_to=message)
         if held.cohort is None:
             return Message(
                 encode_capability(self._capability(self._client(message))), reply_to=message
@@ -283,7 +307,7 @@ class InProcessGrid(Grid):
         uplink = Uplink.of(self.worker.config, self.feedback, dtype=self.wire_dtype)
         return Message(
             encode_train_result(
-                uplink.ready(result, job),
+                uplink.ready(privatized(result, job, self.worker.config), job),
                 dtype=self.wire_dtype,
                 start=job.start.for_client(job.client_id),
             ),

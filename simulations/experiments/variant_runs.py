@@ -14,6 +14,7 @@ from flexlora.lora.ranks import RankClass
 from flexlora.runs.folder import RunFolder
 from flexlora.server.settings import check_config, factoring_of, rank_policy_of
 from flexlora.server.strategy import FlexLoRAStrategy
+from flexlora.simulations.experiments.hostile_runs import hostile_run
 from flexlora.simulations.experiments.tail_energy import TailObserver
 from flexlora.simulations.scoring import held_out_scores
 from flexlora.simulations.simulate import simulate
@@ -131,4 +132,5 @@ RUNNERS: dict[str, Runner] = {
     "loss": _loss,
     "norm": _norm,
     "course": _course,
+    "hostile": hostile_run,
 }

@@ -86,7 +86,7 @@ def sketched(slots, adapters, batches):
         for rows in batches:
             losses = answer_losses(slots, collate(rows, pad_token_id=0))
             slots.accumulate_gradients(sum(part.mean() for part in losses))
-        return {name: layer.sketch for name, layer in slots.layers.items()}
+        return {name: layer.observer for name, layer in slots.layers.items()}
 
 
 @pytest.mark.parametrize(("base", "bound"), [("float64", 1e-12), ("float32", 1e-4), ("nf4", 1e-4)])

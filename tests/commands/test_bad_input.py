@@ -294,7 +294,7 @@ def test_export_of_rank_0_or_an_unknown_format_or_onto_a_used_folder_is_refused(
         message = refusal(export(rank, "peft", tmp_path / "new"), capsys)
         assert re.search(f"--rank is {rank}, expected a rank of at least 1", message)
     message = refusal(export(2, "merge", tmp_path / "new"), capsys)
-    assert re.search(r"'merge', expected peft or merged. Did you mean 'merged'", message)
+    assert re.search(r"'merge', expected portable, peft or merged. Did you mean 'merged'", message)
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "mine").write_text("mine")
     message = refusal(export(2, "peft", tmp_path / "used"), capsys)
@@ -311,7 +311,7 @@ def test_merging_an_adapter_of_a_quantized_base_is_refused(run_folder, tmp_path,
     (run / "config.toml").write_text(text.replace('quantization = "none"', 'quantization = "nf4"'))
     merged = tmp_path / "merged"
     message = refusal(["export", run, "--rank", 2, "--format", "merged", "--out", merged], capsys)
-    assert re.search("trained on a nf4 base.*another model.*--format peft", message)
+    assert re.search("trained on a nf4 base.*another model.*--format portable", message)
     assert not merged.exists()
 
 

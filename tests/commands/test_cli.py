@@ -62,12 +62,12 @@ def test_the_help_of_a_command_is_plain_and_describes_arguments_options_and_defa
     text = printed(["export", "--help"], capsys)
     assert not re.search("[\x1b\\\\\u2500-\u257f]", text)
     for line in (
-        "RUN +a run folder +\\[required]",
-        "--rank .*\\[required]",
-        "--format .*default: peft",
+        "ADAPTER_OR_RUN +a PEFT or a run folder +\\[required]",
+        "--out .*\\[required]",
+        "--format .*default: portable",
     ):
         assert re.search(line, text), line
-    assert text.count("a run folder") == 1
+    assert text.count("a PEFT or a run folder") == 1
 
 
 def test_no_command_at_all_prints_the_help_and_fails(capsys):

@@ -95,6 +95,20 @@ def test_an_idle_node_polls_less_often_and_finds_a_message_at_most_a_tenth_late(
     assert node.watch.pause(poll) == 0.0 and node.watch.pause("PullObject") == 0.0
 
 
+def test_a_node_asks_a_slow_server_less_often_and_no_more_so_once_it_is_fast_again():
+    node, poll = active(), "PullMessages"
+    node.watch.sent(poll)
+    node.now += 2.0
+    node.watch.answered(poll, error=False)
+    assert node.watch.pause(poll) == pytest.approx(20.0 - 3.0)
+    node.watch.sent(poll)
+    node.now += 25.0
+    node.watch.answered(poll, error=False)
+    assert node.watch.pause(poll) == pytest.approx(30.0 - 3.0), "the longest"
+    node.at(node.now, poll)
+    assert node.watch.pause(poll) == pytest.approx(idle_pause(node.now) - 3.0)
+
+
 def test_a_process_that_is_no_supernode_is_judged_by_errors_alone():
     node = Node().at(0.0, "AcquireTask")
     assert node.trouble(10_000.0) == ""

@@ -36,7 +36,7 @@ def good(tmp_path_factory):
     """The bytes of two sound folders: one of ours, one with the fields of PEFT's own."""
     folder = tmp_path_factory.mktemp("good")
     adapter = random_adapter(SHAPES, [2, 2, 1], alpha=[4.0, 4.0, 3.0], dtype=torch.float32)
-    save_adapter(adapter, folder, base="x")
+    save_adapter(adapter, folder, base="x", layout="compact")
     config, weights = ((folder / name).read_bytes() for name in (CONFIG, WEIGHTS))
     theirs = json.loads(config) | {
         "target_modules": ["q_proj", "up_proj"],

@@ -244,7 +244,7 @@ def test_the_first_pattern_that_matches_as_peft_matches_gives_rank_and_alpha(fol
     for name in NAMES:
         key = get_pattern_key(pattern.keys(), name)
         assert config.rank_of(name) == pattern.get(key, 4), name
-        assert config.alpha_of(name) == pattern.get(key, 16), name
+        assert config.alpha_of(name) == pattern.get(key, 4), name
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from flexlora.commands.cli import main
 from flexlora.config.resolve import all_keys
 from flexlora.errors import UserError
 from flexlora.report import write_report
-from flexlora.report.records import RunRecords, read_run
+from flexlora.report.records import RunRecords
 from flexlora.runs.folder import RunFolder
 from flexlora.simulations import simulate as simulate_module
 from flexlora.simulations.simulate import simulate
@@ -264,26 +264,6 @@ def test_personal_and_simulated_numbers_are_shown_where_they_are(tmp_path):
     shown = {shown: value for value, shown, kind in page.data if kind == "derived"}
     assert shown["2.0 h"] == 7200.0 and shown["2.5 kJ"] == 2468.0
     assert "personal" not in [row[0] for row in page.table("Rank classes")]
-
-
-def test_a_private_run_shows_epsilon_and_is_finished_where_its_budget_is_spent(tmp_path):
-    cause = "privacy.epsilon is 3, and epsilon 2.5 is spent; one more round would make it 3.5"
-    last = {"epsilon": 2.5, "budget_spent": cause, "as_if_clients": 12000, "clip": 0.75}
-    extra = {1: {"epsilon": 1.5, "clip": 0.5}, 2: last}
-    folder = written_run(tmp_path / "run", (3.0, 2.0, 1.0), extra=extra, num_server_rounds=9)
-    page = report_of(folder)
-    assert (
-        "Epsilon" in page.said()
-        and "Epsilon" not in report_of(written_run(tmp_path / "plain", (3.0, 2.0))).said()
-    )
-    assert 2.5 in [value for value, *_ in page.data]
-    assert "of the adapters, at delta 1e-05, as if 12,000 clients" in page.said()
-    assert "Clip norm" in page.said()
-    assert f"Round 2 is the last: {cause}." in page.said() and read_run(folder).finished
-    written = written_run(
-        tmp_path / "open", (3.0, 2.0), extra={1: {"epsilon": 1.5}}, num_server_rounds=9
-    )
-    assert not read_run(written).finished
 
 
 def test_only_settings_that_are_not_the_default_are_listed(tmp_path):

@@ -90,6 +90,11 @@ ATTACKS = {
     "2**63 steps": (saying(steps=2**63), "failed", "'steps' is 9223"),
     "negative seconds": (saying(train_seconds=-1.0), "failed", "'train-seconds' is -1.0"),
     "seconds that are no number": (saying(train_seconds=float("nan")), "failed", "is nan"),
+    "losses that are withheld": (
+        saying(withheld=True, train_loss=float("nan")),
+        "refused",
+        "withholds its losses, which clients do under privacy.mode=local",
+    ),
     "another round": (saying(base_round=7), "refused", "of round 7 by its word"),
     "another class": (saying(rank_class="rank_99"), "refused", "trained 'rank_99'"),
 }

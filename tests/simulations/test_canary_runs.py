@@ -133,6 +133,8 @@ def test_a_run_without_canaries_says_how_to_make_one(tmp_path, capsys):
         ({"method__name": "fedit"}, "method.name is fedit with audit.canaries=24, expected one"),
         ({"sampling__policy": "utility"}, "sampling.policy is utility with audit.canaries=24"),
         ({"server__over_selection": 0.5}, "server.over-selection is 0.5 with audit.canaries=24"),
+        ({"robust__rule": "multi-krum"}, "robust.rule is multi-krum with audit.canaries=24"),
+        ({"server__quorum": 2}, "server.quorum is 2 with audit.canaries=24"),
         ({"population__dropout": 0.1}, "population.dropout is 0.1 with audit.canaries=24"),
         ({"population__availability": "markov"}, r"population.\* describes devices"),
         ({**PRIVATE, "privacy__as_if_clients": 900}, "privacy.as-if-clients is 900 with audit"),

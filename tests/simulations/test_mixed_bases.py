@@ -14,7 +14,7 @@ from flexlora.planning.shares import deal_quantizations, parse_quantization_shar
 from flexlora.simulations.engine.cohorts import CohortLimits, plan_cohorts
 from flexlora.simulations.engine.grid import InProcessGrid
 from flexlora.simulations.engine.pool import LocalPool
-from flexlora.simulations.inspection import export_run
+from flexlora.simulations.exporting import export
 from flexlora.training import models
 from flexlora.training.local import TrainSettings, train
 from flexlora.training.models import load_base
@@ -118,7 +118,7 @@ def test_half_of_the_clients_on_nf4_and_half_on_float32(tmp_path):
     for name in ("rank_2", "rank_4"):
         assert after[f"eval_loss/{name}"] < before[f"eval_loss/{name}"] - 0.1
     with pytest.raises(UserError, match=r"trained on a nf4:0\.5 base"):
-        export_run(str(run.path), rank=2, kind="merged", out=str(tmp_path / "merged"))
+        export(str(run.path), rank=2, kind="merged", out=str(tmp_path / "merged"))
 
 
 def test_each_client_trains_as_it_would_in_a_run_of_its_own_kind():

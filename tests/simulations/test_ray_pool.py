@@ -210,6 +210,7 @@ def test_a_worker_killed_in_mid_training_is_replaced_without_a_trace(pool, cohor
         assert len(killer.killed) == 1 and not psutil.pid_exists(killer.killed[0])
 
 
+@pytest.mark.nightly  # five workers, one after the other
 def test_a_cohort_that_kills_three_workers_is_trained_client_by_client(pool, cohorts):
     """The first of them kills two more by itself and fails; the second is what K = 1 gives."""
     pool.train(cohorts[0]).result()
@@ -263,6 +264,7 @@ def test_a_worker_that_cannot_load_says_why(pool, cohorts):
         broken.train(cohorts[0]).result()
 
 
+@pytest.mark.nightly  # three workers, one after the other
 def test_workers_that_die_in_loading_end_the_pool_and_not_the_wait(pool, cohorts):
     pool.train(cohorts[0]).result()
     refused = pytest.raises(UserError, match=r"cannot load base and data: 3 died in a row")

@@ -32,8 +32,8 @@ class FactorGap:
     ) -> None:
         self._sums = Sums(Needs(products=True, factors=True), shapes, sent, device)
 
-    def add(self, update: Update) -> None:
-        self._sums.add(update)
+    def add(self, update: Update, weight: float | None = None) -> None:
+        self._sums.add(update, weight)
 
     def report(self) -> dict[str, dict[str, float]]:
         """``factor_gap`` by module, relative to the mean product."""

@@ -8,6 +8,10 @@ round is that of its sums.
 Two bounds keep one client from making the round its own: on the norm of its update
 (``norm_bound.py``) and on its share of the weight (``weight_cap.py``). Where they need to know the
 others first, the update waits for them, at most until ``settle``.
+
+Against several hostile clients a robust rule (``robust_rules.py``) weighs all updates by their
+inner products (``change_gram.py``), in place of examples, discounts and the bound on shares. Then
+every update waits until the round is complete.
 """
 
 from __future__ import annotations
@@ -15,10 +19,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from flexlora.aggregation.engine.change_gram import gram_of_waiting
 from flexlora.aggregation.engine.factor_gap import FactorGap
 from flexlora.aggregation.engine.gaussian_sum import GaussianSum
 from flexlora.aggregation.engine.method import Method
 from flexlora.aggregation.engine.norm_bound import NormBound, Norms
+from flexlora.aggregation.engine.robust_rules import RobustMean
 from flexlora.aggregation.engine.starts import Start
 from flexlora.aggregation.engine.state import State
 from flexlora.aggregation.engine.sums import Sums
@@ -37,12 +43,14 @@ ROUNDING = 1e-9  # an update this near its largest share waits until the round i
 class Settled:
     """By the updates' keys: why some are not in the sum, and how many times others count in it.
 
-    ``shares`` are factors below 1, of updates beyond their share of the weight. ``norms`` are those
-    of the updates in the sum.
+    ``shares`` are factors below 1, of updates beyond their share of the weight. ``weights`` are a
+    robust rule's, all updates': 1 is the weight in the plain mean. ``norms`` are those of the
+    updates in the sum.
     """
 
     refused: Mapping[str, str] = field(default_factory=dict)
     shares: Mapping[str, float] = field(default_factory=dict)
+    weights: Mapping[str, float] = field(default_factory=dict)
     norms: tuple[Norms, ...] = ()
 
 
@@ -58,6 +66,7 @@ class OpenRound:
         bound: of the norms of updates that have them.
         most_updates: how many updates may come at most, where shares are bounded; 0: they are not.
         private: clips the changes and adds noise to their sum, also where no update came.
+        robust: weighs the updates; a round of fewer than ``least_updates`` changes nothing.
     """
 
     def __init__(
@@ -72,6 +81,7 @@ class OpenRound:
         bound: NormBound = UNBOUNDED,
         most_updates: int = 0,
         private: GaussianSum | None = None,
+        robust: RobustMean | None = None,
     ) -> None:
         self.method, self.state, self.sent = method, state, sent
         shapes, device = state.change.shapes, state.device
@@ -89,13 +99,19 @@ class OpenRound:
         self._weights: dict[str, float] = {}
         self._skipped: set[str] = set()
         self._waiting = WaitingUpdates(waiting_bytes)
-        self._bound, self._most_updates = bound, most_updates
+        self._robust = robust
+        self._bound, self._most_updates = bound, 0 if robust else most_updates
         self._settled: Settled | None = None
 
     @property
     def decides(self) -> bool:
         """Whether ``add`` knows the bound of norms; else ``settle`` may still refuse updates."""
         return self._bound.decides
+
+    @property
+    def least_updates(self) -> int:
+        """The fewest updates with which the round changes anything."""
+        return 0 if self._robust is None else self._robust.least
 
     def add(self, update: Update) -> None:
         """Take one checked update: added to the sums now or when all before it are in.
@@ -128,7 +144,7 @@ class OpenRound:
             self._accumulate_ready()
 
     def settle(self) -> Settled:
-        """Apply both bounds, now that no further update will come."""
+        """Apply both bounds and the robust rule, now that no further update will come."""
         if self._settled is None:
             refused = self._refuse_beyond_bound()
             level = self._level(0) if self._most_updates else None
@@ -138,21 +154,24 @@ class OpenRound:
                 if level is not None and weight > level
             }
             norms = tuple(norms for norms in self._norms.values() if norms is not None)
-            self._settled = Settled(refused=refused, shares=shares, norms=norms)
+            self._settled = Settled(
+                refused=refused, shares=shares, weights=self._robust_weights(), norms=norms
+            )
         return self._settled
 
     def close(self) -> State:
-        """The next state; without noise the unchanged one if no update came."""
-        shares = self.settle().shares
-        if not self._norms and not self._always_closes:
+        """The next state; without noise the unchanged one if no update came, or too few did."""
+        settled = self.settle()
+        too_few = len(self._norms) < max(1, self.least_updates)
+        if too_few and not self._always_closes:
             self._waiting.close()
             return self.state.unchanged()
-        for key in sorted(self._waiting, key=self._places.__getitem__):
-            update = self._waiting.take(key)
-            if key in shares:
-                update = replace(update, discount=update.discount * shares[key])
-            for sums in self._sums:
-                sums.add(update)
+        for key in self._in_order():
+            update, weight = self._waiting.take(key), settled.weights.get(key)
+            if key in settled.shares:
+                update = replace(update, discount=update.discount * settled.shares[key])
+            for sums in self._sums if weight != 0.0 else ():
+                sums.add(update, weight)
         self._waiting.close()
         state = self.method.close(self.state, self.sums)
         self.sums.clear()
@@ -161,6 +180,20 @@ class OpenRound:
         gaps = self._gap.report()
         modules = {name: {**state.modules.get(name, {}), **gap} for name, gap in gaps.items()}
         return replace(state, modules=modules)
+
+    def _in_order(self) -> list[str]:
+        """The keys of the waiting updates, in the order in which they are added."""
+        return sorted(self._waiting, key=self._places.__getitem__)
+
+    def _robust_weights(self) -> dict[str, float]:
+        """``n c_k`` of every update, by the rule; none without a rule, or of too few updates."""
+        keys = self._in_order()
+        if self._robust is None or len(keys) < self._robust.least:
+            return {}
+        starts = {name: start.trained for name, start in self.sent.items()}
+        gram = gram_of_waiting(self._waiting, keys, starts, self.state.device)
+        coefficients = self._robust.coefficients(gram).tolist()
+        return {key: len(keys) * c for key, c in zip(keys, coefficients, strict=True)}
 
     def _place(self, update: Update) -> tuple[bool, int, str]:
         """The place of an update of no listed client: late ones after all others."""
@@ -194,7 +227,7 @@ class OpenRound:
 
     def _accumulate_ready(self) -> None:
         """Add what comes next in the order, as far as both bounds certainly allow it."""
-        if not self._bound.decides:
+        if not self._bound.decides or self._robust is not None:
             return
         level = None
         if self._most_updates:

@@ -120,11 +120,14 @@ class Sums:
         if self.needs.linear:
             check_basis(update.client_id, update.adapter, start.trained)
 
-    def add(self, update: Update) -> None:
-        """Accumulate one update in every sum of ``needs``, at the discounted weight."""
+    def add(self, update: Update, weight: float | None = None) -> None:
+        """Accumulate one update in every sum of ``needs``, at the discounted weight.
+
+        ``weight`` takes the place of that, where a robust rule has weighed the updates.
+        """
         needs, start = self.needs, self._start_of(update)
         adapter = self._moved(update.adapter)
-        weight = self._weight(update, adapter, start)
+        weight = self._weight(update, adapter, start) if weight is None else weight
         if needs.products:
             self._products.add(adapter, weight)
         if needs.starts:

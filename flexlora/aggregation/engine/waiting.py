@@ -4,17 +4,36 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from flexlora.aggregation.engine.updates import Update
-from flexlora.lora.adapters import Adapter
+from flexlora.lora.adapters import Adapter, LoRAFactors
 
-__all__ = ["WAITING_BYTES", "WaitingUpdates"]
+__all__ = ["WAITING_BYTES", "StoredAdapter", "WaitingUpdates"]
 
 WAITING_BYTES = 1 << 27
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredAdapter:
+    """Factors that are read one module at a time; with a ``path`` they are meta tensors here."""
+
+    adapter: Adapter
+    path: Path | None = None
+
+    def read(self, name: str) -> LoRAFactors:
+        """The factors of one module."""
+        factors = self.adapter[name]
+        if self.path is None:
+            return factors
+        with safe_open(self.path, framework="pt") as file:
+            labels = ("lora_A", "lora_B")
+            tensors = {label: file.get_tensor(f"{name}.{label}").clone() for label in labels}
+        return replace(factors, **tensors)
 
 
 class WaitingUpdates:
@@ -40,6 +59,15 @@ class WaitingUpdates:
         else:
             self.held_bytes += size
         self._updates[update.key] = update
+
+    def get(self, client_id: str) -> Update:
+        """An update that goes on waiting; its tensors may be on disk (``stored``)."""
+        return self._updates[client_id]
+
+    def stored(self, client_id: str) -> StoredAdapter:
+        """The factors of an update that goes on waiting."""
+        adapter = self._updates[client_id].adapter
+        return StoredAdapter(adapter=adapter, path=self._on_disk.get(client_id))
 
     def take(self, client_id: str) -> Update:
         update = self._updates.pop(client_id)
