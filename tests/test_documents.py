@@ -40,6 +40,7 @@ NOT_IN_THE_TREE = (
         "findings.json",
         "limits.toml",
         "quotas.json",
+        "privacy.json",
         "tuned.toml",
     ),
     *("train.jsonl", "validation.jsonl", "test.jsonl", "ca.crt", "adapter_config.json"),

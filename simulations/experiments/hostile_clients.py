@@ -49,9 +49,9 @@ MEASURED = {"eval.split": "test", "eval.max-examples": 10, "eval.every": 0, "eva
 NUM_ROUNDS = 5
 # A backdoor whose attackers leave. Under `carried` all rank classes have nearly the same model,
 # under the others each has the truncation of G at its rank.
-LEAVING = "backdoor-boosted"
-LEFT = ("carried", "residual", "flexlora")
-ATTACKED_ROUNDS, LEFT_ROUNDS = 2, 7
+LEAVING = "backdoor"
+LEFT = ("residual", "flexlora", "carried")
+ATTACKED_ROUNDS, LEFT_ROUNDS = 5, 8
 WITHIN = 1.05  # of the loss without attack and without rule
 
 Scores = Mapping[str, Any]
@@ -60,7 +60,7 @@ Scores = Mapping[str, Any]
 def hostile_variants(scale: float = 1.0) -> tuple[Variant, ...]:
     """No attack and each attack under every rule; a backdoor whose attackers leave, under none.
 
-    Those without a rule come first.
+    Those without a rule and under the first one come first.
     """
     attacks = {CLEAN: "", **{attack: f"{attack}:{SHARE}" for attack in ATTACKS}}
     rounds = {ROUNDS: scaled(NUM_ROUNDS, scale, least=2)}
@@ -78,7 +78,8 @@ def hostile_variants(scale: float = 1.0) -> tuple[Variant, ...]:
         )
         for method in LEFT
     ]
-    return tuple(table[: len(attacks)] + left + table[len(attacks) :])
+    first = 2 * len(attacks)  # without a rule and under the first one
+    return tuple(table[:first] + left + table[first:])
 
 
 def _variant(title: str, changes: Mapping[str, object]) -> Variant:

@@ -25,15 +25,16 @@ __all__ = ["METHODS", "POPULATIONS", "private_methods", "private_variants"]
 
 METHODS = ("basis", "carried", "ffa-lora")
 POPULATIONS = (100, 1_000, 10_000)
-BUDGETS = (2.0, 8.0)  # epsilon
+BUDGETS = (8.0, 2.0)  # epsilon
 DELTA = 1e-5
 TRIED_AT = 1_000, 8.0
-LEARNING_RATES, CLIPS = (5e-3, 2e-2), (0.5, 2.0)
-MEASURED = {"eval.split": "test", "eval.max-examples": 24, "eval.every": 0}
+LEARNING_RATES, CLIPS = (5e-3, 2e-2), (4.0, 16.0)
+MEASURED = {"eval.split": "test", "eval.max-examples": 12, "eval.every": 0}
 SAMPLED = {
     "sampling.policy": "poisson",
     "server.late-rounds": 0,
     "train.max-steps": 10,
+    "train.per-device-train-batch-size": 4,
     **SKEW,
 }
 
@@ -46,14 +47,11 @@ def private_methods(request: Request) -> int:
     tried = [_variant(method, *TRIED_AT, noise, trials=_trials()) for method in METHODS]
     results = run_variants(request, tried, MEASURED)
     trials = _trials()
-    variants = [
-        variant
+    by_method = [
+        private_variants(method, noise, results.chosen(first.title) or trials[len(trials) // 2])
         for method, first in zip(METHODS, tried, strict=True)
-        for variant in private_variants(
-            method, noise, results.chosen(first.title) or trials[len(trials) // 2]
-        )
-        if variant.title != first.title
     ]
+    variants = [variant for row in zip(*by_method, strict=True) for variant in row]
     results = run_variants(request, variants, MEASURED)
     request.console.print()
     request.console.print(_table(results.of_seeds(request.seeds), noise))
@@ -87,17 +85,17 @@ def _trials() -> tuple[dict[str, object], ...]:
 def private_variants(
     method: str, noise: Mapping[float, float], chosen: Mapping[str, object]
 ) -> list[Variant]:
-    """The rows of a method with the ``chosen`` trial: without noise, and at every budget."""
+    """The rows of a method with the ``chosen`` trial: at every budget, and without noise."""
     plain = {key: value for key, value in chosen.items() if not key.startswith("privacy.")}
     without = Variant(
         title=_title(method, 0, 0.0), kind="loss", changes={**_shared(method), **plain}
     )
     noisy = (
         _variant(method, population, budget, noise, trials=(dict(chosen),))
-        for population in POPULATIONS
         for budget in noise
+        for population in POPULATIONS
     )
-    return [without, *noisy]
+    return [*noisy, without]
 
 
 def _shared(method: str) -> dict[str, object]:
@@ -134,7 +132,7 @@ def _table(rows: Sequence[Scores], noise: Mapping[float, float]) -> Table:
     table = Table(box=None, pad_edge=False, title_justify="left")
     for heading in ("as if clients", "epsilon", "noise multiplier", *METHODS):
         table.add_column(heading, justify="right", no_wrap=True)
-    settings = [(0, 0.0), *((n, budget) for n in POPULATIONS for budget in noise)]
+    settings = [(0, 0.0), *((n, budget) for n in POPULATIONS for budget in sorted(noise))]
     for population, budget in settings:
         cells = [_cell(rows, _title(method, population, budget)) for method in METHODS]
         of_noise = (f"{population:,}", f"{budget:g}", f"{noise[budget]:.3f}") if budget else None

@@ -128,6 +128,12 @@ def test_the_fewest_updates_of_a_rule():
     assert RobustMean(rule="centred-clipping", hostile=0).least == 1
 
 
+def test_an_update_that_is_left_out_has_no_weight_of_rounding():
+    rows = changes(13, hostile=F, size=1000.0)
+    c = RobustMean(rule="nearest-trimmed-mean", hostile=F).coefficients(rows @ rows.T)
+    assert c[:F].tolist() == [0.0] * F and float(c.sum()) == pytest.approx(1.0, abs=1e-9)
+
+
 def test_one_update_is_its_own_mean():
     rows = changes(9, n=1)
     for rule in RULES.values():

@@ -14,7 +14,16 @@ from flexlora.errors import UserError
 from flexlora.privacy.accounting import Mechanism
 from flexlora.privacy.client_rounds import client_epsilon, client_round
 from packed import trained
-from trainers import cause_of, query_message, resident, run_config, train_message, write_rows
+from trainers import (
+    asked,
+    cause_of,
+    context_of,
+    query_message,
+    resident,
+    run_config,
+    train_message,
+    write_rows,
+)
 
 NOISE = {"privacy__mode": "local", "privacy__clip": 1.0, "privacy__noise_multiplier": 4.0}
 LOCAL = run_config(method__name="basis", **NOISE)
@@ -169,6 +178,15 @@ def test_a_server_whose_job_does_not_fit_its_configuration_gets_nothing(data, tm
         assert [(s.whole, s.count) for s in node.trainer.privacy.ledger.spent()] == [
             (False, EXAMPLE_ROUND[1])
         ]
+
+
+def test_a_node_without_a_trainer_knows_no_budget(data):
+    budgeted = LOCAL.with_values({"privacy.epsilon": 5.0})
+    node = context_of(budgeted, data_path=str(data), client_id="site")
+    refused = asked(train_message(LOCAL, method="basis"), node)
+    assert "this node has no resident trainer, which would know what is spent" in cause_of(refused)
+    free = context_of(LOCAL, data_path=str(data), client_id="site")
+    assert asked(train_message(LOCAL, method="basis"), free)["report"]["withheld"]
 
 
 def test_an_upload_that_cannot_be_entered_stays_here(data, tmp_path, monkeypatch):

@@ -30,6 +30,12 @@ def test_without_a_world_nothing_is_said_of_one():
     assert "out there" not in seen(ROUND)
 
 
+def test_epsilon_of_a_cohort_that_stands_for_more_says_so():
+    assert seen({**ROUND, "epsilon": 2.5}).endswith("  epsilon 2.5\n")
+    line = seen({**ROUND, "epsilon": 2.5, "as_if_clients": 10000})
+    assert line.endswith("  epsilon 2.5 as if 10,000 clients\n")
+
+
 def test_loading_is_shown_on_a_terminal_alone():
     assert "loading the base" in seen(terminal=True)
     assert seen() == ""

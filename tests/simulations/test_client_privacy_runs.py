@@ -84,14 +84,13 @@ def test_clients_refuse_what_would_exceed_the_budget_and_remember_after_a_resume
     assert [row.get("epsilon") for row in again] == [row.get("epsilon") for row in metrics]
 
 
-@pytest.mark.parametrize("base", [LOCAL, EXAMPLE], ids=["local", "example"])
-def test_the_noise_of_a_client_does_not_depend_on_its_cohort(base, tmp_path):
-    """The same run, trained one client at a time: losses of the model that came of it agree."""
-    losses = []
+def test_the_noise_of_a_client_does_not_depend_on_its_cohort(tmp_path):
+    """The same run, trained one client at a time."""
+    changes = []
     for size in (1, 4):
-        chosen = config(base, eval__every=0, engine__cohort_size=size, wire__dtype="float64")
+        chosen = config(EXAMPLE, eval__every=0, engine__cohort_size=size, wire__dtype="float64")
         strategy = simulate(chosen, tmp_path / str(size))
-        losses.append(strategy.state.change)
-    for name in losses[0]:
-        one, other = (change.delta_weight(name) for change in losses)
+        changes.append(strategy.state.change)
+    for name in changes[0]:
+        one, other = (change.delta_weight(name) for change in changes)
         assert float((one - other).norm()) <= 1e-5 * float(one.norm())

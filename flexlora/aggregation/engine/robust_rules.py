@@ -45,6 +45,7 @@ __all__ = [
 
 STEPS = 200
 CONVERGED = 1e-9  # of a coefficient in one step
+ROUNDING = 1e-12  # a coefficient below it is none
 RESOLVED = 1e-12  # of the largest eigenvalue: an axis is a millionth of the longest
 SMOOTHING = 1e-3  # of the median distance: below it all changes weigh alike
 
@@ -204,5 +205,6 @@ class RobustMean:
         return 2 * self.hostile + (3 if self.rule == "multi-krum" else 1)
 
     def coefficients(self, gram: Tensor) -> Tensor:
-        """``c [n]`` with ``n >= least``; sums to 1."""
-        return RULES[self.rule](gram, self.hostile)
+        """``c [n]`` with ``n >= least``; sums to 1, and is 0 where only rounding is left."""
+        coefficients = RULES[self.rule](gram, self.hostile)
+        return torch.where(coefficients.abs() < ROUNDING, 0.0, coefficients)
