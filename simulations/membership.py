@@ -68,7 +68,7 @@ def membership_of_run(target: str | Path, *, allow_changed: bool = False) -> lis
     state, classes = run.load_checkpoint()
     if config.privacy.mode == "example":
         raise UserError(
-            f"'{run.path}' has privacy.mode=example, under which the rows of each step are a secret "
+            f"'{run.path}' has privacy.mode=example, where the rows of each step are a secret "
             "of the client: which rows are members is not known."
         )
     # Nothing is trained here, perhaps on another machine than the one that did.
