@@ -18,6 +18,7 @@ from flexlora.config.resolve import Config, of_flower, resolved
 from flexlora.deploy.request_watch import RequestWatch, watch_requests
 from flexlora.errors import RunFailed, TooFewNodes, TooFewUpdates, UserError
 from flexlora.runs.audit import RESUMED, STARTED
+from flexlora.runs.canary_file import CanaryRecord
 from flexlora.runs.checkpoints import checkpoint_digest
 from flexlora.runs.folder import RunFolder
 from flexlora.runs.lock import exclusive_lock
@@ -28,6 +29,7 @@ from flexlora.server.observing.observer import LogObserver, Observer
 from flexlora.server.publishing import publish
 from flexlora.server.results import write_adapters
 from flexlora.server.resuming import FINAL, check_start, destination_of, settle, start_state
+from flexlora.server.rounds.canary_rounds import CanaryRounds
 from flexlora.server.settings import check_config
 from flexlora.server.strategy import FlexLoRAStrategy
 from flexlora.server.transport.flower_private import ProtobufClient
@@ -85,6 +87,7 @@ def federate(
     sources: Sources | None = None,
     allow_changed: bool = False,
     flag: str = "allow-changed=true",
+    canaries: CanaryRecord | None = None,
 ) -> FlexLoRAStrategy:
     """Run the rounds over ``grid`` into the folder ``out``, made once a client can train.
 
@@ -96,6 +99,7 @@ def federate(
         sources: the base and the rows, where the caller has them; default: the nodes' base.
         allow_changed: resume although the sources are others than in the checkpoint; ``flag`` is
             what a person gives for that.
+        canaries: those of a grid whose clients ``audit.canaries`` are among.
 
     Raises:
         UserError: settings that contradict each other, too few nodes, no client that can train, a
@@ -103,10 +107,16 @@ def federate(
         RunFailed: no client was trained in any round.
     """
     check_config(config)
+    if config.audit.canaries and canaries is None:
+        raise UserError(
+            f"audit.canaries is {config.audit.canaries}, but canaries are clients of a simulation; "
+            "use `flexlora simulate`, or leave it out."
+        )
     state, classes = RunFolder(out).load_checkpoint() if resume else (None, None)
     watched = observed(out, config, observer, resumed=resume, deployed=run_id is not None)
     with ExitStack() as held, watched as watcher:
         strategy = FlexLoRAStrategy(config, observer=watcher, state=state, rank_classes=classes)
+        strategy.canaries = CanaryRounds(record=canaries) if canaries is not None else None
         if state is not None:
             strategy.membership.bindings.restore(RunFolder(out).load_notes())
         compared = partial(_refuse_changed, out, config, allow_changed, flag)

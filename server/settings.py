@@ -13,6 +13,7 @@ from flexlora.errors import UserError
 from flexlora.planning.memory_ranks import run_plan
 from flexlora.planning.rank_policies import RankPolicy
 from flexlora.planning.rank_tables import read_rank_table
+from flexlora.privacy.canary_checks import check_canaries
 from flexlora.privacy.checks import check_privacy
 from flexlora.server.publishing import check_publish
 from flexlora.server.robustness import check_robust
@@ -31,7 +32,7 @@ def check_config(config: Config) -> None:
             config.json rules out, a wire that the method cannot use, ranks or shares that cannot
             be, a carried rank in a table that the method does not read, a ``server.publish`` that
             cannot be one, a number of clients under Poisson sampling, what differential privacy or
-            a robust rule excludes.
+            a robust rule or canaries exclude.
     """
     if config.resume:
         raise UserError(
@@ -45,6 +46,7 @@ def check_config(config: Config) -> None:
         )
     _check_sampling(config)
     check_privacy(config)
+    check_canaries(config)
     check_robust(config)
     check_publish(config.server.publish)
     if Path(resolve_name(config.model.name)).is_dir():  # a hub model is the nodes' to fetch

@@ -38,6 +38,7 @@ from flexlora.server.members.sampling import History
 from flexlora.server.members.selection import Selector
 from flexlora.server.observing.observer import Observer
 from flexlora.server.robustness import check_enough, robust_mean
+from flexlora.server.rounds.canary_rounds import CanaryRounds
 from flexlora.server.rounds.central_privacy import CentralPrivacy
 from flexlora.server.rounds.client_privacy import ClientPrivacy
 from flexlora.server.rounds.client_rows import ClientRow, left_out_rows
@@ -100,6 +101,7 @@ class FlexLoRAStrategy(Strategy):
         self.closed = state  # the state of the last round that was written whole
         self.origin = ""  # Flower's id of the first run in this folder
         self.sources: Sources | None = None  # default: the base of the roster
+        self.canaries: CanaryRounds | None = None  # of a simulation that is audited
         self.num_rounds = config.num_server_rounds
         shapes = state.change.shapes if state is not None else None
         say = self.observer.waiting
@@ -298,7 +300,7 @@ class FlexLoRAStrategy(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord]:
         """Add the replies one by one and close the sum; ``state`` is the next one afterwards."""
-        handler = self._handler
+        handler, before = self._handler, self.state
         for reply in replies:
             handler.handle(reply)
         began = time.perf_counter()
@@ -312,6 +314,8 @@ class FlexLoRAStrategy(Strategy):
             self._state = handler.opened.close()
             self.privacy.spend(server_round, len(self.roster.members), handler.opened.sums)
             self.norms.learn(server_round, settled.norms)
+        if self.canaries is not None:
+            self.canaries.score(self, before)
         for client_id, rank_class in sorted(handler.lowered.items()):
             member = self.roster.members[client_id]
             self.roster.members[client_id] = replace(member, rank_class=rank_class)

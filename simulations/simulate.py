@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,12 +14,14 @@ from flexlora.config.paths import expanded
 from flexlora.config.resolve import Config, resolved
 from flexlora.errors import RunFailed, UserError, one_line
 from flexlora.report import write_report
+from flexlora.runs.canary_file import CanaryRecord
 from flexlora.runs.folder import RunFolder
 from flexlora.runs.lock import check_idle
 from flexlora.server.app import federate
 from flexlora.server.observing.observer import Observer
 from flexlora.server.settings import check_config
 from flexlora.server.strategy import FlexLoRAStrategy
+from flexlora.simulations.engine.canary_clients import CanaryClients, canary_record
 from flexlora.simulations.engine.cohorts import limits_of, resolved_limits
 from flexlora.simulations.engine.grid import FAILED_COHORTS, InProcessGrid, rounds_kept
 from flexlora.simulations.engine.pool import LocalPool, Pool, make_pool
@@ -108,7 +111,8 @@ def simulate(
         config = resolved_limits(config, worker)
         kept = rounds_kept(config.server.late_rounds, config.server.keep_checkpoints)
         personal = PersonalStore(out / "personal", rounds_kept=kept)
-        grid = make_grid(config, worker, pool, personal, out)
+        canaries = canary_record(config, worker, out, go_on=go_on)
+        grid = make_grid(config, worker, pool, personal, out, canaries)
         return federate(
             grid,
             config,
@@ -119,6 +123,7 @@ def simulate(
             sources=worker.sources(),
             allow_changed=allow_changed,
             flag="--allow-changed",
+            canaries=canaries,
         )
     finally:
         if pool is not None:
@@ -159,6 +164,7 @@ def make_grid(
     pool: Pool | None = None,
     personal: PersonalStore | None = None,
     out: Path | None = None,
+    canaries: CanaryRecord | None = None,
 ) -> InProcessGrid:
     """The engine of a resolved configuration, for the run in ``out``.
 
@@ -166,6 +172,10 @@ def make_grid(
         UserError: a population or an attack that cannot be.
     """
     population = Population.from_config(config, worker.client_ids)
+    added = None
+    if canaries is not None:
+        like = worker.capability(worker.client_ids[0], probed=False)
+        added = CanaryClients(canaries=canaries.canaries, like=replace(like, cause=""))
     return InProcessGrid(
         worker,
         limits=limits_of(config),
@@ -175,4 +185,5 @@ def make_grid(
         personal=personal,
         late_rounds=config.server.late_rounds,
         failed_file=None if out is None else out / FAILED_COHORTS,
+        canaries=added,
     )

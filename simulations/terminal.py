@@ -18,6 +18,7 @@ from flexlora.lora.ranks import RankClass
 from flexlora.report.formats import format_counts, metric_format
 from flexlora.runs.outcomes import Outcome
 from flexlora.server.observing.observer import Observer
+from flexlora.simulations.engine.canary_clients import OUT
 from flexlora.units import human_bytes
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ class TerminalObserver(Observer):
 
     def replied(self, client_id: str, outcome: Outcome, cause: str, late: bool) -> None:
         self._advance()
-        if cause and outcome is not Outcome.NOT_NEEDED:
+        if cause and outcome is not Outcome.NOT_NEEDED and cause != OUT:
             self._causes.append(f"  {client_id}: {cause}")
 
     def evaluated(self, client_id: str, cause: str) -> None:

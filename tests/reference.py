@@ -289,6 +289,26 @@ def polynomial_at_zero(points, prime):
     return total % prime
 
 
+def one_run_p_value(canaries, guesses, correct, epsilon, delta):
+    """Theorem 5.2 of arXiv 2305.08846 as it is written, from binomial coefficients."""
+    right = 1 / (1 + math.exp(-epsilon))
+
+    def at_least(v):
+        return sum(
+            math.comb(guesses, k) * right**k * (1 - right) ** (guesses - k)
+            for k in range(max(v, 0), guesses + 1)
+        )
+
+    rises = [(at_least(correct - i) - at_least(correct)) / i for i in range(1, canaries + 1)]
+    return min(1.0, at_least(correct) + 2 * canaries * delta * max(0.0, *rises))
+
+
+def roc_area(members, others):
+    """The share of pairs in which the member's score is the larger, ties counted half."""
+    pairs = [(a > b) + 0.5 * (a == b) for a in members for b in others]
+    return sum(pairs) / len(pairs)
+
+
 # --- robust means, on flattened dense changes [n, d] ------------------------------------------
 
 

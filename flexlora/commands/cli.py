@@ -41,7 +41,7 @@ COMMANDS: Table = {
     "compare": ("commands.runs:compare", "runs side by side, and what differs in them"),
     "export": ("commands.runs:export", "write an adapter at any rank, for any runtime, or merged"),
     "rollback": ("commands.runs:rollback", "go back to an earlier round of a run"),
-    "audit": ("commands.runs:audit", "verify who contributed what to a run's checkpoints"),
+    "audit": ("commands.audit:audit", "verify a run's log; measure what its changes leak"),
     "plan": ("commands.plan:plan", "rank, quantization and batch that a device can train"),
     "privacy": ("commands.privacy:privacy", "epsilon of rounds with noise, or the noise for it"),
     "tune": ("commands.train:tune", "measure how many clients in one pass are fastest here"),

@@ -1,5 +1,5 @@
-"""``flexlora eval``, ``report``, ``watch``, ``compare``, ``export``, ``rollback``, ``audit`` and
-``doctor``: no training.
+"""Commands that train nothing: ``eval``, ``report``, ``watch``, ``compare``, ``export``,
+``rollback`` and ``doctor``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typer import Argument, Option
 from flexlora.commands.options import PATH
 from flexlora.commands.train import ConfigFile, Sets
 
-__all__ = ["audit", "compare", "doctor", "evaluate", "export", "report", "rollback", "watch"]
+__all__ = ["compare", "doctor", "evaluate", "export", "report", "rollback", "watch"]
 
 AllowChanged = Annotated[
     bool, Option("--allow-changed", help="although the base or the rows are others than the run's")
@@ -104,17 +104,6 @@ def rollback(
         f"{target} is where it was after round {server_round}: rows, checkpoint and adapters; the "
         f"rounds after it are gone. `{how_to_resume(run.path)}` goes on from there."
     )
-
-
-def audit(
-    target: Annotated[str, Argument(metavar="RUN", click_type=PATH, help="a run folder")],
-    head: Annotated[
-        str, Option(metavar="HASH", help="of a line, noted earlier: is it in the log?")
-    ] = "",
-) -> int:
-    from flexlora.runs.audit_check import report_audit
-
-    return report_audit(target, head=head)
 
 
 def doctor(

@@ -66,6 +66,7 @@ class Config(sections.Run):
     personal: sections.Personal = sections.Personal()
     sampling: sections.Sampling = sections.Sampling()
     privacy: sections.Privacy = sections.Privacy()
+    audit: sections.Audit = sections.Audit()
     robust: sections.Robust = sections.Robust()
     population: sections.Population = sections.Population()
     engine: sections.Engine = sections.Engine()

@@ -17,6 +17,7 @@ from flexlora.data.chat import DEFAULT_DATE
 __all__ = [
     "QUANTIZATIONS",
     "RANK_POLICIES",
+    "Audit",
     "Clients",
     "Data",
     "Engine",
@@ -242,6 +243,13 @@ class Privacy(Options):
     def by_examples(self) -> bool:
         """Whether a masked update counts by its examples."""
         return self.weights == "examples" and not self.noisy
+
+
+class Audit(Options):
+    """Canary clients of a simulation, by which `flexlora audit` measures epsilon."""
+
+    canaries: int = option(0, "made-up clients that send a random change, or nothing", ge=0)
+    canary_norm: float = option(0.0, "norm of that change (0: privacy.clip)", ge=0.0)
 
 
 class Robust(Options):

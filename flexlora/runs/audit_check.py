@@ -31,7 +31,7 @@ from flexlora.runs.checkpoints import checkpoint_digest, kept_rounds, load_check
 from flexlora.runs.folder import RunFolder
 from flexlora.runs.outcomes import Outcome
 
-__all__ = ["Findings", "check_log", "report_audit"]
+__all__ = ["Findings", "check_log", "print_findings"]
 
 
 @dataclass(kw_only=True)
@@ -54,14 +54,8 @@ class _Position:
     adapters: Mapping[str, str] | None = None
 
 
-def report_audit(target: str, *, head: str = "") -> int:
-    """Print what the log of the run in ``target`` says; 1 if anything is not as it says.
-
-    Raises:
-        UserError: no run folder, or a run without a log.
-    """
-    run, _ = RunFolder.open(target)
-    found = check_log(run, head=head)
+def print_findings(found: Findings) -> None:
+    """What the log says, then what is unusual or wrong."""
     for line in found.lines:
         print(line)
     for note in found.notes:
@@ -70,7 +64,6 @@ def report_audit(target: str, *, head: str = "") -> int:
         print(f"PROBLEM  {problem}")
     if not found.problems:
         print(f"ok       {len(found.hashes)} lines; the last has the hash {found.hashes[-1]}")
-    return 1 if found.problems else 0
 
 
 def check_log(run: RunFolder, *, head: str = "") -> Findings:

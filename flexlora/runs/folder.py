@@ -9,6 +9,7 @@ adapters/CLASS/   PEFT folders, one per rank class, and ``global``
 checkpoint/       the server's state after the last complete rounds (``checkpoints.py``), and what
                   it was trained on (``sources.py``)
 audit.jsonl       who contributed what to which checkpoint, a chain of hashes (``audit.py``)
+canaries.json     of an audited simulation: its canaries and their scores (``canary_file.py``)
 live.json         progress and liveness of the writing process (``live_state.py``)
 """
 
@@ -40,6 +41,7 @@ from flexlora.errors import UserError
 from flexlora.lora.ranks import RankClass
 from flexlora.printable import from_cell, to_cell
 from flexlora.runs.audit import AUDIT_FILE, AuditLog
+from flexlora.runs.canary_file import CANARY_FILE
 from flexlora.runs.checkpoints import load_checkpoint, load_notes, save_checkpoint
 from flexlora.runs.live_state import LIVE_FILE
 from flexlora.runs.lock import check_idle
@@ -56,7 +58,15 @@ EVALUATION_COLUMNS: tuple[str, ...] = ("round", "client_id", "rank_class", "eval
 EVALUATION_COLUMNS += ("eval_exact_match", "eval_rouge_l", "rows")
 _TABLES = {"clients.csv": CLIENT_COLUMNS, "evaluation.csv": EVALUATION_COLUMNS}
 _OURS = ("config.toml", "metrics.jsonl", "clients.csv", "checkpoint", "adapters", "personal")
-_REPLACED = (*_OURS, "evaluation.csv", "environment.json", "report.html", LIVE_FILE, AUDIT_FILE)
+_REPLACED = (
+    *_OURS,
+    "evaluation.csv",
+    "environment.json",
+    "report.html",
+    LIVE_FILE,
+    AUDIT_FILE,
+    CANARY_FILE,
+)
 
 
 class RunFolder:

@@ -31,7 +31,15 @@ from flexlora.training.schedule import TrainSettings, learning_rate_at, num_step
 from flexlora.training.slots import SlotModel, kept_rank
 from flexlora.wire.jobs import TrainJob, TrainResult
 
-__all__ = ["TrainSettings", "answer_losses", "learning_rate_at", "num_steps", "row_losses", "train"]
+__all__ = [
+    "TrainSettings",
+    "answer_logits",
+    "answer_losses",
+    "learning_rate_at",
+    "num_steps",
+    "row_losses",
+    "train",
+]
 
 
 def train(
@@ -325,12 +333,18 @@ def row_losses(slots: SlotModel, batch: Batch) -> Tensor:
 
 
 def _token_losses(slots: SlotModel, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Cross entropy of every answer token in the order of the rows, and their counts ``[K * b]``.
+    """Cross entropy of every answer token in the order of the rows; their counts ``[K * b]``."""
+    logits, labels, counts = answer_logits(slots, batch)
+    return nn.functional.cross_entropy(logits, labels, reduction="none"), counts
+
+
+def answer_logits(slots: SlotModel, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits ``[n, vocabulary]`` and labels ``[n]`` of all answer tokens, their counts ``[K * b]``.
 
     Only answer positions go through the output layer where the model takes ``logits_to_keep``,
     unless a target comes after that choice, where the clients' rows are no longer separable.
     Padding is on the right, outside causal attention, so no attention mask is needed and the fast
-    causal kernels run. The losses are float32 at least.
+    causal kernels run. The logits are float32 at least.
     """
     device = slots.device
     labels = batch.labels.to(device)[:, 1:]
@@ -341,12 +355,8 @@ def _token_losses(slots: SlotModel, batch: Batch) -> tuple[Tensor, Tensor]:
     logits = slots.model(input_ids=input_ids, use_cache=False, **options).logits
     if logits.dim() == 3:
         logits = logits[keep]
-    losses = nn.functional.cross_entropy(
-        logits.float() if logits.dtype != torch.float64 else logits,
-        labels[wanted],
-        reduction="none",
-    )
-    return losses, wanted.sum(dim=1)
+    counts = wanted.sum(dim=1)
+    return logits if logits.dtype == torch.float64 else logits.float(), labels[wanted], counts
 
 
 class checkpointing:  # noqa: N801  (reads as a word at the place of use)

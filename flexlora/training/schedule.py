@@ -12,7 +12,14 @@ from flexlora.config.sections import Train
 from flexlora.data.collation import batch_plan
 from flexlora.wire.jobs import TrainJob
 
-__all__ = ["TrainSettings", "learning_rate_at", "num_steps", "planned_rows", "sample_share"]
+__all__ = [
+    "TrainSettings",
+    "learning_rate_at",
+    "num_steps",
+    "planned_rows",
+    "planned_rows_of",
+    "sample_share",
+]
 
 
 class TrainSettings(Train):
@@ -67,9 +74,16 @@ def planned_rows(
 
     DP-SGD draws other rows, in secret (``row_privacy.py``): as many in the mean, at most.
     """
+    return planned_rows_of(job.client_id, job.server_round, num_examples, settings, ahead=ahead)
+
+
+def planned_rows_of(
+    client_id: str, server_round: int, num_examples: int, settings: TrainSettings, *, ahead: int = 0
+) -> list[list[int]]:
+    """``planned_rows`` of a client and a round, long after the job."""
     return batch_plan(
         num_examples,
         batch_size=settings.examples_per_step,
         steps=num_steps(num_examples, settings) + ahead,
-        seed_parts=(settings.seed, "batches", job.server_round, job.client_id),
+        seed_parts=(settings.seed, "batches", server_round, client_id),
     )

@@ -64,10 +64,11 @@ class ClientRow:
         )
 
     def add_result(self, result: TrainResult) -> None:
-        """Fill in what the client reports of its training."""
+        """Fill in what the client reports of its training; without a step it has no losses."""
         self.num_examples, self.seconds = result.num_examples, result.train_seconds
-        self.train_loss = result.train_loss
-        self.loss_before, self.loss_after = result.loss_before, result.loss_after
+        if result.steps or result.adapter is None:
+            self.train_loss = result.train_loss
+            self.loss_before, self.loss_after = result.loss_before, result.loss_after
         self.base_round = result.base_round
         self.update_digest = result.adapter.digest() if result.adapter is not None else ""
 

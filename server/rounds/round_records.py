@@ -39,6 +39,9 @@ def write_round(
         values["modules"] = module_metrics(strategy.state, roster.rank_classes)
     cells = [row.cells() for row in sorted(rows, key=lambda row: row.client_id)]
     run.append_round(values, cells, evaluation_rows(server_round, evaluations))
+    if strategy.canaries is not None:
+        with run.writing("the canaries' scores"):
+            strategy.canaries.record.write(run.path)
     under_way, wire = strategy.late.write(run), strategy.config.wire.dtype
     log = partial(metrics.log, run.audit, strategy.state.round)
     run.save_checkpoint(

@@ -18,6 +18,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from flwr.app import Error, Message, MessageType, RecordDict
@@ -43,8 +44,9 @@ from flexlora.server.transport.flower_private import (
     act_as_server,
     set_message_id,
 )
+from flexlora.simulations.engine.canary_clients import CanaryClients
 from flexlora.simulations.engine.cohorts import CohortLimits, longest_row, plan_cohorts
-from flexlora.simulations.engine.pool import LocalPool, Pending, Pool
+from flexlora.simulations.engine.pool import Later, LocalPool, Pending, Pool
 from flexlora.simulations.world.efforts import effort_of
 from flexlora.simulations.world.simulated_time import World
 from flexlora.training.personal_store import PersonalStore
@@ -88,7 +90,10 @@ class _Unanswered:
 
 
 class InProcessGrid(Grid):
-    """Nodes 1 to N are the worker's clients in order; all of them have registered beforehand."""
+    """Nodes 1 to N are the worker's clients in order, those after them the canaries, if any.
+
+    All of them have registered beforehand.
+    """
 
     in_process = True  # seconds of training are this machine's, not a client's
     sends_again = True  # replies are functions of what is sent: see late_messages.py
@@ -104,15 +109,17 @@ class InProcessGrid(Grid):
         personal: PersonalStore | None = None,
         late_rounds: int = 1,
         failed_file: Path | None = None,
+        canaries: CanaryClients | None = None,
     ) -> None:
-        self.worker, self.wire_dtype = worker, wire_dtype
+        self.worker, self.wire_dtype, self.canaries = worker, wire_dtype, canaries
         self.failed_file = failed_file
         self.limits = replace(limits, failed=(*limits.failed, *_read_failed(failed_file)))
         self.pool, self.clock, self.late_rounds = pool or LocalPool(worker), world, late_rounds
         self.personal = personal or PersonalStore(rounds_kept=rounds_kept(late_rounds))
         self.feedback = feedback_store(self.personal)
         self.client_ledgers = ClientLedgers(worker.config)  # a resumed server restores them
-        self._clients = dict(enumerate(worker.client_ids, start=1))
+        added = canaries.canaries.client_ids if canaries is not None else ()
+        self._clients = dict(enumerate([*worker.client_ids, *added], start=1))
         self._unanswered: dict[str, _Unanswered] = {}
         self._sessions: dict[str, SessionStore] = {}  # of secure sums, by client
         self._pushed = self._round = 0
@@ -170,6 +177,7 @@ class InProcessGrid(Grid):
             self._unanswered[message_id] = _Unanswered(
                 message=message, server_round=self._round, refused=refused
             )
+        self._ask_canaries(trained, evaluated)
         self._keep_trained()  # before the same clients train again from them
         self._forget()
         if trained:
@@ -177,10 +185,23 @@ class InProcessGrid(Grid):
         self._submit_evaluations(evaluated)
         return ids
 
+    def _ask_canaries(self, trained: dict[str, TrainJob], evaluated: dict[str, EvalJob]) -> None:
+        """Take the canaries' jobs out, and answer them without the pool."""
+        canaries = self.canaries
+        if canaries is None:
+            return
+        for key in [key for key, job in trained.items() if job.client_id in canaries]:
+            held, job = self._unanswered[key], trained.pop(key)
+            held.job, held.cohort = job, Later(partial(canaries.train, job))
+        for key in [key for key, asked in evaluated.items() if asked.client_id in canaries]:
+            self._unanswered[key].cohort = Later(partial(canaries.evaluate, evaluated.pop(key)))
+
     def _spend(self, job: TrainJob) -> TrainResult | None:
         """Enter the round in the client's ledger; the client's refusal if that has no room."""
+        if not self.client_ledgers.active:  # a canary has no rows, and is refused where it is
+            return None
         num_rows = len(self.worker.train_rows(job))
-        if not (self.client_ledgers.active and num_rows):
+        if not num_rows:
             return None
         cause = self.client_ledgers.refusal(job.client_id, num_rows)
         if cause:
@@ -333,6 +354,8 @@ class InProcessGrid(Grid):
 
         Kernels are not probed, since clients do not run on this machine.
         """
+        if self.canaries is not None and client_id in self.canaries:
+            return self.canaries.capability(client_id)
         capability = self.worker.capability(client_id, probed=False)
         if self.clock is None:
             return capability
