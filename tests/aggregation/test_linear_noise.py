@@ -12,7 +12,9 @@ import pytest
 import torch
 
 import reference
+from builders import random_adapter
 from flexlora.aggregation import make_method
+from flexlora.aggregation.aggregate import aggregate
 from flexlora.aggregation.engine.gaussian_sum import GaussianSum
 from flexlora.aggregation.engine.held_factors import held_factors
 from flexlora.aggregation.engine.linear_update import linear_norm
@@ -108,6 +110,15 @@ def test_one_client_moves_the_columns_by_no_more_than_the_clip(name, wire):
         for n in SHAPES
     }
     assert EXPECTED * norm_of(solved) == pytest.approx(0.7, rel=1e-4)
+
+
+def test_without_starts_ffa_lora_adds_up_products_over_any_rows():
+    """``aggregate`` of adapters that share no ``lora_A``: the mean of the products, exactly."""
+    clients = [(random_adapter(SHAPES, 2 + k, seed=k), 3 + k) for k in range(3)]
+    change = aggregate(clients, method="ffa-lora")
+    for module in SHAPES:
+        dense = reference.flexlora_average(clients, module)
+        assert reference.relative_error(change.delta_weight(module), dense) < 1e-12
 
 
 # --- the noise ---------------------------------------------------------------------------------

@@ -19,7 +19,6 @@ from flexlora.aggregation.engine.state import State
 from flexlora.aggregation.engine.sums import Sums
 from flexlora.algebra.decompose import MatrixSum
 from flexlora.algebra.linalg import live_rows
-from flexlora.errors import UpdateRefused
 from flexlora.lora.adapters import Adapter, LoRAFactors
 from flexlora.seeds import generator
 
@@ -85,20 +84,16 @@ def add_changes(state: State, sums: Sums) -> State:
 def add_columns(state: State, sums: Sums) -> State:
     """The next state: the stored ``s B`` plus the linear sum, over the ``A`` that all share.
 
-    Raises:
-        UpdateRefused: without known starts, updates over different ``A``.
+    Without known starts the updates may have several ``A``; their products are then stacked.
     """
     factors = {}
     for name in state.change:
         terms = sums.linear[name].terms
         last = known_factors(state, sums.sent, name)
         if last is None:
-            if len(terms) > 1:
-                raise UpdateRefused(
-                    f"module '{name}': the updates have {len(terms)} different lora_A, expected "
-                    "one that all share, of which a lower rank has the first rows."
-                )
-            last = terms[0][2].double(), torch.zeros_like(terms[0][1])
+            A = torch.cat([A.double() for *_, A in terms], dim=0)
+            factors[name] = A, torch.cat([columns for _, columns, _ in terms], dim=1)
+            continue
         rank = max(last[0].shape[0], *(columns.shape[1] for _, columns, _ in terms))
         A, B = widened(last, rank)
         for _, columns, _ in terms:
