@@ -128,12 +128,13 @@ def doctor(
     format: Annotated[str, Option(help="text or json")] = "text",
 ) -> int:
     from flexlora.clients.setup.superlink_checks import node_checks
-    from flexlora.deploy.adapter_checks import adapter_checks
     from flexlora.deploy.doctor import CHECKS, check_format, diagnose, report
     from flexlora.simulations.flower_checks import check_flower
 
     check_format(format)
     if adapter:
+        from flexlora.deploy.adapter_checks import adapter_checks  # loads torch
+
         return report(diagnose(adapter_checks(adapter, base)), format=format)
     asked = node_checks(superlink or (), root_certificates, node_key, trainer_socket)
     findings = diagnose([*CHECKS, ("flower", check_flower), *asked])

@@ -1,7 +1,6 @@
 """``aggregate`` takes any dtype and device: exact to float32 at least, where the first one is."""
 
 from contextlib import contextmanager
-from dataclasses import replace
 
 import pytest
 import torch
@@ -24,21 +23,11 @@ MIXED = [torch.bfloat16, torch.float32, torch.float16]
 EXACT = ("flexlora", "residual", "flora", "fedex-lora", "aligned", "carried")
 
 
-def population(dtypes, *, shapes=WIDE, count=6, method=""):
-    """Clients whose sum falls by 2^-k from one to the next: a tail that bfloat16 does not hold.
-
-    Those of ``ffa-lora`` share one ``lora_A``, of numbers that every dtype holds.
-    """
+def population(dtypes, *, shapes=WIDE, count=6):
+    """Clients whose sum falls by 2^-k from one to the next: a tail that bfloat16 does not hold."""
     clients = []
     for k in range(count):
         adapter = random_adapter(shapes, 8, seed=k).map(lambda t, k=k: t * 0.3**k)
-        if method == "ffa-lora":
-            shared = random_adapter(shapes, 8, seed=99)
-            modules = {
-                name: replace(factors, lora_A=(8 * shared[name].lora_A).round() / 8)
-                for name, factors in adapter.items()
-            }
-            adapter = Adapter(modules)
         clients.append((adapter.to(dtypes[k % len(dtypes)]), 10 + k))
     return clients
 
@@ -72,7 +61,7 @@ def test_one_adapter_in_bfloat16_costs_the_others_nothing():
 @pytest.mark.parametrize("dtypes", [HALF, [torch.float32], [torch.float64], MIXED], ids=str)
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_every_method_keeps_its_result_in_float32_or_in_the_float64_that_came(name, dtypes):
-    clients = population(dtypes, shapes=SHAPES, count=4, method=name)
+    clients = population(dtypes, shapes=SHAPES, count=4)
     expected = torch.float64 if torch.float64 in dtypes else torch.float32
     total = aggregate(clients, method=name)
     adapter = total.adapter(rank=4, alpha=8.0)
@@ -135,7 +124,7 @@ def placed(clients, devices):
 @pytest.mark.parametrize("devices", [["cuda", "cpu"], ["cpu", "cuda"]], ids=" and ".join)
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_aggregate_takes_adapters_from_any_device_and_stays_where_the_first_is(name, devices):
-    clients = population(MIXED, shapes=SHAPES, count=4, method=name)
+    clients = population(MIXED, shapes=SHAPES, count=4)
     expected = aggregate(clients, method=name)
     with device():
         moved = placed(clients, devices)
