@@ -25,8 +25,14 @@ PORTABLE = "flexlora export {} --format portable --out NEW_FOLDER"
 
 
 def adapter_checks(folder: str, base: str = "") -> list[Check]:
-    """The checks of the PEFT folder ``folder`` on ``base`` (default: the one that it names)."""
+    """The checks of the PEFT folder ``folder`` on ``base`` (default: the one that it names).
+
+    Raises:
+        UserError: there is no such folder.
+    """
     path = Path(folder)
+    if not path.is_dir():
+        raise UserError(f"--adapter is '{folder}', which is no folder, expected a PEFT folder.")
     try:
         adapter, config = load_adapter(path), read_config(path / "adapter_config.json")
     except UserError as error:

@@ -136,6 +136,10 @@ def failures(run: RunRecords) -> Markup:
         if row["status"] != "ok" or row["cause"]:
             status = "ok, with a note" if row["status"] == "ok" else row["status"]
             groups.setdefault((status, row["cause"]), []).append(row)
+    for values in run.rounds:
+        if cause := values.get("left_out"):  # of a secure sum
+            row = {"client_id": "", "round": str(values["round"])}
+            groups.setdefault(("columns left out", str(cause)), []).append(row)
     if not groups:
         return element("p", text("None: every client that was asked sent an update that counted."))
     ordered = sorted(groups.items(), key=lambda item: (item[0][0][:2] == "ok", -len(item[1])))

@@ -383,7 +383,7 @@ def band_note(band: Band, count: int, least: int) -> str:
     spans = set(band.columns.values())
     first, last = min(spans)
     columns = f"columns {first + 1} to {last}" if len(spans) == 1 else "the upper columns"
-    return f"{columns} left out: {count} clients have them, privacy.min-group is {least}"
+    return f"{columns} left out: fewer than privacy.min-group={least} clients have them ({count})"
 
 
 def _check_key(key: bytes) -> None:

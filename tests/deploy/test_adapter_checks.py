@@ -158,3 +158,8 @@ def test_a_folder_that_cannot_be_read_is_one_finding(tmp_path, capsys):
     found = findings(tmp_path, capsys)
     assert list(found) == ["files"] and found["files"]["status"] == "failed"
     assert "is it a PEFT folder?" in found["files"]["message"]
+
+
+def test_a_folder_that_is_not_there_is_a_mistake_of_the_caller(tmp_path, capsys):
+    assert main(["doctor", "--adapter", str(tmp_path / "nowhere")]) == 2
+    assert "which is no folder, expected a PEFT folder" in capsys.readouterr().err

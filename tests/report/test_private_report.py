@@ -34,3 +34,11 @@ def test_a_run_with_noise_on_the_clients_shows_the_largest_and_the_median_epsilo
     page = report_of(written_run(tmp_path / "run", (3.0, 2.0, 1.0), extra=extra))
     assert "the largest of a client's (median 2.5), at delta 1e-05" in page.said()
     assert "median of the clients" in page.said()
+
+
+def test_columns_that_a_secure_sum_left_out_are_no_silent_success(tmp_path):
+    note = "columns 3 to 8 left out: fewer than privacy.min-group=3 clients have them (1)"
+    extra = {1: {"left_out": ""}, 2: {"left_out": note}}
+    page = report_of(written_run(tmp_path / "run", (3.0, 2.0, 1.0), extra=extra))
+    assert note in page.said() and "columns left out" in page.said()
+    assert not any("None: every client" in words for words in page.said())
