@@ -1,7 +1,7 @@
 """Which requests of a secure sum a client refuses by their values.
 
 They protect against a server that errs or asks too much, as far as one client can see it. One that
-lies about keys, or tells all clients the same lie of who answered, is not detected
+lies about keys, or gives all clients the same false list of who answered, is not detected
 (``docs/privacy.md``).
 """
 

@@ -1,6 +1,6 @@
 """Hold trainings to a privacy budget: the owner's over all runs, and the run's own.
 
-    owner's epsilon           of all rows together: every upload must carry noise of its own (local)
+    owner's epsilon           of all rows together: every upload must carry noise (local)
     owner's example-epsilon   of any one row: uploads with noise on them, or on rows' gradients
     run's privacy.epsilon     of the run's rounds in which this node took part
 

@@ -1,4 +1,4 @@
-"""What a client spends of its own privacy when it takes part in a round.
+"""What a client spends of its privacy when it takes part in a round.
 
     local     the client clips its change to C and adds noise of deviation z C to it. Any two data
               sets of the client move the clipped change by at most 2C, so an upload is a Gaussian

@@ -74,7 +74,7 @@ class ClientRow:
 
     @property
     def has_loss(self) -> bool:
-        """Whether it reports a training loss; with noise of its own a client withholds it."""
+        """Whether it reports a training loss; a client that adds noise withholds it."""
         return not math.isnan(self.train_loss)
 
     def logged(self) -> dict[str, object]:

@@ -19,7 +19,7 @@ class SumFailed(Exception):
 
 @dataclass(kw_only=True)
 class SharedSecrets:
-    """One client's public keys, its boxes for its holders, and the shares that came of it.
+    """One client's public keys, its boxes for its holders, and the returned shares of its secrets.
 
     ``digests`` are those of its seeds by band. Of its seeds or of its mask key shares come by
     holder, never of both.

@@ -379,7 +379,7 @@ class SecureSum:
 
 
 def band_note(band: Band, count: int, least: int) -> str:
-    """Why a band is not in the round, for people."""
+    """The sentence on a band that is not in the round."""
     spans = set(band.columns.values())
     first, last = min(spans)
     columns = f"columns {first + 1} to {last}" if len(spans) == 1 else "the upper columns"

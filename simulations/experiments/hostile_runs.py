@@ -27,7 +27,7 @@ __all__ = ["SHARE", "BackdoorObserver", "honest_scores", "hostile_run"]
 
 SHARE = 0.2  # of the clients that are hostile
 TRIGGERED_ROWS = 40
-MOST_TOKENS = 6  # of an answer that is only to be told from the target
+MOST_TOKENS = 6  # of an answer that is only compared with the target
 
 
 class BackdoorObserver(Observer):

@@ -1,4 +1,4 @@
-"""A node with noise of its own: its ledger on disk, its owner's budget, what a server may ask."""
+"""A node that adds noise: its ledger on disk, its owner's budget, what a server may ask."""
 
 from __future__ import annotations
 

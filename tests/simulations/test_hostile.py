@@ -110,7 +110,7 @@ def test_what_is_sent_is_the_nearest_that_the_factors_can_express(method):
         assert reference.relative_error(reference.delta_weight(got), expected) < 1e-9
     low = change_of(round_.update(0).adapter, start)
     again = change_of(factors_of(low, start), start)
-    assert reference.relative_error(flat(again), flat(low)) < 1e-9, "its own change, as it was"
+    assert reference.relative_error(flat(again), flat(low)) < 1e-9, "the change is as it was"
 
 
 class NoisyPool:

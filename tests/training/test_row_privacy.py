@@ -1,4 +1,4 @@
-"""DP-SGD in a cohort: a slow loop's steps, one slot's noise, Poisson rows, nothing that is said."""
+"""DP-SGD in a cohort: a slow loop's steps, one slot's noise, Poisson rows, withheld losses."""
 
 import math
 from dataclasses import replace

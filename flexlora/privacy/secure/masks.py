@@ -7,7 +7,7 @@ Bonawitz et al. 2017 (section 4). A seed for one use is ``HMAC-SHA256(key, purpo
 AES-128 in counter mode, so that 10 million numbers take some 20 ms. Flower's ``pseudo_rand_gen`` is
 numpy's Mersenne twister from 32 bits of the seed: two vectors of it give away the seed, it hides
 nothing. Its P-384 keys and Fernet tokens would be sound, but a key agreement takes nine times as
-long and a public key 215 bytes where X25519's has 32, which tells with a hundred clients a round.
+long and a public key 215 bytes where X25519's has 32, which adds up with a hundred clients a round.
 
 Numbers are added modulo 2^32, whose low bits are those modulo ``2^bits``.
 """
