@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded
 
@@ -17,6 +18,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 torch.set_num_threads(1)  # the matrices are tiny, and two busy cores make threads wait
 resolve.free_cores = lambda: 1  # the same, and no look at the cores for 0.2 s before each run
 os.fsync = os.fstat  # refuses what is not open, and waits for no disk: no test cuts the power
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job: tests send Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 hypothesis.settings.register_profile("any machine", deadline=None)
 hypothesis.settings.load_profile("any machine")
 
@@ -24,6 +27,7 @@ hypothesis.settings.load_profile("any machine")
 WAITING = (
     "system/test_federation_faults.py",
     "system/test_federation.py",
+    "system/test_supervised_nodes.py",
     "system/test_init_walkthrough.py",
     "clients/test_trainer_process.py",
     "system/test_flower.py",
