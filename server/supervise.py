@@ -6,6 +6,7 @@ flexlora.server.supervise PROGRAM ...``, which runs Flower's program in this mod
 
 from __future__ import annotations
 
+import gc
 import sys
 from typing import Annotated
 
@@ -43,6 +44,7 @@ def main() -> None:
     if sys.argv[0] == "flower-superlink":
         flower_private.skip_idle_middleware()
         limit_open_requests(flower_private.outermost_middleware())
+        gc.set_threshold(50_000, 20, 50)  # a request leaves little garbage, but makes many objects
     watch = RequestWatch()
     watch_requests(flower_private.ProtobufClient, watch)
     run_supervised(flower_private.program(sys.argv[0]), trouble=watch.trouble)
