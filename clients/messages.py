@@ -84,7 +84,8 @@ def encode_train_result(
         encoded = encode_adapter(result.adapter, dtype, labels, held)
         packed, index = pack_adapters({"update": encoded})
         report.update(index)
-        content[PACKED] = ArrayRecord({PACKED: Array(**vars(packed))})
+        if packed is not None:
+            content[PACKED] = ArrayRecord({PACKED: Array(**vars(packed))})
     return content
 
 
@@ -134,11 +135,11 @@ def _adapters(content: Mapping, names: Sequence[str], memo: Memo | None) -> Mapp
     """The adapters of a message, which must have these names."""
     if not names:
         return {}
-    record = content[PACKED]
-    if memo is not None and id(record) in memo:
-        return memo[id(record)]
-    unpacked = unpack_adapters(record, content["job"], names)
+    job = content["job"]
+    if memo is not None and id(job) in memo:
+        return memo[id(job)]
+    unpacked = unpack_adapters(content.get(PACKED, {}), job, names)
     adapters = {name: decode_adapter(*encoded) for name, encoded in unpacked.items()}
     if memo is not None:
-        memo[id(record)] = adapters
+        memo[id(job)] = adapters
     return adapters

@@ -43,6 +43,7 @@ def main() -> None:
     flower_private.wait_for_database()
     if sys.argv[0] == "flower-superlink":
         flower_private.skip_idle_middleware()
+        flower_private.remember_running()
         limit_open_requests(flower_private.outermost_middleware())
         gc.set_threshold(50_000, 20, 50)  # a request leaves little garbage, but makes many objects
     watch = RequestWatch()

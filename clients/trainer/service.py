@@ -153,7 +153,7 @@ class TrainerService(TrainerServicer):
             first = next(questions, None)
         if first is None or first.WhichOneof("part") != "call":
             raise ContentRefused("a request begins with a call, and this one does not.")
-        size = array_bytes(first.call.content)
+        size = first.call.ByteSize() + array_bytes(first.call.content)
         if size > self.limits.request_bytes:
             raise ContentRefused(
                 f"the request brings {size:,} bytes, expected {self.limits.request_bytes:,} at "

@@ -1,8 +1,9 @@
 """Pack all adapters of a message into one contiguous byte string, with an index beside it.
 
 Flower sends every array as an object of its own, by two requests, so that a model of 200 modules
-costs hundreds of requests a message where one does. The factors follow each other without gaps,
-in the order of
+costs hundreds of requests a message where one does. An array is three objects, and up to
+``MOST_INLINE`` bytes are none: they travel as a value beside the index. The factors follow each
+other without gaps, in the order of
 
     for each adapter, for each of its modules, for each label: kind, rows, columns
 
@@ -28,7 +29,9 @@ from flexlora.errors import UpdateRefused, UserError
 from flexlora.wire.encoding import FACTORS, RAW, ArrayLike, WireArray, factor_bytes
 
 __all__ = [
+    "DATA",
     "INDEX",
+    "MOST_INLINE",
     "PACKED",
     "VERSION_KEY",
     "WIRE_VERSION",
@@ -38,8 +41,10 @@ __all__ = [
     "unpack_adapters",
 ]
 
-WIRE_VERSION = 1  # of jobs and replies: raised with every change that another version cannot read
+WIRE_VERSION = 2  # of jobs and replies: raised with every change that another version cannot read
 PACKED = "packed"  # the one array, the record that holds it, and the prefix of the index's keys
+DATA = f"{PACKED}/data"  # in the array's place, where there are at most so many bytes:
+MOST_INLINE = 2**20  # gRPC takes messages of 4 MiB
 INDEX: Mapping[str, type] = {
     "adapters": str,
     "sizes": int,
@@ -70,8 +75,10 @@ def check_version(job: Mapping[str, Any]) -> None:
         )
 
 
-def pack_adapters(adapters: Mapping[str, Encoded]) -> tuple[WireArray, dict[str, list]]:
+def pack_adapters(adapters: Mapping[str, Encoded]) -> tuple[WireArray | None, dict[str, Any]]:
     """One array of bytes with every factor, and its index under the keys ``packed/...``.
+
+    There is no array where the bytes are few enough to be in the index, as ``DATA``.
 
     All adapters must be encoded with the same labels.
     """
@@ -87,8 +94,10 @@ def pack_adapters(adapters: Mapping[str, Encoded]) -> tuple[WireArray, dict[str,
         index["rows"] += [array.shape[0] for array in arrays.values()]
         index["columns"] += [array.shape[1] for array in arrays.values()]
     data = b"".join(array.data for arrays, _ in adapters.values() for array in arrays.values())
-    packed = WireArray(dtype="uint8", shape=(len(data),), data=data)
-    return packed, {f"{PACKED}/{key}": value for key, value in index.items()}
+    record: dict[str, Any] = {f"{PACKED}/{key}": value for key, value in index.items()}
+    if len(data) <= MOST_INLINE:
+        return None, {**record, DATA: data}
+    return WireArray(dtype="uint8", shape=(len(data),), data=data), record
 
 
 def unpack_adapters(
@@ -102,7 +111,7 @@ def unpack_adapters(
         UpdateRefused: adapters other than ``expected``, an index that contradicts itself, names
             given twice, sizes that do not fit the bytes.
     """
-    data = _packed_bytes(arrays)
+    data = _packed_bytes(arrays, record)
     index = {key: _column(record, key, kind) for key, kind in INDEX.items()}
     names, sizes, labels = index["adapters"], index["sizes"], index["labels"]
     if names != list(expected):
@@ -124,7 +133,15 @@ def unpack_adapters(
     return unpacked
 
 
-def _packed_bytes(arrays: Mapping[str, ArrayLike]) -> memoryview:
+def _packed_bytes(arrays: Mapping[str, ArrayLike], record: Mapping[str, Any]) -> memoryview:
+    inline = record.get(DATA)
+    if isinstance(inline, bytes) and not arrays:
+        return memoryview(inline)
+    if inline is not None:
+        raise UpdateRefused(
+            f"'{DATA}' is {type(inline).__name__} beside {len(arrays)} arrays, "
+            "expected bytes and no array."
+        )
     if list(arrays) != [PACKED]:
         raise UpdateRefused(f"the arrays are {_few(list(arrays))}, expected one named '{PACKED}'.")
     array = arrays[PACKED]

@@ -18,6 +18,8 @@ moves:
     FleetEventLogMiddleware, RuntimeTracingMiddleware
                         pass everything unchanged where the app's state has no
                         ``fleet_event_log_plugin``, and without ``FLWR_TRACING_ENABLED=1``
+    fleet_handlers      ``check_abort(run_id, statuses, state)``, with the same statuses at every
+                        request of a node about a run: why the run takes none, or None
     Metadata            keeps ``_message_id``, ``_src_node_id`` and ``_reply_to_message_id`` in its
                         ``__dict__`` under these names
     HttpGrid            ``_client``, which ``_runtime_client`` gives and makes where it is None,
@@ -33,6 +35,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
@@ -83,6 +86,7 @@ __all__ = [
     "program",
     "pull_object",
     "pulls_by_itself",
+    "remember_running",
     "set_message_id",
     "set_sender",
     "skip_idle_middleware",
@@ -99,6 +103,7 @@ LOST_CODES = EXPIRED_CODES | {ErrorCode.NODE_UNAVAILABLE, ErrorCode.CLIENT_APP_C
 
 # A SuperNode waits 30 s for an answer; Flower's own 5 s are short where many nodes write.
 DATABASE_SECONDS = 20
+RUNNING_SECONDS = 1.0
 CONTROL_MIDDLEWARE = (
     "ControlSensitiveResponseMiddleware",
     "ControlAuthenticationMiddleware",
@@ -150,6 +155,27 @@ def skip_idle_middleware() -> None:
         _spare(getattr(control, name), not_control)
     _spare(fleet.FleetEventLogMiddleware, not_logged)
     _spare(tracing.RuntimeTracingMiddleware, not_traced)
+
+
+def remember_running() -> None:
+    """Believe for ``RUNNING_SECONDS`` that a run goes on, where nodes' requests are about it.
+
+    A SuperLink in this process looks it up at each of them: a tenth of its time.
+    """
+    from flwr.superlink.servicer.fleet import fleet_handlers
+
+    check, running = fleet_handlers.check_abort, dict[int, float]()
+
+    def remembered(run_id: int, statuses: list[str], state: Any) -> str | None:
+        now = time.monotonic()
+        if now < running.get(run_id, 0.0):
+            return None
+        why = check(run_id, statuses, state)
+        if why is None:
+            running[run_id] = now + RUNNING_SECONDS
+        return why
+
+    vars(fleet_handlers)["check_abort"] = remembered
 
 
 def outermost_middleware() -> Any:

@@ -23,6 +23,7 @@ from flexlora.server.transport.flower_private import UNREADABLE
 from flexlora.wire.encoding import FACTORS, WireArray, decode_adapter, encode_adapter
 from flexlora.wire.jobs import Capability, EvalResult, Score, TrainResult
 from flexlora.wire.packing import (
+    DATA,
     PACKED,
     VERSION_KEY,
     WIRE_VERSION,
@@ -118,19 +119,22 @@ def encode_eval_job(
 
 
 def _content(job: ConfigRecord, payloads: Mapping[str, Payload]) -> RecordDict:
-    """The job and, where there are adapters, the array that holds them all."""
+    """The job and, where there are adapters, the bytes of all of them."""
     content = RecordDict({"job": job})
     if payloads:
         packed, index = pack_adapters({k: (p.arrays, p.values) for k, p in payloads.items()})
         job.update(index)
-        content[PACKED] = ArrayRecord({PACKED: Array(**vars(packed))})
+        if packed is not None:
+            content[PACKED] = ArrayRecord({PACKED: Array(**vars(packed))})
     return content
 
 
 def content_bytes(content: RecordDict) -> int:
-    """Bytes of all arrays in a message, as sent."""
-    return sum(
-        len(array.data) for record in content.array_records.values() for array in record.values()
+    """Bytes of all arrays and factors in a message, as sent."""
+    arrays = (array for record in content.array_records.values() for array in record.values())
+    inline = (record.get(DATA) for record in content.config_records.values())
+    return sum(len(array.data) for array in arrays) + sum(
+        len(data) for data in inline if isinstance(data, bytes)
     )
 
 
@@ -173,11 +177,12 @@ def decode_train_result(reply: Message, start: Start | None = None) -> TrainResu
     if reply.has_error():
         raise UpdateRefused(error_words(reply))
     try:
-        values = read_fields(TrainResult, reply.content["report"])
+        report, records = reply.content["report"], reply.content.array_records
+        values = read_fields(TrainResult, report)
         adapter = None
-        if records := reply.content.array_records:
+        if records or DATA in report:
             arrays = {name: array for record in records.values() for name, array in record.items()}
-            unpacked = unpack_adapters(arrays, reply.content["report"], ["update"])
+            unpacked = unpack_adapters(arrays, report, ["update"])
             adapter = decode_adapter(
                 *unpacked["update"],
                 labels=start.trainable if start is not None else FACTORS,

@@ -42,7 +42,9 @@ from flexlora.lora.adapters import Adapter
 from flexlora.lora.ranks import RankClass
 from flexlora.server.transport import messages
 from flexlora.simulations.benchmarks import reply_fuzz_secure as secure
+from flexlora.wire.encoding import RAW
 from flexlora.wire.jobs import Capability, EvalResult, Score, TrainResult
+from flexlora.wire.packing import DATA, PACKED
 
 __all__ = ["Case", "Outcomes", "cases", "damaged", "run"]
 
@@ -126,12 +128,12 @@ def cases() -> list[Case]:
     return [
         Case(kind="capability", content=Content.of(encode_capability(capability))),
         Case(kind="evaluate", content=Content.of(encode_evaluate_result(evaluation))),
-        *(_trained(dtype) for dtype in WIRES),
+        *(_trained(dtype, inline) for dtype in WIRES for inline in (True, False)),
         *(Case(kind=k, content=Content.of(reply)) for k, reply in secure.secure_replies().items()),
     ]
 
 
-def _trained(dtype: str) -> Case:
+def _trained(dtype: str, inline: bool) -> Case:
     wide = torch.float64 if dtype == "float64" else torch.float32
     state = State(round=2, change=GlobalChange.zero(SHAPES, wide))
     start = make_method("residual").start(state, RankClass.of(3), Factoring(alpha=16.0)).sealed()
@@ -153,6 +155,9 @@ def _trained(dtype: str) -> Case:
         train_seconds=2.0,
     )
     content = encode_train_result(result, dtype=dtype, start=start)
+    if not inline:  # as many bytes are sent
+        data = bytes(content.config_records["report"].pop(DATA))  # type: ignore[arg-type]
+        content[PACKED] = ArrayRecord({PACKED: Array("uint8", (len(data),), RAW, data)})
     return Case(kind=f"train {dtype}", content=Content.of(content), start=start)
 
 
@@ -292,6 +297,8 @@ def judged(case: Case, content: Content) -> tuple[str, str]:
         trained = messages.decode_train_result(reply, case.start)
         if trained.adapter is None:
             return "failed", ""
+        if trained.withheld:  # refused where nodes do not withhold losses (`rounds/replies.py`)
+            return "refused", ""
         update = Update(
             client_id="client_1",
             adapter=trained.adapter,

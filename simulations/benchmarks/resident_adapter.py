@@ -41,7 +41,7 @@ from flexlora.simulations.benchmarks.process_memory import peak_bytes, reset_pea
 from flexlora.simulations.world.clock_models import CLOCK_MODELS, clock_shape
 from flexlora.wire.encoding import DTYPES
 from flexlora.wire.jobs import TrainJob, TrainResult
-from flexlora.wire.packing import PACKED
+from flexlora.wire.packing import DATA, PACKED
 
 __all__ = ["AdapterRow", "adapter_rows", "random_adapter"]
 
@@ -211,10 +211,17 @@ def ask_twice(folder: Path, model: str, rank: int, wire_dtype: str) -> dict[str,
         reply = ask(folder / "socket", message, context)
         found[seconds] = time.perf_counter() - began
         found[grown] = peak_bytes() - baseline - content_bytes(reply)
-        sent, back = (content.array_records[PACKED][PACKED] for content in (message.content, reply))
-        found["different"] = float(sent.data != back.data)
-        del reply, back
+        found["different"] = float(_factors(message.content) != _factors(reply))
+        del reply
     return found
+
+
+def _factors(content: RecordDict) -> bytes:
+    """The bytes of the factors in a job or a reply."""
+    if PACKED in content:
+        return content.array_records[PACKED][PACKED].data
+    inline = (record.get(DATA) for record in content.config_records.values())
+    return next(data for data in inline if isinstance(data, bytes))
 
 
 def _message(model: str, rank: int, wire_dtype: str) -> Message:

@@ -44,6 +44,7 @@ from flexlora.server.transport.flower_private import (
     act_as_server,
     set_message_id,
 )
+from flexlora.server.transport.messages import content_bytes
 from flexlora.simulations.engine.canary_clients import CanaryClients
 from flexlora.simulations.engine.cohorts import CohortLimits, longest_row, plan_cohorts
 from flexlora.simulations.engine.pool import Later, LocalPool, Pending, Pool
@@ -217,7 +218,7 @@ class InProcessGrid(Grid):
             job,
             self.worker,
             wire_dtype=self.wire_dtype,
-            bytes_down=_array_bytes(message.content),
+            bytes_down=content_bytes(message.content),
         )
         return self.clock.send(message.metadata.message_id, effort)
 
@@ -370,9 +371,3 @@ def _read_failed(file: Path | None) -> list[tuple[int, int]]:
     if file is None or not file.is_file():
         return []
     return [(int(c), int(t)) for c, t in json.loads(file.read_text(encoding="utf-8"))]
-
-
-def _array_bytes(content: RecordDict) -> int:
-    return sum(
-        len(array.data) for record in content.array_records.values() for array in record.values()
-    )

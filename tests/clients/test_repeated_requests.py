@@ -6,7 +6,7 @@ A place that cannot be read or written costs a client that which lies there, and
 import pytest
 
 from flexlora.training.personal_store import PersonalStore
-from flexlora.wire.packing import PACKED
+from packed import packed_bytes
 from trainers import (
     asked,
     context_of,
@@ -36,7 +36,7 @@ def rounds_of(made, config, count):
 
 
 def arrays_of(content):
-    return {key: bytes(array.data) for key, array in content[PACKED].items()}
+    return packed_bytes(content)
 
 
 def forget(folder):

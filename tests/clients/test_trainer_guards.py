@@ -29,7 +29,7 @@ from flexlora.server.transport.messages import (
     transient_cause,
 )
 from flexlora.wire.jobs import Capability, EvalResult, TrainResult
-from packed import trained
+from packed import as_array, trained
 from trainers import (
     asked,
     cause_of,
@@ -121,6 +121,7 @@ def test_too_large_a_request_is_refused_by_the_size_it_announces(data, tmp_path)
 def test_bytes_that_are_not_the_calls_are_refused(trainer, change, words):
     config = run_config(seed=5)
     message = train_message(config)
+    as_array(message.content)
     call = call_of(message, trainer.context(config))
     before = trainer.trainer.totals.trained
     with pytest.raises(UserError, match=words):

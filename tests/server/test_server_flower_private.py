@@ -154,6 +154,46 @@ def test_requests_pass_only_the_middleware_that_looks_at_them(monkeypatch):
     assert passed_by("/v1/fleet/x") == ["RuntimeTracingMiddleware"]
 
 
+def test_a_run_that_goes_on_is_looked_up_once_a_second_and_one_that_ended_at_every_request(
+    monkeypatch,
+):
+    from flwr.superlink.servicer.fleet import fleet_handlers
+
+    now, looked_up, ended = [100.0], [], {}
+
+    def check(run_id, statuses, state):
+        assert (statuses, state) == (["finished"], "state")
+        looked_up.append(run_id)
+        return ended.get(run_id)
+
+    monkeypatch.setattr(fleet_handlers, "check_abort", check)
+    monkeypatch.setattr(flower_private.time, "monotonic", lambda: now[0])
+    flower_private.remember_running()
+
+    def asked(run_id):
+        return fleet_handlers.check_abort(run_id, ["finished"], "state")
+
+    assert [asked(1), asked(1), asked(2), asked(1)] == [None] * 4 and looked_up == [1, 2]
+    ended[1] = "Run is finished."
+    now[0] += flower_private.RUNNING_SECONDS
+    assert [asked(1), asked(1)] == ["Run is finished."] * 2 and looked_up == [1, 2, 1, 1]
+
+
+def test_flowers_handlers_look_a_run_up_as_it_is_replaced_here():
+    import inspect
+
+    from flwr.superlink.servicer.fleet import fleet_handlers
+
+    assert list(inspect.signature(fleet_handlers.check_abort).parameters) == [
+        "run_id",
+        "abort_status_list",
+        "state",
+    ]
+    source = inspect.getsource(fleet_handlers)
+    one = "[Status.PENDING, Status.STARTING, Status.FINISHED],"
+    assert source.count("check_abort(") == source.count(one) > 4
+
+
 @pytest.mark.parametrize("name", ["flower-superlink", "flower-superexec"])
 def test_the_programs_are_those_that_flower_installs(name):
     (found,) = metadata.entry_points(group="console_scripts", name=name)

@@ -28,8 +28,8 @@ from flexlora.aggregation.engine.updates import Update, check_update
 from flexlora.clients.worker import worker_for
 from flexlora.errors import UpdateRefused
 from flexlora.simulations.engine.cohorts import CohortLimits
-from flexlora.wire.packing import PACKED
-from packed import tampered, update_of
+from flexlora.wire.packing import DATA, PACKED
+from packed import as_array, tampered, update_of
 
 MODULE = "model.layers.0.self_attn.q_proj"
 
@@ -74,10 +74,15 @@ def array_fields(**fields):
     return tamper
 
 
+def without_data(reply):
+    return ConfigRecord({k: v for k, v in reply.content["report"].items() if k != DATA})
+
+
 def packed_fields(**fields):
     """Replace fields of the array that holds all factors."""
 
     def tamper(reply, message):
+        as_array(reply.content)
         array = vars(reply.content[PACKED][PACKED])
         old = {name: array[name] for name in ("dtype", "shape", "stype", "data")}
         reply.content[PACKED] = ArrayRecord({PACKED: Array(**{**old, **fields})})
@@ -162,12 +167,16 @@ MISDEEDS = {
         "unreadable reply",
     ),
     "no factors": (
-        answer(lambda reply: RecordDict({"report": reply.content["report"]})),
+        answer(lambda reply: RecordDict({"report": without_data(reply)})),
         "failed",
         "no factors",
     ),
     "settings for factors": (
-        answer(lambda reply: RecordDict({**reply.content, PACKED: ConfigRecord({"a": 1})})),
+        answer(
+            lambda reply: RecordDict(
+                {"report": without_data(reply), PACKED: ConfigRecord({"a": 1})}
+            )
+        ),
         "failed",
         "no factors",
     ),

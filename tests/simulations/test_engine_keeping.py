@@ -12,6 +12,7 @@ from flexlora.simulations.engine.pool import LocalPool
 from flexlora.simulations.simulate import resume, simulate
 from flexlora.simulations.world.simulated_time import NOMINAL_SECONDS
 from flexlora.training.personal_store import PersonalStore
+from flexlora.wire.packing import DATA
 
 # Eight are asked and four are enough; more than four are quick, and the rest is late.
 RACE = small(
@@ -166,7 +167,7 @@ class Held(Observer):
     def round_finished(self, metrics):
         held = self.grids[-1]._unanswered.values()
         self.messages.append(len(held))
-        records = [r for h in held for r in h.message.content.array_records.values()]
+        records = [h.message.content["job"] for h in held if DATA in h.message.content["job"]]
         self.payloads.append(len({id(record) for record in records}))
         self.trips.append(len(self.grids[-1].clock._trips))
 

@@ -15,7 +15,7 @@ from flexlora.simulations.benchmarks.fleet_connection import FleetConnection, Fl
 from flexlora.simulations.benchmarks.fleet_link import SlowLink
 from flexlora.simulations.benchmarks.fleet_run import measured
 
-OBJECTS = 6  # of a message: itself, its records, values, an array record, the array, its bytes
+OBJECTS = 3  # of a message: itself, its records, the values with the factors among them
 
 
 @pytest.mark.slow
@@ -28,7 +28,7 @@ def test_three_stub_nodes_take_part_in_a_real_round(tmp_path):
     one = {"confirm-message-received": 2.0, "push-messages": 2.0, "get-run": 0.0, "get-fab": 0.0}
     assert {call: row.calls[call] for call in one} == one
     assert row.calls["pull-object"] >= 2 * OBJECTS  # again where the server still uploads it
-    assert row.calls["push-object"] > OBJECTS  # a score has fewer than an update
+    assert row.calls["push-object"] >= 2 * OBJECTS
     assert row.calls["pull-messages"] >= 2.0
     assert row.superlink_cpu > 0.0 and row.serverapp_cpu > 0.0
     assert min(row.superlink_megabytes, row.serverapp_megabytes) > 50.0

@@ -22,7 +22,7 @@ from flexlora.runs.outcomes import Outcome
 from flexlora.server.strategy import FlexLoRAStrategy
 from flexlora.simulations.benchmarks.fleet_node import StubNode
 from flexlora.simulations.benchmarks.fleet_running import RunningFleet
-from flexlora.wire.packing import PACKED
+from flexlora.wire.packing import DATA, PACKED
 from in_place_of_superexec import server_app_grid
 from real_superlink import real_superlink
 
@@ -69,6 +69,7 @@ class Huge(Honest):
 
     def lie(self, content):
         array = Array("uint8", (2**62, 4, 0), "flexlora.raw", b"")
+        del content["report"][DATA]
         content[PACKED] = ArrayRecord({PACKED: array})
         return content
 
@@ -87,6 +88,7 @@ class Heavy(Honest):
     def lie(self, content):
         data = os.urandom(30 * 10**6)
         array = Array("uint8", (len(data),), "flexlora.raw", data)
+        del content["report"][DATA]
         content[PACKED] = ArrayRecord({PACKED: array})
         return content
 
@@ -99,7 +101,7 @@ class Slow(Honest):
         ask = self.connection.ask
 
         async def late(request):
-            if isinstance(request, PushObjectRequest) and request.object_content[:5] == b"Array":
+            if isinstance(request, PushObjectRequest) and DATA.encode() in request.object_content:
                 while not released.is_set():
                     await asyncio.sleep(0.05)
             return await ask(request)

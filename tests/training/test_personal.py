@@ -22,8 +22,8 @@ from flexlora.training.local import train
 from flexlora.training.personal import PersonalPlan, PersonalStore, frozen_model, personalised
 from flexlora.training.slots import SlotModel
 from flexlora.wire.jobs import PERSONAL, TrainJob
-from flexlora.wire.packing import PACKED
 from one_round import OneRound, next_state
+from packed import packed_bytes
 from spelled import of_names
 
 PLAN = PersonalPlan(rank=4, max_steps=3, learning_rate=0.02, alpha=8.0, seed=11)
@@ -233,9 +233,8 @@ def reply_bytes(results):
     replies = []
     for result in results:
         content = encode_train_result(replace(result, train_seconds=0.0), dtype="float32")
-        arrays = {key: bytes(array.data) for key, array in content[PACKED].items()}
         values = [(k, dict(record)) for k, record in content.config_records.items()]
-        replies.append((arrays, values))
+        replies.append((packed_bytes(content), values))
     return repr(replies)
 
 

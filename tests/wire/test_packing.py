@@ -9,9 +9,17 @@ from hypothesis import strategies as st
 
 from builders import random_adapter
 from flexlora.errors import UpdateRefused, UserError
-from flexlora.wire.encoding import FACTORS, decode_adapter, encode_adapter, encoded_bytes
+from flexlora.wire.encoding import (
+    FACTORS,
+    WireArray,
+    decode_adapter,
+    encode_adapter,
+    encoded_bytes,
+)
 from flexlora.wire.packing import (
+    DATA,
     INDEX,
+    MOST_INLINE,
     PACKED,
     VERSION_KEY,
     WIRE_VERSION,
@@ -25,8 +33,16 @@ KINDS = ("float32", "bfloat16", "float64", "int8")
 
 
 def packed(**adapters):
+    """As an array, whatever the size: ``inline`` makes the other form of it."""
     array, index = pack_adapters(adapters)
+    if array is None:
+        data = index.pop(DATA)
+        array = WireArray(dtype="uint8", shape=(len(data),), data=data)
     return {PACKED: array}, index
+
+
+def inline(arrays, index):
+    return {}, {**index, DATA: bytes(arrays[PACKED].data)}
 
 
 def unpacked(arrays, index, *names):
@@ -64,6 +80,23 @@ def test_every_adapter_comes_back_as_it_does_from_arrays_of_its_own(
         apart = decode_adapter(*encoded[name], labels=labels, held=known[name])
         whole = decode_adapter(*back[name], labels=labels, held=known[name])
         assert whole.digest() == apart.digest() and list(whole) == list(apart)
+    beside = unpacked(*inline(arrays, index), *adapters)
+    for name in adapters:
+        views, values = beside[name]
+        assert values == back[name][1]
+        assert all(views[key].data == array.data for key, array in back[name][0].items())
+
+
+def test_few_bytes_travel_beside_the_index_and_many_as_an_array():
+    adapter = random_adapter({"q": (64, 64)}, 8)
+    few, index = pack_adapters({"update": encode_adapter(adapter, "float32")})
+    assert few is None and len(index[DATA]) == 4 * 8 * 128
+    at_most = random_adapter({"q": (MOST_INLINE // 8 - 64, 64)}, 2)
+    array, index = pack_adapters({"update": encode_adapter(at_most, "float32")})
+    assert array is None and len(index[DATA]) == MOST_INLINE
+    more = random_adapter({"q": (MOST_INLINE // 8 - 63, 64)}, 2)
+    array, index = pack_adapters({"update": encode_adapter(more, "float32")})
+    assert DATA not in index and len(array.data) == MOST_INLINE + 8
 
 
 def test_the_factors_are_views_and_the_decoded_ones_are_not():
@@ -164,6 +197,13 @@ REFUSED = {
     "another dtype": (with_array(dtype="float32"), "expected flexlora.raw/uint8"),
     "a pickle": (with_array(stype="pickle"), "is pickle/uint8"),
     "another shape": (with_array(shape=(2**62, 4, 0)), "of shape"),
+    "bytes twice": (
+        lambda a, i: (a, inline(a, i)[1]),
+        "bytes beside 1 arrays, expected bytes and no",
+    ),
+    "text for bytes": (lambda a, i: ({}, {**i, DATA: "x"}), "'packed/data' is str beside 0"),
+    "a byte too many, beside": (lambda a, i: inline(*longer(a, i)), "bytes, the index is for"),
+    "a byte too few, beside": (lambda a, i: inline(*shorter(a, i)), "bytes, the index is for"),
     **{f"no {key}": (without(key), f"no list '{key}'") for key in INDEX},
 }
 
