@@ -44,7 +44,7 @@ __all__ = [
 WIRE_VERSION = 2  # of jobs and replies: raised with every change that another version cannot read
 PACKED = "packed"  # the one array, the record that holds it, and the prefix of the index's keys
 DATA = f"{PACKED}/data"  # in the array's place, where there are at most so many bytes:
-MOST_INLINE = 2**20  # gRPC takes messages of 4 MiB
+MOST_INLINE = 2 * 2**20  # gRPC takes messages of 4 MiB
 INDEX: Mapping[str, type] = {
     "adapters": str,
     "sizes": int,
