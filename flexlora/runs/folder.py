@@ -48,12 +48,13 @@ from flexlora.runs.checkpoints import load_checkpoint, load_notes, save_checkpoi
 from flexlora.runs.live_state import LIVE_FILE
 from flexlora.runs.lock import check_idle
 from flexlora.runs.metrics_file import missing_files, read_rounds
+from flexlora.runs.samples_file import SAMPLES_FILE
 from flexlora.runs.sources import Sources
 from flexlora.wire.files import write_atomically
 
-__all__ = ["CLIENT_COLUMNS", "SAMPLES_FILE", "TENSORBOARD", "TRACKERS_FILE", "RunFolder"]
+__all__ = ["CLIENT_COLUMNS", "TENSORBOARD", "TRACKERS_FILE", "RunFolder"]
 
-SAMPLES_FILE, TRACKERS_FILE, TENSORBOARD = "samples.json", "trackers.json", "tensorboard"
+TRACKERS_FILE, TENSORBOARD = "trackers.json", "tensorboard"
 
 CLIENT_COLUMNS: tuple[str, ...] = ("round", "client_id", "rank_class", "rank", "quantization")
 CLIENT_COLUMNS += ("device", "num_examples", "loss_before", "loss_after", "bytes_down", "bytes_up")
