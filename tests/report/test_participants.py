@@ -48,7 +48,7 @@ def test_every_client_has_its_bar_inside_the_picture(count, tmp_path):
     page = Page(participants_figure(run))
     lefts = [x for x, _ in bars_of(page, "bar")]
     assert len(lefts) == 2 * count  # rows and rounds; who was never asked has neither
-    assert 0 < min(lefts) and max(lefts) < WIDTH
+    assert min(lefts) > 0 and max(lefts) < WIDTH
     assert f"{count + 1:,} clients" in page.said("text")
     labels = [a for tag, a in page.elements if tag == "text"]
     assert all(0 <= float(a["x"]) <= WIDTH for a in labels)
