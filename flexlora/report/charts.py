@@ -6,6 +6,7 @@ coincide are drawn once with all of their names: otherwise only the last would b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -18,7 +19,7 @@ __all__ = ["Chart", "Series", "drawn", "figure", "label", "on_common_axes", "wit
 WIDTH, HEIGHT = 350, 214
 LEFT, RIGHT, TOP, BOTTOM = 56, 10, 10, 34
 DRAWABLE = 1e100
-MANY_POINTS = 150  # above this, marks would hide the line
+MOST_MARKS = 40  # of a line of many points: more would hide it
 # Marks around (0, 0): disc, square, diamond, triangle.
 NOTHING = Markup("")
 _MARKS = (
@@ -198,9 +199,7 @@ def _lines(
         path = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in line.points)
         yield element("polyline", points=path, class_=f"line {_style(line)}")
     for line, names in groups:
-        if len(line.points) > MANY_POINTS:
-            continue
-        for a, b in line.points:
+        for a, b in line.points[:: math.ceil(len(line.points) / MOST_MARKS)]:
             tooltip = chart.tooltip(", ".join(names), a, b)
             yield _mark(line, f"translate({x(a):.1f} {y(b):.1f})", tooltip)
 

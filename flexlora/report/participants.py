@@ -230,7 +230,8 @@ def devices_table(run: RunRecords) -> Markup:
             sum(client.asked for client in members),
             sum(client.trained for client in members),
         ]
-        kinds = format_counts(client.rank_class for client in members)
+        classes = Counter(client.rank_class for client in members)  # in the order of the picture
+        kinds = ", ".join(f"{rank_class} ({count})" for rank_class, count in classes.items())
         cells = [data(count, f"{count:,}", derived=True) for count in counts]
         rows.append([name(device or "(not asked yet)"), name(kinds), *cells])
     if not rows:

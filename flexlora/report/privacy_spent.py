@@ -32,7 +32,7 @@ SPENT = (
     ("epsilon_median", "its median over the clients"),
     ("as_if_clients", "as if so many clients took part"),
     ("clip", "clip norm of the last round"),
-    ("clipped_share", "share of the updates above it"),
+    ("clipped_share", "share of the updates that were clipped"),
 )
 
 
@@ -46,9 +46,12 @@ def privacy_spent(run: RunRecords) -> list[Markup]:
     rows = []
     for key, title in SPENT:
         if end := run.last(key):
-            rows.append([text(f"{title}, after round {end[0]}"), data(end[1], f"{end[1]:,.4g}")])
+            rows.append([text(f"{title}, after round {end[0]}"), data(end[1], _shown(key, end[1]))])
+    unused = {"privacy.min-group"} if not mode.startswith("secure") else set[str]()
+    unused |= {"privacy.delta"} if mode == "secure" else set()
     for key in SETTINGS:
-        if value := run.setting(key):
+        value = run.setting(key)
+        if value and key not in unused:
             rows.append([element("code", text(key)), text(format_setting(value))])
     charts: list[Chart] = charts_of(run, PRIVACY_CHARTS)
     figures = element("div", joined(drawn(chart) for chart in charts), class_="figures")
@@ -57,3 +60,9 @@ def privacy_spent(run: RunRecords) -> list[Markup]:
         table(["what", "value"], rows, caption="Privacy spent"),
         figures if charts else Markup(""),
     ]
+
+
+def _shown(key: str, value: float) -> str:
+    if key == "clipped_share":
+        return f"{100 * value:.0f} %"
+    return f"{value:,.0f}" if key == "as_if_clients" else f"{value:.4g}"

@@ -209,7 +209,11 @@ def modules_table(run: RunRecords) -> Markup:
     server_round, modules = run.last_modules()
     if not modules:
         return NOTHING
-    keys = ("rank", "effective_rank", "tail_energy", "factor_gap", "error", "seconds")
+    known = ["rank", "effective_rank", *(f"energy_kept/{name}" for name in run.rank_classes)]
+    known += ["tail_energy", "factor_gap", "error", "seconds"]
+    keys = [
+        key for key in known if any(finite(row.get(key)) is not None for row in modules.values())
+    ]
     rows: list[Sequence[Markup]] = [
         [
             name(module),
@@ -218,5 +222,5 @@ def modules_table(run: RunRecords) -> Markup:
         ]
         for module, report in modules.items()
     ]
-    header = ["module", "route", *(key.replace("_", " ") for key in keys)]
+    header = ["module", "route", *(key.replace("_", " ").replace("/", ", ") for key in keys)]
     return table(header, rows, words=2, caption=f"Round {server_round}", note=True)

@@ -79,7 +79,7 @@ padding:10px 13px}}
 .figures{{display:grid;gap:14px;margin:0 0 14px;
 grid-template-columns:repeat(auto-fit,minmax(min(100%,340px),1fr))}}
 figure{{margin:0;background:var(--card);border:1px solid var(--line);border-radius:8px;
-padding:12px 12px 6px;max-width:560px;min-width:0;display:flex;flex-direction:column}}
+padding:12px 12px 6px;max-width:470px;min-width:0;display:flex;flex-direction:column}}
 figcaption{{font-weight:600;font-size:14px;overflow-wrap:anywhere}}
 figcaption small{{display:block;font-weight:400;font-size:12.5px}}
 .legend{{display:flex;flex-wrap:wrap;gap:2px 14px;list-style:none;margin:4px 0 2px;padding:0;
@@ -99,7 +99,8 @@ caption{{text-align:left;color:var(--soft);padding-bottom:4px}}
 th,td{{padding:4px 16px 4px 0;text-align:left;vertical-align:top;
 border-bottom:1px solid var(--line)}}
 thead th{{font-weight:600;color:var(--soft);white-space:nowrap;vertical-align:bottom}}
-tbody th{{font-weight:400}}
+thead th.number{{white-space:normal;min-width:5em}}
+tbody th{{font-weight:400}} tbody th.words{{min-width:7.5em}}
 th.number,td.number{{text-align:right;white-space:nowrap}}
 .long,.value{{display:inline-block;max-width:44em;overflow-wrap:anywhere}}
 .long{{min-width:15em}} .value{{min-width:9em}}
@@ -121,7 +122,8 @@ grid-template-columns:repeat(auto-fit,minmax(min(100%,220px),1fr))}}
 .sample .right{{border-left:3px solid var(--c2);padding-left:8px}}
 @media print{{body{{background:#fff;font-size:12px}} main{{max-width:none;padding:0}}
 figure,.tiles>div,.sample,tr{{break-inside:avoid}} h2,summary{{break-after:avoid}}
-.scroll{{overflow:visible}} table{{font-size:9.5px}} th,td{{padding-right:8px}}
+.scroll{{overflow:visible}} table{{font-size:9.5px}} code{{font-size:8.5px}}
+th,td{{padding-right:8px}}
 th.number,td.number,thead th{{white-space:normal}}
 details::details-content{{content-visibility:visible;display:block}}}}
 """

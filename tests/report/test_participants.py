@@ -70,7 +70,7 @@ def test_the_description_and_the_table_have_the_same_numbers(tmp_path):
     assert page.table("d")[1:] == [
         ["card 0", "rank_2 (1), rank_4 (1), rank_8 (1)", "3", "36", "3", "2"],
         ["card 1", "rank_2 (1), rank_4 (1), rank_8 (1)", "3", "39", "3", "3"],
-        ["(not asked yet)", "rank_2", "1", "0", "0", "0"],
+        ["(not asked yet)", "rank_2 (1)", "1", "0", "0", "0"],
     ]
 
 
