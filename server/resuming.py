@@ -89,7 +89,7 @@ def _may_differ(key: str, value: object, saved: object) -> bool:
     """Keys that no client reads, and a larger number of rounds."""
     if key == "num-server-rounds":
         return int(str(value)) >= int(str(saved))
-    return key in ("out", "resume", "allow-changed") or key.startswith("server.")
+    return key in ("out", "resume", "allow-changed", "report-to") or key.startswith("server.")
 
 
 def _whole(folder: Path) -> str:

@@ -15,6 +15,7 @@ from flexlora.planning.rank_policies import RankPolicy
 from flexlora.planning.rank_tables import read_rank_table
 from flexlora.privacy.canary_checks import check_canaries
 from flexlora.privacy.checks import check_privacy
+from flexlora.server.observing.tracker_kinds import check_trackers
 from flexlora.server.publishing import check_publish
 from flexlora.server.robustness import check_robust
 from flexlora.wire.feedback import check_wire
@@ -31,8 +32,8 @@ def check_config(config: Config) -> None:
         UserError: a key of ``flwr run`` alone, a template date that is none, a base that its
             config.json rules out, a wire that the method cannot use, ranks or shares that cannot
             be, a carried rank in a table that the method does not read, a ``server.publish`` that
-            cannot be one, a number of clients under Poisson sampling, what differential privacy or
-            a robust rule or canaries exclude.
+            cannot be one, a tracker that is not installed, a number of clients under Poisson
+            sampling, what differential privacy or a robust rule or canaries exclude.
     """
     if config.resume:
         raise UserError(
@@ -49,6 +50,7 @@ def check_config(config: Config) -> None:
     check_canaries(config)
     check_robust(config)
     check_publish(config.server.publish)
+    check_trackers(config.report_to)
     if Path(resolve_name(config.model.name)).is_dir():  # a hub model is the nodes' to fetch
         base_config(config.model.name)
     parse_date(config.data.template_date)

@@ -49,7 +49,7 @@ from flexlora.server.rounds.evaluation import (
 )
 from flexlora.server.rounds.late_messages import LateMessages
 from flexlora.server.rounds.replies import ReplyHandler
-from flexlora.server.rounds.round_metrics import RoundMetrics, class_metrics
+from flexlora.server.rounds.round_metrics import RoundMetrics, class_metrics, memory_metrics
 from flexlora.server.rounds.round_plan import RoundPlan
 from flexlora.server.rounds.round_records import write_round
 from flexlora.server.rounds.secure_cohorts import check_cohort
@@ -261,6 +261,7 @@ class FlexLoRAStrategy(Strategy):
             classes = self.roster.rank_classes
             starts = RoundPlan.starts(self.method, self.state, classes, self.config) | starts
         self.metrics.bytes_carried = plan.bytes_carried
+        self.metrics.memory_bytes = memory_metrics(plan.sent, self.config.train.optim)
         self._open = handler_for(self.config)(
             plan=plan,
             selected=selected,
@@ -319,7 +320,7 @@ class FlexLoRAStrategy(Strategy):
         for client_id, rank_class in sorted(handler.lowered.items()):
             member = self.roster.members[client_id]
             self.roster.members[client_id] = replace(member, rank_class=rank_class)
-        served = class_metrics(self.state, self.served(self.state))
+        served = class_metrics(self.state, self.served(self.state), self.roster.rank_classes)
         seconds = time.perf_counter() - began
         if self.metrics.skipped:
             self.observer.round_skipped(server_round, self.metrics.skipped)

@@ -26,6 +26,7 @@ from flexlora.simulations.engine.cohorts import limits_of, resolved_limits
 from flexlora.simulations.engine.grid import FAILED_COHORTS, InProcessGrid, rounds_kept
 from flexlora.simulations.engine.pool import LocalPool, Pool, make_pool
 from flexlora.simulations.hostile.pool import with_hostile
+from flexlora.simulations.samples import write_samples_of
 from flexlora.simulations.terminal import TerminalObserver
 from flexlora.simulations.world.populations import Population
 from flexlora.simulations.world.simulated_time import world_of
@@ -113,7 +114,7 @@ def simulate(
         personal = PersonalStore(out / "personal", rounds_kept=kept)
         canaries = canary_record(config, worker, out, go_on=go_on)
         grid = make_grid(config, worker, pool, personal, out, canaries)
-        return federate(
+        strategy = federate(
             grid,
             config,
             out,
@@ -125,6 +126,8 @@ def simulate(
             flag="--allow-changed",
             canaries=canaries,
         )
+        write_samples_of(strategy, worker, out, personal)
+        return strategy
     finally:
         if pool is not None:
             pool.close()

@@ -44,8 +44,16 @@ def report(
     target: Annotated[
         str, Argument(metavar="RUN", click_type=PATH, help="a run folder, finished or not")
     ],
+    samples: Annotated[
+        bool, Option("--samples", help="first generate answers to a few held-out rows")
+    ] = False,
 ) -> None:
     from flexlora.report import write_report
+
+    if samples:
+        from flexlora.simulations.samples import sample_run  # loads the model
+
+        sample_run(target)
 
     print(f"Report: {write_report(target)}")
 

@@ -13,6 +13,7 @@ from pydantic import AfterValidator
 from flexlora.aggregation.engine.options import Options, choices, option
 from flexlora.config.paths import expanded
 from flexlora.data.chat import DEFAULT_DATE
+from flexlora.errors import nearest
 
 __all__ = [
     "QUANTIZATIONS",
@@ -35,6 +36,7 @@ __all__ = [
     "Server",
     "Train",
     "Wire",
+    "tracker_names",
 ]
 
 Quantization = Literal["none", "8bit", "nf4"]
@@ -48,6 +50,27 @@ RankPolicyName = Literal[
     "file",
     "memory",
 ]
+TRACKERS = ("tensorboard", "wandb", "mlflow")
+
+
+def tracker_names(report_to: str) -> list[str]:
+    """The trackers that ``report-to`` names, each once.
+
+    Raises:
+        ValueError: one that nothing here reports to.
+    """
+    names = [name.strip() for name in report_to.split(",") if name.strip()]
+    for name in names:
+        if name not in TRACKERS:
+            known = ", ".join(TRACKERS)
+            raise ValueError(f"names '{name}', expected some of {known}.{nearest(name, TRACKERS)}")
+    return list(dict.fromkeys(names))
+
+
+def _trackers(report_to: str) -> str:
+    return ",".join(tracker_names(report_to))
+
+
 PathKey = Annotated[str, AfterValidator(expanded)]  # a key that takes a path
 QUANTIZATIONS: tuple[str, ...] = choices(Quantization)
 RANK_POLICIES: tuple[str, ...] = choices(RankPolicyName)
@@ -68,6 +91,9 @@ class Run(Options):
     )
     start_from: PathKey = option(
         "", "run folder from whose last round a new run starts (empty: base)"
+    )
+    report_to: Annotated[str, AfterValidator(_trackers)] = option(
+        "", "also report to tensorboard, wandb, mlflow (names with commas)"
     )
     out: PathKey = option(
         "", "run folder of `flwr run` (default: runs/RUN_ID where the server runs)"

@@ -6,6 +6,7 @@ coincide are drawn once with all of their names: otherwise only the last would b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,13 +14,14 @@ from flexlora.report.axes import Scale, Span, span_of, ticks, united
 from flexlora.report.markup import Markup, element, joined, text
 from flexlora.report.style import NUM_STYLES
 
-__all__ = ["Chart", "Series", "drawn", "on_common_axes", "with_points"]
+__all__ = ["Chart", "Series", "drawn", "figure", "label", "on_common_axes", "with_points"]
 
 WIDTH, HEIGHT = 350, 214
 LEFT, RIGHT, TOP, BOTTOM = 56, 10, 10, 34
 DRAWABLE = 1e100
-MANY_POINTS = 150  # above this, marks would hide the line
+MOST_MARKS = 40  # of a line of many points: more would hide it
 # Marks around (0, 0): disc, square, diamond, triangle.
+NOTHING = Markup("")
 _MARKS = (
     "M-3 0a3 3 0 1 0 6 0a3 3 0 1 0 -6 0z",
     "M-2.8 -2.8h5.6v5.6h-5.6z",
@@ -107,19 +109,38 @@ def drawn(chart: Chart) -> Markup:
     if not chart.bars:
         groups = _merged(chart.series, x, y)
     bodies = _bars(chart, x, y) if chart.bars else _lines(chart, groups, x, y)
-    picture = element(
-        "svg",
-        element("title", text(chart.title), id=f"{chart.key}-title"),
-        element("desc", text(_description(chart, groups)), id=f"{chart.key}-desc"),
+    return figure(
+        chart.key,
+        chart.title,
         *_axes(chart, x, y, levels),
         *bodies,
-        viewBox=f"0 0 {WIDTH} {HEIGHT}",
-        role="img",
-        aria_labelledby=f"{chart.key}-title {chart.key}-desc",
+        subtitle=chart.subtitle,
+        description=_description(chart, groups),
+        legend=_legend(chart, groups),
     )
-    subtitle = element("small", text(chart.subtitle)) if chart.subtitle else Markup("")
-    caption = element("figcaption", text(chart.title), subtitle)
-    return element("figure", caption, _legend(chart, groups), picture)
+
+
+def figure(
+    key: str,
+    title: str,
+    *picture: Markup,
+    description: str,
+    subtitle: str = "",
+    legend: Markup = NOTHING,
+    height: float = HEIGHT,
+) -> Markup:
+    """A picture ``WIDTH`` wide with its caption, and what it shows in words."""
+    svg = element(
+        "svg",
+        element("title", text(title), id=f"{key}-title"),
+        element("desc", text(description), id=f"{key}-desc"),
+        *picture,
+        viewBox=f"0 0 {WIDTH} {height:.0f}",
+        role="img",
+        aria_labelledby=f"{key}-title {key}-desc",
+    )
+    small = element("small", text(subtitle)) if subtitle else Markup("")
+    return element("figure", element("figcaption", text(title), small), legend, svg)
 
 
 def _merged(series: Sequence[Series], x: Scale, y: Scale) -> list[tuple[Series, list[str]]]:
@@ -158,16 +179,16 @@ def _axes(chart: Chart, x: Scale, y: Scale, levels: Sequence[float]) -> Iterator
     for value in levels:
         at = f"{y(value):.1f}"
         yield element("line", x1=f"{LEFT}", x2=f"{right}", y1=at, y2=at, class_="grid")
-        yield _label(chart.tick(value), LEFT - 7, y(value) + 3.8, "end")
+        yield label(chart.tick(value), LEFT - 7, y(value) + 3.8, "end")
     for value in ticks(chart.spans[0], whole=chart.whole_x):
         if x.span[0] <= value <= x.span[1]:
-            yield _label(chart.spelled_x(value), x(value), bottom + 15, "middle")
+            yield label(chart.spelled_x(value), x(value), bottom + 15, "middle")
     base = f"{bottom}"
     yield element("line", x1=f"{LEFT}", x2=f"{right}", y1=base, y2=base, class_="axis")
-    yield _label(chart.x_name, (LEFT + right) / 2, HEIGHT - 4, "middle", kind="title")
+    yield label(chart.x_name, (LEFT + right) / 2, HEIGHT - 4, "middle", kind="title")
 
 
-def _label(shown: str, x: float, y: float, anchor: str, kind: str = "tick") -> Markup:
+def label(shown: str, x: float, y: float, anchor: str, kind: str = "tick") -> Markup:
     return element("text", text(shown), x=f"{x:.1f}", y=f"{y:.1f}", text_anchor=anchor, class_=kind)
 
 
@@ -178,9 +199,7 @@ def _lines(
         path = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in line.points)
         yield element("polyline", points=path, class_=f"line {_style(line)}")
     for line, names in groups:
-        if len(line.points) > MANY_POINTS:
-            continue
-        for a, b in line.points:
+        for a, b in line.points[:: math.ceil(len(line.points) / MOST_MARKS)]:
             tooltip = chart.tooltip(", ".join(names), a, b)
             yield _mark(line, f"translate({x(a):.1f} {y(b):.1f})", tooltip)
 

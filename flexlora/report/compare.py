@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from itertools import accumulate
 from pathlib import Path
 
 from rich.console import Console
@@ -12,11 +11,12 @@ from rich.console import Console
 from flexlora.errors import UserError
 from flexlora.report.charts import Chart, Series, on_common_axes, with_points
 from flexlora.report.comparison import Cell, Comparison, compared, read_runs
-from flexlora.report.formats import metric_format, tick_format
+from flexlora.report.formats import format_metric, metric_format, tick_format
 from flexlora.report.markup import Markup, data, document, element, name, table, text
 from flexlora.report.page import figures, section, write_page
 from flexlora.report.records import RunRecords
-from flexlora.report.run_charts import CHARTS, PERSONAL_CHARTS
+from flexlora.report.run_charts import CHARTS, PERSONAL_CHARTS, PRIVACY_CHARTS
+from flexlora.report.targets import shared_targets, so_far
 from flexlora.report.text_table import text_table
 
 __all__ = ["compare", "comparison_page"]
@@ -60,6 +60,10 @@ def comparison_page(runs: Sequence[RunRecords], comparison: Comparison) -> str:
     parts += [element("p", text(note), class_="warn") for note in comparison.notes]
     together = _together(runs, comparison.names)
     parts += [section("In one picture", figures(together))] if together else []
+    if comparison.comparable and (target := shared_targets(runs, comparison.names)):
+        title = f"To a held-out loss of {format_metric('eval_loss', target[0])}"
+        about = text("The lowest loss that every run has reached.")
+        parts += [section(title, element("p", about, class_="soft"), target[1])]
     parts += [section("Settings that differ", _settings(comparison))]
     return document(f"FlexLoRA: {title}", *parts, *_side_by_side(runs, comparison.names))
 
@@ -72,7 +76,9 @@ def _results(comparison: Comparison) -> Markup:
         for index, run in enumerate(comparison.names)
     ]
     words = 1 + sum(column.words for column in columns)
-    return table(["run", *(column.title for column in columns)], rows, words=words)
+    return table(
+        ["run", *(column.title for column in columns)], rows, words=words, caption="Results"
+    )
 
 
 def _settings(comparison: Comparison) -> Markup:
@@ -84,7 +90,8 @@ def _settings(comparison: Comparison) -> Markup:
         [element("code", text(column.title)), *(name(cell.shown) for cell in column.cells)]
         for column in columns
     ]
-    return table(["key", *comparison.names], rows, words=1 + len(comparison.names))
+    words = 1 + len(comparison.names)
+    return table(["key", *comparison.names], rows, words=words, caption="Settings that differ")
 
 
 def _cell(cell: Cell) -> Markup:
@@ -122,7 +129,7 @@ def _overlay(
     """``key`` of every run over its rounds, or over the running sum of the keys ``over``."""
     series = []
     for style, (run, run_name) in enumerate(zip(runs, names, strict=True)):
-        spent = _so_far(run, over)
+        spent = so_far(run, over)
         points = tuple((spent.get(at, 0.0) if over else at, v) for at, v in run.points(key))
         if spent or not over:
             series.append(Series(name=run_name, points=points, style=style))
@@ -142,19 +149,10 @@ def _overlay(
     )
 
 
-def _so_far(run: RunRecords, keys: Sequence[str]) -> dict[int, float]:
-    """The cumulative sum of ``keys`` by round."""
-    spent: dict[int, float] = {}
-    for key in keys:
-        for at, value in run.points(key):
-            spent[at] = spent.get(at, 0.0) + value
-    return dict(zip(spent, accumulate(spent.values()), strict=True))
-
-
 def _side_by_side(runs: Sequence[RunRecords], names: Sequence[str]) -> list[Markup]:
     """Every chart of a run's page, for all runs on the same axes."""
     parts = []
-    for maker in (*CHARTS, *PERSONAL_CHARTS):
+    for maker in (*CHARTS, *PRIVACY_CHARTS, *PERSONAL_CHARTS):
         pairs = enumerate(zip(names, runs, strict=True))
         made = [(i, run_name, chart) for i, (run_name, run) in pairs if (chart := maker(run))]
         if made:

@@ -42,11 +42,15 @@ class Column:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """A column per difference and per result, a row per run, and notes on what is comparable."""
+    """A column per difference and per result, a row per run, and notes on what is comparable.
+
+    ``comparable``: all runs were scored on the same rows over the same base.
+    """
 
     names: tuple[str, ...]
     columns: tuple[Column, ...]
     notes: tuple[str, ...]
+    comparable: bool = True
 
 
 def read_runs(paths: Sequence[str | Path]) -> list[RunRecords]:
@@ -84,7 +88,8 @@ def compared(runs: Sequence[RunRecords]) -> Comparison:
     shown = tuple(column for column in columns if any(cell.shown for cell in column.cells))
     if unfinished := [name for name, run in zip(names, runs, strict=True) if not run.finished]:
         notes += [f"Not finished, scores so far: {', '.join(unfinished)}."]
-    return Comparison(names=names, columns=shown, notes=tuple(notes))
+    comparable = not rows
+    return Comparison(names=names, columns=shown, notes=tuple(notes), comparable=comparable)
 
 
 def _names(runs: Sequence[RunRecords]) -> list[str]:

@@ -55,22 +55,34 @@ def data(value: float | None, shown: str, *, derived: bool = False) -> Markup:
 
 
 def table(
-    header: Sequence[str], rows: Sequence[Sequence[Markup]], *, words: int = 1, caption: str = ""
+    header: Sequence[str],
+    rows: Sequence[Sequence[Markup]],
+    *,
+    caption: str,
+    words: int = 1,
+    note: bool = False,
 ) -> Markup:
-    """A table whose first ``words`` columns are text and whose others are numbers."""
+    """A table whose first ``words`` columns are text and whose others are numbers.
+
+    The first cell of a row is its header. ``caption`` is read aloud; as a ``note`` it is shown too.
+    """
     kinds = ["words" if column < words else "number" for column in range(len(header))]
     head = joined(
         element("th", text(title), scope="col", class_=kind)
         for title, kind in zip(header, kinds, strict=True)
     )
-    body = joined(
-        element("tr", *(element("td", cell, class_=k) for cell, k in zip(row, kinds, strict=True)))
-        for row in rows
-    )
-    title = element("caption", text(caption)) if caption else Markup("")
+    body = joined(element("tr", *_cells(row, kinds)) for row in rows)
+    title = element("caption", text(caption), **({} if note else {"class_": "unseen"}))
     whole = element("table", title, element("thead", element("tr", head)), element("tbody", body))
-    named = caption or f"table by {header[0]}"
-    return element("div", whole, class_="scroll", tabindex="0", role="region", aria_label=named)
+    return element("div", whole, class_="scroll", tabindex="0", role="region", aria_label=caption)
+
+
+def _cells(row: Sequence[Markup], kinds: Sequence[str]) -> Iterable[Markup]:
+    for place, (cell, kind) in enumerate(zip(row, kinds, strict=True)):
+        if place:
+            yield element("td", cell, class_=kind)
+        else:
+            yield element("th", cell, scope="row", class_=kind)
 
 
 def document(title: str, *body: Markup) -> Markup:

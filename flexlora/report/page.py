@@ -7,10 +7,22 @@ from pathlib import Path
 
 from flexlora.errors import UserError
 from flexlora.report import sections
+from flexlora.report.answers import answers
 from flexlora.report.charts import Chart, drawn
+from flexlora.report.class_table import classes_table
 from flexlora.report.markup import Markup, document, element, joined, name, text
+from flexlora.report.module_charts import module_figures
+from flexlora.report.participants import devices_table, participants_figure
+from flexlora.report.privacy_spent import privacy_spent
 from flexlora.report.records import RunRecords, read_run
-from flexlora.report.run_charts import CHARTS, PERSONAL_CHARTS, charts_of, clients_chart
+from flexlora.report.run_charts import (
+    CHARTS,
+    PERSONAL_CHARTS,
+    charts_of,
+    clients_chart,
+    failures_chart,
+)
+from flexlora.report.targets import targets_table
 
 __all__ = ["figures", "run_page", "write_page", "write_report"]
 
@@ -43,20 +55,27 @@ def run_page(run: RunRecords) -> str:
     title = f"FlexLoRA run {run.path.resolve().name}"
     parts = [element("h1", text("Run "), name(run.path.resolve().name)), _about(run), _state(run)]
     if run.last_round >= 0:
+        parts += [sections.headline(run), section("Held-out rows", sections.scores_table(run))]
+        parts += _unless_empty("To a target loss", targets_table(run))
+        parts += [section("Round by round", figures(charts_of(run, CHARTS)))]
+    parts += _unless_empty("Who took part", _figures(participants_figure(run)), devices_table(run))
+    parts += [section("Rank classes", classes_table(run))]
+    if run.last_round >= 0:
         parts += [
-            sections.headline(run),
-            section("Held-out rows", sections.scores_table(run)),
-            section("Round by round", figures(charts_of(run, CHARTS))),
+            *_unless_empty("Answers", answers(run)),
+            *_unless_empty("Module by module", *(_figures(*row) for row in module_figures(run))),
+            *_unless_empty("Privacy", *privacy_spent(run)),
             *_charts("Personal against global", charts_of(run, PERSONAL_CHARTS)),
             *_charts("Client by client", charts_of(run, [clients_chart])),
         ]
     parts += [
-        section("Failures and notes", sections.failures(run)),
-        section("Rank classes", sections.classes_table(run)),
+        section(
+            "Failures and notes", figures(charts_of(run, [failures_chart])), sections.failures(run)
+        ),
         section("Configuration that is not the default", sections.changed_settings(run)),
         section("Versions and machine", sections.versions(run)),
-        _folded("All numbers by round", sections.rounds_table(run)),
-        _folded("The last sum, module by module", sections.modules_table(run)),
+        *_folded("All numbers by round", sections.rounds_table(run)),
+        *_folded("The last sum, module by module", sections.modules_table(run)),
     ]
     return document(title, *parts)
 
@@ -66,7 +85,13 @@ def section(title: str, *content: Markup) -> Markup:
 
 
 def figures(charts: list[Chart]) -> Markup:
-    return element("div", joined(drawn(chart) for chart in charts), class_="figures")
+    return _figures(*map(drawn, charts))
+
+
+def _figures(*drawn_ones: Markup) -> Markup:
+    """Figures side by side; empty without any."""
+    whole = joined(drawn_ones)
+    return element("div", whole, class_="figures") if whole else whole
 
 
 def _about(run: RunRecords) -> Markup:
@@ -94,12 +119,14 @@ def _state(run: RunRecords) -> Markup:
     return element("p", text(state), class_="warn")
 
 
+def _unless_empty(title: str, *content: Markup) -> list[Markup]:
+    return [section(title, *content)] if any(content) else []
+
+
 def _charts(title: str, charts: list[Chart]) -> list[Markup]:
-    return [section(title, figures(charts))] if charts else []
+    return _unless_empty(title, figures(charts))
 
 
-def _folded(title: str, content: Markup) -> Markup:
-    """A collapsed table; empty without content."""
-    if not content:
-        return content
-    return element("details", element("summary", text(title)), content)
+def _folded(title: str, content: Markup) -> list[Markup]:
+    """A collapsed table; nothing without content."""
+    return [element("details", element("summary", text(title)), content)] if content else []

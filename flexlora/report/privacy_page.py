@@ -45,7 +45,8 @@ def write_privacy_page(
         for i, t in enumerate(rounds)
     ]
     title = "Epsilon over rounds"
-    body = [element("h1", text(title)), figures([chart]), table(["round", *lines], rows)]
+    numbers = table(["round", *lines], rows, caption="Epsilon by round")
+    body = [element("h1", text(title)), figures([chart]), numbers]
     return write_page(Path(file), document(title, *body))
 
 

@@ -11,8 +11,9 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from flexlora.config.paths import expanded
@@ -20,6 +21,7 @@ from flexlora.config.resolve import KEYS, read_toml
 from flexlora.errors import UserError
 from flexlora.printable import from_cell
 from flexlora.runs.metrics_file import missing_files, read_rounds
+from flexlora.runs.samples_file import Samples, read_samples
 
 __all__ = ["SERIES_FILE", "RunRecords", "finite", "read_run"]
 
@@ -44,7 +46,8 @@ def finite(value: object) -> float | None:
 class RunRecords:
     """One run: its rounds, its rows and its configuration by dotted key.
 
-    ``classes`` has the rank class of every client in the checkpoint, by client id.
+    ``evaluations`` are those of the first and of the last evaluated round. ``classes`` has the rank
+    class of every client in the checkpoint, by client id. ``samples`` is ``samples.json``.
     """
 
     path: Path
@@ -54,6 +57,7 @@ class RunRecords:
     clients: tuple[Mapping[str, str], ...]
     evaluations: tuple[Mapping[str, str], ...]
     classes: Mapping[str, Mapping[str, object]]
+    samples: Samples | None = None
 
     @property
     def last_round(self) -> int:
@@ -81,7 +85,7 @@ class RunRecords:
     def finished(self) -> bool:
         return self.last_round >= self.num_rounds
 
-    @property
+    @cached_property
     def rank_classes(self) -> list[str]:
         """The rank classes that any round names, the smaller rank first."""
         keys = dict.fromkeys(key for row in self.rounds for key in row)
@@ -106,6 +110,20 @@ class RunRecords:
     def last(self, key: str) -> tuple[int, float] | None:
         """``(round, value)`` of ``key`` in the last round of training that has it."""
         return next((point for point in reversed(self.points(key)) if point[0] > 0), None)
+
+    def last_modules(self) -> tuple[int, dict[str, Mapping[str, object]]]:
+        """``(round, {module: its numbers})`` of the last round that has them; 0 and none."""
+        return next(reversed(self.modules()), (0, {}))
+
+    def modules(self) -> list[tuple[int, dict[str, Mapping[str, object]]]]:
+        """The same of every round that has them."""
+        found = []
+        for row in self.rounds:
+            modules = row.get("modules")
+            if isinstance(modules, Mapping) and modules:
+                kept = {k: v for k, v in modules.items() if isinstance(v, Mapping)}
+                found.append((int(str(row["round"])), kept))
+        return found
 
     def total(self, key: str) -> float | None:
         """The sum over all rounds; None where no round has it."""
@@ -165,28 +183,44 @@ def read_run(path: str | Path) -> RunRecords:
         environment=_json_object(path / "environment.json"),
         rounds=rounds,
         clients=tuple(_table(path / "clients.csv", last, CLIENTS)),
-        evaluations=tuple(_table(path / "evaluation.csv", last, EVALUATIONS)),
+        evaluations=tuple(_first_and_last(_table(path / "evaluation.csv", last, EVALUATIONS))),
         classes=_classes(path / "checkpoint" / "current.json"),
+        samples=read_samples(path, last),
     )
 
 
 def _table(file: Path, last_round: int, columns: Sequence[str]) -> Iterator[dict[str, str]]:
-    """Complete rows of rounds up to ``last_round``.
+    """Complete rows of rounds up to ``last_round``, with these columns and any others.
 
     Raises:
         UserError: a table without a column that every run has written.
     """
     try:
-        reader = csv.DictReader(io.StringIO(_text(file), newline=""))
-        names = reader.fieldnames or columns
+        reader = csv.reader(io.StringIO(_text(file), newline=""))
+        names = next(reader, None) or list(columns)
         if missing := [name for name in columns if name not in names]:
             raise UserError(f"'{file}' is damaged: it has no column '{missing[0]}'.")
+        at = names.index("round")
         for row in reader:
-            whole, number = None not in row and None not in row.values(), row.get("round") or ""
-            if whole and number.isdecimal() and len(number) < 10 and int(number) <= last_round:
-                yield {column: from_cell(cell) for column, cell in row.items()}
+            number = row[at] if len(row) == len(names) else ""
+            if number.isdecimal() and len(number) < 10 and int(number) <= last_round:
+                yield dict(zip(names, map(from_cell, row), strict=True))
     except csv.Error as error:
         raise UserError(f"'{file}' cannot be read as a table: {error}.") from None
+
+
+def _first_and_last(rows: Iterable[dict[str, str]]) -> Iterator[dict[str, str]]:
+    """The rows of the first and the last evaluated round: all of them can fill gigabytes."""
+    first, last = list[dict[str, str]](), list[dict[str, str]]()
+    for row in rows:
+        if not first or row["round"] == first[0]["round"]:
+            first.append(row)
+        elif last and row["round"] != last[0]["round"]:
+            last = [row]
+        else:
+            last.append(row)
+    yield from first
+    yield from last
 
 
 def _classes(file: Path) -> dict[str, dict]:

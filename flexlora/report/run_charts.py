@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 
 from flexlora.report.charts import Chart, Series, with_points
 from flexlora.report.formats import metric_format, tick_format
 from flexlora.report.records import RunRecords
 
-__all__ = ["CHARTS", "PERSONAL_CHARTS", "charts_of", "clients_chart"]
+__all__ = [
+    "CHARTS",
+    "PERSONAL_CHARTS",
+    "PRIVACY_CHARTS",
+    "charts_of",
+    "clients_chart",
+    "failures_chart",
+]
 
 MANY_BARS = 24
 ChartMaker = Callable[[RunRecords], Chart | None]
@@ -65,6 +73,22 @@ def _personal(title: str, metric: str, subtitle: str = "") -> ChartMaker:
     )
 
 
+def _truncated_energy(run: RunRecords) -> Chart | None:
+    """None where every class is sent its ``T_r(G)`` and nothing more: "Energy kept" shows that."""
+    keys = [(f"truncated_energy/{c}", f"energy_kept/{c}") for c in run.rank_classes]
+    alike = all(
+        abs(value - whole.get(at, value)) < 1e-9
+        for key, sent in keys
+        for whole in [dict(run.points(sent))]
+        for at, value in run.points(key)
+    )
+    title, subtitle = (
+        "Energy of T_r alone",
+        "share within the trained rank, without what is carried",
+    )
+    return None if alike else by_round(title, ("", "truncated_energy/*"), subtitle=subtitle)(run)
+
+
 _ROWS = "share of the held-out rows"
 CHARTS: tuple[ChartMaker, ...] = (
     by_round(
@@ -86,6 +110,7 @@ CHARTS: tuple[ChartMaker, ...] = (
         ("", "energy_kept/*"),
         subtitle="share of the global change that a class is given",
     ),
+    _truncated_energy,
     by_round(
         "Effective rank", ("effective rank", "effective_rank"), subtitle="of the global change"
     ),
@@ -105,6 +130,10 @@ CHARTS: tuple[ChartMaker, ...] = (
         ("simulated seconds", "simulated_seconds"),
         subtitle="on the simulated devices and links",
     ),
+    by_round("Joules", ("joules", "joules"), subtitle="on the simulated devices"),
+)
+
+PRIVACY_CHARTS: tuple[ChartMaker, ...] = (
     by_round(
         "Epsilon",
         ("epsilon", "epsilon"),
@@ -114,7 +143,6 @@ CHARTS: tuple[ChartMaker, ...] = (
     by_round(
         "Clip norm", ("clip norm", "clip"), subtitle="of a client's change, all modules together"
     ),
-    by_round("Joules", ("joules", "joules"), subtitle="on the simulated devices"),
 )
 
 PERSONAL_CHARTS: tuple[ChartMaker, ...] = (
@@ -148,4 +176,31 @@ def clients_chart(run: RunRecords) -> Chart | None:
         shown=metric_format("eval_loss"),
         tick=tick_format("eval_loss"),
         x_name="client",
+    )
+
+
+def failures_chart(run: RunRecords) -> Chart | None:
+    """Trainings that did not count, by round and status; None without any."""
+    counts = Counter((row["status"], int(row["round"])) for row in run.clients)
+    statuses = [*dict.fromkeys(status for status, at in counts if status != "ok" and at > 0)]
+    rounds = range(1, run.last_round + 1)
+    series = tuple(
+        Series(
+            name=status,
+            points=tuple((float(at), float(counts[status, at])) for at in rounds),
+            style=place,
+        )
+        for place, status in enumerate(statuses)
+    )
+    if not series or not rounds:
+        return None
+    return Chart(
+        key="failures",
+        title="Trainings that did not count",
+        subtitle="by round",
+        series=series,
+        shown=metric_format("clients"),
+        tick=tick_format("clients"),
+        bars=run.last_round <= MANY_BARS,
+        x_span=(1, run.last_round),
     )

@@ -6,13 +6,13 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 
 from flexlora.config.resolve import KEYS
-from flexlora.report.formats import SCORES, format_counts, format_metric, format_setting
+from flexlora.report.class_table import served_alike
+from flexlora.report.formats import SCORES, format_metric, format_setting
 from flexlora.report.markup import Markup, data, element, joined, name, table, text
-from flexlora.report.records import PERSONAL, RunRecords, cell_number, finite
+from flexlora.report.records import PERSONAL, RunRecords, finite
 
 __all__ = [
     "changed_settings",
-    "classes_table",
     "failures",
     "headline",
     "modules_table",
@@ -75,13 +75,16 @@ def _tile(title: str, value: Markup, below: Markup) -> Markup:
 
 def scores_table(run: RunRecords) -> Markup:
     """Every score at the base and the last round: all clients, by rank class, personal factors."""
+    shown = [(key, title) for key, title in SCORES.items() if run.points(key)]
     suffixes = [("all clients, each at its own rank", "")]
-    suffixes += [(name, f"/{name}") for name in run.rank_classes]
+    if served_alike(run, [key for key, _ in shown]):
+        suffixes = [("all clients; every rank class is served the same adapter", "")]
+    else:
+        suffixes += [(name, f"/{name}") for name in run.rank_classes]
     suffixes += [
         ("clients with factors of their own, without them", f"/global_of_{PERSONAL}"),
         ("clients with factors of their own, with them", f"/{PERSONAL}"),
     ]
-    shown = [(key, title) for key, title in SCORES.items() if run.points(key)]
     ends = {key: [last] if (last := run.last(key)) else [] for key, _ in shown}
     header = ["rank class"]
     for key, title in shown:
@@ -93,40 +96,12 @@ def scores_table(run: RunRecords) -> Markup:
             points = dict(run.points(key + suffix))
             rounds = [0, *(at for at, _ in ends[key])]
             cells += [metric(key, points.get(at)) for at in rounds]
-        energy = run.last(f"energy_kept{suffix}")
+        of_class = suffix or f"/{run.rank_classes[0]}" if len(suffixes) == 3 else suffix
+        energy = run.last(f"energy_kept{of_class}")
         cells.append(metric("energy_kept", energy[1] if energy else None))
         if any(cells):
             rows.append([text(title), *cells])
-    return table([*header, "energy kept"], rows)
-
-
-def classes_table(run: RunRecords) -> Markup:
-    """A row per rank class: rank, base, device, clients and train rows.
-
-    The number of clients is the checkpoint's; the other columns are of clients that have trained.
-    """
-    trained = {row["client_id"]: row for row in run.clients if row["rank_class"]}
-    classes = {client: str(given.get("name")) for client, given in run.classes.items()}
-    classes |= {c: row["rank_class"] for c, row in trained.items() if c not in classes}
-    rows = []
-    for rank_class in run.rank_classes:
-        members = [client for client, name_of in classes.items() if name_of == rank_class]
-        rows_of = [trained[client] for client in members if client in trained]
-        examples = sum(int(cell_number(row["num_examples"]) or 0) for row in rows_of)
-        rows.append(
-            [
-                text(rank_class),
-                *(
-                    name(format_counts(row[key] for row in rows_of))
-                    for key in ("rank", "quantization", "device")
-                ),
-                count(len(members)),
-                count(len(rows_of)),
-                count(examples),
-            ]
-        )
-    header = ["rank class", "trained rank", "base", "device", "clients", "trained so far"]
-    return table([*header, "their train rows"], rows, words=4)
+    return table([*header, "energy kept"], rows, caption="Scores on held-out rows")
 
 
 def failures(run: RunRecords) -> Markup:
@@ -156,7 +131,7 @@ def failures(run: RunRecords) -> Markup:
     header = ["status", "cause", "clients", "rounds", "times"]
     more = text("And "), count(len(ordered) - MANY), text(" more in clients.csv.")
     rest = element("p", *more, class_="note") if len(ordered) > MANY else NOTHING
-    return joined([table(header, rows, words=4), rest])
+    return joined([table(header, rows, words=4, caption="Failures by cause"), rest])
 
 
 def _long(words: str) -> Markup:
@@ -194,7 +169,8 @@ def changed_settings(run: RunRecords) -> Markup:
             rows.append([named, shown, text(default), text(meaning)])
     if not rows:
         return element("p", text("Nothing: this is the default configuration."))
-    return table(["key", "value", "default", "meaning"], rows, words=4)
+    header = ["key", "value", "default", "meaning"]
+    return table(header, rows, words=4, caption="Settings that are not the default")
 
 
 def versions(run: RunRecords) -> Markup:
@@ -209,7 +185,7 @@ def versions(run: RunRecords) -> Markup:
         [text(key), _long("not known" if value == "null" else value)]
         for key, value in shown.items()
     ]
-    return table(["what", "value"], rows, words=2)
+    return table(["what", "value"], rows, words=2, caption="Versions and machine")
 
 
 def rounds_table(run: RunRecords) -> Markup:
@@ -224,21 +200,20 @@ def rounds_table(run: RunRecords) -> Markup:
         [metric("round", finite(row["round"])), *(metric(k, finite(row.get(k))) for k in shown)]
         for row in run.rounds
     ]
-    return table(["round", *(key.replace("_", " ") for key in shown)], rows, words=0)
+    header = ["round", *(key.replace("_", " ") for key in shown)]
+    return table(header, rows, words=0, caption="All numbers by round")
 
 
 def modules_table(run: RunRecords) -> Markup:
     """The decomposition of the last round's sum by module; empty without such rounds."""
-    reports = [
-        (row["round"], row["modules"])
-        for row in run.rounds
-        if isinstance(row.get("modules"), Mapping) and row["modules"]
-    ]
-    if not reports:
+    server_round, modules = run.last_modules()
+    if not modules:
         return NOTHING
-    server_round, modules = reports[-1]
-    assert isinstance(modules, Mapping)
-    keys = ("rank", "effective_rank", "tail_energy", "factor_gap", "error", "seconds")
+    known = ["rank", "effective_rank", *(f"energy_kept/{name}" for name in run.rank_classes)]
+    known += ["tail_energy", "factor_gap", "error", "seconds"]
+    keys = [
+        key for key in known if any(finite(row.get(key)) is not None for row in modules.values())
+    ]
     rows: list[Sequence[Markup]] = [
         [
             name(module),
@@ -246,7 +221,6 @@ def modules_table(run: RunRecords) -> Markup:
             *(metric(key, finite(report.get(key))) for key in keys),
         ]
         for module, report in modules.items()
-        if isinstance(report, Mapping)
     ]
-    header = ["module", "route", *(key.replace("_", " ") for key in keys)]
-    return table(header, rows, words=2, caption=f"Round {server_round}")
+    header = ["module", "route", *(key.replace("_", " ").replace("/", ", ") for key in keys)]
+    return table(header, rows, words=2, caption=f"Round {server_round}", note=True)

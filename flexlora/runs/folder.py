@@ -11,6 +11,8 @@ checkpoint/       the server's state after the last complete rounds (``checkpoin
 audit.jsonl       who contributed what to which checkpoint, a chain of hashes (``audit.py``)
 canaries.json     of an audited simulation: its canaries and their scores (``canary_file.py``)
 live.json         progress and liveness of the writing process (``live_state.py``)
+samples.json      answers to a few held-out prompts, of a simulation that generates
+trackers.json     of a run with ``report-to``: its ids there; ``tensorboard/`` has its event files
 """
 
 from __future__ import annotations
@@ -46,10 +48,13 @@ from flexlora.runs.checkpoints import load_checkpoint, load_notes, save_checkpoi
 from flexlora.runs.live_state import LIVE_FILE
 from flexlora.runs.lock import check_idle
 from flexlora.runs.metrics_file import missing_files, read_rounds
+from flexlora.runs.samples_file import SAMPLES_FILE
 from flexlora.runs.sources import Sources
 from flexlora.wire.files import write_atomically
 
-__all__ = ["CLIENT_COLUMNS", "RunFolder"]
+__all__ = ["CLIENT_COLUMNS", "TENSORBOARD", "TRACKERS_FILE", "RunFolder"]
+
+TRACKERS_FILE, TENSORBOARD = "trackers.json", "tensorboard"
 
 CLIENT_COLUMNS: tuple[str, ...] = ("round", "client_id", "rank_class", "rank", "quantization")
 CLIENT_COLUMNS += ("device", "num_examples", "loss_before", "loss_after", "bytes_down", "bytes_up")
@@ -66,6 +71,9 @@ _REPLACED = (
     LIVE_FILE,
     AUDIT_FILE,
     CANARY_FILE,
+    SAMPLES_FILE,
+    TRACKERS_FILE,
+    TENSORBOARD,
 )
 
 

@@ -1,4 +1,4 @@
-"""The observers of one run: the caller's, ``live.json``, and the metrics endpoint if asked for."""
+"""The observers of one run: the caller's, ``live.json``, and those that are asked for."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from flexlora.server.observing.live import LiveObserver
 from flexlora.server.observing.members import MembersObserver
 from flexlora.server.observing.observer import Observer, Observers
 from flexlora.server.observing.prometheus import metrics_endpoint
+from flexlora.server.observing.trackers import trackers
 
 __all__ = ["observed"]
 
@@ -33,11 +34,11 @@ def observed(
     Raises:
         UserError: the endpoint cannot listen where ``server.metrics-host`` and ``-port`` say.
     """
-    with metrics_endpoint(config) as endpoint:
+    with metrics_endpoint(config) as endpoint, trackers(config, folder) as reported:
         live = LiveObserver(folder, opened=resumed)
         try:
             members = [MembersObserver(folder, resumed=resumed)] if deployed else []
-            yield Observers([live, *members, *endpoint], caller)
+            yield Observers([live, *members, *endpoint, *reported], caller)
         except KeyboardInterrupt:
             live.close(INTERRUPTED)
             raise

@@ -9,18 +9,25 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
+from flexlora.aggregation.engine.starts import Start
 from flexlora.aggregation.engine.state import State, effective_rank
 from flexlora.algebra.linalg import energy_kept
 from flexlora.lora.adapters import Adapter
 from flexlora.lora.ranks import RankClass
+from flexlora.planning.activations import FACTOR_BYTES
+from flexlora.planning.memory import state_bytes
 from flexlora.runs.audit import ROUND, AuditLog
 from flexlora.runs.outcomes import Outcome
 from flexlora.server.members.sampling import History
 from flexlora.server.rounds.client_rows import ClientRow
 from flexlora.server.transport.clocks import Clock
 
-__all__ = ["RoundMetrics", "class_metrics", "module_metrics"]
+__all__ = ["RoundMetrics", "class_metrics", "memory_metrics", "module_metrics"]
 
+# Directions whose singular values are recorded: about three to a doubling.
+SPECTRUM = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 EQUAL_SECONDS = 1.0  # of every training where no clock measures clients: none is slow
 
 
@@ -37,6 +44,7 @@ class RoundMetrics:
     measured: bool = True
     rows: list[ClientRow] = field(default_factory=list)
     bytes_carried: int = 0
+    memory_bytes: Mapping[str, int] = field(default_factory=dict)
     resent: int = 0
     skipped: str = ""
     summed: dict[str, float | str] = field(default_factory=dict)
@@ -84,6 +92,7 @@ class RoundMetrics:
             "bytes_down": sum(row.bytes_down or 0 for row in self.rows),
             "bytes_up": sum(row.bytes_up or 0 for row in self.rows),
             "bytes_carried": self.bytes_carried,
+            **self.memory_bytes,
             **{key: value for key, value in self.summed.items() if not isinstance(value, str)},
         }
 
@@ -117,18 +126,25 @@ class RoundMetrics:
         }
 
 
-def class_metrics(state: State, served: Mapping[str, Adapter]) -> dict[str, float]:
+def class_metrics(
+    state: State, served: Mapping[str, Adapter], rank_classes: Mapping[str, RankClass]
+) -> dict[str, float]:
     """The energy of ``G`` in every rank class's adapter, its effective rank, the server's step.
 
+    ``truncated_energy`` is the energy of ``T_r(G)`` at the class's trained rank: less than
+    ``energy_kept`` where a class is also sent what it does not train.
     ``server_learning_rate`` is left out of a round that added no update.
     ``factor_gap`` is ``|mean(sB) mean(A) - mean(sBA)| / |mean(sBA)|``, the mean over modules.
     """
     kept = {f"energy_kept/{k}": state.change.energy_in(adapter) for k, adapter in served.items()}
     gaps = [float(m["factor_gap"]) for m in state.modules.values() if "factor_gap" in m]
+    shapes = state.change.shapes
+    ranks = {name: rank_class.ranks(shapes) for name, rank_class in rank_classes.items()}
     metrics = {
         "effective_rank": state.change.effective_rank(),
         "dropped_energy": state.dropped_energy,
         **kept,
+        **{f"truncated_energy/{k}": state.change.total_energy_kept(r) for k, r in ranks.items()},
     }
     if state.server_learning_rate is not None:
         metrics["server_learning_rate"] = state.server_learning_rate
@@ -137,15 +153,15 @@ def class_metrics(state: State, served: Mapping[str, Adapter]) -> dict[str, floa
 
 def module_metrics(
     state: State, rank_classes: Mapping[str, RankClass]
-) -> dict[str, dict[str, float | str]]:
-    """By module: how ``G`` was decomposed, its rank and energies.
+) -> dict[str, dict[str, object]]:
+    """By module: how ``G`` was decomposed, its rank, energies and singular values.
 
     ``tail_energy`` is the share above the smallest rank of any class, which rank collapse takes
-    first.
+    first. ``spectrum`` has the singular values at ``SPECTRUM``, by the direction's number.
     """
     shapes = state.change.shapes
     ranks = {k: rank_class.ranks(shapes) for k, rank_class in rank_classes.items()}
-    rows = {}
+    rows: dict[str, dict[str, object]] = {}
     for name, svd in state.change.items():
         kept = {k: energy_kept(svd.S, by_module[name]) for k, by_module in ranks.items()}
         rows[name] = {
@@ -154,5 +170,28 @@ def module_metrics(
             "effective_rank": effective_rank(svd.S),
             "tail_energy": 1.0 - min(kept.values(), default=1.0),
             **{f"energy_kept/{k}": share for k, share in kept.items()},
+            "spectrum": _spectrum(svd.S),
         }
     return rows
+
+
+def _spectrum(S: Tensor) -> dict[str, float]:
+    """Four digits of every singular value at ``SPECTRUM``."""
+    values = S.tolist()
+    return {str(at): float(f"{values[at - 1]:.4g}") for at in SPECTRUM if at <= len(values)}
+
+
+def memory_metrics(starts: Mapping[str, Start], optim: str) -> dict[str, int]:
+    """``memory_bytes/CLASS``: what a client of the class holds beside the base and activations.
+
+    The factors, the gradients and the optimizer's state of the trained ones, carried factors.
+    """
+    found = {}
+    for name, start in starts.items():
+        start = start.for_client("")  # what is drawn differs by client, how much of it does not
+        held = start.trained.values()
+        numbers = sum(getattr(f, part).numel() for f in held for part in start.trainable)
+        factors = sum(f.lora_A.numel() + f.lora_B.numel() for f in held)
+        trained = FACTOR_BYTES * (factors + numbers) + state_bytes(optim, numbers)
+        found[f"memory_bytes/{name}"] = trained + start.carried_bytes
+    return found

@@ -13,7 +13,8 @@ def test_a_private_run_shows_epsilon_and_is_finished_where_its_budget_is_spent(t
     cause = "privacy.epsilon is 3, and epsilon 2.5 is spent; one more round would make it 3.5"
     last = {"epsilon": 2.5, "budget_spent": cause, "as_if_clients": 12000, "clip": 0.75}
     extra = {1: {"epsilon": 1.5, "clip": 0.5}, 2: last}
-    folder = written_run(tmp_path / "run", (3.0, 2.0, 1.0), extra=extra, num_server_rounds=9)
+    private = {"privacy__mode": "central", "num_server_rounds": 9}
+    folder = written_run(tmp_path / "run", (3.0, 2.0, 1.0), extra=extra, **private)
     page = report_of(folder)
     assert (
         "Epsilon" in page.said()
@@ -31,7 +32,8 @@ def test_a_private_run_shows_epsilon_and_is_finished_where_its_budget_is_spent(t
 
 def test_a_run_with_noise_on_the_clients_shows_the_largest_and_the_median_epsilon(tmp_path):
     extra = {at: {"epsilon": 2.5 * at, "epsilon_median": 1.25 * at} for at in (1, 2)}
-    page = report_of(written_run(tmp_path / "run", (3.0, 2.0, 1.0), extra=extra))
+    losses, mode = (3.0, 2.0, 1.0), {"privacy__mode": "local"}
+    page = report_of(written_run(tmp_path / "run", losses, extra=extra, **mode))
     assert "the largest of a client's (median 2.5), at delta 1e-05" in page.said()
     assert "median of the clients" in page.said()
 

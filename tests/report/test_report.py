@@ -24,6 +24,7 @@ from flexlora.simulations.simulate import simulate
 from pages import (
     asked_for,
     client_row,
+    numbers_in,
     numbers_on_disk,
     read_page,
     rounded,
@@ -82,9 +83,28 @@ def test_sums_and_counts_are_those_of_the_files(run):
         members = [row for row in rows if row["rank_class"] == name]
         examples = {row["client_id"]: int(row["num_examples"]) for row in members}
         sums |= {dealt.count(name), len(examples), sum(examples.values())}
+        for key in ("bytes_down", "bytes_up"):
+            sums.add(sum(int(row[key]) for row in members) / len(members))
+    examples = {row["client_id"]: int(row["num_examples"]) for row in rows}
+    sums |= {len(dealt), sum(examples.values()), len(rows)}  # of the only device
+    sums |= to_the_targets(rounds)
     derived = [(value, shown) for value, shown, kind in read_page(run / "report.html").data if kind]
     assert {value for value, _ in derived} == sums
     assert all(rounded(shown, value) for value, shown in derived)
+
+
+def to_the_targets(rounds):
+    """The target losses, and what was spent up to the first round at each."""
+    base, *trained = (row["eval_loss"] for row in rounds)
+    targets = {base + share * (min(trained) - base) for share in (0.5, 0.8, 0.9, 0.95)}
+    targets.add(min(trained))
+    found = set(targets)
+    for target in targets:
+        at = next(k for k, loss in enumerate(trained, start=1) if loss <= target)
+        spent = rounds[: at + 1]
+        found.add(sum(row.get(key, 0) for row in spent for key in ("bytes_down", "bytes_up")))
+        found.add(sum(row["seconds"] for row in spent))
+    return found
 
 
 def test_the_points_of_the_charts_say_what_the_rounds_say(run):
@@ -95,7 +115,7 @@ def test_the_points_of_the_charts_say_what_the_rounds_say(run):
     ]
     assert len(printed) > 20
     for name, at, shown in printed:
-        numbers = [v for v in rounds[int(at)].values() if isinstance(v, int | float)]
+        numbers = numbers_in(rounds[int(at)])
         assert any(rounded(shown, value) for value in numbers), (name, at, shown)
     training = {int(at): shown for name, at, shown in printed if name == "training loss"}
     assert training == {at: f"{rounds[at]['train_loss']:.3f}" for at in (1, 2)}
@@ -185,7 +205,7 @@ def test_a_run_in_progress_has_a_page_of_its_whole_rounds(tmp_path):
     page = report_of(folder)
     assert "Not finished: round 1 of 9 is the last that is done." in page.said()
     assert [row[0] for row in page.table("All numbers by round")[1:]] == ["0", "1"]
-    assert page.table("Rank classes")[1][5] == "1" and "x" not in page.said("bdi")
+    assert page.table("Rank classes")[1][4] == "1" and "x" not in page.said("bdi")
     folder = written_run(tmp_path / "done", (3.0, 2.0))
     assert not any("Not finished" in text for text in report_of(folder).said())
 
