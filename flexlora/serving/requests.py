@@ -61,11 +61,16 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One prompt for one adapter; ``adapter`` None is the base alone."""
+    """One prompt for one adapter; ``adapter`` None is the base alone.
+
+    ``ends`` are the ids at which the answer ends, beside those of tokenizer and model: the token
+    that ends a turn of a chat template.
+    """
 
     request_id: str
     adapter: str | None
     prompt_ids: list[int]
+    ends: tuple[int, ...] = ()
     sampling: Sampling = field(default_factory=Sampling)
 
 
