@@ -201,7 +201,10 @@ class AdapterStore:
         """Refuse modules that the base lacks, that have other shapes, or that cannot be adapted."""
         if cause := shape_misfit(adapter, self._shapes):
             raise UserError(f"adapter '{name}' does not fit '{self.base.name}': {cause}")
-        for module in adapter:
+        for module, factors in adapter.items():
+            largest = factors.scaling * float(factors.lora_B.abs().max())
+            if not largest <= torch.finfo(self.dtype).max:
+                raise UserError(f"adapter '{name}': '{module}' is not finite once it is scaled.")
             if module not in self.targets.shapes:
                 cause = self.targets.left_out.get(module, "it is the output layer")
                 raise UserError(
