@@ -49,7 +49,7 @@ class Engine:
         self.base, self.adapters, self.limits = base, adapters, limits or Limits()
         longest = length_limit(base)
         self.max_length = min(self.limits.max_length or longest, longest)
-        self._ends = end_ids(base.model, base.tokenizer)
+        self.ends = frozenset(end_ids(base.model, base.tokenizer))
         expected = plain_logits(base)
         self._pass = ModelPass(base, adapters)
         try:
@@ -92,7 +92,7 @@ class Engine:
             on_piece,
             version=version,
             room=room,
-            ends=frozenset(self._ends.union(request.ends)),
+            ends=self.ends.union(request.ends),
             tokenizer=self.base.tokenizer,
         )
         if not self._cache.fits_alone(live.length):
