@@ -66,9 +66,9 @@ class BlockCosts:
 
     @staticmethod
     def of(shapes: Sequence[tuple[int, int]], device: torch.device) -> BlockCosts:
-        """8 us a block; 120 GFLOP/s on a core, 20 TFLOP/s on an accelerator."""
+        """8 us a block; 80 GFLOP/s on a core, 20 TFLOP/s on an accelerator."""
         width = sum(out + inner for out, inner in shapes) / max(1, len(shapes))
-        return BlockCosts(width=width, call_flops=8e-6 * (120e9 if device.type == "cpu" else 2e13))
+        return BlockCosts(width=width, call_flops=8e-6 * (80e9 if device.type == "cpu" else 2e13))
 
     def of_block(self, tokens: int, rows: int) -> float:
         return self.call_flops + 2 * tokens * rows * self.width

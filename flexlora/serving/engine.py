@@ -193,18 +193,29 @@ class Engine:
         while len(self._running) < self.limits.max_running:
             with self._lock:
                 live = self._waiting[0] if self._waiting else None
-            if live is None or not self._place(live):
+            if live is None:
                 return
+            try:
+                if not self._place(live):
+                    return
+            except Exception as error:  # out of memory
+                LOG.exception("request '%s' has no place", live.request.request_id)
+                self._end(live, "error", one_line(error))
+                continue
             with self._lock:
                 self._waiting.popleft()
             self._running.append(live)
 
     def _place(self, live: LiveRequest) -> bool:
-        if live.version is not None and not self.adapters.load(live.version):
+        """Whether there is room for its adapter and for its slot, which it has then."""
+        version = live.version
+        if version is not None and not self.adapters.load(version):
             return False
-        live.slot = self._cache.take(live.length)
-        if live.slot is None and live.version is not None:
-            self.adapters.release(live.version)
+        try:
+            live.slot = self._cache.take(live.length)
+        finally:
+            if live.slot is None and version is not None:
+                self.adapters.release(version)
         return live.slot is not None
 
     def _chosen(self) -> list[tuple[LiveRequest, Part]]:

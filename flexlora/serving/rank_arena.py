@@ -57,6 +57,7 @@ class RankArena:
         self.capacity = 0
         self.moves = 0  # how often rows of a key may have changed: plans made before are void
         self.users = dict.fromkeys(shapes, 0)  # adapters that have each module
+        self.used_rows = 0
         self._rows: dict[object, Rows] = {}
         self._modules: dict[object, tuple[str, ...]] = {}
 
@@ -65,10 +66,6 @@ class RankArena:
 
     def __contains__(self, key: object) -> bool:
         return key in self._rows
-
-    @property
-    def used_rows(self) -> int:
-        return sum(map(len, self._rows.values()))
 
     def fits(self, rank: int) -> bool:
         """Whether ``rank`` more rows are free, perhaps after moving others."""
@@ -91,6 +88,7 @@ class RankArena:
         if rows.stop > self.capacity:
             self._grow(rows.stop)
         self._rows[key], self._modules[key] = rows, tuple(adapter)
+        self.used_rows += rank
         for name in adapter:
             self.users[name] += 1
         for name in self.shapes:
@@ -98,7 +96,7 @@ class RankArena:
 
     def remove(self, key: object) -> None:
         """Free a key's rows."""
-        del self._rows[key]
+        self.used_rows -= len(self._rows.pop(key))
         for name in self._modules.pop(key):
             self.users[name] -= 1
 

@@ -1,7 +1,7 @@
 """Serving many adapters: the engine beside PEFT's two ways, on the same requests in one run.
 
     python -m flexlora.simulations.benchmarks.serving [--model embedded] [--adapters 32]
-        [--ranks 2,4,8,16,32,64] [--clients 64] [--requests 192] [--tokens 32 | --tokens 8-64]
+        [--ranks 2,4,8,16,32,64] [--clients 64] [--requests 192] [--tokens 8-64]
         [--prompt 8-48] [--repeats 3] [--json FILE]
 
 ``--clients`` requests are in flight. Requests are dealt to the adapters in turn; prompts and
@@ -124,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--requests", type=int, default=192)
-    parser.add_argument("--tokens", type=_span, default=(32, 32))
+    parser.add_argument("--tokens", type=_span, default=(8, 64))
     parser.add_argument("--prompt", type=_span, default=(8, 48))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
