@@ -202,6 +202,7 @@ def attention_of(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """``[1, N, heads, width]`` of ``query [1, heads, N, width]`` and its keys and values.
@@ -221,7 +222,7 @@ def attention_of(
             pool.keys[layer].index_copy_(0, rows, k if chosen is None else k[chosen])
             pool.values[layer].index_copy_(0, rows, v if chosen is None else v[chosen])
     out = q.new_empty(q.shape[0], q.shape[1], v.shape[-1])
-    attend = _Attend(scaling=scaling, softcap=softcap, window=sliding_window)
+    attend = _Attend(scaling=scaling, softcap=softcap, window=sliding_window, sinks=s_aux)
     for decode in step.decodes:
         _decode(decode, layer, q, out, attend)
     for prompts in step.prompts:
@@ -233,29 +234,42 @@ def attention_of(
 
 @dataclass(frozen=True, kw_only=True)
 class _Attend:
-    """``softmax(scaling * q k^T + mask) v``, the scores softly capped where the model does so."""
+    """``softmax(scaling * q k^T + mask) v``, with what some models add to the scores.
+
+    ``softcap`` limits them (Gemma 2); ``sinks [heads]`` are scores of a key without a value
+    (gpt-oss).
+    """
 
     scaling: float | None
     softcap: float | None
     window: int | None
+    sinks: Tensor | None
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool = False
     ) -> Tensor:
-        """Of ``q [rows, heads, T, width]``, ``k`` and ``v`` with equal or fewer heads."""
-        if self.softcap is None:
+        """Of ``q [rows, heads, T, width]``, ``k`` and ``v`` with equal or fewer heads.
+
+        The query heads of one key head may be its T instead (decoding).
+        """
+        if self.softcap is None and self.sinks is None:
             grouped = q.shape[1] != k.shape[1]
             return scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=causal, scale=self.scaling, enable_gqa=grouped
             )
         groups = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-        scale = self.scaling if self.scaling is not None else q.shape[-1] ** -0.5
-        scores = self.softcap * torch.tanh(torch.matmul(q, k.mT) * scale / self.softcap)
+        scores = torch.matmul(q, k.mT) * (self.scaling or q.shape[-1] ** -0.5)
+        if self.softcap is not None:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
         if causal:
             mask = _causal(q.shape[2], 0, None, q)
         scores = scores if mask is None else scores + mask
-        return torch.matmul(scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype), v)
+        if self.sinks is not None:
+            sink = self.sinks.to(scores.dtype).view(1, q.shape[1], -1, 1)
+            scores = torch.cat([scores, sink.expand(*scores.shape[:3], 1)], dim=-1)
+        weights = scores.softmax(dim=-1, dtype=torch.float32)[..., : k.shape[2]]
+        return torch.matmul(weights.to(q.dtype), v)
 
 
 def _causal(count: int, past: int, window: int | None, like: Tensor) -> Tensor:

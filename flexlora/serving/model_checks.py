@@ -27,6 +27,8 @@ PROMPTS = ((0, 6), (6, 9))  # of 9 usual tokens
 KINDS = {"full_attention", "sliding_attention"}
 GROWING = ("dynamic", "longrope")  # rotary angles that depend on the longest row of the batch
 UNKNOWN_LENGTH = 4096
+# Of the largest logit. All 101 families that can be served are below 1e-6 in float32.
+EXACT, ROUNDED = 3e-5, 5e-2
 
 
 def length_limit(base: BaseModel) -> int:
@@ -150,8 +152,8 @@ def _in_steps(base: BaseModel, passing: ModelPass, layers: dict[int, LayerShape]
 def _check_same(base: BaseModel, found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
     """Equal but for rounding: another order of sums."""
     logits, wanted = torch.stack(list(found)), torch.stack(list(expected))
-    dtype = getattr(base.model, "dtype", torch.float32)
-    allowed = 3e-4 if dtype in (torch.float32, torch.float64) else 5e-2
+    exact = getattr(base.model, "dtype", None) in (torch.float32, torch.float64)
+    exact = exact and not getattr(base.model, "is_quantized", False)
     apart = float((logits - wanted).abs().max() / wanted.abs().max())
-    if not apart <= allowed:
+    if not apart <= (EXACT if exact else ROUNDED):
         raise _refused(base, f"packed prompts change its logits by {100 * apart:.3g} %")

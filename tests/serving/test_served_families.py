@@ -6,14 +6,17 @@ import pytest
 import torch
 
 from family_checks import build
+from family_configs import families
 from flexlora.errors import UserError
+from flexlora.lora.peft_folder import save_adapter
 from flexlora.serving.model_checks import length_limit
 from flexlora.training.base_model import BaseModel
+from flexlora.training.models import load_base
 from flexlora.training.targets import choose_targets
 from served import asked, drained, engine_of, generated, prompts, strong_adapter
 
-# Windows of 8 tokens, capped scores, two kinds of heads, learned positions, experts, MLA.
-SERVED = ("gpt2", "gpt_neox", "gemma2", "gemma3_text", "mistral", "mixtral", "deepseek_v3", "opt")
+# Windows of 8 tokens, capped scores, sinks, shared key heads, learned positions, experts, MLA.
+SERVED = ("gpt2", "gpt_neox", "gemma2", "gpt_oss", "mistral", "mixtral", "deepseek_v3", "opt")
 REFUSED = {"bloom": "packed prompts change", "mamba": "packed prompts change"}
 
 
@@ -31,6 +34,26 @@ def base_of(name):
     model.generation_config.eos_token_id = None
     device = torch.device("cpu")
     return BaseModel(name=name, model=model, tokenizer=Letters(), fingerprint="", device=device)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", families())
+def test_every_family_of_transformers_is_served_right_or_refused(name):
+    try:
+        base, questions = base_of(name), prompts(4, seed=1, longest=24)
+        answers = [generated(base.model, question, 10) for question in questions]
+    except Exception as error:  # transformers' own, as in docs/families.md
+        pytest.skip(f"the tiny model cannot be made or run: {error}")
+    try:
+        with engine_of(base, {}) as engine:
+            readers = [
+                asked(engine, str(i), q, None, max_tokens=10) for i, q in enumerate(questions)
+            ]
+            drained(engine)
+    except UserError as error:
+        assert "cannot be" in str(error) or "none of the" in str(error)
+        return
+    assert [reader.tokens for reader in readers] == answers
 
 
 @torch.no_grad()
@@ -108,3 +131,21 @@ def test_angles_that_depend_on_the_longest_row_limit_the_length(rope, longest):
     config = SimpleNamespace(rope_parameters=rope, max_position_embeddings=4096)
     base = SimpleNamespace(model=SimpleNamespace(config=config), max_positions=4096)
     assert length_limit(base) == longest
+
+
+def test_an_nf4_base_is_served_as_peft_uses_it(tmp_path):
+    """bitsandbytes' Linear4bit under the served layers."""
+    from peft import PeftModel
+
+    def load():
+        return load_base("embedded", device="cpu", fresh=True, quantization="nf4")
+
+    base, questions = load(), prompts(2, seed=1)
+    adapter = strong_adapter(choose_targets(base.model, "all-linear").shapes, 9, 9)
+    save_adapter(adapter, tmp_path, base="x")
+    with engine_of(base, {"mine": adapter}) as engine:
+        readers = [asked(engine, str(i), p, "mine", max_tokens=8) for i, p in enumerate(questions)]
+        drained(engine)
+    peft = PeftModel.from_pretrained(load().model, tmp_path).eval()
+    for reader, question in zip(readers, questions, strict=True):
+        assert reader.tokens == generated(peft, question, 8, {2})
