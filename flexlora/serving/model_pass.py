@@ -46,6 +46,7 @@ class ModelPass:
         base.model.config._attn_implementation = NAME
         self._costs = BlockCosts.of(list(store.arena.shapes.values()), base.device)
         self._planned: tuple[Segment, ...] = ()
+        self._blocks: list[Block] = []
         parameters = inspect.signature(base.model.forward).parameters
         self._keeps_logits = "logits_to_keep" in parameters
         self._takes_positions = "position_ids" in parameters
@@ -96,17 +97,15 @@ class ModelPass:
 
     def plan_base(self) -> None:
         """The next pass is of the base alone."""
-        self._planned = ()
-        self.served.set_blocks([])
+        self.served.plan([], 0)
 
     def _plan_blocks(self, parts: Sequence[Part], spans: Sequence[Span]) -> None:
         """The blocks of this step, or those of the last where nothing has changed."""
         segments = tuple(_segments(parts, spans, self.store))
-        if segments == self._planned:
-            return
-        blocks: list[Block] = plan_blocks(segments, self._costs, self.device)
-        self.served.set_blocks(blocks)
-        self._planned = segments
+        if segments != self._planned:
+            self._blocks = plan_blocks(segments, self._costs, self.device)
+            self._planned = segments
+        self.served.plan(self._blocks, spans[-1].start + spans[-1].count)
 
 
 def _spans(parts: Sequence[Part]) -> list[Span]:

@@ -8,6 +8,7 @@ Three kernel calls a block, however many adapters and ranks are in it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,16 +16,24 @@ from torch import Tensor, nn
 from flexlora.serving.block_plan import Block
 from flexlora.serving.rank_arena import RankArena
 
-__all__ = ["ServedLinear", "ServedModel"]
+__all__ = ["ServedLinear", "ServedModel", "StepBlocks"]
+
+
+@dataclass(kw_only=True)
+class StepBlocks:
+    """The plan of a step of ``tokens`` tokens, known to all layers of a model."""
+
+    blocks: Sequence[Block] = ()
+    tokens: int = 0
 
 
 class ServedLinear(nn.Module):
-    """A frozen linear; ``blocks`` is the plan of the step, shared by all layers of the model."""
+    """A frozen linear and the blocks of the step."""
 
-    def __init__(self, base: nn.Module, name: str, arena: RankArena, blocks: list[Block]) -> None:
+    def __init__(self, base: nn.Module, name: str, arena: RankArena, step: StepBlocks) -> None:
         super().__init__()
         self.base, self.name = base, name
-        self.arena, self.blocks = arena, blocks
+        self.arena, self.step = arena, step
 
     @property
     def weight(self) -> Any:
@@ -37,10 +46,15 @@ class ServedLinear(nn.Module):
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         out = self.base(x, *args, **kwargs)
-        if not self.blocks or not self.arena.users[self.name]:
+        if not self.step.blocks or not self.arena.users[self.name]:
             return out
         A, B = self.arena.A[self.name], self.arena.B[self.name]
         tokens, sums = x.reshape(-1, x.shape[-1]), out.view(-1, out.shape[-1])
+        if len(tokens) != self.step.tokens:
+            raise ValueError(
+                f"module '{self.name}' got {len(tokens)} tokens, expected the {self.step.tokens} "
+                "of the step. Does the model sort or drop tokens before it?"
+            )
         if sums.dtype == A.dtype:
             self._add(tokens, sums, A, B)
             return out
@@ -49,7 +63,7 @@ class ServedLinear(nn.Module):
         return wide.to(out.dtype).view(out.shape)
 
     def _add(self, x: Tensor, sums: Tensor, A: Tensor, B: Tensor) -> None:
-        for block in self.blocks:
+        for block in self.step.blocks:
             hidden = x[block.start : block.stop] @ A[block.first : block.last].T
             if block.foreign is not None:  # filled, not multiplied: infinity times 0 is NaN
                 hidden.masked_fill_(block.foreign, 0.0)
@@ -60,16 +74,16 @@ class ServedModel:
     """``model`` with ``ServedLinear`` in place of the arena's modules, until ``remove``."""
 
     def __init__(self, model: Any, arena: RankArena) -> None:
-        self.model, self.blocks = model, list[Block]()
+        self.model, self.step = model, StepBlocks()
         self._before: dict[str, nn.Module] = {}
         for name in arena.shapes:
             base = model.get_submodule(name)
             self._before[name] = base
-            _put(model, name, ServedLinear(base, name, arena, self.blocks))
+            _put(model, name, ServedLinear(base, name, arena, self.step))
 
-    def set_blocks(self, blocks: Sequence[Block]) -> None:
-        """The plan of the next step."""
-        self.blocks[:] = blocks
+    def plan(self, blocks: Sequence[Block], tokens: int) -> None:
+        """What the next step does."""
+        self.step.blocks, self.step.tokens = blocks, tokens
 
     def remove(self) -> None:
         """Put the plain linears back."""

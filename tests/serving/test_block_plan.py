@@ -9,7 +9,7 @@ from torch import nn
 from builders import random_adapter
 from flexlora.serving.block_plan import BlockCosts, Segment, plan_blocks
 from flexlora.serving.rank_arena import RankArena, Rows
-from flexlora.serving.served_layers import ServedLinear
+from flexlora.serving.served_layers import ServedLinear, StepBlocks
 
 CPU, F64 = torch.device("cpu"), torch.float64
 SHAPES = {"up": (11, 7)}
@@ -41,7 +41,7 @@ def test_tokens_meet_their_own_adapter_only(call_flops, seed):
     segments, tokens = segments_of(arena, {key: draw.randint(0, 6) for key in order})
     blocks = plan_blocks(segments, BlockCosts(width=18, call_flops=call_flops), CPU)
     linear = nn.Linear(7, 11).double()
-    layer = ServedLinear(linear, "up", arena, blocks)
+    layer = ServedLinear(linear, "up", arena, StepBlocks(blocks=blocks, tokens=tokens))
     x = torch.randn(1, tokens, 7, dtype=F64)
     expected = linear(x).detach().clone()
     for key in order:
@@ -81,10 +81,12 @@ def test_an_overflow_in_another_adapters_columns_stays_out():
     segments.append(Segment(start=1, stop=2, rows=arena["wild"]))
     blocks = plan_blocks(segments, BlockCosts(width=18, call_flops=1e12), CPU)
     assert len(blocks) == 1
-    layer = ServedLinear(nn.Linear(7, 11), "up", arena, blocks)
+    layer = ServedLinear(nn.Linear(7, 11), "up", arena, StepBlocks(blocks=blocks, tokens=2))
     x = torch.full((1, 2, 7), 10.0)
     with torch.no_grad():
         found = layer(x)
         expected = layer.base(x)[0, 0] + x[0, 0] @ tame.delta_weight("up").T
     torch.testing.assert_close(found[0, 0], expected)
     assert not torch.isfinite(found[0, 1]).all(), "the control: the other token overflows"
+    with pytest.raises(ValueError, match="module 'up' got 3 tokens, expected the 2 of the step"):
+        layer(torch.zeros(3, 7))
