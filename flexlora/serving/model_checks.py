@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flexlora.errors import UserError, one_line
-from flexlora.serving.attention import Span, plan_attention
+from flexlora.serving.attention_plan import Span, plan_attention
 from flexlora.serving.kv_cache import KVCache, LayerShape, Pool, Slot
 from flexlora.serving.model_pass import ModelPass, Part
 from flexlora.training.base_model import BaseModel, text_config
