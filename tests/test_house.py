@@ -18,7 +18,7 @@ FOLDERS = {
 # What lies at the root (`ROOT_FILES`) is the ground. `algebra` knows matrices, not LoRA.
 ROOMS = (
     *("root", "lora", "algebra", "aggregation", "data", "config", "wire", "training"),
-    *("evaluation", "privacy", "planning", "runs", "report", "deploy", "commands"),
+    *("evaluation", "privacy", "planning", "runs", "report", "serving", "deploy", "commands"),
 )
 NOT_EVEN_BELOW = {("algebra", "lora")}
 ROOT_FILES = {"__init__", "errors", "printable", "seeds", "units"}

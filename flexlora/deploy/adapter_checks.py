@@ -6,17 +6,17 @@ another runtime, all without an error. Each is a finding here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from flexlora.deploy.doctor import Check, Finding, failed, ok, warning
-from flexlora.errors import UserError, nearest
+from flexlora.errors import UserError
 from flexlora.lora.adapters import Adapter
 from flexlora.lora.peft_config import PeftConfig, read_config
 from flexlora.lora.peft_folder import load_adapter
 from flexlora.lora.runtimes import RUNTIMES, misreading
+from flexlora.training.targets import misfit
 
 __all__ = ["adapter_checks", "misfit"]
 
@@ -92,24 +92,6 @@ def _check_base(folder: Path, adapter: Adapter, config: PeftConfig, given: str) 
     if change == 0.0:
         return failed("the logits are the same with and without it.", "was it trained?")
     return ok(f"moves the logits of a sentence by up to {change:.3g} on {base.name}")
-
-
-def misfit(adapter: Adapter, model: Any) -> str:
-    """Which module the model lacks, or has in another shape; empty where all fit."""
-    from flexlora.training.targets import linear_shape
-
-    shapes: Mapping[str, tuple[int, int]] = {
-        name: shape
-        for name, module in model.named_modules()
-        if (shape := linear_shape(module)) is not None
-    }
-    for name, factors in adapter.items():
-        if name not in shapes:
-            return f"the base has no linear '{name}'.{nearest(name, shapes)}"
-        wanted = (factors.out_features, factors.in_features)
-        if shapes[name] != wanted:
-            return f"'{name}' is {shapes[name]} in the base, the adapter's is {wanted}."
-    return ""
 
 
 def _logit_change(adapter: Adapter, base: Any) -> float:

@@ -24,7 +24,7 @@ from flexlora.evaluation.padding import takes_padding
 from flexlora.training.base_model import text_config
 from flexlora.training.slots import SlotModel
 
-__all__ = ["generate_answers", "passes"]
+__all__ = ["end_ids", "generate_answers", "outside_text", "passes"]
 
 
 def passes(lengths: Sequence[Sequence[int]], size: int) -> Iterator[list[list[int]]]:
@@ -113,7 +113,7 @@ def _answer(
         )
     per_slot = batch.input_ids.shape[0] // len(rows)
     new = output[:, batch.input_ids.shape[1] :].cpu()
-    ends, never = set(config.eos_token_id or []), _outside_text(tokenizer)
+    ends, never = set(config.eos_token_id or []), outside_text(tokenizer)
     return [
         _decoded([_answer_of(new[k * per_slot + i], ends, never) for i in range(n)], tokenizer)
         for k, n in enumerate(map(len, rows))
@@ -140,7 +140,14 @@ def _answer_of(ids: Tensor, ends: set[int], never: set[int]) -> Tensor:
     return ids[~torch.isin(ids, torch.tensor(sorted(never), dtype=ids.dtype))]
 
 
-def _outside_text(tokenizer: Any) -> set[int]:
+def end_ids(model: Any, tokenizer: Any) -> set[int]:
+    """The eos of the tokenizer and those that the model's configuration names."""
+    named = model.generation_config.eos_token_id
+    named = named if isinstance(named, list) else [named]
+    return {tokenizer.eos_token_id, *named} - {None}
+
+
+def outside_text(tokenizer: Any) -> set[int]:
     """The tokenizer's own padding and bos, which no answer holds."""
     ids = (getattr(tokenizer, name, None) for name in ("pad_token_id", "bos_token_id"))
     return {token_id for token_id in ids if token_id is not None}
@@ -164,9 +171,7 @@ def _greedy(
     """A greedy configuration that stops at ``learned`` and the eos of tokenizer or model."""
     from transformers import GenerationConfig
 
-    named = model.generation_config.eos_token_id
-    named = named if isinstance(named, list) else [named]
-    ends = {tokenizer.eos_token_id, *named, *learned} - {None}
+    ends = end_ids(model, tokenizer) | learned
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,

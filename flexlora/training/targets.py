@@ -15,10 +15,20 @@ from typing import Any
 from torch import nn
 
 from flexlora.errors import UserError, nearest
+from flexlora.lora.adapters import Adapter
 from flexlora.lora.peft_names import peft_cause, unaddressable
 from flexlora.training.trial_pass import Findings, try_pass
 
-__all__ = ["Targets", "choose_targets", "find_targets", "is_plain", "linear_shape"]
+__all__ = [
+    "Targets",
+    "choose_targets",
+    "find_targets",
+    "is_plain",
+    "linear_shape",
+    "linear_shapes",
+    "misfit",
+    "shape_misfit",
+]
 
 FUSED = "experts are fused parameters, which this version does not adapt"
 
@@ -51,6 +61,31 @@ def linear_shape(module: Any) -> tuple[int, int] | None:
         in_features, out_features = module.weight.shape
         return out_features, in_features
     return None
+
+
+def linear_shapes(model: Any) -> dict[str, tuple[int, int]]:
+    """``{name: (out_features, in_features)}`` of all linears of ``model``."""
+    return {
+        name: shape
+        for name, module in model.named_modules()
+        if (shape := linear_shape(module)) is not None
+    }
+
+
+def misfit(adapter: Adapter, model: Any) -> str:
+    """Which module the model lacks, or has in another shape; empty where all fit."""
+    return shape_misfit(adapter, linear_shapes(model))
+
+
+def shape_misfit(adapter: Adapter, shapes: Mapping[str, tuple[int, int]]) -> str:
+    """``misfit`` by the ``linear_shapes`` of a model."""
+    for name, factors in adapter.items():
+        if name not in shapes:
+            return f"the base has no linear '{name}'.{nearest(name, shapes)}"
+        wanted = (factors.out_features, factors.in_features)
+        if shapes[name] != wanted:
+            return f"'{name}' is {shapes[name]} in the base, the adapter's is {wanted}."
+    return ""
 
 
 def find_targets(model: nn.Module, target_modules: str) -> dict[str, tuple[int, int]]:
