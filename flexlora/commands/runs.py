@@ -92,12 +92,26 @@ def export(
     rank: Annotated[
         int | None, Option(help="rank of the adapter (default: all that there is)")
     ] = None,
-    format: Annotated[str, Option(help="portable, peft or merged")] = "portable",
+    format: Annotated[str, Option(help="portable, peft, merged, gguf or gguf-lora")] = "portable",
+    dtype: Annotated[
+        str, Option(help="of --format gguf: f32, f16 or bf16 (default: the run's model.dtype)")
+    ] = "",
+    dequantize: Annotated[
+        bool, Option("--dequantize", help="merge into the rounded base that the run trained on")
+    ] = False,
     allow_changed: AllowChanged = False,
 ) -> None:
     from flexlora.simulations.exporting import export
 
-    export(target, rank=rank, kind=format, out=out, allow_changed=allow_changed)
+    export(
+        target,
+        rank=rank,
+        kind=format,
+        out=out,
+        allow_changed=allow_changed,
+        dequantize=dequantize,
+        dtype=dtype,
+    )
 
 
 def rollback(
