@@ -76,8 +76,8 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
     ways: dict[str, Callable[..., Run]] = dict(
         zip(WAYS, (peft.switching, peft.mixed, engined.run), strict=True)
     )
-    for way in ways.values():
-        way(asks[: options.clients // 8], options.clients, time.process_time)  # warm
+    for way in ways.values():  # every adapter is used once before
+        way([Ask(adapter=name, prompt=[5], tokens=1) for name in adapters], 8, time.process_time)
     runs: dict[str, list[Run]] = {name: [] for name in ways}
     for _ in range(options.repeats):
         for name, way in ways.items():
