@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from flexlora.errors import UserError, nearest
+from flexlora.printable import printable
 from flexlora.serving.requests import Sampling
 
 __all__ = ["ChatBody", "CompletionBody", "LoadBody", "UnloadBody"]
@@ -73,7 +74,7 @@ def _is_neutral(key: str, value: Any, body: type[BaseModel]) -> bool:
         hint = (
             nearest(key, body.model_fields) or f" Expected some of {', '.join(body.model_fields)}."
         )
-        raise UserError(f"unknown field '{key}'.{hint}")
+        raise UserError(f"unknown field '{printable(key, 60)}'.{hint}")
     if value in NEUTRAL[key]:
         return True
     raise UserError(f"'{key}' is not supported; take it out.")
