@@ -10,9 +10,9 @@ import time
 import httpx
 import pytest
 
-from http_service import NoAdapters, ObedientEngine, asked, client_of, error_of, events_of, front_of
 from flexlora.serving.requests import EngineFull
 from flexlora.training.models import load_base
+from http_service import NoAdapters, ObedientEngine, asked, client_of, error_of, events_of, front_of
 
 CHAT = "/v1/chat/completions"
 

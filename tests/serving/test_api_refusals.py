@@ -1,4 +1,4 @@
-"""What a server refuses, each in OpenAI's error shape: malformed, oversized, unknown, not allowed."""
+"""What a server refuses, in OpenAI's error shape: malformed, oversized, unknown, not allowed."""
 
 import json
 import socket
@@ -6,11 +6,11 @@ import socket
 import httpx
 import pytest
 
-from http_service import HELLO, NoAdapters, ObedientEngine, asked, client_of, error_of, front_of
 from flexlora.errors import UserError
 from flexlora.serving.api.front import bind, is_loopback
 from flexlora.serving.api.guard import MAX_BODY
 from flexlora.training.models import load_base
+from http_service import HELLO, NoAdapters, ObedientEngine, asked, client_of, error_of, front_of
 
 COMPLETIONS = "/v1/completions"
 

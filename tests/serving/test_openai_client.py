@@ -6,11 +6,11 @@ import httpx
 import openai
 import pytest
 
-from http_service import front_of
-from served import answer, engine_of, strong_adapter
 from flexlora.serving.prompts import Prompts
 from flexlora.training.models import load_base
 from flexlora.training.targets import find_targets
+from http_service import front_of
+from served import answer, engine_of, strong_adapter
 
 RANKS = (2, 3, 4, 6, 8, 12, 16)
 QUESTIONS = [f"Reverse the word: {word}" for word in ("stone", "apple", "tree", "house", "sky")]

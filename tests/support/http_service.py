@@ -1,4 +1,4 @@
-"""Servers for the tests of `flexlora serve`: over a real engine, or over one that obeys the test."""
+"""Servers for tests of `flexlora serve`, over a real engine or one that obeys the test."""
 
 import json
 import threading
