@@ -40,6 +40,8 @@ COMMANDS: Table = {
     "watch": ("commands.runs:watch", "follow a run in progress, from its folder"),
     "compare": ("commands.runs:compare", "runs side by side, and what differs in them"),
     "export": ("commands.runs:export", "write an adapter at any rank, for any runtime, or merged"),
+    "serve": ("commands.serving:serve", "an OpenAI-compatible endpoint of many adapters"),
+    "chat": ("commands.serving:chat", "talk to an adapter, and compare it with the base"),
     "rollback": ("commands.runs:rollback", "go back to an earlier round of a run"),
     "audit": ("commands.audit:audit", "verify a run's log; measure what its changes leak"),
     "plan": ("commands.plan:plan", "rank, quantization and batch that a device can train"),

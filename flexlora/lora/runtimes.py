@@ -14,7 +14,7 @@ from typing import Literal
 
 from flexlora.lora.peft_config import PeftConfig
 
-__all__ = ["RUNTIMES", "Runtime", "misreading"]
+__all__ = ["RUNTIMES", "Runtime", "misreading", "vllm_max_rank"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,3 +63,8 @@ def misreading(runtime: Runtime, config: PeftConfig, modules: Iterable[str]) -> 
         if not math.isclose(factor, 1.0, rel_tol=1e-6):
             return f"would apply module '{name}' at {factor:.3g} times its strength"
     return ""
+
+
+def vllm_max_rank(rank: int) -> int | None:
+    """The smallest ``--max-lora-rank`` of vLLM that takes ``rank``; None where none does."""
+    return next((allowed for allowed in _VLLM_RANKS if allowed >= rank), None)
