@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-
-from rich.table import Table
+from typing import Any
 
 from flexlora.clients.worker import Worker, worker_for
 from flexlora.config.resolve import Config, resolved
+from flexlora.data.held_out import check_held_out
+from flexlora.data.sources import load_folder
 from flexlora.errors import UserError
 from flexlora.evaluation.evaluate import BASE
 from flexlora.lora.adapters import Adapter
@@ -17,9 +20,14 @@ from flexlora.lora.peft_config import read_config
 from flexlora.lora.peft_folder import load_adapter
 from flexlora.report.console import make_console
 from flexlora.runs.folder import RunFolder
+from flexlora.runs.outcomes import Outcome
 from flexlora.runs.sources import Sources, check_same, read_origin
 from flexlora.server.strategy import FlexLoRAStrategy
-from flexlora.simulations.scoring import held_out_scores
+from flexlora.simulations.score_report import score_report
+from flexlora.simulations.score_tables import print_scores
+from flexlora.simulations.scoring import cells_of
+from flexlora.training.personal_store import PersonalStore
+from flexlora.wire.files import write_atomically
 
 __all__ = ["check_sources", "evaluate_target"]
 
@@ -33,11 +41,12 @@ def evaluate_target(
     file: str | None = None,
     sets: tuple[str, ...] = (),
     allow_changed: bool = False,
+    json_file: str | None = None,
 ) -> int:
-    """Print loss, exact match and ROUGE-L of a run's rank classes, or of one PEFT folder.
+    """Print the scores of a run's rank classes, or of one PEFT folder; write them as JSON too.
 
     Beside the base, on all rows of the ``test`` split (``--set eval.split=validation`` for the
-    other) of all clients.
+    other) of all clients, those included that the run has not trained with.
 
     Raises:
         UserError: neither a run nor a PEFT folder, data and model that do not fit it, or another
@@ -46,41 +55,64 @@ def evaluate_target(
     given = Config.given(file=file, sets=sets)
     found = _target(Path(target), base_given="model.name" in given)
     adapters, values = found.adapters, dict(found.values)
-    values |= {"eval.split": "test", "eval.max-examples": 0}
+    values |= {"eval.split": "test", "eval.max-examples": 0, "eval.generate": "ends"}
     # Nothing is trained here, perhaps on another machine than the one that did.
     values |= {"train.optim": "adamw_torch", "model.attn-implementation": "auto"}
     if data is not None:
-        # Who holds which row does not matter here: all rows of the folder, as one client's.
-        values |= {"data.path": data, "data.name": "", "data.partition": "iid", "clients.count": 1}
-        values |= {"clients.quantization": ""}
+        values |= {"data.path": data, "data.name": "", "clients.quantization": ""}
+        values |= {"data.held-out-tasks": "", "clients.held-out": 0.0}
+        values |= _dealt(data)
     values |= given
     config = resolved(Config.of(values))
     worker = worker_for(config)
+    check_held_out(worker.rows, config.data.held_out_tasks)
     now, model = _sources_now(found, config, worker), config.model.name
     check_sources(found.sources, now, target=target, model=model, allow_changed=allow_changed)
-    scores = held_out_scores(worker, {}) | held_out_scores(worker, adapters)
-    table = Table(box=None, pad_edge=False)
-    for column in ("adapter", "loss", "exact match", "ROUGE-L", "rows"):
-        table.add_column(column, justify="left" if column == "adapter" else "right")
-    for name, score in scores.items():
-        table.add_row(
-            name,
-            f"{score.loss / score.tokens:.4f}",
-            f"{score.exact_match / score.generated:.3f}",
-            f"{score.rouge_l / score.generated:.3f}",
-            str(score.rows),
-        )
-    make_console().print(table)
+    cells = cells_of(
+        worker,
+        adapters,
+        classes=found.classes,
+        trained=found.trained if data is None else frozenset(),
+        personal=found.personal if data is None else None,
+        server_round=found.server_round,
+    )
+    scores = score_report(cells, seed=config.seed)
+    print_scores(scores, make_console())
+    if json_file:
+        _write_json(Path(json_file), scores)
     return 0
+
+
+def _write_json(file: Path, scores: Mapping[str, Any]) -> None:
+    try:
+        write_atomically(file, (json.dumps(scores, indent=1) + "\n").encode())
+    except OSError as error:
+        raise UserError(f"--json '{file}' cannot be written: {error.strerror}.") from None
+
+
+def _dealt(data: str) -> dict[str, object]:
+    """Rows of a folder by their clients where all name one, for intervals; else as one client's."""
+    rows = [row for split in load_folder(data).values() for row in split]
+    if all(row.client is not None for row in rows):
+        return {"data.partition": "client", "clients.count": 0}
+    return {"data.partition": "iid", "clients.count": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Target:
-    """Adapters by name, the configuration and the sources that they were trained with."""
+    """Adapters by name, the configuration and the sources that they were trained with.
+
+    Of a run also the clients that trained (None: unknown), the rank class of each client, and the
+    clients' personal factors after ``server_round``.
+    """
 
     adapters: dict[str, Adapter]
     values: dict[str, object]
     sources: Sources | None
+    trained: frozenset[str] | None = None
+    classes: Mapping[str, str] = field(default_factory=dict)
+    personal: PersonalStore | None = None
+    server_round: int = 0
 
 
 def _target(path: Path, *, base_given: bool) -> _Target:
@@ -94,7 +126,16 @@ def _target(path: Path, *, base_given: bool) -> _Target:
         state, classes = run.load_checkpoint()
         used = {r.name: r for r in sorted(classes.values(), key=lambda r: (r.rank, r.name))}
         served = FlexLoRAStrategy(config).served(state, used)
-        return _Target(adapters=served, values=config.flat(), sources=run.sources())
+        folder = run.path / "personal"
+        return _Target(
+            adapters=served,
+            values=config.flat(),
+            sources=run.sources(),
+            trained=_trained(run),
+            classes={client_id: given.name for client_id, given in classes.items()},
+            personal=PersonalStore(folder) if folder.is_dir() else None,
+            server_round=state.round,
+        )
     if not path.is_dir():
         raise UserError(f"'{path}' does not exist, expected a run folder or a PEFT folder.")
     adapter, name = load_adapter(path), path.resolve().name
@@ -102,7 +143,8 @@ def _target(path: Path, *, base_given: bool) -> _Target:
     origin, home = read_origin(path), path.resolve().parent.parent
     if path.resolve().parent.name == "adapters" and RunFolder.is_run(home):
         run, config = RunFolder.open(home)
-        return _Target(adapters=adapters, values=config.flat(), sources=run.sources() or origin)
+        sources, trained = run.sources() or origin, _trained(run)
+        return _Target(adapters=adapters, values=config.flat(), sources=sources, trained=trained)
     stored = read_config(path / "adapter_config.json")
     base = stored.base or "embedded"
     if stored.revision not in ("", "main") and not base_given:
@@ -112,6 +154,11 @@ def _target(path: Path, *, base_given: bool) -> _Target:
         )
     values: dict[str, object] = {"model.name": base, "lora.target-modules": ",".join(adapter)}
     return _Target(adapters=adapters, values=values, sources=origin)
+
+
+def _trained(run: RunFolder) -> frozenset[str]:
+    """The clients whose updates any round of the run has taken."""
+    return frozenset(r["client_id"] for r in run.client_rows() if r["status"] == Outcome.OK.status)
 
 
 def _sources_now(found: _Target, config: Config, worker: Worker) -> Sources:
