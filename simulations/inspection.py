@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from flexlora.clients.worker import Worker, worker_for
 from flexlora.config.resolve import Config, resolved
 from flexlora.data.held_out import check_held_out
@@ -26,6 +28,8 @@ from flexlora.server.strategy import FlexLoRAStrategy
 from flexlora.simulations.score_report import score_report
 from flexlora.simulations.score_tables import print_scores
 from flexlora.simulations.scoring import cells_of
+from flexlora.simulations.task_scores import parse_tasks, print_task_scores, task_scores
+from flexlora.training.models import load_base
 from flexlora.training.personal_store import PersonalStore
 from flexlora.wire.files import write_atomically
 
@@ -42,16 +46,21 @@ def evaluate_target(
     sets: tuple[str, ...] = (),
     allow_changed: bool = False,
     json_file: str | None = None,
+    tasks: str | None = None,
 ) -> int:
     """Print the scores of a run's rank classes, or of one PEFT folder; write them as JSON too.
 
     Beside the base, on all rows of the ``test`` split (``--set eval.split=validation`` for the
-    other) of all clients, those included that the run has not trained with.
+    other) of all clients, those included that the run has not trained with. With ``tasks``, as
+    ``lm_eval:arc_easy``, on those tasks instead (``task_scores.py``).
 
     Raises:
         UserError: neither a run nor a PEFT folder, data and model that do not fit it, or another
             base or other rows than it was trained on (unless ``allow_changed``).
     """
+    names = parse_tasks(tasks) if tasks else []
+    if names and data is not None:
+        raise UserError("--tasks and --data both say what to score on, expected one of them.")
     given = Config.given(file=file, sets=sets)
     found = _target(Path(target), base_given="model.name" in given)
     adapters, values = found.adapters, dict(found.values)
@@ -63,6 +72,12 @@ def evaluate_target(
         values |= {"data.held-out-tasks": "", "clients.held-out": 0.0}
         values |= _dealt(data)
     values |= given
+    if names:
+        values |= {"data.template": "auto"}  # of the tasks: no chat template unless asked for
+        config = resolved(Config.of(values | given))
+        report = _on_tasks(found, names, config, target=target, allow_changed=allow_changed)
+        print_task_scores(report, make_console())
+        return _written(json_file, report)
     config = resolved(Config.of(values))
     worker = worker_for(config)
     check_held_out(worker.rows, config.data.held_out_tasks)
@@ -78,16 +93,35 @@ def evaluate_target(
     )
     scores = score_report(cells, seed=config.seed)
     print_scores(scores, make_console())
-    if json_file:
-        _write_json(Path(json_file), scores)
+    return _written(json_file, scores)
+
+
+def _written(file: str | None, scores: Mapping[str, Any]) -> int:
+    """Write ``--json`` where it is given."""
+    try:
+        if file:
+            write_atomically(Path(file), (json.dumps(scores, indent=1) + "\n").encode())
+    except OSError as error:
+        raise UserError(f"--json '{file}' cannot be written: {error.strerror}.") from None
     return 0
 
 
-def _write_json(file: Path, scores: Mapping[str, Any]) -> None:
-    try:
-        write_atomically(file, (json.dumps(scores, indent=1) + "\n").encode())
-    except OSError as error:
-        raise UserError(f"--json '{file}' cannot be written: {error.strerror}.") from None
+def _on_tasks(
+    found: _Target, names: list[str], config: Config, *, target: str, allow_changed: bool
+) -> dict[str, Any]:
+    """Scores on tasks of a suite, which need the base and no rows."""
+    torch.set_num_threads(config.engine.threads)
+    base = load_base(
+        config.model.name,
+        dtype=config.model.dtype,
+        quantization=config.model.quantization,
+        outlier_threshold=config.model.outlier_threshold,
+        attention=config.model.attn_implementation,
+        device=config.engine.device,
+    )
+    now, model = Sources(base=base.fingerprint, rows={}), config.model.name
+    check_sources(found.sources, now, target=target, model=model, allow_changed=allow_changed)
+    return task_scores(base, found.adapters, names, config)
 
 
 def _dealt(data: str) -> dict[str, object]:

@@ -31,6 +31,9 @@ def evaluate(
     json_file: Annotated[
         str, Option("--json", metavar="FILE", click_type=PATH, help="write all scores, by client")
     ] = "",
+    tasks: Annotated[
+        str, Option(metavar="lm_eval:TASK,...", help="score on these tasks or YAML files instead")
+    ] = "",
 ) -> int:
     from flexlora.simulations.inspection import evaluate_target
 
@@ -41,6 +44,7 @@ def evaluate(
         sets=tuple(sets or ()),
         allow_changed=allow_changed,
         json_file=json_file,
+        tasks=tasks or None,
     )
 
 

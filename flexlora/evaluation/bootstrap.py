@@ -20,7 +20,7 @@ from flexlora.evaluation.metrics import Metric
 from flexlora.seeds import numpy_generator
 from flexlora.wire.jobs import Score
 
-__all__ = ["LEVEL", "RESAMPLES", "Difference", "paired_difference"]
+__all__ = ["LEVEL", "RESAMPLES", "Difference", "paired_difference", "paired_ratios"]
 
 RESAMPLES = 2000
 LEVEL = 0.95
@@ -60,7 +60,14 @@ def paired_difference(
     ]
     if not pairs:
         return None
-    sums = np.array(pairs, dtype=np.float64)  # [N, 4]
+    return paired_ratios(np.array(pairs, dtype=np.float64), seed=seed, resamples=resamples)
+
+
+def paired_ratios(
+    sums: np.ndarray, *, seed: int, resamples: int = RESAMPLES, constant: float = 1.0
+) -> Difference:
+    """``constant`` times the difference of two ratios; ``sums [N, 4]`` are totals and weights."""
+    sums = sums * np.array([constant, 1.0, constant, 1.0])
     value = float(_differences(sums.sum(axis=0)[None])[0])
     if len(sums) < 2:
         return Difference(value=value, low=None, high=None, clients=len(sums))
