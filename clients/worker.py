@@ -21,6 +21,7 @@ from flexlora.config.sections import Privacy
 from flexlora.data.caps import capped_rows
 from flexlora.data.clients import ClientData, client_rows
 from flexlora.data.collation import Example
+from flexlora.data.held_out import held_out_names, without_held_out
 from flexlora.data.poisoning import poisoned_rows
 from flexlora.data.row_bound import RowBound, bounded_rows
 from flexlora.errors import UserError, nearest, one_line
@@ -77,7 +78,10 @@ class Worker:
             seed=config.seed,
             tasks=config.data.tasks,
         )
-        rows = bounded_rows(rows, bound)
+        self.rows = bounded_rows(rows, bound)  # with those that are held out from training
+        rows = without_held_out(
+            self.rows, config.data.held_out_tasks, config.clients.held_out, seed=config.seed
+        )
         rows = capped_rows(rows, config.population.examples, seed=config.seed)
         rows = poisoned_rows(rows, config.population.hostile, seed=config.seed)
         device = pick_device(config.engine.device)
@@ -205,6 +209,8 @@ class Worker:
             why = "it holds none"
             if count.dropped:
                 why = f"all {count.dropped} are too long for train.max-length"
+            elif self.rows.get(client_id, {}).get("train"):
+                why = "they are held out"
             cause = f"no train rows: {why}"
         return Capability(
             client_id=client_id,
@@ -293,7 +299,7 @@ class Worker:
                 self.slots_of(kind),
                 self.bases[kind],
                 jobs,
-                [self.held_out(job.client_id) for job in jobs],
+                [self.held_out(job.client_id, job.held_out_tasks) for job in jobs],
                 batch_size=size,
                 max_new_tokens=self.config.eval.max_new_tokens,
                 interrupt=self._interrupt,
@@ -317,10 +323,16 @@ class Worker:
         (result,) = self._evaluate_together([replace(job, personal=None)])
         return replace(result, cause=result.cause or f"personal factors: {cause}")
 
-    def held_out(self, client_id: str) -> list[Example]:
-        """The rows a client is evaluated on: the first ``eval.max-examples`` of ``eval.split``."""
+    def held_out(self, client_id: str, held_out_tasks: bool = False) -> list[Example]:
+        """The rows a client is evaluated on: the first ``eval.max-examples`` of ``eval.split``.
+
+        Those of ``data.held-out-tasks`` are among them only if asked for.
+        """
         if client_id not in self.client_ids:
             hint = nearest(client_id, self.client_ids)
             raise UserError(f"client '{client_id}' is not in the data.{hint}")
         rows = self.data.examples(client_id, self.config.eval.split)
+        names = frozenset() if held_out_tasks else held_out_names(self.config.data.held_out_tasks)
+        if names:
+            rows = [row for row in rows if row.task not in names and row.category not in names]
         return rows[: self.config.eval.max_examples or None]

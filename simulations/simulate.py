@@ -12,6 +12,7 @@ from rich.console import Console
 from flexlora.clients.worker import Worker, worker_for
 from flexlora.config.paths import expanded
 from flexlora.config.resolve import Config, resolved
+from flexlora.data.held_out import check_held_out
 from flexlora.errors import RunFailed, UserError, one_line
 from flexlora.report import write_report
 from flexlora.runs.canary_file import CanaryRecord
@@ -109,6 +110,7 @@ def simulate(
         if observer is not None:
             observer.read(worker.data.foreign_layouts())
         _check_enough(config, len(worker.client_ids))
+        check_held_out(worker.rows, config.data.held_out_tasks)
         config = resolved_limits(config, worker)
         kept = rounds_kept(config.server.late_rounds, config.server.keep_checkpoints)
         personal = PersonalStore(out / "personal", rounds_kept=kept)

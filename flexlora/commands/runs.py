@@ -28,6 +28,12 @@ def evaluate(
     config_file: ConfigFile = None,
     sets: Sets = None,
     allow_changed: AllowChanged = False,
+    json_file: Annotated[
+        str, Option("--json", metavar="FILE", click_type=PATH, help="write all scores, by client")
+    ] = "",
+    tasks: Annotated[
+        str, Option(metavar="lm_eval:TASK,...", help="score on these tasks or YAML files instead")
+    ] = "",
 ) -> int:
     from flexlora.simulations.inspection import evaluate_target
 
@@ -37,6 +43,8 @@ def evaluate(
         file=config_file,
         sets=tuple(sets or ()),
         allow_changed=allow_changed,
+        json_file=json_file,
+        tasks=tasks or None,
     )
 
 

@@ -107,6 +107,9 @@ class Clients(Options):
     quantization: str = option(
         "", "shares of simulated clients on another base, as 'nf4:0.25,8bit:0.25'"
     )
+    held_out: float = option(
+        0.0, "share of the clients that never train (`flexlora eval` scores them)", ge=0.0, le=0.9
+    )
 
 
 class Ranks(Options):
@@ -151,6 +154,9 @@ class Data(Options):
     path: PathKey = option("", "folder of train, validation and test .jsonl[.gz] files")
     tasks: str = option("default", "built-in families: default, all, or names with commas")
     name: str = option("", "hub data set (needs the datasets package)")
+    held_out_tasks: str = option(
+        "", "tasks or categories that nobody trains on, separated by ';' (for `flexlora eval`)"
+    )
     partition: Literal["client", "task", "iid", "dirichlet"] = option("client", "rows to clients")
     dirichlet_alpha: float = option(0.5, "concentration of the Dirichlet partition", ge=1e-06)
     template: str = option("auto", "prompt template (auto, plain, alpaca, chat)")

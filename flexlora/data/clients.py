@@ -165,9 +165,9 @@ class ClientData:
         for client_id, splits in self._rows.items():
             for split in splits:
                 who = f"client '{client_id}', {split} rows"
-                check_vocabulary(
-                    self.examples(client_id, split), vocabulary, self._tokenizer, who=who
-                )
+                rows = self.examples(client_id, split)
+                chosen = [choice for row in rows for choice in row.choices]
+                check_vocabulary([*rows, *chosen], vocabulary, self._tokenizer, who=who)
 
     def _encode(self, client_id: str, split: str) -> tuple[list[Example], int]:
         key = (client_id, split)

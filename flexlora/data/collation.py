@@ -9,6 +9,9 @@ If a prompt is too long for ``max_length``, its input text is shortened from the
 at least one, and rendered again. The instruction, the turns of a conversation and the answer are
 never cut; a row that still does not fit is dropped and counted.
 
+A multiple-choice row is encoded once for each choice, all with the same prompt: it is cut so that
+the longest choice fits.
+
 A slot is one client in a cohort. K slots with unequal numbers of rows make one slot-major batch
 ``[K * b, T]`` with ``b`` the most rows of any slot; the others are padded with dummy rows.
 """
@@ -50,6 +53,7 @@ class Example:
     """One encoded row: prompt ids ``input_ids[:prompt_length]``, then the answer and its end.
 
     ``ends`` are the ids at which a generated answer stops, beside those of tokenizer and model.
+    ``choices`` are the prompt with each choice of a multiple-choice row, the right one among them.
     """
 
     input_ids: tuple[int, ...]
@@ -57,12 +61,20 @@ class Example:
     prompt: str
     answer: str
     task: str | None = None
+    category: str | None = None
     ends: tuple[int, ...] = ()
+    choices: tuple[Example, ...] = ()
+    pattern: str | None = None
 
     @property
     def answer_tokens(self) -> int:
         """Tokens that the loss is on: the answer and its end."""
         return len(self.input_ids) - self.prompt_length
+
+    @property
+    def right_choice(self) -> int:
+        """The index of the right one of ``choices``."""
+        return [choice.answer for choice in self.choices].index(self.answer)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,13 +200,47 @@ def _encode(
 ) -> list[Example | None]:
     if max_length < 1:
         raise UserError(f"train.max-length is {max_length}, expected at least 1; raise it.")
+    counts = [len(row.choices or (row.output,)) for row in rows]
+    variants = [
+        row if row.choices is None else replace(row, output=choice)
+        for row in rows
+        for choice in row.choices or (row.output,)
+    ]
+    encoded = iter(_encode_each(variants, counts, tokenizer, template, max_length, date))
+    return [
+        _with_choices(row, [next(encoded) for _ in range(count)])
+        for row, count in zip(rows, counts, strict=True)
+    ]
+
+
+def _with_choices(row: Row, variants: list[Example | None]) -> Example | None:
+    """The row's example of those of its choices; None where one of them does not fit."""
+    if row.choices is None:
+        return variants[0]
+    choices = tuple(example for example in variants if example is not None)
+    if len(choices) < len(variants):
+        return None
+    return replace(choices[row.choices.index(row.output)], choices=choices)
+
+
+def _encode_each(
+    rows: Sequence[Row],
+    counts: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    max_length: int,
+    date: str,
+) -> list[Example | None]:
+    """The rows one by one; of each ``counts`` rows in turn the prompt has the same room."""
     layout = layout_of(tokenizer, template, date)
     encoder = TextEncoder(tokenizer, layout)
     guarded = [encoder.guarded(row) for row in rows]
     marked = [ours is not row for ours, row in zip(guarded, rows, strict=True)]
     texts = [layout.render(row) for row in guarded]
     answer_ids = encoder.answer_ids(texts, marked)
-    budgets = [max_length - len(ids) for ids in answer_ids]
+    lengths = iter([len(ids) for ids in answer_ids])
+    longest = [max(next(lengths) for _ in range(n)) for n in counts]
+    budgets = [max_length - n for n, k in zip(longest, counts, strict=True) for _ in range(k)]
     prompts = _Prompts(guarded, marked, [text.prompt for text in texts], layout, encoder)
     prompts.cut(budgets)
     return [
@@ -204,6 +250,8 @@ def _encode(
             prompt=unmarked(prompts.texts[i]) if marked[i] else prompts.texts[i],
             answer=unmarked(text.answer) if marked[i] else text.answer,
             task=rows[i].task,
+            category=rows[i].category,
+            pattern=rows[i].pattern,
             ends=tuple(encoder.ends(text)),
         )
         # An answer without any token has no loss.

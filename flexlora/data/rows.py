@@ -8,21 +8,26 @@ Two shapes are accepted, as JSON objects, and what ``layouts.py`` turns into the
 In a chat row the last message is the assistant's and is what the model learns. ``null`` means
 absent. A key that is not read is refused where it resembles a missing one, or holds text that the
 model would not see.
+
+What an evaluation reads beside the text (``scored_rows.py``): ``choices`` and their ``answer`` make
+a row multiple choice, and a ``pattern`` is a regular expression that a generated answer passes.
 """
 
 from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass, field
+from typing import Any
 
 from flexlora.data.layouts import ROLES, in_our_layout, is_metadata, refuse_lost
+from flexlora.data.scored_rows import PATTERN, checked_pattern, with_right_choice
 from flexlora.errors import UserError, nearest
 
 __all__ = ["ROLES", "Row", "parse_row"]
 
 _TEXT_KEYS = ("instruction", "input", "output")
 _LABEL_KEYS = ("client", "task", "category")
-_KEYS = (*_TEXT_KEYS, *_LABEL_KEYS, "messages")
+_KEYS = (*_TEXT_KEYS, *_LABEL_KEYS, "messages", "choices", PATTERN)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +44,8 @@ class Row:
     task: str | None = None
     category: str | None = None
     messages: tuple[tuple[str, str], ...] | None = None  # (role, content), the assistant's last
+    choices: tuple[str, ...] | None = None  # of a multiple-choice row; ``output`` is one of them
+    pattern: str | None = None  # regular expression that a generated answer passes
     layout: str = field(default="", compare=False)  # the keys it was read from, if not ours
 
 
@@ -59,13 +66,16 @@ def parse_row(obj: object, where: str) -> Row:
     present = {key: value for key, value in obj.items() if value is not None}
     _refuse_misspelt(present, where)
     labels = {key: _label(present[key], key, where) for key in _LABEL_KEYS if key in present}
-    rest = {key: value for key, value in present.items() if key not in _LABEL_KEYS}
+    rest = {key: value for key, value in present.items() if key not in (*_LABEL_KEYS, PATTERN)}
     if "messages" in present:
         _refuse_both(present, where)
+    pattern = checked_pattern(present.get(PATTERN), where)
+    rest, choices = with_right_choice(rest, where)
     read, layout = in_our_layout(rest, where)
+    more: dict[str, Any] = {**labels, "choices": choices, "pattern": pattern, "layout": layout}
     if "messages" in read:
         messages = _messages(read["messages"], where)
-        return Row(output=messages[-1][1], messages=messages, layout=layout, **labels)
+        return Row(output=messages[-1][1], messages=messages, **more)
     if "output" not in read:
         found = ", ".join(repr(key) for key in present) or "nothing"
         raise UserError(
@@ -78,11 +88,11 @@ def parse_row(obj: object, where: str) -> Row:
             f"{where}: 'output' is empty, expected the text to learn; fill it in or take "
             "the row out."
         )
-    return Row(**texts, **labels, messages=None, layout=layout)
+    return Row(**texts, **more)
 
 
 def _refuse_both(present: dict, where: str) -> None:
-    clash = [key for key in _TEXT_KEYS if key in present]
+    clash = [key for key in (*_TEXT_KEYS, "choices") if key in present]
     if clash:
         raise UserError(
             f"{where}: the row has both 'messages' and '{clash[0]}', expected one shape; "

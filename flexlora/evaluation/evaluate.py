@@ -1,4 +1,4 @@
-"""Held-out loss, and exact match and ROUGE-L of generated answers.
+"""Held-out loss, choices by likelihood, and scores of generated answers.
 
 Many adapters are evaluated in one pass as slots: shared adapters on the same rows, personal ones
 each on its client's rows. A score does not depend on the other slots, up to the rounding of wider
@@ -9,49 +9,21 @@ the prompt alone with the reference, never the teacher-forced argmax, which sees
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-import torch
-
-from flexlora.data.collation import Example, collate
+from flexlora.data.collation import Example
 from flexlora.errors import UserError
 from flexlora.evaluation.cohorts import EvalPlan, carried_adapter
-from flexlora.evaluation.generation import generate_answers, passes
-from flexlora.evaluation.text_scores import exact_match, rouge_l
-from flexlora.training.local import answer_losses
+from flexlora.evaluation.generation import generate_answers
+from flexlora.evaluation.likelihood import answer_token_losses, likelihood_score
+from flexlora.evaluation.text_scores import exact_match, passes_pattern, rouge_l
 from flexlora.training.models import BaseModel
 from flexlora.training.slots import SlotModel
 from flexlora.wire.jobs import PERSONAL, EvalJob, EvalResult, Score
 
-__all__ = ["BASE", "PERSONAL", "answer_loss_sums", "evaluate"]
+__all__ = ["BASE", "PERSONAL", "evaluate"]
 
 BASE = "base"  # the name of the scores of the base model alone
-
-
-@torch.no_grad()
-def answer_loss_sums(
-    slots: SlotModel,
-    examples: Sequence[Sequence[Example]],
-    *,
-    batch_size: int,
-    pad_token_id: int,
-    go_on: Callable[[], None] = lambda: None,
-) -> list[list[float]]:
-    """Summed answer loss ``[K][rows]`` of each row ``examples[k]`` under slot k.
-
-    ``go_on`` is called before every pass and may raise.
-    """
-    sums = [[0.0] * len(rows) for rows in examples]
-    lengths = [[len(row.input_ids) for row in rows] for rows in examples]
-    for indices in passes(lengths, batch_size):
-        go_on()
-        rows = [[examples[k][i] for i in chosen] for k, chosen in enumerate(indices)]
-        parts = answer_losses(slots, collate(rows, pad_token_id=pad_token_id))
-        for k, part in enumerate(parts):
-            counts = [row.answer_tokens for row in rows[k]]
-            for i, losses in zip(indices[k], part.split(counts), strict=True):
-                sums[k][i] = float(losses.double().sum())
-    return sums
 
 
 def evaluate(
@@ -82,24 +54,38 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         interrupt=interrupt,
     )
-    scores: list[dict[str, Score]] = [{} for _ in jobs]
+    totals = [_Totals() for _ in jobs]
     try:
         for members in plan.groups():
             rows = [row for k in members for row in examples[k]]
             owners = [k for k in members for _ in examples[k]]
             for name, row_scores in scorer.shared(jobs[members[0]], rows).items():
-                for k, score in zip(owners, row_scores, strict=True):
-                    scores[k][name] = scores[k].get(name, Score()) + score
+                for k, row, score in zip(owners, rows, row_scores, strict=True):
+                    totals[k].add(name, row, score)
         for members in plan.cohorts(batch_size):
             cohort = scorer.personal([jobs[k] for k in members], [examples[k] for k in members])
             for k, row_scores in zip(members, cohort, strict=True):
-                scores[k][PERSONAL] = sum(row_scores, Score())
+                for row, score in zip(examples[k], row_scores, strict=True):
+                    totals[k].add(PERSONAL, row, score)
     finally:
         slots.clear()
     return [
-        EvalResult(client_id=job.client_id, scores=score)
-        for job, score in zip(jobs, scores, strict=True)
+        EvalResult(client_id=job.client_id, scores=total.scores, by_task=total.by_task)
+        for job, total in zip(jobs, totals, strict=True)
     ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Totals:
+    """Sums of the scores of one job's rows by adapter: over all rows, and by category and task."""
+
+    scores: dict[str, Score] = field(default_factory=dict)
+    by_task: dict[tuple[str, str], dict[str, Score]] = field(default_factory=dict)
+
+    def add(self, name: str, row: Example, score: Score) -> None:
+        of_task = self.by_task.setdefault((row.category or "", row.task or ""), {})
+        for sums in (self.scores, of_task):
+            sums[name] = sums.get(name, Score()) + score
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,20 +128,23 @@ class _Scorer:
     def _scores(self, examples: Sequence[Sequence[Example]], generate: bool) -> list[list[Score]]:
         """``[K][rows]`` scores of the rows ``examples[k]`` under slot k."""
         pad = self.base.pad_token_id
-        sums = answer_loss_sums(
+        variants = [[x for row in rows for x in row.choices or (row,)] for rows in examples]
+        losses = answer_token_losses(
             self.slots,
-            examples,
+            variants,
             batch_size=self.batch_size,
             pad_token_id=pad,
             go_on=self._go_on,
         )
-        scores = [
-            [
-                Score(loss=loss, tokens=row.answer_tokens, rows=1)
-                for row, loss in zip(rows, losses, strict=True)
-            ]
-            for rows, losses in zip(examples, sums, strict=True)
-        ]
+        scores = []
+        for rows, of_slot in zip(examples, losses, strict=True):
+            found = iter(of_slot)
+            scores.append(
+                [
+                    likelihood_score(row, [next(found) for _ in row.choices or (row,)])
+                    for row in rows
+                ]
+            )
         if not generate:
             return scores
         texts = generate_answers(
@@ -175,4 +164,7 @@ class _Scorer:
 
 def _with_text(score: Score, row: Example, text: str) -> Score:
     matches, overlap = exact_match(text, row.answer), rouge_l(text, row.answer)
-    return replace(score, exact_match=matches, rouge_l=overlap, generated=1)
+    score = replace(score, exact_match=matches, rouge_l=overlap, generated=1)
+    if row.pattern is None:
+        return score
+    return replace(score, pattern_rows=1, passed=passes_pattern(text, row.pattern))

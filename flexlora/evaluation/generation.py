@@ -24,7 +24,14 @@ from flexlora.evaluation.padding import takes_padding
 from flexlora.training.base_model import text_config
 from flexlora.training.slots import SlotModel
 
-__all__ = ["end_ids", "generate_answers", "outside_text", "passes"]
+__all__ = [
+    "end_ids",
+    "generate_answers",
+    "greedy_config",
+    "outside_text",
+    "passes",
+    "with_generation_config",
+]
 
 
 def passes(lengths: Sequence[Sequence[int]], size: int) -> Iterator[list[list[int]]]:
@@ -58,7 +65,7 @@ def generate_answers(
     answers = [[""] * len(rows) for rows in examples]
     padded = takes_padding(slots)
     for room, chosen in _by_room(examples, max_new_tokens, longest, padded):
-        config = _greedy(slots.model, tokenizer, room, pad_token_id, learned)
+        config = greedy_config(slots.model, tokenizer, room, pad_token_id, learned)
         lengths = [[examples[k][i].prompt_length for i in ids] for k, ids in enumerate(chosen)]
         for picked in passes(lengths, batch_size):
             indices = [[chosen[k][i] for i in ids] for k, ids in enumerate(picked)]
@@ -105,7 +112,7 @@ def _answer(
     """Answers to the rows of one pass, by slot."""
     batch = collate_prompts(rows, pad_token_id=pad_token_id)
     asked = {} if go_on is None else {"stopping_criteria": [_asking(go_on)]}
-    with _generation_config(slots.model, config):
+    with with_generation_config(slots.model, config):
         output = slots.model.generate(
             input_ids=batch.input_ids.to(slots.device),
             attention_mask=batch.attention_mask.to(slots.device),
@@ -165,7 +172,7 @@ def _decoded(rows: list[Tensor], tokenizer: Any) -> list[str]:
         tokenizer.clean_up_tokenization_spaces = cleans
 
 
-def _greedy(
+def greedy_config(
     model: Any, tokenizer: Any, max_new_tokens: int, pad_token_id: int, learned: set[int]
 ) -> Any:
     """A greedy configuration that stops at ``learned`` and the eos of tokenizer or model."""
@@ -182,7 +189,7 @@ def _greedy(
 
 
 @contextmanager
-def _generation_config(model: Any, config: Any) -> Iterator[None]:
+def with_generation_config(model: Any, config: Any) -> Iterator[None]:
     """Replace ``model.generation_config`` inside the block.
 
     ``generate(generation_config=...)`` would fill gaps with the model's sampling, penalties and

@@ -1,11 +1,12 @@
-"""Scores of a generated text against a reference: exact match and ROUGE-L."""
+"""Scores of a generated text: exact match and ROUGE-L with a reference, and a pattern."""
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from typing import Any
 
-__all__ = ["exact_match", "rouge_l"]
+__all__ = ["exact_match", "passes_pattern", "rouge_l"]
 
 
 def exact_match(generated: str, reference: str) -> float:
@@ -16,6 +17,11 @@ def exact_match(generated: str, reference: str) -> float:
 def rouge_l(generated: str, reference: str) -> float:
     """ROUGE-L F1 (Lin, 2004) as the ``rouge-score`` package computes it, without stemming."""
     return _scorer().score(reference, generated)["rougeL"].fmeasure
+
+
+def passes_pattern(generated: str, pattern: str) -> float:
+    """1.0 where the regular expression matches anywhere in the text (``re.search``)."""
+    return float(re.search(pattern, generated) is not None)
 
 
 @cache

@@ -36,6 +36,7 @@ __all__ = [
     "answer_logits",
     "answer_losses",
     "learning_rate_at",
+    "logits_at",
     "num_steps",
     "row_losses",
     "train",
@@ -346,17 +347,20 @@ def answer_logits(slots: SlotModel, batch: Batch) -> tuple[Tensor, Tensor, Tenso
     Padding is on the right, outside causal attention, so no attention mask is needed and the fast
     causal kernels run. The logits are float32 at least.
     """
-    device = slots.device
-    labels = batch.labels.to(device)[:, 1:]
+    labels = batch.labels.to(slots.device)[:, 1:]
     wanted = labels != -100
-    keep = nn.functional.pad(wanted, (0, 1))
+    logits = logits_at(slots, batch.input_ids, nn.functional.pad(wanted, (0, 1)))
+    return logits, labels[wanted], wanted.sum(dim=1)
+
+
+def logits_at(slots: SlotModel, input_ids: Tensor, keep: Tensor) -> Tensor:
+    """Logits ``[n, vocabulary]`` at the n positions of ``input_ids [K * b, T]`` that are True."""
+    keep = keep.to(slots.device)
     options = {} if slots.targets.whole_logits else {"logits_to_keep": keep}
-    input_ids = batch.input_ids.to(device)
-    logits = slots.model(input_ids=input_ids, use_cache=False, **options).logits
+    logits = slots.model(input_ids=input_ids.to(slots.device), use_cache=False, **options).logits
     if logits.dim() == 3:
         logits = logits[keep]
-    counts = wanted.sum(dim=1)
-    return logits if logits.dtype == torch.float64 else logits.float(), labels[wanted], counts
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 class checkpointing:  # noqa: N801  (reads as a word at the place of use)

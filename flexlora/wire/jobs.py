@@ -119,7 +119,8 @@ class EvalJob:
     """Evaluate every adapter (by rank class; without any, the bare base) on the client's rows.
 
     ``personal`` adds a score named ``PERSONAL``: these factors beside the adapter
-    ``personal_over``, or alone on the base if that is empty.
+    ``personal_over``, or alone on the base if that is empty. ``held_out_tasks`` scores the rows of
+    ``data.held-out-tasks`` too, which a run's rounds leave out; no message asks for it.
     """
 
     client_id: str
@@ -128,6 +129,7 @@ class EvalJob:
     generate: bool = False
     personal: Adapter | None = None
     personal_over: str = ""
+    held_out_tasks: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +137,9 @@ class Score:
     """Sums over rows, so that scores of clients add up: divide at the end.
 
     ``loss`` is summed over answer ``tokens``; exact match and ROUGE-L over ``generated`` rows.
+    ``answer_bytes`` is the UTF-8 length of the answers. Of ``choice_rows`` multiple-choice rows the
+    right choice has the largest log likelihood in ``correct``, per character in ``correct_norm``;
+    of ``pattern_rows`` generated answers with a pattern ``passed`` match it.
     """
 
     loss: float = 0.0
@@ -143,6 +148,12 @@ class Score:
     exact_match: float = 0.0
     rouge_l: float = 0.0
     generated: int = 0
+    answer_bytes: int = 0
+    choice_rows: int = 0
+    correct: float = 0.0
+    correct_norm: float = 0.0
+    pattern_rows: int = 0
+    passed: float = 0.0
 
     def __add__(self, other: Score) -> Score:
         names = self.__dataclass_fields__
@@ -151,8 +162,13 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalResult:
-    """Scores by rank class, and ``PERSONAL``; ``cause`` says why some are missing."""
+    """Scores by rank class, and ``PERSONAL``; ``cause`` says why some are missing.
+
+    ``by_task`` splits them by the rows' category and task (empty where a row names none). It stays
+    where it was made: no message holds it.
+    """
 
     client_id: str
     scores: Mapping[str, Score] = field(default_factory=dict)
     cause: str = ""
+    by_task: Mapping[tuple[str, str], Mapping[str, Score]] = field(default_factory=dict)

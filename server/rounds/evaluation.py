@@ -9,6 +9,7 @@ from flwr.app import Message, MessageType
 
 from flexlora.config.resolve import Config
 from flexlora.evaluation.evaluate import BASE
+from flexlora.evaluation.metrics import means
 from flexlora.lora.adapters import Adapter
 from flexlora.printable import printable
 from flexlora.server.members.roster import Roster, sample
@@ -92,7 +93,7 @@ def _impossible(result: EvalResult, roster: Roster, config: Config) -> str:
 
 
 def eval_metrics(results: Sequence[EvalResult], roster: Roster) -> dict[str, float]:
-    """Loss, exact match and ROUGE-L, per rank class and over clients each at its own class.
+    """Every metric that the rows have, per rank class and over clients each at its own class.
 
     ``eval_loss`` is over the rows of every client under the adapter of its own rank class,
     ``eval_loss/CLASS`` over all rows under the adapter of CLASS. Where clients have personal
@@ -123,15 +124,7 @@ def eval_metrics(results: Sequence[EvalResult], roster: Roster) -> dict[str, flo
 
 
 def _means(suffix: str, score: Score) -> list[tuple[str, float]]:
-    if not score.tokens:
-        return []
-    means = [(f"eval_loss{suffix}", score.loss / score.tokens)]
-    if score.generated:
-        means += [
-            (f"eval_exact_match{suffix}", score.exact_match / score.generated),
-            (f"eval_rouge_l{suffix}", score.rouge_l / score.generated),
-        ]
-    return means
+    return [(f"eval_{key}{suffix}", value) for key, value in means(score).items()]
 
 
 def evaluation_rows(server_round: int, results: Sequence[EvalResult]) -> list[dict[str, object]]:

@@ -28,6 +28,9 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "tokens": (0, 10**12),
     "rows": (0, LARGEST_COUNT),
     "generated": (0, LARGEST_COUNT),
+    "choice_rows": (0, LARGEST_COUNT),
+    "pattern_rows": (0, LARGEST_COUNT),
+    "answer_bytes": (0, 10**13),
     "asked_rank": (0, 2**20),
     "train_seconds": (0, 10**7),
     "train_loss": (0, LARGEST_LOSS),
@@ -138,7 +141,7 @@ def check_score(name: str, score: Score) -> None:
 
     Raises:
         ValueError: a loss per token above ``LARGEST_LOSS``, more matches than generated rows, more
-            of these than rows.
+            of these than rows, more rows answered right than asked.
     """
     if score.loss > LARGEST_LOSS * score.tokens:
         raise ValueError(
@@ -150,4 +153,15 @@ def check_score(name: str, score: Score) -> None:
         raise ValueError(
             f"'{name}' has {score.exact_match:g} matches and ROUGE-L {score.rouge_l:g} in "
             f"{score.generated} generated of {score.rows} rows"
+        )
+    right = max(score.correct, score.correct_norm)
+    if score.choice_rows > score.rows or right > score.choice_rows:
+        raise ValueError(
+            f"'{name}' has {right:g} right of {score.choice_rows} multiple-choice rows among "
+            f"{score.rows}"
+        )
+    if score.pattern_rows > score.generated or score.passed > score.pattern_rows:
+        raise ValueError(
+            f"'{name}' has {score.passed:g} passed of {score.pattern_rows} answers with a pattern "
+            f"among {score.generated} generated"
         )

@@ -214,10 +214,15 @@ def decode_eval_result(reply: Message) -> EvalResult:
 
 
 def scores_of(report: Mapping) -> dict[str, Score]:
-    """The scores by rank class, from one list for each sum."""
+    """The scores by rank class, from one list for each sum.
+
+    The sums after ``generated`` are newer than the format: a node that does not send them has none.
+    """
     names = report.get("scores", [])
     keys = [field.name.replace("_", "-") for field in fields(Score)]
-    columns = {key: report.get(f"score/{key}", []) for key in keys}
+    old = keys[: keys.index("generated") + 1]
+    sent = [key for key in keys if key in old or f"score/{key}" in report]
+    columns = {key: report.get(f"score/{key}", []) for key in sent}
     if len(set(names)) != len(names) or {len(c) for c in columns.values()} != {len(names)}:
         raise ValueError("the lists of scores and of rank classes have different lengths")
     return {

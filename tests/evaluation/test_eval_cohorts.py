@@ -5,15 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-import flexlora.evaluation.evaluate as evaluation
+import flexlora.evaluation.likelihood as likelihood
 import reference
 from answers import BOS, PAD, base_of, greedy, question, words
 from answers import tokenizer as tokenizer  # a fixture
 from builders import VOCAB, random_adapter, random_examples, tiny_model
 from flexlora.data.collation import Example
 from flexlora.evaluation.cohorts import EvalPlan
-from flexlora.evaluation.evaluate import BASE, PERSONAL, answer_loss_sums, evaluate
+from flexlora.evaluation.evaluate import BASE, PERSONAL, evaluate
 from flexlora.evaluation.generation import generate_answers
+from flexlora.evaluation.likelihood import answer_token_losses
 from flexlora.training.slots import SlotModel
 from flexlora.wire.jobs import EvalJob, Score
 
@@ -150,13 +151,13 @@ def test_who_is_absent_changes_nobody_elses_scores(tokenizer, gone):
 
 def passes_of(monkeypatch):
     """``(rows in the batch, rows that are real)`` of every pass that follows."""
-    seen, plain = [], evaluation.answer_losses
+    seen, plain = [], likelihood.answer_losses
 
     def counted(slots, batch):
         seen.append((batch.input_ids.shape[0], sum(batch.rows_per_slot)))
         return plain(slots, batch)
 
-    monkeypatch.setattr(evaluation, "answer_losses", counted)
+    monkeypatch.setattr(likelihood, "answer_losses", counted)
     return seen
 
 
@@ -295,8 +296,8 @@ def test_slots_with_fewer_rows_than_others_end_earlier():
     rows = [random_examples(n, seed=n) for n in (1, 9, 4)]
     adapters = [random_adapter(slots.shapes, 2, seed=k) for k in range(3)]
     slots.load(adapters)
-    small = answer_loss_sums(slots, rows, batch_size=3, pad_token_id=PAD)
-    large = answer_loss_sums(slots, rows, batch_size=64, pad_token_id=PAD)
+    small = answer_token_losses(slots, rows, batch_size=3, pad_token_id=PAD)
+    large = answer_token_losses(slots, rows, batch_size=64, pad_token_id=PAD)
     assert [len(own) for own in small] == [1, 9, 4]
     for a, b in zip(small, large, strict=True):
-        assert a == pytest.approx(b, rel=1e-10)
+        assert [float(x.sum()) for x in a] == pytest.approx([float(x.sum()) for x in b], rel=1e-10)

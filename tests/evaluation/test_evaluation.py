@@ -8,8 +8,9 @@ from answers import BOS, EOS, PAD, base_of, greedy, question, words
 from answers import tokenizer as tokenizer
 from builders import VOCAB, random_adapter, random_examples, tiny_model
 from flexlora.data.collation import Example
-from flexlora.evaluation.evaluate import BASE, answer_loss_sums, evaluate
+from flexlora.evaluation.evaluate import BASE, evaluate
 from flexlora.evaluation.generation import generate_answers
+from flexlora.evaluation.likelihood import answer_token_losses
 from flexlora.evaluation.text_scores import exact_match, rouge_l
 from flexlora.training.local import answer_losses
 from flexlora.training.slots import SlotModel
@@ -114,13 +115,13 @@ def test_loss_sums_are_those_of_the_merged_models_row_by_row():
     rows = random_examples(5, seed=4)
     adapters = [random_adapter(slots.shapes, rank, seed=rank) for rank in (2, 4)]
     slots.load(adapters)
-    sums = answer_loss_sums(slots, [rows] * 2, batch_size=4, pad_token_id=PAD)
-    for adapter, got in zip(adapters, sums, strict=True):
-        for row, loss in zip(rows, got, strict=True):
+    losses = answer_token_losses(slots, [rows] * 2, batch_size=4, pad_token_id=PAD)
+    for adapter, got in zip(adapters, losses, strict=True):
+        for row, of_row in zip(rows, got, strict=True):
             with torch.no_grad():
                 logits = reference.logits_of(plain, [adapter], row.input_ids)
             expected = float(reference.answer_loss(logits, row))
-            assert loss == pytest.approx(expected, rel=1e-10)
+            assert float(of_row.sum()) == pytest.approx(expected, rel=1e-10)
 
 
 def test_the_bare_base_is_scored_where_there_is_no_adapter(tokenizer):
@@ -195,7 +196,7 @@ def test_classes_that_are_served_the_same_adapter_are_scored_in_one_pass(
         seen.append(batch.input_ids.shape[0])
         return answer_losses(slots, batch)
 
-    monkeypatch.setattr(module, "answer_losses", counted)
+    monkeypatch.setattr("flexlora.evaluation.likelihood.answer_losses", counted)
 
     def scores(**adapters):
         seen.clear()
