@@ -13,14 +13,16 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
+from torch import Tensor
+
 from flexlora.aggregation.engine.starts import truncated
 from flexlora.aggregation.engine.state import State
 from flexlora.clients.worker import Worker, worker_for
 from flexlora.config.resolve import resolved
 from flexlora.data.collation import Example
 from flexlora.errors import UserError, one_line
-from flexlora.evaluation.evaluate import answer_loss_sums
 from flexlora.evaluation.generation import generate_answers
+from flexlora.evaluation.likelihood import answer_token_losses
 from flexlora.lora.adapters import Adapter
 from flexlora.lora.ranks import RankClass
 from flexlora.printable import printable
@@ -220,8 +222,8 @@ class _Sampler:
         """
         slots = self.worker.slots_of(kind)
 
-        def attempt(size: int) -> list[list[float]]:
-            return answer_loss_sums(
+        def attempt(size: int) -> list[list[Tensor]]:
+            return answer_token_losses(
                 slots,
                 [rows] * len(adapters),
                 batch_size=size,
@@ -230,12 +232,12 @@ class _Sampler:
 
         try:
             slots.load(list(adapters))
-            sums, _ = within_memory(attempt, self.worker.config.eval.batch_size)
+            losses, _ = within_memory(attempt, self.worker.config.eval.batch_size)
         finally:
             slots.clear()
-        if sums is None:
+        if losses is None:
             raise UserError("out of memory with 1 row in an evaluation pass")
-        return [sum(of_adapter) for of_adapter in sums]
+        return [sum(float(row.sum()) for row in of_adapter) for of_adapter in losses]
 
 
 def _cut(text: str, most: int) -> str:
