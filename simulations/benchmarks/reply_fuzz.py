@@ -121,9 +121,19 @@ def cases() -> list[Case]:
         out_features=tuple(SHAPES[name][0] for name in names),
         in_features=tuple(SHAPES[name][1] for name in names),
     )
-    text = {"exact_match": 1.0, "rouge_l": 2.0, "generated": 4, "answer_bytes": 80}
-    asked = {"choice_rows": 2, "correct": 1.0, "pattern_rows": 1, "passed": 1.0}
-    score = Score(loss=30.0, tokens=20, rows=4, **text, **asked)
+    score = Score(
+        loss=30.0,
+        tokens=20,
+        rows=4,
+        exact_match=1.0,
+        rouge_l=2.0,
+        generated=4,
+        answer_bytes=80,
+        choice_rows=2,
+        correct=1.0,
+        pattern_rows=1,
+        passed=1.0,
+    )
     evaluation = EvalResult(client_id="client_1", scores={"rank_4": score, "personal": score})
     return [
         Case(kind="capability", content=Content.of(encode_capability(capability))),
