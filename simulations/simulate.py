@@ -107,10 +107,10 @@ def simulate(
     pool = make_pool(config) if several else None  # other processes load while this one does
     try:
         worker = worker_for(config)
+        check_held_out(worker.rows, config.data.held_out_tasks)
         if observer is not None:
             observer.read(worker.data.foreign_layouts())
         _check_enough(config, len(worker.client_ids))
-        check_held_out(worker.rows, config.data.held_out_tasks)
         config = resolved_limits(config, worker)
         kept = rounds_kept(config.server.late_rounds, config.server.keep_checkpoints)
         personal = PersonalStore(out / "personal", rounds_kept=kept)

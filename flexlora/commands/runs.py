@@ -32,7 +32,7 @@ def evaluate(
         str, Option("--json", metavar="FILE", click_type=PATH, help="write all scores, by client")
     ] = "",
     tasks: Annotated[
-        str, Option(metavar="lm_eval:TASK,...", help="score on these tasks or YAML files instead")
+        str, Option(metavar="lm_eval:TASK,...", help="score on these tasks instead")
     ] = "",
 ) -> int:
     from flexlora.simulations.inspection import evaluate_target

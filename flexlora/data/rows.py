@@ -88,7 +88,7 @@ def parse_row(obj: object, where: str) -> Row:
             f"{where}: 'output' is empty, expected the text to learn; fill it in or take "
             "the row out."
         )
-    return Row(**texts, **more)
+    return Row(**(more | texts))
 
 
 def _refuse_both(present: dict, where: str) -> None:

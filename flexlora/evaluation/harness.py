@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ class SlotLM(TemplateLM):
         if "adapter" not in options:
             raise UserError("the model 'flexlora' has no adapter; give model_args 'adapter=DIR'.")
         adapter = load_adapter(options["adapter"])
-        stored = read_config(f"{options['adapter']}/adapter_config.json").base
+        stored = read_config(Path(options["adapter"]) / "adapter_config.json").base
         base = load_base(options.get("base", stored or "embedded"))
         slots = slot_model(base.model, ",".join(adapter))
         slots.load([adapter])

@@ -1,7 +1,8 @@
 """The table of ``flexlora compare``: the settings in which runs differ, and their results.
 
-Losses are comparable if the same base is scored on the same held-out rows: if the settings that
-choose the rows agree, and the rows of each client in ``evaluation.csv``.
+Scores are comparable on the same held-out rows: if the settings that choose the rows agree, and the
+rows of each client in ``evaluation.csv``. Over another base, whose tokenizer may cut the rows into
+other tokens, a loss per token is not; bits per byte are.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ __all__ = ["Cell", "Column", "Comparison", "compared", "read_runs"]
 # The keys that choose which held-out rows are scored, and their text.
 ROW_KEYS: tuple[str, ...] = ("seed", "clients.count", "data.path", "data.tasks", "data.name")
 ROW_KEYS += ("data.partition", "data.dirichlet-alpha", "data.template", "train.max-length")
-ROW_KEYS += ("eval.split", "eval.fraction", "eval.max-examples", "model.name")
+ROW_KEYS += ("eval.split", "eval.fraction", "eval.max-examples")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +82,7 @@ def compared(runs: Sequence[RunRecords]) -> Comparison:
     """The table of ``runs``, in their order."""
     names = tuple(_names(runs))
     rows, notes = _held_out(runs)
+    notes += _bases(runs)
     columns = [_setting(runs, key) for key in _differing(runs)] + rows + [_rounds(runs)]
     columns += [_score(runs, key, title) for key, title in SCORES.items()]
     columns += [_total(runs, key, title) for key, title in TOTALS.items()]
@@ -164,15 +166,26 @@ def _held_out(runs: Sequence[RunRecords]) -> tuple[list[Column], list[str]]:
     keys = [key for key in ROW_KEYS if len({_shown_setting(run, key) for run in runs}) > 1]
     cause = ", ".join(keys) or "evaluation.csv names other clients or other numbers of rows"
     note = (
-        f"Scored on other rows or over another base ({cause}): "
+        f"Scored on other rows ({cause}): "
         "compare scores only within one letter of the column 'rows'."
     )
     cells = tuple(Cell(shown=letters[kind]) for kind in kinds)
     return [Column(title="rows", cells=cells, words=True)], [note]
 
 
+def _bases(runs: Sequence[RunRecords]) -> list[str]:
+    """A note where the runs have several bases."""
+    names = dict.fromkeys(_shown_setting(run, "model.name") for run in runs)
+    if len(names) < 2:
+        return []
+    return [
+        f"Scored over other bases ({', '.join(names)}): compare their bits/byte, since a loss per "
+        "token depends on the tokenizer."
+    ]
+
+
 def _rows_of(run: RunRecords) -> tuple[object, ...]:
-    """A key that is equal for runs scored on the same held-out rows over the same base."""
+    """A key that is equal for runs scored on the same held-out rows."""
     settings = tuple(_shown_setting(run, key) for key in ROW_KEYS)
     scored: Mapping[str, str] = {row["client_id"]: row["rows"] for row in run.evaluations}
     return settings, tuple(sorted(scored.items()))

@@ -18,7 +18,15 @@ __all__ = [
 ]
 
 # Metrics with their column titles: scores of one round, and sums over all rounds.
-SCORES = {"eval_loss": "loss", "eval_exact_match": "exact match", "eval_rouge_l": "ROUGE-L"}
+SCORES = {
+    "eval_loss": "loss",
+    "eval_bits_per_byte": "bits/byte",
+    "eval_exact_match": "exact match",
+    "eval_rouge_l": "ROUGE-L",
+    "eval_acc": "acc",
+    "eval_acc_norm": "acc_norm",
+    "eval_pattern": "pattern",
+}
 TOTALS = {
     "bytes_down": "down",
     "bytes_up": "up",

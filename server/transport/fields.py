@@ -16,6 +16,7 @@ from flexlora.wire.jobs import Capability, Score
 __all__ = ["LARGEST_LOSS", "check_capability", "check_score", "read_fields"]
 
 LARGEST_LOSS = 100.0  # nats per token: a base that guesses has ln(vocabulary), about 12
+LONGEST_TOKEN = 1024  # bytes of text
 LARGEST_COUNT = 10**9
 BOUNDS: dict[str, tuple[float, float]] = {
     "num_examples": (-LARGEST_COUNT, LARGEST_COUNT),  # check_update names one below 1
@@ -140,13 +141,19 @@ def check_score(name: str, score: Score) -> None:
     """Refuse sums that contradict each other.
 
     Raises:
-        ValueError: a loss per token above ``LARGEST_LOSS``, more matches than generated rows, more
-            of these than rows, more rows answered right than asked.
+        ValueError: a loss per token above ``LARGEST_LOSS``, more text than ``LONGEST_TOKEN`` a
+            token, more matches than generated rows, more of these than rows, more rows answered
+            right than asked.
     """
     if score.loss > LARGEST_LOSS * score.tokens:
         raise ValueError(
             f"the loss of '{name}' is {score.loss:.6g} over {score.tokens} tokens, expected at "
             f"most {LARGEST_LOSS:g} for each"
+        )
+    if score.answer_bytes > LONGEST_TOKEN * score.tokens:
+        raise ValueError(
+            f"'{name}' has {score.answer_bytes} bytes of answers in {score.tokens} tokens, "
+            f"expected at most {LONGEST_TOKEN} for each"
         )
     rounded = score.generated * (1.0 + 1e-9)
     if score.generated > score.rows or max(score.exact_match, score.rouge_l) > rounded:

@@ -81,6 +81,19 @@ def test_rows_that_differ_under_equal_settings_are_seen_in_the_scores(tmp_path, 
     assert "evaluation.csv names other clients or other numbers of rows" in notes[0]
 
 
+def test_over_other_bases_bits_per_byte_are_compared_and_the_losses_are_said_not_to_be(tmp_path):
+    """The same text cut into other tokens: the run with the larger loss per token is the better."""
+    bits = {2: {"eval_bits_per_byte": 1.9}}
+    first = written_run(tmp_path / "one", (3.0, 2.0, 1.5), extra=bits, model__name="a")
+    bits = {2: {"eval_bits_per_byte": 1.2}}
+    second = written_run(tmp_path / "two", (3.0, 2.5, 2.2), extra=bits, model__name="b")
+    table, notes = columns(first, second)
+    assert table["bits/byte"] == ["1.900", "1.200"] and table["loss"] == ["1.500", "2.200"]
+    assert "rows" not in table and len(notes) == 1
+    assert "other bases (a, b): compare their bits/byte" in notes[0]
+    assert columns(first, written_run(tmp_path / "three", (3.0, 2.0), model__name="a"))[1] == ()
+
+
 def test_losses_per_class_are_compared_where_the_classes_agree(tmp_path, pair):
     other = written_run(tmp_path / "three", (3.0, 2.0), classes=("rank_2", "rank_16"))
     assert not [title for title in columns(pair[0], other)[0] if title.startswith("loss ")]

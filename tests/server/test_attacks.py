@@ -267,6 +267,16 @@ FALSE_SCORES = {
     "a negative sum": ({"rouge_l": -1.0}, "'rouge-l' is -1.0, expected 0"),
     "no number": ({"loss": float("nan")}, "'loss' is nan"),
     "2**63 rows": ({"rows": 2**63}, "'rows' is 92233"),
+    "more text than tokens hold": (
+        {"answer_bytes": 10**6},
+        "1000000 bytes of answers in 10",
+    ),
+    "more right than asked": (
+        {"choice_rows": 2, "correct": 3.0},
+        "3 right of 2 multiple-choice rows among 4",
+    ),
+    "more choices than rows": ({"choice_rows": 5}, "5 multiple-choice rows among 4"),
+    "more passed than asked": ({"pattern_rows": 1, "passed": 2.0}, "2 passed of 1 answers"),
 }
 
 

@@ -208,6 +208,27 @@ def test_scores_that_make_no_sense_count_for_nobody(kind, worker, tmp_path):
         assert losses and losses == {key: got.get(key) for key in losses}
 
 
+def test_a_node_of_an_earlier_version_sends_fewer_sums_and_is_scored(worker, tmp_path):
+    """The sums for bits per byte and choices are newer than the wire's format: none means zero."""
+    newer = ("answer_bytes", "choice_rows", "correct", "correct_norm", "pattern_rows", "passed")
+
+    def older(reply, message):
+        report = {
+            key: value
+            for key, value in reply.content["report"].items()
+            if key.removeprefix("score/").replace("-", "_") not in newer
+        }
+        return [Message(RecordDict({"report": ConfigRecord(report)}), reply_to=message)]
+
+    query = {"config": small(), "kind": MessageType.EVALUATE}
+    _, run, _ = run_with(worker, tmp_path / "a")
+    _, again, _ = run_with(worker, tmp_path / "b", tamper=older, **query)
+    for expected, got in zip(rounds(run.path), rounds(again.path), strict=True):
+        assert expected["eval_loss"] == pytest.approx(got["eval_loss"], rel=1e-6)
+        bits, rest = expected["eval_bits_per_byte"], got["eval_bits_per_byte"]
+        assert 0 < bits < rest, "the control: one client's bytes are missing from the sum"
+
+
 def test_the_sum_weighs_clients_by_their_examples(worker, tmp_path):
     """Negative control for the bytes above: with other weights it is another sum."""
     first, _, _ = run_with(worker, tmp_path / "a")
