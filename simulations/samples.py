@@ -38,7 +38,7 @@ from flexlora.training.personal_store import PersonalStore
 __all__ = ["sample_run", "take_samples", "write_samples_of"]
 
 LOG = logging.getLogger(__name__)
-CLIENTS, ROWS = 6, 256  # whose answers are shown, and on how many rows a loss is compared
+CLIENTS, ROWS = 6, 128  # whose answers are shown, and on how many rows a loss is compared
 LONGEST_PROMPT, LONGEST_ANSWER = 600, 400  # characters
 
 

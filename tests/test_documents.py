@@ -47,7 +47,8 @@ NOT_IN_THE_TREE = (
     *("adapters/", "adapters/CLASS/", "adapters/global/", "checkpoint/", "checkpoint/sent-ROUND/"),
     *("audit.jsonl", "latest.json", "federations/", "DIR/federations/NAME"),
     *("app/pyproject.toml", "private/ca.key", "config.json", "nodes/", "seeds.json"),
-    *("nodes/fleet.json", "members.json", "canaries.json"),
+    *("nodes/fleet.json", "members.json", "canaries.json", "samples.json", "trackers.json"),
+    *("tensorboard/", "RUN/tensorboard/", "RUN/wandb/"),
 )
 PLACEHOLDERS = {"NAME", "DIR", "RUN", "CLASS", "FILE", "FOLDER"}
 FILE = re.compile(r"[\w.-]*[\w-](?:/[\w.-]+)*(?:\.(?:py|md|toml|jsonl?|csv|svg|proto|html)|/)")

@@ -44,7 +44,7 @@ def made_up_run(
     classes = random.choice(list(CLASSES), size=clients, p=list(CLASSES.values()))
     devices = random.integers(len(DEVICES), size=clients)
     examples = np.maximum(4, random.lognormal(4.0, 1.0, size=clients)).astype(int)
-    people = list(zip(classes, devices, examples, strict=True))
+    people = [(str(c), int(d), int(e)) for c, d, e in zip(classes, devices, examples, strict=True)]
     modules = [
         f"model.layers.{layer}.{part}.{kind}"
         for layer in range(layers)
@@ -52,8 +52,8 @@ def made_up_run(
         for kind in kinds
     ]
     for at in range(rounds + 1):
-        asked = random.choice(clients, size=max(1, clients // 3), replace=False) if at else []
-        rows = [_client(at, int(k), *people[k], random) for k in asked]
+        order = random.permutation(clients).tolist() if at else []
+        rows = [_client(at, k, people[k], random) for k in order[: max(1, clients // 3)]]
         metrics = _metrics(at, rounds, rows, random)
         if at:
             metrics["modules"] = {name: _module(at, random) for name in modules}
@@ -66,8 +66,9 @@ def made_up_run(
 
 
 def _client(
-    at: int, k: int, rank_class: str, device: int, examples: int, random: np.random.Generator
+    at: int, k: int, person: tuple[str, int, int], random: np.random.Generator
 ) -> dict[str, object]:
+    rank_class, device, examples = person
     failed = random.random() < 0.04
     rank = int(rank_class.removeprefix("rank_"))
     cause = ("no reply in time", "out of memory at rank 16", "lora_A holds NaN")[k % 3]
@@ -78,7 +79,7 @@ def _client(
         "rank": rank,
         "quantization": "nf4",
         "device": DEVICES[device],
-        "num_examples": int(examples),
+        "num_examples": examples,
         "loss_before": 2.0 + random.random(),
         "loss_after": 1.0 + random.random(),
         "bytes_down": 40_000_000,
