@@ -155,19 +155,25 @@ def _following(served: Served, console: Console) -> Iterator[None]:
 
 
 def _follow(followed: FollowedRun, stop: threading.Event, say: Callable[[str], None]) -> None:
-    """What cannot be read is said once, and tried again: the last good round stays."""
     said = ""
     while not stop.wait(POLL_SECONDS):
-        try:
-            found = followed.poll()
-        except Exception as error:  # a run that is moved, deleted or damaged meanwhile
-            if one_line(error) != said:
-                said = one_line(error)
-                say(f"{followed.path} is not followed at the moment: {said}")
-            continue
-        if found is not None:
-            said = ""
-            say(f"{time.strftime('%H:%M:%S')} round {found} of {followed.path} is served")
+        said = _poll(followed, said, say)
+
+
+def _poll(followed: FollowedRun, said: str, say: Callable[[str], None]) -> str:
+    """Serve a new round where there is one; the cause that was said, empty where all is well.
+
+    What cannot be read is said once, and tried again: the last good round stays.
+    """
+    try:
+        found = followed.poll()
+    except Exception as error:  # a run that is moved, deleted or damaged meanwhile
+        if one_line(error) != said:
+            say(f"{followed.path} is not followed at the moment: {one_line(error)}")
+        return one_line(error)
+    if found is not None:
+        say(f"{time.strftime('%H:%M:%S')} round {found} of {followed.path} is served")
+    return ""
 
 
 def _banner(served: Served, url: str, targets: Sequence[Target], *, keyed: bool) -> Iterator[str]:
