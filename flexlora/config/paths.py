@@ -73,10 +73,11 @@ def read_text(path: str | Path, what: str) -> str:
 
 
 def resolve_name(name: str) -> str:
-    """The folder or hub name behind ``model.name``.
+    """The folder or hub name behind ``model.name``; of a GGUF file the one that it is unpacked to.
 
     Raises:
-        UserError: a path that does not exist or is a file, a folder without a ``config.json``.
+        UserError: a path that does not exist or is another file, a folder without a
+            ``config.json``, a GGUF file that cannot be unpacked.
     """
     if name == "embedded":
         return str(EMBEDDED)
@@ -86,19 +87,15 @@ def resolve_name(name: str) -> str:
             raise UserError(f"model folder '{name}' {_without_config(path)}")
         return str(path.resolve())
     if path.suffix == ".gguf":
-        raise UserError(f"the model is '{name}', a GGUF file; {_NO_GGUF}")
+        from flexlora.config.gguf_base import unpacked
+
+        return str(unpacked(path, name))
     if name.startswith((".", "/", "~")) or name.count("/") != 1 or path.exists():
         raise UserError(
             f"the model is '{name}', which is not a folder; "
             "expected 'embedded', a model folder or a hub name like 'owner/model'."
         )
     return name
-
-
-_NO_GGUF = (
-    "expected a folder with config.json and the weights as safetensors, which the publisher "
-    "of the GGUF file usually names."
-)
 
 
 def _without_config(path: Path) -> str:
@@ -108,8 +105,8 @@ def _without_config(path: Path) -> str:
         return "is empty, so it has no config.json; was it copied?"
     if ADAPTER in files:
         return f"has no config.json but an adapter ({ADAPTER}); give the folder {_base_of(path)}."
-    if any(file.endswith(".gguf") for file in files):
-        return f"has no config.json but a GGUF file; {_NO_GGUF}"
+    if found := [file for file in files if file.endswith(".gguf")]:
+        return f"has no config.json but a GGUF file; give '{path / found[0]}'."
     below = [file for file in files if (path / file / "config.json").is_file()]
     if below:
         return f"has no config.json, but its folder '{below[-1]}' has one; give that."

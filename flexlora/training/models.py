@@ -28,6 +28,7 @@ from flexlora.errors import UserError, nearest, reason
 from flexlora.training.base_model import BaseModel
 from flexlora.training.checkpoint import check_loaded, listed, open_checkpoint
 from flexlora.training.fingerprint import fingerprint
+from flexlora.training.gguf_weights import write_missing_weights
 from flexlora.training.tokenizer import load_tokenizer
 
 __all__ = ["BaseModel", "load_base", "pick_device", "resolve_name"]
@@ -116,6 +117,8 @@ def _load(
     config = base_config(name)
     folder = config_file(name).parent
     local = Path(source).is_dir()
+    if local:
+        write_missing_weights(folder, name)
     where = {"local_files_only": True} if local else {"revision": folder.name}
     stored = open_checkpoint(folder, name) if local else None
     options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
