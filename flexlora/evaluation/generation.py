@@ -140,6 +140,13 @@ def _answer_of(ids: Tensor, ends: set[int], never: set[int]) -> Tensor:
     return ids[~torch.isin(ids, torch.tensor(sorted(never), dtype=ids.dtype))]
 
 
+def end_ids(model: Any, tokenizer: Any) -> set[int]:
+    """The eos of the tokenizer and those that the model's configuration names."""
+    named = model.generation_config.eos_token_id
+    named = named if isinstance(named, list) else [named]
+    return {tokenizer.eos_token_id, *named} - {None}
+
+
 def outside_text(tokenizer: Any) -> set[int]:
     """The tokenizer's own padding and bos, which no answer holds."""
     ids = (getattr(tokenizer, name, None) for name in ("pad_token_id", "bos_token_id"))
@@ -156,13 +163,6 @@ def _decoded(rows: list[Tensor], tokenizer: Any) -> list[str]:
         return [text.strip() for text in tokenizer.batch_decode(rows, skip_special_tokens=False)]
     finally:
         tokenizer.clean_up_tokenization_spaces = cleans
-
-
-def end_ids(model: Any, tokenizer: Any) -> set[int]:
-    """The eos of the tokenizer and those that the model's configuration names."""
-    named = model.generation_config.eos_token_id
-    named = named if isinstance(named, list) else [named]
-    return {tokenizer.eos_token_id, *named} - {None}
 
 
 def _greedy(

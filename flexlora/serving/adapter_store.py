@@ -20,7 +20,7 @@ from flexlora.errors import UserError, nearest
 from flexlora.lora.adapters import Adapter
 from flexlora.lora.peft_folder import load_adapter
 from flexlora.runs.sources import Sources, read_origin
-from flexlora.serving.rank_arena import RankArena, Rows, row_bytes, trimmed
+from flexlora.serving.rank_arena import RankArena, Rows, prepared, row_bytes
 from flexlora.training.base_model import BaseModel
 from flexlora.training.targets import choose_targets, linear_shapes, shape_misfit
 
@@ -81,7 +81,7 @@ class AdapterStore:
             self._check_new(name)
         adapter = source if isinstance(source, Adapter) else self._read(name, Path(source))
         self._check_fits(name, adapter)
-        version = Version(name, trimmed(adapter))
+        version = Version(name, prepared(adapter, self.dtype))
         self._check_size(version)
         with self._lock:
             if not replace:

@@ -19,16 +19,19 @@ WINDOW = 32  # tokens that are decoded at once at most, while they end in whole 
 class Detokenizer:
     """``decode`` of a growing list of tokens, one token at a time.
 
-    A token's text may depend on those before it (a space at the start, bytes of one character), so
-    a window is decoded and compared with what it was. Costs a decode of at most ``WINDOW`` tokens.
+    A token's text may depend on those before it (SentencePiece's space at the start of a text,
+    bytes of one character), so a window is decoded and compared with what it was. ``context`` are
+    the tokens before the first. Costs a decode of at most ``WINDOW`` tokens.
     """
 
-    def __init__(self, tokenizer: Any, left_out: set[int]) -> None:
+    def __init__(self, tokenizer: Any, left_out: set[int], context: Sequence[int] = ()) -> None:
         # The Rust tokenizer itself: transformers' wrapper takes three times as long per token.
         self._core = getattr(tokenizer, "backend_tokenizer", None)
         self.tokenizer, self.left_out = tokenizer, left_out
-        self._window: list[int] = []
-        self._given = 0  # characters of the window's text that were returned
+        self._window = [token for token in context if token not in left_out]
+        # Characters of the window's text that were returned; one that the context leaves
+        # incomplete is the answer's.
+        self._given = len(self._decode(self._window).rstrip(INCOMPLETE))
         self._last: list[int] = []  # tokens since the text last grew
 
     def add(self, token_id: int) -> str:

@@ -17,6 +17,7 @@ from flexlora.serving.sampling import Draw
 __all__ = ["LiveRequest"]
 
 LOG = logging.getLogger(__name__)
+CONTEXT = 8  # tokens of the prompt before the answer: a character has up to four
 
 
 class LiveRequest:
@@ -42,7 +43,8 @@ class LiveRequest:
         sampling = request.sampling
         self.seed = secret_seed() if sampling.seed is None else sampling.seed
         self.answer: list[int] = []
-        self._text = AnswerText(Detokenizer(tokenizer, outside_text(tokenizer)), sampling.stop)
+        detokenizer = Detokenizer(tokenizer, outside_text(tokenizer), request.prompt_ids[-CONTEXT:])
+        self._text = AnswerText(detokenizer, sampling.stop)
 
     @property
     def length(self) -> int:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flexlora.errors import UserError, one_line
-from flexlora.serving.attention import Span, plan_attention
+from flexlora.serving.attention_plan import Span, plan_attention
 from flexlora.serving.kv_cache import KVCache, LayerShape, Pool, Slot
 from flexlora.serving.model_pass import ModelPass, Part
 from flexlora.training.base_model import BaseModel, text_config
@@ -27,7 +27,7 @@ PROMPTS = ((0, 6), (6, 9))  # of 9 usual tokens
 KINDS = {"full_attention", "sliding_attention"}
 GROWING = ("dynamic", "longrope")  # rotary angles that depend on the longest row of the batch
 UNKNOWN_LENGTH = 4096
-# Of the largest logit. All 101 families that can be served are below 1e-6 in float32.
+# Of the largest logit. The families that can be served are all below 1e-6 in float32.
 EXACT, ROUNDED = 3e-5, 5e-2
 
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from flexlora.serving.adapter_store import AdapterStore, Version
-from flexlora.serving.attention import NAME, AttentionPass, Span, attention_of, plan_attention
+from flexlora.serving.attention import NAME, attention_of, running
+from flexlora.serving.attention_plan import AttentionPass, Span, plan_attention
 from flexlora.serving.block_plan import Block, BlockCosts, Segment, plan_blocks
 from flexlora.serving.kv_cache import Slot
 from flexlora.serving.served_layers import ServedModel
@@ -91,7 +92,7 @@ class ModelPass:
         whole = len(ends) == len(tokens)
         if self._keeps_logits and not whole:
             options["logits_to_keep"] = index
-        with step.running():
+        with running(step):
             found = self.model(input_ids=both[:1], use_cache=False, **options).logits[0]
         return found if whole or self._keeps_logits else found[index]
 

@@ -13,14 +13,14 @@ adapter is contiguous, and adapters are moved together where the free rows are s
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from flexlora.lora.adapters import Adapter, LoRAFactors
 
-__all__ = ["RankArena", "Rows", "row_bytes", "trimmed"]
+__all__ = ["RankArena", "Rows", "prepared", "row_bytes"]
 
 FIRST_ROWS = 64
 
@@ -107,7 +107,7 @@ class RankArena:
         if factors is not None:
             rank = factors.rank
             A[:rank].copy_(factors.lora_A)
-            B[:rank].copy_((factors.scaling * factors.lora_B.double()).T)
+            B[:rank].copy_(_scaled(factors).T)
         A[rank:].zero_()
         B[rank:].zero_()
 
@@ -146,19 +146,28 @@ def row_bytes(shapes: Mapping[str, tuple[int, int]], dtype: torch.dtype) -> int:
     return sum(out + width for out, width in shapes.values()) * dtype.itemsize
 
 
-def trimmed(adapter: Adapter) -> Adapter:
-    """``adapter`` without terms that are zero, such as the padding of the portable layout."""
+def prepared(adapter: Adapter, dtype: torch.dtype) -> Adapter:
+    """``adapter`` as the arena holds it: scaling 1, ``lora_B`` column by column, no zero terms.
+
+    Zero terms are such as the padding of the portable layout. To place it is to copy it.
+    """
     modules = {}
     for name, factors in adapter.items():
         live = _nonzero(factors.lora_A, dim=1) & _nonzero(factors.lora_B, dim=0)
         index = live.nonzero().flatten()
-        if len(index) == factors.rank:
-            modules[name] = factors
-            continue
         index = index if len(index) else torch.zeros(1, dtype=torch.long)  # a rank is at least 1
         kept = factors.terms(index.tolist())
-        modules[name] = replace(kept, rslora=False, alpha=factors.scaling * kept.rank)
+        modules[name] = LoRAFactors(
+            lora_A=kept.lora_A.to(dtype),
+            lora_B=_scaled(kept).to(dtype).T.contiguous().T,
+            alpha=float(kept.rank),
+        )
     return Adapter(modules)
+
+
+def _scaled(factors: LoRAFactors) -> Tensor:
+    """``scaling * lora_B``, multiplied in float64."""
+    return factors.lora_B if factors.scaling == 1.0 else factors.scaling * factors.lora_B.double()
 
 
 def _nonzero(matrix: Tensor, *, dim: int) -> Tensor:

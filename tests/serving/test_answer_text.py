@@ -5,6 +5,8 @@ from itertools import accumulate, pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from flexlora.serving.answer_text import AnswerText, Detokenizer
 from flexlora.training.models import load_base
@@ -19,9 +21,28 @@ def ids_of(tokenizer, text):
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
-def pieces_of(tokenizer, ids, stops=()):
+def sentence_pieces():
+    """A tokenizer whose decoder takes the space at the start of a text away, as Llama 2's."""
+    words = [
+        "<pad>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "\u2581a",
+        "\u2581be",
+        "c",
+        "\u2581",
+    ]
+    core = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [], byte_fallback=True))
+    parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    core.decoder = decoders.Sequence([*parts, decoders.Strip(" ", 1, 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>")
+
+
+PIECES = sentence_pieces()
+
+
+def pieces_of(tokenizer, ids, stops=(), context=()):
     """The text after each token, and what is held back at the end."""
-    text = AnswerText(Detokenizer(tokenizer, {tokenizer.pad_token_id}), stops)
+    text = AnswerText(Detokenizer(tokenizer, {tokenizer.pad_token_id}, context), stops)
     pieces = []
     for token in ids:
         pieces.append(text.add(token))
@@ -48,6 +69,25 @@ def test_the_pieces_are_the_text_and_no_character_is_broken(tokenizer, text, rep
 def test_any_bytes_come_out_as_the_tokenizer_writes_them_at_once(ids):
     """Invalid UTF-8 too, over more tokens than are decoded at once."""
     assert "".join(pieces_of(BYTES, ids)) == decoded(BYTES, ids)
+
+
+@given(
+    ids=st.lists(st.sampled_from([257, 258, 259, 260]), min_size=2, max_size=60),
+    cut=st.integers(1, 60),
+)
+def test_an_answer_continues_its_prompt_with_the_space_between_them(ids, cut):
+    """SentencePiece's decoders drop the space at the start of a text: an answer is no start."""
+    prompt, answer = ids[:cut], ids[cut:]
+    found = "".join(pieces_of(PIECES, answer, context=prompt[-8:]))
+    assert decoded(PIECES, prompt) + found == decoded(PIECES, ids)
+
+
+def test_a_character_that_the_prompt_leaves_open_is_the_answers():
+    ids = ids_of(BYTES, "a🙂b")
+    assert pieces_of(BYTES, ids[3:], context=ids[:3]) == ["", "🙂", "b", ""]
+    space = [257, 258]
+    assert pieces_of(PIECES, space[1:], context=space[:1]) == [" be", ""]
+    assert pieces_of(PIECES, space[1:]) == ["be", ""], "the control: without the prompt"
 
 
 def test_a_character_comes_with_its_last_token():

@@ -6,7 +6,7 @@ import torch
 from builders import random_adapter
 from flexlora.lora.adapters import Adapter
 from flexlora.lora.layouts import laid_out
-from flexlora.serving.rank_arena import RankArena, row_bytes, trimmed
+from flexlora.serving.rank_arena import RankArena, prepared, row_bytes
 
 F64 = torch.float64
 
@@ -82,7 +82,7 @@ def test_memory_grows_with_the_rows_in_use(shapes):
 def test_zero_terms_are_left_out_and_the_products_stay(shapes):
     """The padding of the portable layout, which an adapter of unequal ranks is exported in."""
     adapter = random_adapter(shapes, [2, 6, 1], alpha=[3.0, 8.0], seed=4)
-    kept = trimmed(laid_out(adapter, "portable"))
+    kept = prepared(laid_out(adapter, "portable"), F64)
     assert [f.rank for f in kept.values()] == [f.rank for f in adapter.values()]
     for name in shapes:
         torch.testing.assert_close(kept.delta_weight(name), adapter.delta_weight(name))
@@ -94,7 +94,7 @@ def test_terms_between_others_are_left_out_too(shapes, rslora):
     for factors in adapter.values():
         factors.lora_A[1] = 0
         factors.lora_B[:, 2] = 0
-    kept = trimmed(adapter)
+    kept = prepared(adapter, F64)
     assert {f.rank for f in kept.values()} == {2}
     for name in shapes:
         torch.testing.assert_close(kept.delta_weight(name), adapter.delta_weight(name))
@@ -102,4 +102,4 @@ def test_terms_between_others_are_left_out_too(shapes, rslora):
 
 def test_an_adapter_of_zeros_keeps_one_term(shapes):
     zero = Adapter({n: f.map(torch.zeros_like) for n, f in random_adapter(shapes, 3).items()})
-    assert {f.rank for f in trimmed(zero).values()} == {1}
+    assert {f.rank for f in prepared(zero, F64).values()} == {1}
