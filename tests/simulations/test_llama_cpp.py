@@ -19,6 +19,7 @@ from flexlora.lora.peft_folder import load_adapter, save_adapter
 from flexlora.simulations.exporting import export
 from flexlora.training.models import load_base
 from flexlora.training.targets import linear_shape
+from small_tokenizers import byte_bpe
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 pytest.importorskip("gguf", reason="gguf is not installed")
@@ -108,3 +109,43 @@ def written(made, adapter, name):
     config = base.model.config.to_dict()
     adapter_file.write_adapter(adapter, file, config=config, description=about)
     return file
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Mistral", "Qwen2", "Qwen3"])
+def test_every_family_is_computed_as_transformers_does(kind, tmp_path):
+    """Random weights; the Llama with biases and llama3's frequencies."""
+    import transformers
+
+    rope = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0}
+    rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+    more = {"Mistral": {"sliding_window": None}, "Llama": {"attention_bias": True}}.get(kind, {})
+    more |= {"rope_parameters": rope} if kind == "Llama" else {}
+    more |= {"head_dim": 32} if kind != "Qwen2" else {}
+    config = getattr(transformers, f"{kind}Config")(
+        **{"vocab_size": 400, "max_position_embeddings": 256, "hidden_size": 64, **more},
+        **{"intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4},
+        num_key_value_heads=2,
+    )
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            flat = parameter.dim() == 1 and not name.endswith("bias")
+            parameter.uniform_(0.5, 1.5) if flat else parameter.normal_(std=0.15)
+    tokenizer = byte_bpe(bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<u>")
+    about = Description(name=kind, text="", license="", base=kind)
+    write_model(model, tokenizer, tmp_path / "m.gguf", numbers="f32", description=about)
+    shapes = {n: linear_shape(m) for n, m in model.named_modules() if n.endswith("_proj")}
+    adapter = random_adapter(shapes, [2, 5, 3], alpha=[4.0, 16.0], dtype=torch.float32)
+    config = model.config.to_dict()
+    adapter_file.write_adapter(adapter, tmp_path / "a.gguf", config=config, description=about)
+    ids = list(range(5, 60))
+    before = llama.torch_logits(model, ids)
+    with torch.no_grad():
+        for name, factors in adapter.items():
+            model.get_submodule(name).weight.add_(factors.delta_weight())
+    after = llama.torch_logits(model, ids)
+    plain = llama.logits(llama.open_model(tmp_path / "m.gguf"), ids)
+    adapted = llama.logits(llama.open_model(tmp_path / "m.gguf", tmp_path / "a.gguf"), ids)
+    assert (plain - before).abs().max() < 1e-4 and (adapted - after).abs().max() < 1e-4
+    assert (after - before).abs().max() > APART
