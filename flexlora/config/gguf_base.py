@@ -9,11 +9,13 @@ and its path, size and time of change; ``config.json`` and the tokenizer come fi
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,10 @@ __all__ = ["ORIGIN", "is_gguf", "read_quietly", "unpacked"]
 
 ORIGIN = "gguf.json"  # in an unpacked folder: the file that it came from
 MAGIC = b"GGUF"
+FIELDS = (
+    *("general.architecture", "general.type", "split.count"),
+    *("tokenizer.ggml.model", "tokenizer.ggml.pre"),
+)
 
 
 def is_gguf(path: Path) -> bool:
@@ -95,9 +101,7 @@ def _checked_fields(path: Path, name: str) -> dict[str, Any]:
     """The metadata that is looked at here, and whether there are factors of the frequencies."""
     try:
         reader = gguf_package().GGUFReader(path)
-        wanted = ("general.architecture", "general.type", "split.count")
-        wanted += ("tokenizer.ggml.model", "tokenizer.ggml.pre")
-        fields = {key: reader.fields[key].contents() for key in wanted if key in reader.fields}
+        fields = {key: reader.fields[key].contents() for key in FIELDS if key in reader.fields}
         scaling = f"{fields.get('general.architecture')}.rope.scaling.type"
         scaled = reader.fields[scaling].contents() if scaling in reader.fields else "none"
         names = {tensor.name for tensor in reader.tensors}
@@ -180,7 +184,8 @@ def read_quietly(read: Callable[[], Any], cause: str) -> Any:
     verbosity = logging.get_verbosity()
     logging.set_verbosity(50)
     try:
-        return read()
+        with redirect_stderr(io.StringIO()):  # a bar that no setting turns off
+            return read()
     except Exception as error:  # the families raise different errors
         raise UserError(f"{cause}: {reason(error)}") from error
     finally:

@@ -1,6 +1,5 @@
 """Exports for llama.cpp, read back by the ``gguf`` package and held against a slow reference."""
 
-import json
 import shutil
 
 import pytest
@@ -154,15 +153,6 @@ def test_without_the_package_one_sentence_says_what_to_install(
     assert "pip install 'flexlora[gguf]'" in said and not (tmp_path / "l").exists()
 
 
-def changed(folder, target, change):
-    shutil.copytree(folder, target)
-    file = target / "adapter_config.json"
-    config = json.loads(file.read_text())
-    change(config)
-    file.write_text(json.dumps(config))
-    return target
-
-
 def test_bad_adapters_are_refused_in_one_sentence(adapter_folder, tmp_path, capsys):
     out = tmp_path / "out"
     above = refusal(["export", adapter_folder, "--rank", 9, "--out", out], capsys)
@@ -199,3 +189,38 @@ def test_options_that_do_not_fit_are_refused(adapter_folder, tmp_path):
     refused("--dtype is of --format gguf", kind="merged", dtype="f16")
     refused("--dtype is 'f15'.*Did you mean 'f1", kind="gguf", dtype="f15")
     refused("trained on a base of full precision", kind="merged", dequantize=True)
+
+
+def test_every_folder_has_a_valid_card(adapter_folder, tmp_path):
+    from huggingface_hub import ModelCard
+
+    libraries = {"portable": "peft", "merged": "transformers", "gguf-lora": "gguf"}
+    for form, library in libraries.items():
+        export(str(adapter_folder), rank=None, kind=form, out=str(tmp_path / form))
+        card = ModelCard.load(tmp_path / form / "README.md")
+        assert card.data.library_name == library and card.data.license == "apache-2.0"
+        assert "federated-learning" in card.data.tags and str(EMBEDDED) not in card.content
+        assert ("| merged into | the base at full precision |" in card.content) == (
+            form == "merged"
+        )
+
+
+def test_a_run_on_an_nf4_base_is_merged_into_its_rounded_base_only(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from federation import small
+    from flexlora.simulations.simulate import simulate
+
+    simulate(small(model__quantization="nf4", num_server_rounds=1), tmp_path / "run")
+    with pytest.raises(UserError, match=r"trained on a nf4 base.*--dequantize"):
+        export(str(tmp_path / "run"), rank=2, kind="merged", out=str(tmp_path / "no"))
+    out = tmp_path / "m"
+    export(str(tmp_path / "run"), rank=2, kind="merged", out=str(out), dequantize=True)
+    card = (out / "README.md").read_text()
+    assert "the base rounded to nf4 and dequantized" in card and "| rank_2 |" in card
+    merged = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    weight = "model.layers.1.mlp.up_proj.weight"  # not a target: NF4's 16 values a block
+    got = merged.state_dict()[weight]
+    full = load_base("embedded", device="cpu").model.state_dict()[weight]
+    error = float((got - full).norm() / full.norm())
+    assert 0.02 < error < 0.2 and len(got.reshape(-1, 64)[0].unique()) <= 16
