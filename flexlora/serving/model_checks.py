@@ -43,7 +43,7 @@ def length_limit(base: BaseModel) -> int:
     return int(longest)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def plain_logits(base: BaseModel) -> list[Tensor]:
     """Logits ``[length, vocabulary]`` of each trial prompt alone, before the model is changed.
 

@@ -79,7 +79,7 @@ class ModelPass:
             span.slot.length += span.count
         return logits.float()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def forward(
         self, parts: Sequence[Part], spans: Sequence[Span], step: AttentionPass, ends: list[int]
     ) -> Tensor:
