@@ -30,7 +30,7 @@ from flexlora.serving.api.service import Service
 from flexlora.serving.api.token_bytes import TokenBytes
 from flexlora.serving.engine import Engine
 from flexlora.serving.prompts import Prompts
-from flexlora.serving.requests import Request, Sampling
+from flexlora.serving.requests import Piece, Request, Sampling
 from flexlora.simulations.benchmarks.serving import random_adapter
 from flexlora.training.models import load_base
 from flexlora.training.targets import find_targets
@@ -48,7 +48,7 @@ def _alone(engine: Engine, prompts: Prompts) -> dict[Key, str]:
     found = {}
     for name in engine.adapters.names():
         for question in QUESTIONS:
-            prompt, pieces = prompts.chat([("user", question)]), list[str]()
+            prompt, pieces = prompts.chat([("user", question)]), list[Piece]()
             request = Request(
                 request_id="alone",
                 adapter=name,
@@ -56,10 +56,11 @@ def _alone(engine: Engine, prompts: Prompts) -> dict[Key, str]:
                 ends=prompt.ends,
                 sampling=Sampling(max_tokens=TOKENS),
             )
-            engine.submit(request, lambda piece, to=pieces: to.append(piece.text))
+            engine.submit(request, pieces.append)
             while engine.step():
                 pass
-            found[name, question] = "".join(pieces).removeprefix(prompt.separator)
+            text = "".join(piece.text for piece in pieces)
+            found[name, question] = text.removeprefix(prompt.separator)
     return found
 
 
@@ -106,6 +107,8 @@ class Clients:
                 found = await _answer(client, body)
         except TimeoutError:
             return "hung up"
+        except httpx.HTTPError as error:
+            return f"lost ({type(error).__name__})"
         return "right" if found == self._expected[key] else "wrong"
 
 
@@ -168,7 +171,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{name:<16} {value:8.1f} after warm-up, {after[name]:8.1f} at the end")
     grown = after["MiB of memory"] - before["MiB of memory"] > 50
     grown |= after["open files"] > before["open files"] + 4 or after["bytes in slots"] > 0
-    return int(grown or bool(clients.outcomes["wrong"]) or not calm)
+    return int(grown or bool(clients.outcomes.keys() - {"right", "hung up"}) or not calm)
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def test_a_run_and_a_folder_are_served_together(run, foreign):
     found = open_served([target_of(f"r={run}"), target_of(str(foreign))])
     assert found.base_name == "embedded" and found.prompts.template == "chat"
     assert {"foreign", "r/global", "r/rank_2", "r/rank_4"} <= set(found.store.names())
-    with pytest.raises(UserError, match="two adapters are named 'global'"):
+    with pytest.raises(UserError, match="two adapters are named 'rank_2'"):
         open_served([target_of(str(run)), target_of(str(run))])
     with pytest.raises(UserError, match="an adapter has the base's name 'embedded'"):
         open_served([target_of(f"embedded={foreign}")])

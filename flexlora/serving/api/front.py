@@ -25,6 +25,8 @@ __all__ = ["Front", "bind", "hosts_of", "is_loopback"]
 
 LOG = logging.getLogger(__name__)
 CONNECTIONS = 1000  # open at once; beyond it uvicorn answers 503
+# Of an idle connection: longer than clients keep theirs (httpx 5 s), or a request may meet its end.
+IDLE_SECONDS = 75
 CUT_SECONDS = 5.0  # for answers that were cut to reach their clients
 HEADER_BYTES = 64 * 1024
 
@@ -96,6 +98,7 @@ class Front:
             server_header=False,
             proxy_headers=False,
             limit_concurrency=CONNECTIONS,
+            timeout_keep_alive=IDLE_SECONDS,
             h11_max_incomplete_event_size=HEADER_BYTES,
         )
         self._server = uvicorn.Server(config)
