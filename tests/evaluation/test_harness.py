@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,9 +12,14 @@ from builders import random_adapter
 from command_line import refusal
 from flexlora.commands.cli import main
 from flexlora.config.paths import EMBEDDED
+from flexlora.data.collation import encode_rows
+from flexlora.data.rows import parse_row
+from flexlora.evaluation.evaluate import evaluate
+from flexlora.evaluation.metrics import means
 from flexlora.lora.peft_folder import save_adapter
 from flexlora.training.models import load_base
 from flexlora.training.slots import slot_model
+from flexlora.wire.jobs import EvalJob
 
 installed = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason="lm_eval is not installed"
@@ -133,6 +139,34 @@ def test_every_slot_has_the_numbers_of_the_harness_own_model(place, monkeypatch)
                     values.add((task, key, round(value, 6)))
     assert len({v for v in values if v[1] == "bits_per_byte,none"}) == 3, "three different models"
     assert len({v for v in values if v[0] == "own_choice"}) > 2, "acc is not acc_norm everywhere"
+
+
+@installed
+def test_rows_with_choices_have_the_figures_of_the_same_task_in_the_harness(place):
+    """``acc`` and ``acc_norm`` of ``flexlora eval`` under ``data.template=plain``."""
+    from flexlora.config.resolve import Config
+    from flexlora.lora.peft_folder import load_adapter
+    from flexlora.simulations.task_scores import task_scores
+
+    adapters = {f"rank_{rank}": load_adapter(place / f"rank_{rank}") for rank in (2, 5)}
+    targets, base = ",".join(adapters["rank_2"]), load_base("embedded")
+    config = Config.of({"lora.target-modules": targets})
+    expected = task_scores(base, adapters, [str(place / "choice.yaml")], config)["adapters"]
+    rows = [
+        parse_row({"question": d["q"], "choices": d["options"], "answer": d["gold"]}, "here")
+        for d in DOCUMENTS["choice"]
+    ]
+    examples, _ = encode_rows(rows, tokenizer=base.tokenizer, template="plain", max_length=128)
+    slots, job = (
+        slot_model(base.model, targets),
+        EvalJob(client_id="c", server_round=0, adapters={}),
+    )
+    for name, adapter in {"base": None, **adapters}.items():
+        asked = job if adapter is None else replace(job, adapters={name: adapter})
+        (result,) = evaluate(slots, base, [asked], [examples], batch_size=8, max_new_tokens=1)
+        found = means(result.scores[name])
+        for key in ("acc", "acc_norm"):
+            assert found[key] == pytest.approx(expected[name]["own_choice"][f"{key},none"]), name
 
 
 @installed

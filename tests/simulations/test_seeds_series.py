@@ -67,11 +67,12 @@ def test_a_seed_of_the_series_is_the_run_that_it_would_be_alone(two, tmp_path):
 
 def test_mean_and_deviation_are_those_of_the_runs(two):
     runs = [rounds(two / f"seed-{seed}") for seed in (4, 5)]
-    expected = {
-        "base/eval_loss": [run[0]["eval_loss"] for run in runs],
-        "eval_loss": [run[-1]["eval_loss"] for run in runs],
-        "eval_loss/rank_2": [run[-1]["eval_loss/rank_2"] for run in runs],
-        "eval_loss/rank_4": [run[-1]["eval_loss/rank_4"] for run in runs],
+    expected = {}
+    for score in ("eval_loss", "eval_bits_per_byte"):
+        names = (score, f"{score}/rank_2", f"{score}/rank_4")
+        expected |= {f"base/{score}": [run[0][score] for run in runs]}
+        expected |= {name: [run[-1][name] for run in runs] for name in names}
+    expected |= {
         "bytes_down": [sum(row.get("bytes_down", 0) for row in run) for run in runs],
         "bytes_up": [sum(row.get("bytes_up", 0) for row in run) for run in runs],
         "seconds": [sum(row["seconds"] for row in run) for run in runs],
