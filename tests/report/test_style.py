@@ -66,13 +66,13 @@ def contrast(one, other):
 @pytest.mark.parametrize("palette", [LIGHT, DARK], ids=["light", "dark"])
 class TestPalette:
     @pytest.mark.parametrize("sight", SIGHTS)
-    def test_series_are_told_apart(self, palette, sight):
+    def test_series_are_distinct(self, palette, sight):
         """The first four, which most charts need, from afar; 2.3 is the least that is seen."""
         assert closest(palette.series, sight) > 20
         assert closest(palette.series[:4], sight) > 35
 
     @pytest.mark.parametrize("sight", SIGHTS)
-    def test_the_steps_of_a_heat_map_are_told_apart_by_their_lightness(self, palette, sight):
+    def test_the_steps_of_a_heat_map_differ_in_lightness(self, palette, sight):
         light = [lab(colour, sight)[0] for colour in palette.heat]
         steps = [b - a for a, b in pairwise(light)]
         assert all(abs(step) > 5 for step in steps)

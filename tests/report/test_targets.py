@@ -68,8 +68,8 @@ def test_one_adapter_for_all_classes_is_one_row_and_the_classes_show_what_differ
     assert [row[0] for row in rows] == ["all clients; every rank class is served the same adapter"]
     header, *classes = page.table("Rank classes")
     columns = [dict(zip(header, row, strict=True)) for row in classes]
-    told = ["memory of a training", "energy of T_r alone", "loss of T_r alone", "as served"]
-    assert [[row[title] for title in told] for row in columns] == [
+    titles = ["memory of a training", "energy of T_r alone", "loss of T_r alone", "as served"]
+    assert [[row[title] for title in titles] for row in columns] == [
         ["1.0 kB", "50.0 %", "2.750", "2.000"],
         ["3.0 kB", "75.0 %", "2.250", "2.000"],
     ]
