@@ -60,7 +60,19 @@ REMOVED = {
     *("method.singular-values", "method.max-update-norm"),
 }
 HISTORY = ("CHANGELOG.md", "docs/log.md")
-SUFFIXES = (".py", ".md", ".toml", ".json", ".jsonl", ".csv", ".crt", ".key", ".pub", ".html")
+SUFFIXES = (
+    ".py",
+    ".md",
+    ".toml",
+    ".json",
+    ".jsonl",
+    ".csv",
+    ".crt",
+    ".key",
+    ".pub",
+    ".html",
+    ".gguf",
+)
 
 
 def labels(command: Command) -> str:
