@@ -42,11 +42,14 @@ _IGNORED = (
 )
 
 
+# All clients train on the same prompts, and not on what the run holds out.
+SHARED = ("data.template", "data.template-date", "data.held-out-tasks", "clients.held-out")
+
+
 def is_owner_key(key: str) -> bool:
     """Whether the node's owner sets this key, and not the run."""
     owners = key.startswith(("model.", "data.", "clients."))
-    shared = ("data.template", "data.template-date")  # all clients train on the same prompts
-    return (owners and key not in shared) or key in ("engine.device", "engine.threads")
+    return (owners and key not in SHARED) or key in ("engine.device", "engine.threads")
 
 
 @dataclass(frozen=True, kw_only=True)

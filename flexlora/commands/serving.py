@@ -21,11 +21,16 @@ Base = Annotated[
 def serve(
     targets: Annotated[
         list[str] | None,
-        Argument(metavar="[ADAPTER_OR_RUN]...", help="PEFT or run folders; NAME=DIR names one"),
+        Argument(
+            metavar="[ADAPTER_OR_RUN]...",
+            click_type=PATH,
+            help="PEFT or run folders; NAME=DIR names one",
+        ),
     ] = None,
     base: Base = "",
     follow: Annotated[
-        str, Option(metavar="RUN", help="serve a run in progress as its rounds close")
+        str,
+        Option(metavar="RUN", click_type=PATH, help="serve a run in progress as its rounds close"),
     ] = "",
     host: Annotated[str, Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, Option(help="0: a free one")] = 8000,
@@ -80,7 +85,11 @@ def serve(
 def chat(
     targets: Annotated[
         list[str],
-        Argument(metavar="ADAPTER_OR_RUN...", help="PEFT or run folders; NAME=DIR names one"),
+        Argument(
+            metavar="ADAPTER_OR_RUN...",
+            click_type=PATH,
+            help="PEFT or run folders; NAME=DIR names one",
+        ),
     ],
     base: Base = "",
     adapter: Annotated[

@@ -21,6 +21,7 @@ from typing import Any
 
 from flexlora.config.gguf_package import gguf_package
 from flexlora.config.gguf_splits import split_of
+from flexlora.config.paths import expanded
 from flexlora.errors import UserError, reason
 
 __all__ = ["ORIGIN", "is_gguf", "read_quietly", "unpacked"]
@@ -70,7 +71,7 @@ def _check_content(path: Path, name: str) -> None:
 
 def _cache() -> Path:
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(home).expanduser() / "flexlora" / "gguf"
+    return Path(expanded(home)) / "flexlora" / "gguf"
 
 
 def _key(path: Path) -> str:

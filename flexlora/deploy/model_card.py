@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from flexlora.config.paths import EMBEDDED, resolve_name
+from flexlora.config.paths import EMBEDDED, expanded, resolve_name
 from flexlora.report.records import RunRecords
 
 __all__ = ["Exported", "base_title", "license_of", "summary", "write_card"]
@@ -57,7 +57,7 @@ def base_title(model: str) -> str:
     """A hub name as it is, of a folder or file its last part."""
     if model == "embedded" or _is_hub_name(model):
         return model
-    return Path(model).expanduser().resolve().name
+    return Path(expanded(model)).resolve().name
 
 
 def _is_hub_name(model: str) -> bool:

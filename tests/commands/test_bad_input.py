@@ -265,7 +265,10 @@ COMMANDS = {
     "a group without a command": (["client"], r"Expected one of init, .*health"),
     "a word too many": (["report", "x", "extra"], r"unexpected extra argument \(extra\)"),
     "an unknown flag": (["simulate", "--rezume", "x"], r"--rezume.*Did you mean '--resume'"),
-    "a flag of another command": (["eval", "x", "--rank", "3"], r"No such option.*--rank"),
+    "a flag of another command": (
+        ["eval", "x", "--superlink", "y"],
+        r"No such option.*--superlink",
+    ),
     "nothing to evaluate": (["eval"], r"ADAPTER_OR_RUN"),
     "no value": (["simulate", "--out"], r"'--out' requires an argument"),
     "a rank that is text": (["export", "x", "--rank", "z", "--out", "y"], r"--rank.*'z'"),
@@ -294,7 +297,10 @@ def test_export_of_rank_0_or_an_unknown_format_or_onto_a_used_folder_is_refused(
         message = refusal(export(rank, "peft", tmp_path / "new"), capsys)
         assert re.search(f"--rank is {rank}, expected a rank of at least 1", message)
     message = refusal(export(2, "merge", tmp_path / "new"), capsys)
-    assert re.search(r"'merge', expected portable, peft or merged. Did you mean 'merged'", message)
+    assert re.search(
+        r"'merge', expected portable, peft, merged, gguf or gguf-lora. Did you mean 'merged'",
+        message,
+    )
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "mine").write_text("mine")
     message = refusal(export(2, "peft", tmp_path / "used"), capsys)

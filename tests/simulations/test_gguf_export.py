@@ -31,7 +31,7 @@ def shapes_of(model):
 def adapter_folder(tmp_path_factory):
     """Unequal ranks and scalings on all linears of the embedded base."""
     folder = tmp_path_factory.mktemp("gguf") / "a"
-    shapes = shapes_of(load_base("embedded", device="cpu").model)
+    shapes = shapes_of(load_base("embedded", device="cpu", fresh=True).model)
     ranks, alphas = [2, 5, 8, 3], [4.0, 16.0, 9.0]
     adapter = random_adapter(shapes, ranks, alpha=alphas, dtype=torch.float32)
     save_adapter(adapter, folder, base=str(EMBEDDED), layout="compact")
@@ -89,7 +89,7 @@ def test_a_model_file_holds_the_merged_weights_and_the_vocabulary(
     reader = gguf.GGUFReader(tmp_path / "m" / "model.gguf")
     kinds = {t.tensor_type.name.lower() for t in reader.tensors if len(t.shape) == 2}
     assert kinds == {dtype}
-    base, adapter = load_base("embedded", device="cpu"), load_adapter(adapter_folder)
+    base, adapter = load_base("embedded", device="cpu", fresh=True), load_adapter(adapter_folder)
     name = "model.layers.1.self_attn.q_proj"
     merged = base.model.get_submodule(name).weight + adapter[name].delta_weight()
     stored = next(t for t in reader.tensors if t.name == "blk.1.attn_q.weight")
@@ -103,7 +103,7 @@ def test_a_model_file_holds_the_merged_weights_and_the_vocabulary(
 
 def test_longest_match_over_a_text_is_the_embedded_tokenizer():
     """llama.cpp's ``rwkv`` in Python, on texts with contractions, digits and other scripts."""
-    tokenizer = load_base("embedded", device="cpu").tokenizer
+    tokenizer = load_base("embedded", device="cpu", fresh=True).tokenizer
     vocabulary = read_vocabulary(tokenizer, 529)
     raw = [token.encode().decode("unicode_escape").encode("latin-1") for token in vocabulary.tokens]
     ids = {token: i for i, token in enumerate(raw) if vocabulary.types[i] == 1}
@@ -221,6 +221,6 @@ def test_a_run_on_an_nf4_base_is_merged_into_its_rounded_base_only(tmp_path):
     merged = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     weight = "model.layers.1.mlp.up_proj.weight"  # not a target: NF4's 16 values a block
     got = merged.state_dict()[weight]
-    full = load_base("embedded", device="cpu").model.state_dict()[weight]
+    full = load_base("embedded", device="cpu", fresh=True).model.state_dict()[weight]
     error = float((got - full).norm() / full.norm())
     assert 0.02 < error < 0.2 and len(got.reshape(-1, 64)[0].unique()) <= 16

@@ -134,10 +134,10 @@ def test_own_factors_that_cannot_be_used_cost_only_their_own_score(worker, evalu
 def test_the_reply_holds_the_score_and_the_server_reads_it(worker, evaluations):
     (result,) = worker.evaluate(evaluations[:1])
     reply = SimpleNamespace(has_error=lambda: False, content=encode_evaluate_result(result))
-    assert decode_eval_result(reply) == result
+    assert result.by_task and decode_eval_result(reply) == replace(result, by_task={})
     shown = replace(result, cause="personal factors: no room")
     reply = SimpleNamespace(has_error=lambda: False, content=encode_evaluate_result(shown))
-    assert decode_eval_result(reply) == shown
+    assert decode_eval_result(reply) == replace(shown, by_task={})
 
 
 # --- on the server ---------------------------------------------------------------------------
