@@ -110,15 +110,16 @@ def _of_folder(path: Path, rank: int | None) -> Source:
         text = f"rank {rank}, {100 * kept:.2f} % of the energy"
     stored = read_json_object(path / "adapter_config.json")
     home = path.resolve().parent.parent
+    of_run = path.resolve().parent.name == "adapters" and RunFolder.is_run(home)
     return Source(
         adapter=adapter,
         model=config.base,
         dtype="float32",
-        quantization="",
+        quantization=_quantization(RunFolder.open(home)[1]) if of_run else "",
         sources=read_origin(path),
         fan_in_fan_out=bool(stored.get("fan_in_fan_out")),
         text=f"{text} as '{path}'.",
-        run=home if path.resolve().parent.name == "adapters" and RunFolder.is_run(home) else None,
+        run=home if of_run else None,
     )
 
 

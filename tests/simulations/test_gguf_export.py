@@ -212,8 +212,9 @@ def test_a_run_on_an_nf4_base_is_merged_into_its_rounded_base_only(tmp_path):
     from flexlora.simulations.simulate import simulate
 
     simulate(small(model__quantization="nf4", num_server_rounds=1), tmp_path / "run")
-    with pytest.raises(UserError, match=r"trained on a nf4 base.*--dequantize"):
-        export(str(tmp_path / "run"), rank=2, kind="merged", out=str(tmp_path / "no"))
+    for source in (tmp_path / "run", tmp_path / "run" / "adapters" / "rank_2"):
+        with pytest.raises(UserError, match=r"trained on a nf4 base.*--dequantize"):
+            export(str(source), rank=2, kind="merged", out=str(tmp_path / "no"))
     out = tmp_path / "m"
     export(str(tmp_path / "run"), rank=2, kind="merged", out=str(out), dequantize=True)
     card = (out / "README.md").read_text()
