@@ -91,7 +91,7 @@ def _values(score: Score) -> dict[str, float]:
 
 
 def _global_of_personal(names: Mapping[str, list[str]]) -> str:
-    """The name of each client's scores under its own class, or under the only one."""
+    """The name of the scores of each client at the client's class, or at the only one."""
     known = [name for same in names.values() for name in same if name not in (BASE, PERSONAL)]
     return OWN_CLASS if OWN_CLASS in known else known[0]
 

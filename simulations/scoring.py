@@ -14,7 +14,7 @@ from flexlora.wire.jobs import PERSONAL, EvalJob, EvalResult, Score
 
 __all__ = ["OWN_CLASS", "Cell", "cells_of", "held_out_scores", "total"]
 
-OWN_CLASS = "own class"  # each client under the adapter of its own rank class
+OWN_CLASS = "own class"  # each client under the adapter of the client's rank class
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +68,9 @@ def cells_of(
 ) -> list[Cell]:
     """Scores under the base and every adapter, and under personal factors where there are some.
 
-    ``classes`` has the rank class of clients; with more than one in use, ``own class`` are each
-    client's scores under its own. ``trained`` are the clients that the adapters were trained with
-    (None: all that have train rows), and ``personal`` the factors of clients up to
+    ``classes`` has the rank class of clients; with more than one in use, ``own class`` are the
+    scores of each client at the client's class. ``trained`` are the clients that the adapters were
+    trained with (None: all that have train rows), and ``personal`` the factors of clients up to
     ``server_round``.
 
     Raises:

@@ -103,7 +103,7 @@ def serving_config(
         values = {key: values[key] for key in values if key.startswith(SETTABLE)}
     elif "model.name" not in given and targets:
         values["model.name"] = _named_base(targets[0].path)
-    # Attention as in training may need what this machine lacks, and serving has its own.
+    # Attention as in training may need what this machine lacks, and serving brings another.
     return Config.of({**values, "model.attn-implementation": "auto", **given})
 
 

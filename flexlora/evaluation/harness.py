@@ -70,7 +70,7 @@ class SlotLM(TemplateLM):
     def create_from_arg_obj(
         cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
     ) -> SlotLM:
-        """The adapter folder ``adapter`` over its own base, or over ``base``."""
+        """The adapter folder ``adapter`` over the base that it names, or over ``base``."""
         options = {k: v for k, v in ({**(additional_config or {}), **arg_dict}).items() if v}
         if "adapter" not in options:
             raise UserError("the model 'flexlora' has no adapter; give model_args 'adapter=DIR'.")

@@ -149,7 +149,7 @@ def _track(
     styles: dict[str, int],
     behind: Callable[[Participant], int] | None = None,
 ) -> Iterator[Markup]:
-    """A bar per client on an axis of its own; ``behind`` is a paler bar behind it."""
+    """A bar per client on one axis; ``behind`` is a paler bar behind it."""
     most = max(max(map(behind or value_of, clients)), 1)
     usual = sorted(map(value_of, clients))[len(clients) // 2]
     narrow = most <= WIDE * max(usual, 1)

@@ -11,7 +11,7 @@ their arena rows. The low-rank products of all adapters are then a block-diagona
 A block is one product over consecutive adapters, with zeros put in off the diagonal. One block
 for all costs ``tokens * sum of ranks``, most of it times zero; one block for each adapter costs a
 few kernel calls each. Segments are merged from left to right as long as that is cheaper: many short
-answers of small adapters share a block, a long prompt is alone in its own. No adapter is padded to
+answers of small adapters share a block, a long prompt is one block. No adapter is padded to
 the rank of another (Punica's SGMV, arXiv 2310.18547, has one rank per call).
 """
 

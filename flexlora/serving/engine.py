@@ -1,6 +1,6 @@
 """Continuous batching: requests for adapters of unequal rank, in one forward pass per step.
 
-Requests join and leave between steps (Orca, OSDI 2022), each with its own slot of keys and values;
+Requests join and leave between steps (Orca, OSDI 2022), each with one slot of keys and values;
 adapters share the pass as in S-LoRA (arXiv 2311.03285) and Punica (arXiv 2310.18547). A step
 computes the next token of every running answer and up to ``prefill_tokens`` tokens of prompts, so a
 long prompt delays the answers under way by a bounded time. Requests start in the order of their

@@ -2,8 +2,8 @@
 
 The trial goes every way that a token can take (whole prompts side by side, a later part of a
 prompt, decoding) with two prompts of unequal length. A model that carries a state from token to
-token (Mamba, RWKV), positions outside the attention (ALiBi) or attention of its own gives other
-logits, and is refused in one sentence instead of being served wrongly.
+token (Mamba, RWKV), positions outside the attention (ALiBi) or attention outside transformers'
+interface gives other logits, and is refused in one sentence instead of being served wrongly.
 """
 
 from __future__ import annotations

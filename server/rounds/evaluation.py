@@ -93,7 +93,7 @@ def _impossible(result: EvalResult, roster: Roster, config: Config) -> str:
 
 
 def eval_metrics(results: Sequence[EvalResult], roster: Roster) -> dict[str, float]:
-    """Every metric that the rows have, per rank class and over clients each at its own class.
+    """Every metric that the rows have, per rank class and over clients each at the client's class.
 
     ``eval_loss`` is over the rows of every client under the adapter of its own rank class,
     ``eval_loss/CLASS`` over all rows under the adapter of CLASS. Where clients have personal

@@ -4,7 +4,7 @@
 
 The run folder is made up: every file is written by ``RunFolder`` in the form of a real one, its
 numbers are drawn. 224 modules are those of a 7B model; every client evaluates in every round, each
-class under its own adapter, which is the most that a run can record.
+class under the class's adapter, which is the most that a run can record.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from flexlora.errors import UserError
 
 
 def clients(count=20):
-    """Client k has rows of the tasks ``a`` (a category of its own) and ``bK``."""
+    """Client k has rows of the tasks ``a`` (a second category) and ``bK``."""
     return {
         f"c{k:02d}": {
             split: [

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness: its own ``hf`` model with ``peft=`` is the oracle."""
+"""Tasks of lm-evaluation-harness: the harness' ``hf`` model with ``peft=`` is the oracle."""
 
 import importlib.util
 import json
@@ -24,7 +24,7 @@ from flexlora.wire.jobs import EvalJob
 installed = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason="lm_eval is not installed"
 )
-# lm_eval and datasets warn of their own ways.
+# lm_eval and datasets warn about their internals.
 pytestmark = pytest.mark.filterwarnings("default")
 
 DOCUMENTS = {
@@ -101,7 +101,7 @@ def tasks_of(place):
 
 
 def theirs(place, monkeypatch, **options):
-    """The harness' results with its own model."""
+    """The harness' results with its ``hf`` model."""
     import lm_eval
     from lm_eval.tasks import TaskManager
 

@@ -138,10 +138,10 @@ def test_a_body_that_is_no_request_is_refused(client, content, message):
 def test_an_oversized_body_is_refused_whether_its_size_is_told_or_not(client):
     headers = {"Content-Type": "application/json"}
     body = b" " * (MAX_BODY + 1)
-    told = client.post(COMPLETIONS, content=body, headers=headers)
+    announced = client.post(COMPLETIONS, content=body, headers=headers)
     chunks = (b" " * 2**16 for _ in range(MAX_BODY // 2**16 + 1))
-    untold = client.post(COMPLETIONS, content=chunks, headers=headers)
-    for response in (told, untold):
+    chunked = client.post(COMPLETIONS, content=chunks, headers=headers)
+    for response in (announced, chunked):
         assert f"more than {MAX_BODY} bytes" in error_of(response, 413)["message"]
     assert client.get("/health").status_code == 200
 

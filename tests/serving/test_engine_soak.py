@@ -70,7 +70,7 @@ def test_ten_thousand_requests_get_their_own_adapters_answers_and_leave_nothing_
     }
     for q in range(len(QUESTIONS)):
         different = {tuple(tokens) for (_, of), tokens in expected.items() if of == q}
-        assert len(different) >= ADAPTERS - 4, "the adapters cannot be told apart"
+        assert len(different) >= ADAPTERS - 4, "too few adapters have distinct answers"
     clients = Clients(engine, expected)
     while clients.submitted < REQUESTS // 4:
         clients.turn(REQUESTS // 4)

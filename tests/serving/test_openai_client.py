@@ -126,7 +126,7 @@ def test_usage_is_that_of_the_tokens(client, base, expected):
 
 
 def test_log_probabilities_name_the_tokens_of_the_answer(client):
-    """The bytes of the tokens, joined, are the text; a greedy token is its own likeliest."""
+    """The bytes of the tokens, joined, are the text; a greedy token is the likeliest."""
     found = chat(client, "embedded", QUESTIONS[1], logprobs=True, top_logprobs=3).choices[0]
     tokens = found.logprobs.content
     assert bytes(b for one in tokens for b in one.bytes).decode() == found.message.content

@@ -42,7 +42,7 @@ def test_products_are_the_adapters_whatever_their_ranks_modules_and_scalings(are
     for key, adapter in adapters.items():
         arena.place(key, adapter)
     check(arena, adapters)
-    assert arena.used_rows == 3 + 5 + 4, "an adapter has as many rows as its own largest rank"
+    assert arena.used_rows == 3 + 5 + 4, "an adapter has as many rows as the largest rank in it"
     assert arena.users == {"attn.q": 3, "attn.v": 2, "mlp.up": 3}
     arena.remove("some")
     assert arena.users["attn.q"] == 2

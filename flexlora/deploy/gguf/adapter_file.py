@@ -2,7 +2,7 @@
 
 llama.cpp computes ``alpha / rank * lora_B @ lora_A`` with one alpha for the file and the rank of
 each tensor (``src/llama-adapter.cpp``), so ``compact`` of ``lora/layouts.py`` is what it reads
-right: every module at its own rank, one alpha, the scaling inside ``lora_B``.
+right: each module at the rank it has, one alpha, the scaling inside ``lora_B``.
 """
 
 from __future__ import annotations

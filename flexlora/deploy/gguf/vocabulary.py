@@ -9,7 +9,7 @@ tokenizer is written if its parts are exactly those of one that llama.cpp has:
     rwkv    longest match from left to right over a byte-level vocabulary without merges (the
             embedded base's WordPiece)
 
-llama.cpp normalizes no text: Unicode NFC of a tokenizer is left out, as its own converter does.
+llama.cpp normalizes no text: Unicode NFC of a tokenizer is left out, as llama.cpp's converter does.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,7 +43,7 @@ def _finite(logprob: float) -> float:
 
 
 @dataclass(kw_only=True)
-class Answers:
+class Answers(ABC):
     """The answer to one HTTP call.
 
     ``ends`` are the tokens that end an answer: no part of it, so that log-probabilities leave them
@@ -123,14 +124,17 @@ class Answers:
     def _token(self, token_id: int) -> str:
         return self.token_bytes(token_id).decode(errors="replace")
 
+    @abstractmethod
     def _content(self, text: str) -> dict[str, Any]:
-        raise NotImplementedError
+        """The text in the choice of a whole answer."""
 
+    @abstractmethod
     def _delta(self, text: str) -> dict[str, Any]:
-        raise NotImplementedError
+        """The text in the choice of a chunk."""
 
+    @abstractmethod
     def _logprobs(self, index: int, piece: Piece) -> dict[str, Any] | None:
-        raise NotImplementedError
+        """The log-probabilities of a piece in the shape of the endpoint."""
 
 
 @dataclass(kw_only=True)

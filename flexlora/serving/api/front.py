@@ -1,6 +1,6 @@
 """The HTTP server of a service: its address, its thread, its end.
 
-uvicorn runs in a thread of its own, so that the main thread keeps the signals.
+uvicorn runs in a second thread, so that the main thread keeps the signals.
 """
 
 from __future__ import annotations
